@@ -1,0 +1,94 @@
+"""The environment variables that wooly reads: the one registry of them.
+
+``docs/environment.md`` is checked against this table by a test. Values are read when asked for, never at import, so
+that a test or an engine may set them late.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from shared_store.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One variable: its name, what it means, and how its text becomes a value."""
+
+    name: str
+    meaning: str
+    default: str
+    parse: Callable[[str], T]
+
+    def get(self) -> T:
+        """The value now. Raises :class:`ConfigError` that names the variable when the text cannot be used."""
+        text = os.environ.get(self.name)
+        if text is None or text == "":
+            text = self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}={text!r}: {error}") from error
+
+
+def _runtime_dir(text: str) -> Path:
+    if text:
+        return Path(text).expanduser()
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "wooly" if base else Path(f"/tmp/wooly-{os.getuid()}")  # noqa: S108 - checked by paths.py
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("use 1 or 0")
+
+
+def _log_level(text: str) -> str:
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    if text.upper() not in levels:
+        raise ValueError(f"use one of {', '.join(levels)}")
+    return text.upper()
+
+
+def _optional(text: str) -> str | None:
+    return text or None
+
+
+RUNTIME_DIR: Variable[Path] = Variable(
+    "WOOLY_RUNTIME_DIR",
+    "Directory of the store's socket, lock and log; mode 0700. Unset: `$XDG_RUNTIME_DIR/wooly`, "
+    "or `/tmp/wooly-UID` where that is not set.",
+    "",
+    _runtime_dir,
+)
+REDIS_URL: Variable[str | None] = Variable(
+    "WOOLY_REDIS_URL",
+    "The catalog's Redis or Valkey server, such as `redis://host:6379/0` or `unix:///path`. "
+    "Unset: the store runs its own on a private socket.",
+    "",
+    _optional,
+)
+AUTOSTART: Variable[bool] = Variable(
+    "WOOLY_AUTOSTART", "Whether a client starts a store for its user when none runs (1 or 0).", "1", _flag
+)
+LOG_LEVEL: Variable[str] = Variable(
+    "WOOLY_LOG_LEVEL", "Least severe message that the store and the `wooly` command log.", "INFO", _log_level
+)
+CPU_DISPATCH: Variable[bool] = Variable(
+    "WOOLY_CPU_DISPATCH",
+    "1: every vLLM engine on a CPU uses the linear kernels that wooly uses, whatever its load format. "
+    "For comparing tokens and speed with stock vLLM under equal kernels.",
+    "0",
+    _flag,
+)
+
+REGISTRY: tuple[Variable[object], ...] = (RUNTIME_DIR, REDIS_URL, AUTOSTART, LOG_LEVEL, CPU_DISPATCH)  # type: ignore[assignment]  # Variable is covariant in all but name

@@ -1,0 +1,11 @@
+"""Memory that processes can share: one interface, one implementation for each kind of device.
+
+A backend serves both sides: the store creates, exports and seals; clients import, reserve, map and unmap.
+"""
+
+from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.memory.mapping import Mapping
+from shared_store.memory.memfd import MemfdBackend
+from shared_store.memory.registry import backend_for
+
+__all__ = ["Access", "Backend", "Mapping", "MemfdBackend", "Segment", "backend_for"]

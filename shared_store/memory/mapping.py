@@ -1,0 +1,68 @@
+"""A segment in this process's address space, at one address for as long as it lives."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from shared_store.memory.backend import Access, Backend, Segment
+
+
+class Mapping:
+    """A reserved range that a segment is mapped into, out of, and into again, always at the same address.
+
+    Tensors point into the range, and CUDA graphs hold its address, so the address never changes. The range is given
+    back when the last object that refers to this one is gone, or by :meth:`close`.
+    """
+
+    def __init__(self, backend: Backend, segment: Segment) -> None:
+        """Reserve a range for the segment, which this mapping then owns and releases; nothing is mapped yet."""
+        self._backend = backend
+        self._segment = segment
+        self._lock = threading.Lock()
+        self._closed = False
+        self.access: Access | None = None
+        self.nbytes = segment.nbytes
+        self.ordinal = backend.ordinal
+        self.address = backend.reserve(segment.nbytes)
+
+    def map(self, access: Access) -> None:
+        """Map the segment, in place of a mapping with another access if there is one."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("the mapping is closed")
+            if self.access is access:
+                return
+            if self.access is not None:
+                self._backend.unmap(self.address, self.nbytes)
+                self.access = None
+            self._backend.map(self._segment, self.address, access)
+            self.access = access
+
+    def unmap(self) -> None:
+        """Unmap the segment; the address stays reserved, and reading it faults until :meth:`map`."""
+        with self._lock:
+            if self.access is not None:
+                self._backend.unmap(self.address, self.nbytes)
+                self.access = None
+
+    def private_bytes(self) -> int:
+        """Bytes of this mapping that went private because this process wrote to them."""
+        with self._lock:
+            return 0 if self.access is not Access.READ else self._backend.private_bytes(self.address, self.nbytes)
+
+    def close(self) -> None:
+        """Unmap, release the segment and give the range back. Idempotent; no tensor may use it any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self.access is not None:
+                self._backend.unmap(self.address, self.nbytes)
+                self.access = None
+            self._backend.unreserve(self.address, self.nbytes)
+            self._backend.release(self._segment)
+
+    def __del__(self) -> None:
+        if hasattr(self, "address") and not sys.is_finalizing():  # the process's end unmaps everything anyway
+            self.close()

@@ -1,0 +1,110 @@
+"""The store's frozen snapshot: one type feeds the command line, the metrics and any program that reads the JSON.
+
+``wooly status --json`` prints it. Fields are only ever added under one schema name; a changed meaning gets a new one.
+All sizes are bytes, all durations seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+SCHEMA: Final = "wooly.status/1"
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """The machine: ``id`` is stable over restarts of the store."""
+
+    id: str
+    hostname: str
+    runtime_dir: str
+
+
+class StoreStatus(msgspec.Struct, frozen=True):
+    """The store's process. ``degraded``: it serves, but something beside it (the catalog) does not."""
+
+    pid: int
+    version: str
+    uptime_s: float
+    state: Literal["ok", "degraded"]
+    reasons: tuple[str, ...] = ()
+
+
+class CatalogStatus(msgspec.Struct, frozen=True):
+    """The Redis or Valkey server that the catalog is written to (credentials removed from the URL)."""
+
+    url: str
+    state: Literal["ok", "down"]
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """Memory that the store has allocated on one device; ``id`` is ``cpu`` or a GPU's UUID."""
+
+    id: str
+    resident_bytes: int
+    limit_bytes: int | None
+    segments: int
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """One model. ``unique_bytes``: of its blobs, those that no other committed model has."""
+
+    key: str
+    name: str
+    engine: str
+    device: str
+    state: Literal["publishing", "committed"]
+    tensors: int
+    bytes: int
+    unique_bytes: int
+    readers: int
+    pinned: bool
+
+
+class ClientStatus(msgspec.Struct, frozen=True):
+    """One lease: a client and a model that it publishes, reads or (``key`` empty) neither.
+
+    ``mapped_bytes`` are the bytes of shared blobs that it maps; ``private_bytes`` what it says it copied for itself.
+    """
+
+    id: int
+    pid: int
+    uid: int
+    name: str
+    key: str
+    role: Literal["publisher", "reader", "waiting", "idle"]
+    mapped_bytes: int
+    private_bytes: int
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """Events since the store started."""
+
+    attaches: int = 0
+    publishes: int = 0
+    aborted_publishes: int = 0
+    fallbacks: int = 0
+    protocol_errors: int = 0
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """``saved_bytes``: what the readers map, less one copy of every distinct blob among it."""
+
+    resident_bytes: int
+    mapped_bytes: int
+    saved_bytes: int
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the store tells about itself at one moment."""
+
+    schema: Literal["wooly.status/1"] = SCHEMA
+    node: NodeStatus
+    store: StoreStatus
+    catalog: CatalogStatus
+    devices: tuple[DeviceStatus, ...]
+    models: tuple[ModelStatus, ...]
+    clients: tuple[ClientStatus, ...]
+    totals: Totals
+    counters: Counters

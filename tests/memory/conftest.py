@@ -1,0 +1,102 @@
+"""The backends that the shared suite is run on, and what each can do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from support.hostmemory import poke
+
+from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.memory.fake import FakeBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shared_store.memory import Backend
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One implementation.
+
+    Attributes:
+        make: a new backend.
+        host_access: the host can read and write mapped memory through its address.
+        seals: sealed memory cannot be written by any process.
+        copy_on_write: a reader may write, and keeps that to itself.
+    """
+
+    name: str
+    make: Callable[[], Backend]
+    host_access: bool
+    seals: bool
+    copy_on_write: bool
+
+
+KINDS = (
+    Kind("memfd", MemfdBackend, host_access=True, seals=True, copy_on_write=True),
+    Kind("fake", FakeBackend, host_access=True, seals=True, copy_on_write=True),
+)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def capable(kind):
+    """Skip on backends that lack a capability."""
+
+    def check(capability):
+        if not getattr(kind, capability):
+            pytest.skip(f"{kind.name} is without {capability}")
+
+    return check
+
+
+@pytest.fixture
+def backend(kind):
+    return kind.make()
+
+
+@pytest.fixture
+def segment(backend):
+    """One segment of 2 MiB; released with the test if it still is held."""
+    made = backend.create(2 << 20)
+    yield made
+    backend.release(made)
+
+
+@pytest.fixture
+def imported(backend):
+    """A mapping of another hold on a segment, as another process would have it."""
+    made = []
+
+    def make(segment, access=None):
+        fd = backend.export(segment)
+        made.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
+        os.close(fd)  # the mapping has its own
+        if access is not None:
+            made[-1].map(access)
+        return made[-1]
+
+    yield make
+    for mapping in made:
+        mapping.close()
+
+
+@pytest.fixture
+def write(imported):
+    """Put bytes at the start of a segment, as its publisher, and unmap it."""
+
+    def put(segment, data):
+        mapping = imported(segment, Access.WRITE)
+        poke(mapping.address, data)
+        mapping.unmap()
+        return mapping
+
+    return put

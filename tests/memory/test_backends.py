@@ -1,0 +1,303 @@
+"""What every backend promises: one suite, run on each of them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+
+import pytest
+from support.hostmemory import mapped_ranges, peek, poke, run_child
+from support.waiting import open_fds
+
+from shared_store.errors import MemoryBackendError
+from shared_store.memory import Access, Mapping
+
+MIB = 1 << 20
+
+
+def test_every_mapping_of_a_segment_sees_what_its_publisher_wrote(segment, imported, capable):
+    capable("host_access")
+    writer, early_reader = imported(segment, Access.WRITE), imported(segment, Access.READ)
+    poke(writer.address, b"written")
+    late_reader = imported(segment, Access.READ)
+    assert peek(early_reader.address, 7) == peek(late_reader.address, 7) == b"written"
+    assert len({writer.address, early_reader.address, late_reader.address}) == 3
+
+
+def test_the_last_byte_of_a_segment_is_mapped(segment, imported, capable):
+    capable("host_access")
+    writer = imported(segment, Access.WRITE)
+    poke(writer.address + segment.nbytes - 1, b"!")
+    assert peek(imported(segment, Access.READ).address + segment.nbytes - 1, 1) == b"!"
+
+
+def test_a_publisher_maps_for_reading_at_the_address_that_it_wrote_at(backend, segment, imported, capable):
+    capable("host_access")
+    mapping = imported(segment, Access.WRITE)
+    address = mapping.address
+    poke(address, b"written")
+    mapping.unmap()
+    backend.seal(segment)
+    mapping.map(Access.READ)
+    assert mapping.address == address
+    assert peek(address, 7) == b"written"
+
+
+def test_suspend_and_resume_keep_the_address_from_everything_else(backend, segment, write, capable):
+    """While a mapping is suspended, a hundred other mappings of the size do not get its range."""
+    capable("host_access")
+    mapping = write(segment, b"kept")
+    others = [backend.reserve(segment.nbytes) for _ in range(100)]
+    taken = range(mapping.address, mapping.address + mapping.nbytes)
+    assert not any(other in taken or other + segment.nbytes - 1 in taken for other in others)
+    for other in others:
+        backend.unreserve(other, segment.nbytes)
+    for _ in range(3):
+        mapping.map(Access.READ)
+        assert peek(mapping.address, 4) == b"kept"
+        mapping.unmap()
+
+
+def test_suspended_memory_faults(capable):
+    """Reading it ends the process, instead of showing bytes that are not the segment's."""
+    capable("host_access")
+    program = """
+import ctypes, sys
+from shared_store.memory import Access, Mapping, MemfdBackend
+backend = MemfdBackend()
+mapping = Mapping(backend, backend.create(1 << 21))
+mapping.map(Access.READ)
+ctypes.string_at(mapping.address, 1)
+mapping.unmap()
+print("suspended", flush=True)
+ctypes.string_at(mapping.address, 1)
+"""
+    status, output = run_child(program)
+    assert (status, output) == (-signal.SIGSEGV, "suspended")
+
+
+def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_may_be_tried_again(backend, segment, imported):
+    writer = imported(segment, Access.WRITE)
+    with pytest.raises(MemoryBackendError, match="still mapped for writing; unmap it"):
+        backend.seal(segment)
+    writer.unmap()
+    backend.seal(segment)
+
+
+def test_sealing_twice_is_sealing_once(backend, segment):
+    """A commit of several segments that failed at the second seals the first again when it is tried again."""
+    backend.seal(segment)
+    backend.seal(segment)
+
+
+def test_sealed_memory_is_not_mapped_for_writing(backend, segment, imported, capable):
+    capable("seals")
+    backend.seal(segment)
+    with pytest.raises(MemoryBackendError, match="mmap"):
+        imported(segment, Access.WRITE)
+
+
+_ATTACKS = {
+    "write": "os.pwrite(fd, b'x', 0)",
+    "truncate": "os.ftruncate(fd, 0)",
+    "grow": "os.ftruncate(fd, 1 << 30)",
+    "punch a hole": (
+        "ctypes.CDLL(None, use_errno=True).fallocate(fd, 3, ctypes.c_long(0), ctypes.c_long(4096)) and fail()"
+    ),
+    "map writable": "mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)",
+    "make a readable mapping writable": (
+        "ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(shared_mapping(fd)), 4096, 3) and fail()"
+    ),
+    "reopen by its path and write": "os.pwrite(os.open(f'/proc/self/fd/{fd}', os.O_RDWR), b'x', 0)",
+    "remove the seals": "fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0)",
+}
+
+
+@pytest.mark.parametrize("attack", _ATTACKS)
+def test_sealed_memory_is_refused_to_every_process_that_would(backend, segment, write, capable, attack):
+    capable("seals")
+    write(segment, b"published")
+    backend.seal(segment)
+    fd = backend.export(segment)
+    program = f"""
+import ctypes, fcntl, mmap, os, sys
+def fail():
+    raise OSError(ctypes.get_errno(), "refused")
+def shared_mapping(fd):
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    return libc.mmap(None, ctypes.c_size_t(4096), 1, 1, fd, ctypes.c_long(0))
+fd = int(sys.argv[1])
+try:
+    {_ATTACKS[attack]}
+except OSError as error:
+    print("refused", error.errno)
+else:
+    print("done")
+"""
+    try:
+        status, output = run_child(program, fd, pass_fds=(fd,))
+        assert status == 0
+        assert output in {"refused 1", "refused 13"}, output  # EPERM, EACCES
+        assert os.fstat(fd).st_size == segment.nbytes
+        assert os.pread(fd, 9, 0) == b"published"
+    finally:
+        os.close(fd)
+
+
+def test_a_readers_write_stays_private_and_is_counted(backend, segment, write, imported, capable):
+    capable("copy_on_write")
+    write(segment, b"shared")
+    backend.seal(segment)
+    one, other = imported(segment, Access.READ), imported(segment, Access.READ)
+    assert one.private_bytes() == other.private_bytes() == 0
+    poke(one.address, b"MINE!!")
+    poke(one.address + MIB, b"x")
+    assert peek(one.address, 6) == b"MINE!!"
+    assert peek(other.address, 6) == peek(imported(segment, Access.READ).address, 6) == b"shared"
+    assert one.private_bytes() == 2 * os.sysconf("SC_PAGE_SIZE")
+    assert other.private_bytes() == 0
+
+
+def test_reading_all_of_a_mapping_makes_nothing_private(segment, imported, capable):
+    capable("copy_on_write")
+    mapping = imported(segment, Access.READ)
+    peek(mapping.address, segment.nbytes)
+    assert mapping.private_bytes() == 0
+
+
+def test_suspending_drops_what_went_private(backend, segment, write, capable):
+    """What comes back is the segment, not what somebody scribbled over it."""
+    capable("copy_on_write")
+    mapping = write(segment, b"shared")
+    backend.seal(segment)
+    mapping.map(Access.READ)
+    poke(mapping.address, b"MINE!!")
+    mapping.unmap()
+    assert mapping.private_bytes() == 0
+    mapping.map(Access.READ)
+    assert peek(mapping.address, 6) == b"shared"
+    assert mapping.private_bytes() == 0
+
+
+@pytest.mark.parametrize("what", ["regular file", "pipe", "socket", "closed"])
+def test_an_fd_that_is_no_segment_is_refused(backend, tmp_path, what):
+    import socket
+
+    if what == "regular file":
+        (tmp_path / "file").write_bytes(bytes(4096))
+        fds = [os.open(tmp_path / "file", os.O_RDWR)]
+    elif what == "pipe":
+        fds = list(os.pipe())
+    elif what == "socket":
+        pair = socket.socketpair()
+        fds = [one.detach() for one in pair]
+    else:
+        fds = []
+    try:
+        with pytest.raises(MemoryBackendError, match="is not a segment"):
+            backend.import_fd(fds[0] if fds else 999_999, 4096)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_segment_smaller_than_announced_is_refused(backend, segment):
+    """Mapping it would fault in the middle of an engine's forward pass."""
+    fd = backend.export(segment)
+    before = open_fds()
+    with pytest.raises(MemoryBackendError, match=f"{segment.nbytes} bytes, where {segment.nbytes + 1} were announced"):
+        backend.import_fd(fd, segment.nbytes + 1)
+    assert open_fds() == before
+    os.close(fd)
+
+
+def test_exported_fds_are_not_inherited(backend, segment):
+    fd = backend.export(segment)
+    try:
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
+
+
+def test_release_is_idempotent_and_leaves_mappings_alone(backend, capable):
+    capable("host_access")
+    segment = backend.create(MIB)
+    fd = backend.export(segment)
+    mapping = Mapping(backend, backend.import_fd(fd, MIB))
+    os.close(fd)
+    mapping.map(Access.WRITE)
+    before = open_fds()
+    backend.release(segment)
+    backend.release(segment)
+    assert open_fds() == before - 1
+    assert segment.released
+    poke(mapping.address, b"alive")
+    assert peek(mapping.address, 5) == b"alive"
+    mapping.close()
+
+
+def test_closing_a_mapping_is_idempotent_and_final(segment, imported):
+    mapping = imported(segment, Access.READ)
+    mapping.close()
+    mapping.close()
+    with pytest.raises(ValueError, match="closed"):
+        mapping.map(Access.READ)
+
+
+def test_a_mapping_that_nobody_refers_to_gives_everything_back(backend, segment):
+    gc.collect()
+    fds, ranges = open_fds(), mapped_ranges()
+    fd = backend.export(segment)
+    mapping = Mapping(backend, backend.import_fd(fd, segment.nbytes))
+    os.close(fd)
+    mapping.map(Access.READ)
+    assert open_fds() == fds + 1
+    assert mapped_ranges() > ranges
+    del mapping
+    assert open_fds() == fds
+    assert mapped_ranges() <= ranges
+
+
+def test_two_hundred_rounds_leak_neither_fds_nor_address_space(backend, capable):
+    """Create, export, import, write, seal, suspend, resume, close."""
+    capable("host_access")
+
+    def one_round(number):
+        segment = backend.create(MIB)
+        fd = backend.export(segment)
+        mapping = Mapping(backend, backend.import_fd(fd, MIB))
+        os.close(fd)
+        mapping.map(Access.WRITE)
+        poke(mapping.address, b"%8d" % number)
+        mapping.unmap()
+        backend.seal(segment)
+        mapping.map(Access.READ)
+        assert peek(mapping.address, 8) == b"%8d" % number
+        mapping.unmap()
+        mapping.map(Access.READ)
+        mapping.close()
+        backend.release(segment)
+
+    one_round(0)  # what is made once and kept (libraries, the interpreter's arenas) is there now
+    gc.collect()
+    fds, ranges = open_fds(), mapped_ranges()
+    for number in range(200):
+        one_round(number)
+    gc.collect()
+    assert open_fds() == fds
+    assert mapped_ranges() <= ranges + 2  # the interpreter itself may take an arena or two
+
+
+def test_a_failed_map_leaves_the_range_reserved(backend, segment, imported, capable):
+    """A sealed segment cannot be mapped for writing; the mapping is as it was, and can be used for reading."""
+    capable("seals")
+    backend.seal(segment)
+    mapping = imported(segment)
+    with pytest.raises(MemoryBackendError):
+        mapping.map(Access.WRITE)
+    mapping.map(Access.READ)
+    assert mapping.access is Access.READ
+    mapping.unmap()
+    assert mapping.access is None

@@ -1,0 +1,79 @@
+"""The layout of blobs in segments, for any sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_store.layout import ALIGNMENT, GRANULARITY, TARGET, pack, round_up
+
+SIZES = st.lists(
+    st.one_of(
+        st.integers(0, 4096), st.integers(0, 3 * GRANULARITY), st.sampled_from([0, 1, 511, 512, 513, GRANULARITY])
+    ),
+    max_size=60,
+)
+TARGETS = st.sampled_from([ALIGNMENT, GRANULARITY, 2 * GRANULARITY, TARGET])
+
+
+@given(SIZES, TARGETS)
+def test_blobs_are_aligned_inside_their_segment_and_apart_from_each_other(sizes, target):
+    layout = pack(sizes, target=target)
+    assert len(layout.placements) == len(sizes)
+    free_from = dict.fromkeys(range(len(layout.sizes)), 0)
+    for nbytes, place in zip(sizes, layout.placements, strict=True):
+        assert place.offset % ALIGNMENT == 0
+        assert place.offset >= free_from[place.segment]  # later blobs of a segment begin after earlier ones end
+        free_from[place.segment] = place.offset + nbytes
+        assert place.offset + nbytes <= layout.sizes[place.segment]
+
+
+@given(SIZES, TARGETS)
+def test_blobs_keep_their_order(sizes, target):
+    """The order in which a publisher copies and frees: segments are filled one after the other."""
+    places = [(place.segment, place.offset) for place in pack(sizes, target=target).placements]
+    assert places == sorted(places)
+
+
+@given(SIZES, TARGETS)
+def test_segments_have_the_granularity_and_a_reason_for_their_size(sizes, target):
+    """A segment is above the target only for one blob that is; every segment is used."""
+    layout = pack(sizes, target=target)
+    assert {place.segment for place in layout.placements} == set(range(len(layout.sizes)))
+    for index, size in enumerate(layout.sizes):
+        held = [nbytes for nbytes, place in zip(sizes, layout.placements, strict=True) if place.segment == index]
+        assert size % GRANULARITY == 0
+        if size > round_up(target, GRANULARITY):
+            assert max(held) > target
+            assert sum(nbytes > 0 for nbytes in held) == 1
+
+
+@given(SIZES, TARGETS)
+def test_waste_is_bounded(sizes, target):
+    """Less than the alignment for each blob, and at most the granularity for each segment."""
+    layout = pack(sizes, target=target)
+    waste = sum(layout.sizes) - sum(sizes)
+    assert waste <= len(sizes) * (ALIGNMENT - 1) + len(layout.sizes) * GRANULARITY
+
+
+@given(SIZES, TARGETS)
+def test_no_segment_could_have_taken_the_next_blob(sizes, target):
+    """Segments are as few as their order allows: a new one begins only where the blob would pass the target."""
+    layout = pack(sizes, target=target)
+    placed = list(zip(sizes, layout.placements, strict=True))
+    for (before, place), (nbytes, following) in itertools.pairwise(placed):
+        if following.segment != place.segment:
+            assert round_up(place.offset + before, ALIGNMENT) + nbytes > target
+
+
+def test_nothing_to_lay_out_needs_no_segment():
+    assert pack([]).sizes == ()
+
+
+@given(st.integers(max_value=-1))
+def test_a_negative_size_is_refused(nbytes):
+    with pytest.raises(ValueError, match="bytes"):
+        pack([nbytes])

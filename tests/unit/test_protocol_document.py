@@ -1,0 +1,66 @@
+"""`docs/protocol.md` keeps up with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from shared_store.daemon import connection, server
+from shared_store.daemon.options import ServeOptions
+from shared_store.errors import by_code
+from shared_store.protocol import messages, wire
+
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "protocol.md"
+TEXT = DOCUMENT.read_text(encoding="utf-8")
+CLASSES = [*get_args(messages.ClientMessage), *get_args(messages.StoreMessage)]
+
+
+def subclasses(cls):
+    return {cls, *(found for direct in cls.__subclasses__() for found in subclasses(direct))}
+
+
+def test_every_message_class_is_one_of_the_clients_or_the_stores():
+    """A class that is in neither union could be sent and never be read."""
+    abstract = {messages.Message, messages.Request, messages.Reply}
+    assert subclasses(messages.Message) - abstract == set(CLASSES)
+    assert len({cls.__struct_config__.tag for cls in CLASSES}) == len(CLASSES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_message_is_named(cls):
+    assert f"`{cls.__name__}`" in TEXT
+
+
+def test_every_request_has_its_row():
+    rows = set(re.findall(r"^\| `(\w+)` \| `\w+`", TEXT, re.MULTILINE))
+    assert rows == {cls.__name__ for cls in subclasses(messages.Request) - {messages.Request}}
+
+
+def test_no_message_is_named_that_does_not_exist():
+    names = set(re.findall(r"`([A-Z][a-z]\w+)`", TEXT))
+    assert names == {cls.__name__ for cls in CLASSES}
+
+
+def test_every_error_code_exists():
+    ending = TEXT.partition("## What ends a connection")[2].partition("\n## ")[0]
+    codes = set(re.findall(r"\| `(\w+)` \|$", ending, re.MULTILINE)) | {"digest_mismatch", "out_of_memory", "memory"}
+    assert len(codes) > 5
+    for code in codes:
+        assert by_code(code).code == code
+
+
+def test_the_limits_are_those_of_the_code():
+    said = {
+        f"within {server.HELLO_WITHIN_S:.0f} s",
+        f"`--max-clients` ({ServeOptions(Path()).max_clients:,})",
+        f"{connection.MAX_BEFORE_HELLO >> 10} KiB before the greeting, {connection.MAX_FROM_CLIENT >> 20} MiB after it",
+        f"more than {connection.MAX_REQUESTS_WAITING} requests",
+        f"more than {connection.MAX_UNREAD >> 20} MiB of replies",
+        f"at most {wire.MAX_FROM_STORE >> 20} MiB\nwith at most {wire.MAX_FDS:,} fds",
+        f"at most {wire.FDS_AT_ONCE} with one `sendmsg`",
+    }
+    assert {text for text in said if text not in TEXT} == set()
+    assert wire.HEADER.format == ">IH"
