@@ -1,0 +1,62 @@
+"""Events on their way to the catalog: a bounded buffer that says what it had to drop.
+
+Not thread-safe: the catalog holds its lock around each call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Value = str | int
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened. ``seq`` counts from 1 in each epoch; ``time`` is Unix seconds on this node."""
+
+    seq: int
+    time: float
+    kind: str
+    fields: Mapping[str, Value]
+
+
+class EventBuffer:
+    """The events not written yet, at most ``capacity`` of them. The oldest make room for new ones."""
+
+    def __init__(self, capacity: int) -> None:
+        self._waiting: deque[Event] = deque()
+        self._capacity = capacity
+        self._last_seq = 0
+        self._dropped = 0
+        self._last_dropped: Event | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, kind: str, fields: Mapping[str, Value]) -> None:
+        """Take an event in, with the next sequence number and the time now."""
+        self._last_seq += 1
+        self._waiting.append(Event(self._last_seq, time.time(), kind, fields))
+        while len(self._waiting) > self._capacity:
+            self._last_dropped = self._waiting.popleft()
+            self._dropped += 1
+
+    def take(self, most: int) -> list[Event]:
+        """Remove and return the oldest ``most`` events.
+
+        What was dropped since the last time comes before them, as one event ``events_dropped`` with a ``count`` and in
+        the place (sequence number and time) of the last of them.
+        """
+        batch = []
+        if self._last_dropped is not None:
+            last = self._last_dropped
+            batch.append(Event(last.seq, last.time, "events_dropped", {"count": self._dropped}))
+            self._last_dropped, self._dropped = None, 0
+        batch.extend(self._waiting.popleft() for _ in range(min(most, len(self._waiting))))
+        return batch
