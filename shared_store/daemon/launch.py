@@ -1,0 +1,29 @@
+"""Starting a detached store with given options."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shared_store import spawn
+from shared_store.daemon.options import ServeOptions
+from shared_store.errors import StoreRunningError
+from shared_store.paths import prepare
+
+
+def start_detached(options: ServeOptions, timeout_s: float = 10.0) -> int:
+    """Start a store that outlives this process; returns its pid once clients can connect.
+
+    Raises:
+        StoreRunningError: the runtime directory has a store.
+        StoreUnavailableError: it did not come up; the message has the end of its log.
+    """
+    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    running = StoreRunningError(f"a store runs already in {paths.directory}; `wooly status` shows it")
+    if spawn.answers(paths):
+        raise running
+    data = {**msgspec.to_builtins(options, enc_hook=str), "runtime_dir": str(paths.directory)}
+    group = options.socket_group is not None
+    pid = spawn.start(paths.directory, msgspec.json.encode(data).decode(), group=group, timeout_s=timeout_s)
+    if not pid:
+        raise running
+    return pid

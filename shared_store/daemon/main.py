@@ -1,0 +1,121 @@
+"""The store's process: puts the parts together and runs them until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from shared_store.catalog import Catalog, EmbeddedServer
+from shared_store.daemon.mirror import Mirror
+from shared_store.daemon.options import ServeOptions
+from shared_store.daemon.server import Server, claim, listen
+from shared_store.daemon.snapshot import identify, take_catalog, take_status
+from shared_store.daemon.store import Store
+from shared_store.memory import MemfdBackend, backend_for
+from shared_store.paths import prepare
+from shared_store.status import Status
+
+if TYPE_CHECKING:
+    from shared_store.daemon.endpoint import Endpoint
+
+log = logging.getLogger(__name__)
+
+
+def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> int:
+    """Run a store in this process until SIGTERM, SIGINT or a client's shutdown request.
+
+    Args:
+        options: its settings.
+        ready: called once clients can connect.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        StoreRunningError: the runtime directory has a store.
+        ConfigError: something in the options cannot be used.
+    """
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    _raise_file_limit()
+    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    held = claim(paths)
+    try:
+        asyncio.run(_serve(options, ready))
+    finally:
+        os.close(held)
+    return 0
+
+
+async def _serve(options: ServeOptions, ready: Callable[[], None]) -> None:
+    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    loop = asyncio.get_running_loop()
+    store = Store({"cpu": MemfdBackend()}, options.max_resident)
+    for device in options.max_resident:
+        if device not in store.segments.backends:
+            store.segments.add_device(backend_for(device))
+    identity = identify(paths.directory, paths.node_id)
+    embedded = None if options.redis_url else EmbeddedServer(paths.directory)
+    catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
+
+    def status() -> Status:
+        state: Literal["ok", "down"] = catalog.state
+        return take_status(store, identity, catalog_url=catalog.url, catalog_state=state)
+
+    address = options.metrics_address
+    endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
+    server = Server(store, listen(paths, group=options.socket_group), options, status)
+    mirror = Mirror(catalog, lambda: take_catalog(store, identity))
+    store.changed, store.event = mirror.changed, catalog.event
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.stopping.set)
+    try:
+        if endpoint is not None:
+            endpoint.start()
+        server.start()
+        log.info("ready at %s", paths.socket)
+        ready()
+        if embedded is not None:
+            await asyncio.to_thread(embedded.start)
+        catalog.start(take_catalog(store, identity))
+        await server.stopping.wait()
+        log.info("stopping")
+    finally:
+        mirror.stop()
+        await server.stop()
+        with contextlib.suppress(FileNotFoundError):
+            paths.socket.unlink()
+        if endpoint is not None:
+            await asyncio.to_thread(endpoint.stop)
+        await asyncio.to_thread(catalog.stop)
+        if embedded is not None:
+            await asyncio.to_thread(embedded.stop)
+        store.segments.close()
+
+
+def _endpoint(address: str, status: Callable[[], Status]) -> Endpoint:
+    from shared_store.daemon.endpoint import Endpoint  # what it imports costs time, and it is off by default
+
+    return Endpoint(address, status)
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Status]) -> Status:
+    """Take the snapshot in the loop, which owns the state, for a thread that serves metrics."""
+
+    async def take() -> Status:
+        return status()
+
+    return asyncio.run_coroutine_threadsafe(take(), loop).result(timeout=5.0)
+
+
+def _raise_file_limit() -> None:
+    """A segment or a client is an fd each: take as many as the system lets this user have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

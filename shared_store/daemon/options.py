@@ -1,0 +1,41 @@
+"""What a store is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared_store import envs
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Settings of one store.
+
+    Attributes:
+        runtime_dir: directory of its socket, lock and log.
+        redis_url: the catalog's server; None: an embedded one.
+        metrics_address: ``HOST:PORT`` for metrics and health; None: off.
+        max_clients: connections at a time.
+        max_resident: limit in bytes by device (``cpu`` or a GPU's UUID).
+        socket_group: name of a group whose members may connect too.
+        allow_uids: uids beside the store's own whose processes may connect.
+        log_level: least severe message that is logged.
+    """
+
+    runtime_dir: Path
+    redis_url: str | None = None
+    metrics_address: str | None = None
+    max_clients: int = 1024
+    max_resident: Mapping[str, int] = field(default_factory=dict)
+    socket_group: str | None = None
+    allow_uids: tuple[int, ...] = ()
+    log_level: str = "INFO"
+
+    @staticmethod
+    def from_environment() -> ServeOptions:
+        """The defaults, with what ``WOOLY_*`` variables say."""
+        return ServeOptions(
+            runtime_dir=envs.RUNTIME_DIR.get(), redis_url=envs.REDIS_URL.get(), log_level=envs.LOG_LEVEL.get()
+        )

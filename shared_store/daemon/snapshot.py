@@ -1,0 +1,183 @@
+"""The store's state as others see it: the status for people and programs, and the documents for the catalog."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import shared_store
+from shared_store import status
+from shared_store.catalog import schema
+from shared_store.daemon.models import State
+from shared_store.daemon.store import Store
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which store this is: ``node`` survives restarts, ``epoch`` is this run's own."""
+
+    node: str
+    epoch: str
+    hostname: str
+    runtime_dir: Path
+    started_at: float
+    started_monotonic: float
+
+
+def identify(runtime_dir: Path, node_file: Path) -> Identity:
+    """The identity of a store that starts now; the node's is kept in a file beside the socket."""
+    if not node_file.exists():
+        node_file.write_text(os.urandom(8).hex() + "\n", encoding="ascii")
+    node = f"{socket.gethostname()}-{node_file.read_text(encoding='ascii').strip()}"
+    return Identity(node, os.urandom(8).hex(), socket.gethostname(), runtime_dir, time.time(), time.monotonic())
+
+
+def take_status(
+    store: Store, identity: Identity, *, catalog_url: str, catalog_state: Literal["ok", "down"]
+) -> status.Status:
+    """The snapshot for people, programs and metrics."""
+    models = _models(store)
+    clients = _clients(store)
+    devices = tuple(
+        status.DeviceStatus(
+            device,
+            store.segments.resident_bytes(device),
+            store.segments.limits.get(device),
+            store.segments.count(device),
+        )
+        for device in store.segments.backends
+    )
+    mapped = sum(client.mapped_bytes for client in clients)
+    degraded = catalog_state != "ok"
+    return status.Status(
+        node=status.NodeStatus(identity.node, identity.hostname, str(identity.runtime_dir)),
+        store=status.StoreStatus(
+            os.getpid(),
+            shared_store.__version__,
+            round(time.monotonic() - identity.started_monotonic, 3),
+            "degraded" if degraded else "ok",
+            ("the catalog does not answer",) if degraded else (),
+        ),
+        catalog=status.CatalogStatus(catalog_url, catalog_state),
+        devices=devices,
+        models=models,
+        clients=clients,
+        totals=status.Totals(sum(device.resident_bytes for device in devices), mapped, mapped - _mapped_once(store)),
+        counters=status.Counters(
+            store.counts.attaches,
+            store.counts.publishes,
+            store.counts.aborted_publishes,
+            store.counts.fallbacks,
+            store.counts.protocol_errors,
+        ),
+    )
+
+
+def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
+    """The documents for the catalog."""
+    by_key = {model.key: model for model in _models(store)}
+    documents = []
+    for model in store.models.all():
+        committed = store.committed.get(model.key)
+        shown = by_key[model.key]
+        blobs = {blob.digest: blob.nbytes for blob in committed.manifest.blobs} if committed else {}
+        documents.append(
+            schema.ModelDoc(
+                key=model.key,
+                name=model.name,
+                engine=model.engine,
+                device=model.device,
+                state=shown.state,
+                tensors=shown.tensors,
+                nbytes=shown.bytes,
+                manifest=committed.data if committed else b"",
+                blobs=tuple(schema.BlobDoc(digest, nbytes) for digest, nbytes in blobs.items()),
+            )
+        )
+    leases = tuple(
+        schema.LeaseDoc(client.id, client.pid, client.uid, client.name, client.key, client.role)
+        for client in _clients(store)
+        if client.key
+    )
+    devices = {
+        device: {
+            "resident_bytes": store.segments.resident_bytes(device),
+            "limit_bytes": store.segments.limits.get(device),
+        }
+        for device in store.segments.backends
+    }
+    node = schema.NodeDoc(
+        node=identity.node,
+        epoch=identity.epoch,
+        pid=os.getpid(),
+        hostname=identity.hostname,
+        version=shared_store.__version__,
+        started_at=identity.started_at,
+        devices=devices,
+    )
+    return schema.Snapshot(node, tuple(documents), leases)
+
+
+def _models(store: Store) -> tuple[status.ModelStatus, ...]:
+    named_by: Counter[tuple[str, bytes]] = Counter()
+    for committed in store.committed.values():
+        named_by.update({(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs})
+    shown = []
+    for model in store.models.all():
+        known = store.committed.get(model.key)
+        distinct = {blob.digest: blob.nbytes for blob in known.manifest.blobs} if known else {}
+        shown.append(
+            status.ModelStatus(
+                key=model.key,
+                name=model.name,
+                engine=model.engine,
+                device=model.device,
+                state="committed" if model.state is State.COMMITTED else "publishing",
+                tensors=len(known.manifest.tensors) if known else 0,
+                bytes=known.manifest.nbytes if known else 0,
+                unique_bytes=sum(size for digest, size in distinct.items() if named_by[model.device, digest] == 1),
+                readers=len(model.readers),
+                pinned=False,
+            )
+        )
+    return tuple(shown)
+
+
+def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
+    held: list[tuple[int, str, Literal["publisher", "reader", "waiting", "idle"]]] = []
+    for model in store.models.all():
+        if model.publisher is not None:
+            held.append((model.publisher, model.key, "publisher"))
+        held += [(reader, model.key, "reader") for reader in sorted(model.readers)]
+        held += [(waiter.client, model.key, "waiting") for waiter in model.waiters]
+    busy = {number for number, _, _ in held}
+    held += [(number, "", "idle") for number in store.clients if number not in busy]
+    shown = []
+    for number, key, role in held:
+        client = store.clients.get(number)
+        if client is None:
+            continue  # its connection ended; what it held goes with the same turn of the loop
+        private = client.private_bytes.get(key, 0)
+        mapped = store.committed[key].manifest.nbytes if role == "reader" else 0
+        shown.append(
+            status.ClientStatus(
+                number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private
+            )
+        )
+    return tuple(shown)
+
+
+def _mapped_once(store: Store) -> int:
+    """Bytes of one copy of every distinct blob that somebody reads."""
+    blobs = {
+        (model.device, blob.digest): blob.nbytes
+        for model in store.models.all()
+        if model.readers
+        for blob in store.committed[model.key].manifest.blobs
+    }
+    return sum(blobs.values())

@@ -1,0 +1,241 @@
+"""What is not the protocol: the connection that says it ends with the reason, and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import struct
+
+import pytest
+from support.content import key
+from support.rawclient import RawClient
+from support.stores import wait_for_status
+from support.waiting import wait_until
+
+from shared_store.client.session import Session
+from shared_store.daemon.connection import MAX_BEFORE_HELLO, MAX_FROM_CLIENT, MAX_REQUESTS_WAITING
+from shared_store.errors import ProtocolVersionError, TooManyClientsError
+from shared_store.protocol import messages, wire
+
+MODEL = [[1, 3 << 20], [2, 100]]
+STATUS = messages.encode(messages.GetStatus(1))
+
+
+@pytest.fixture
+def bystander(store, actor):
+    """A reader that must notice nothing; and the store must have counted the one fault, and have no fd more."""
+    reader = actor()
+    reader.publish(key=key(1), model=MODEL)
+    client = store.client()
+    wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog, which has fds too")
+    before = store.open_fds()
+    yield reader
+    assert reader.alive()
+    assert reader.digests() == reader.expected()
+    assert reader.status()["counters"]["protocol_errors"] == 1
+    wait_until(lambda: store.open_fds() <= before, "the store to have the fds that it had")
+
+
+def frame(payload):
+    return wire.header(payload, 0) + payload
+
+
+BEFORE_HELLO = {
+    "garbage": (b"GET / HTTP/1.1\r\n\r\n", "message_too_large"),
+    "a frame of garbage": (frame(b"\xc1 garbage"), "protocol"),
+    "an empty frame": (frame(b""), "protocol"),
+    "a request": (frame(STATUS), "protocol"),
+    "a store's message": (frame(messages.encode(messages.Granted(1))), "protocol"),
+    "an oversized greeting": (
+        frame(messages.encode(messages.Hello(messages.VERSION, "n" * MAX_BEFORE_HELLO, "0"))),
+        "message_too_large",
+    ),
+    "an older protocol version": (frame(messages.encode(messages.Hello(0, "old", "0.0.1"))), "protocol_version"),
+    "a newer protocol version": (frame(messages.encode(messages.Hello(2**31, "new", "99"))), "protocol_version"),
+    "fds that were announced": (struct.pack(">IH", 10, 3), "protocol"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_HELLO)
+@pytest.mark.usefixtures("bystander")
+def test_before_the_greeting(store, name):
+    data, code = BEFORE_HELLO[name]
+    with RawClient(store.paths.socket, greet=False) as client:
+        client.send_bytes(data)
+        assert client.refusal() == code
+
+
+AFTER_HELLO = {
+    "garbage": (b"\xff" * 100, "message_too_large"),
+    "a frame of garbage": (frame(b"\xc1 garbage"), "protocol"),
+    "deep nesting": (frame(b"\x81\xa4type" + b"\x91" * 100_000), "protocol"),
+    "an oversized frame": (struct.pack(">IH", MAX_FROM_CLIENT + 1, 0), "message_too_large"),
+    "a second greeting": (frame(messages.encode(messages.Hello(messages.VERSION, "again", "0"))), "protocol"),
+    "an unknown message": (frame(b"\x82\xa4type\xa5dance\xa2id\x01"), "protocol"),
+    "a message without its fields": (frame(b"\x82\xa4type\xa4open\xa2id\x01"), "protocol"),
+    "a field of another type": (frame(b"\x82\xa4type\xaaget_status\xa2id\xa3one"), "protocol"),
+    "a store's message": (frame(messages.encode(messages.Push(1, "shutdown"))), "protocol"),
+    "too many requests at once": (frame(STATUS) * (MAX_REQUESTS_WAITING + 40), "protocol"),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_HELLO)
+@pytest.mark.usefixtures("bystander")
+def test_after_the_greeting(store, name):
+    data, code = AFTER_HELLO[name]
+    with RawClient(store.paths.socket) as client:
+        client.send_bytes(data)
+        assert client.refusal() == code
+
+
+@pytest.mark.usefixtures("bystander")
+def test_fds_from_a_client(store):
+    """Any number, with whatever message: refused, and closed."""
+    with RawClient(store.paths.socket) as client:
+        client.send_fds(frame(STATUS), [0] * 100)
+        assert client.refusal() == "protocol"
+
+
+def test_a_truncated_frame(store, actor):
+    """A client dies while it sends: that is no fault of protocol, and nothing of the frame is done."""
+    publisher = actor()
+    publisher.publish(key=key(1), model=MODEL)
+    publisher.leave(key=key(1))
+    removal = frame(messages.encode(messages.Remove(1, key(1))))
+    for cut in (1, wire.HEADER.size, len(removal) - 1):
+        with RawClient(store.paths.socket) as client:
+            client.send_bytes(removal[:cut])
+    client = store.client()
+    wait_for_status(client, lambda status: len(status.clients) == 2, "the raw clients to be gone")
+    assert client.open(key(1)) == "attached"
+
+
+def test_a_frame_byte_by_byte(store):
+    with RawClient(store.paths.socket) as client:
+        for byte in frame(STATUS):
+            client.send_bytes(bytes([byte]))
+        assert isinstance(client.receive(), messages.StatusReply)
+
+
+def test_as_many_requests_as_are_allowed(store):
+    """All are answered, in order, when the client waits in one of them meanwhile too."""
+    with RawClient(store.paths.socket) as client:
+        client.send_bytes(b"".join(frame(messages.encode(messages.GetStatus(n))) for n in range(MAX_REQUESTS_WAITING)))
+        assert [client.receive().id for _ in range(MAX_REQUESTS_WAITING)] == list(range(MAX_REQUESTS_WAITING))
+
+
+def test_too_many_requests_while_one_waits(store, actor):
+    """A client that is in line for a model floods the store: cut off, and out of line."""
+    publisher = actor()
+    publisher.open(key=key(1))
+    client = store.client()
+    with RawClient(store.paths.socket) as flood:
+        flood.send(messages.Open(1, key(1), "", "", "cpu", publish=True))
+        wait_for_status(client, lambda status: any(one.role == "waiting" for one in status.clients), "the wait")
+        flood.send_bytes(frame(STATUS) * (MAX_REQUESTS_WAITING + 1))
+        assert flood.refusal() == "protocol"
+        wait_for_status(client, lambda status: all(one.role != "waiting" for one in status.clients), "its end")
+    assert client.session.status().counters.protocol_errors == 1
+
+
+def test_the_session_of_another_version_has_the_reason(store, monkeypatch):
+    """What both sides are, and what to do."""
+    monkeypatch.setattr(messages, "VERSION", messages.VERSION + 1)
+    with pytest.raises(ProtocolVersionError, match=r"speaks protocol 2, this store .* speaks 1; install one version"):
+        store.client()
+
+
+def test_an_error_in_a_request_leaves_the_connection(store):
+    with RawClient(store.paths.socket) as client:
+        client.send(messages.Remove(7, "ff"))
+        failed = client.receive()
+        assert (failed.id, failed.code) == (7, "model_not_found")
+        client.send(messages.GetStatus(8))
+        assert client.receive().id == 8
+
+
+def test_an_answer_to_a_push_that_nobody_sent_is_ignored(store):
+    with RawClient(store.paths.socket) as client:
+        client.send(messages.Unsupported(99))
+        client.send(messages.GetStatus(1))
+        assert client.receive().id == 1
+
+
+def test_a_thousand_connections(start_store, actor):
+    """Up to the limit all are served; one more is told so; as one leaves there is room again."""
+    store = start_store(max_clients=1000)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("this process may not open a thousand sockets (ulimit -n)")
+    with contextlib.ExitStack() as stay:
+        with contextlib.ExitStack() as leave:
+            clients = [
+                (stay if number % 2 else leave).enter_context(RawClient(store.paths.socket, timeout_s=60))
+                for number in range(999)
+            ]
+            reader = store.client()
+            assert reader.publish(key(1), MODEL) == "granted"
+            with pytest.raises(TooManyClientsError, match="has its 1000 clients; raise --max-clients"):
+                actor()
+            assert len(reader.session.status().clients) == 1000
+        wait_for_status(reader, lambda status: len(status.clients) == 500, "the connections to end")
+        assert actor().open(key=key(1)) == "attached"
+        for client in clients[1::2]:
+            client.send(messages.RecallFiles(1, ()))
+            assert client.receive().id == 1
+
+
+def test_a_store_that_may_open_few_files(start_store, actor):
+    """Out of fds: clients wait until there is room, those that are in go on, and the store stays."""
+    store = start_store()
+    reader = actor()
+    reader.publish(key=key(1), model=MODEL)
+    client = store.client()
+    wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog")
+    limit = store.open_fds() + 4
+    _, hard = resource.prlimit(store.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    with contextlib.ExitStack() as held:
+        for _ in range(30):
+            held.enter_context(RawClient(store.paths.socket, greet=False))
+        wait_until(lambda: "cannot accept a client" in store.log(), "the store to be out of fds")
+        assert reader.status()["models"][0]["readers"] == 1
+    resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert actor().open(key=key(1)) == "attached"
+
+
+def test_a_reader_that_the_store_has_no_fds_for(start_store):
+    """A typed error with the next step; it is no reader then, and can ask again."""
+    store = start_store()
+    client = store.client()
+    client.publish(key(1), MODEL)
+    reader = store.client()
+    wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog")
+    _, hard = resource.prlimit(store.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (store.lowest_free_fd(), hard))
+    with pytest.raises(Exception, match="ulimit -n") as caught:
+        reader.open(key(1))
+    assert caught.value.code == "memory"
+    assert client.session.status().models[0].readers == 1
+    resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert reader.open(key(1)) == "attached"
+    assert reader.digests() == reader.expected()
+
+
+def test_a_client_that_may_open_few_files(store):
+    """The kernel drops fds that it cannot have: an error that says so, not a model with a piece missing."""
+    client = store.client()
+    client.publish(key(1), MODEL)
+    reader = store.client()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(Exception, match="ulimit -n") as caught:
+            reader.session.open(key(1), name="", engine="", device="cpu", publish=True, timeout_s=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.code == "protocol"
+    assert isinstance(reader.session, Session)
+    assert not reader.alive()

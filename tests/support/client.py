@@ -1,0 +1,198 @@
+"""A publisher and reader without torch: a session, and mappings of the segments of one model at a time.
+
+Made for being driven by a test, in its own process or (see `actors`) in another. What its methods take and return has a
+JSON form. Bytes are told by seed and size, as `content` makes them; a model is a list of `[seed, nbytes]`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+from support.content import blob, content, manifest_of
+
+from shared_store.client.session import Session
+from shared_store.digest import digest_at
+from shared_store.manifest import decode
+from shared_store.memory import Access, Mapping, MemfdBackend
+
+
+class Client:
+    """One session, and what it has mapped."""
+
+    def __init__(self, directory, name="", *, autostart=False, timeout_s=10.0):
+        self.backend = MemfdBackend()
+        self.session = Session.connect(Path(directory), name=name, autostart=autostart, timeout_s=timeout_s)
+        self.mappings = []
+        self.promised = []
+        self.leases = []
+        self.places = ()
+        self.blobs = ()
+
+    def close(self):
+        self.session.close()
+
+    def unmap_all(self):
+        for mapping in self.mappings:
+            if mapping is not None:
+                mapping.close()
+        self.mappings = []
+
+    # Publishing, in the steps that it has.
+
+    def open(self, key, *, publish=True, timeout_s=60.0, name="model", device="cpu"):
+        """`granted`, or `attached` with the model mapped."""
+        found = self.session.open(key, name=name, engine="test", device=device, publish=publish, timeout_s=timeout_s)
+        if found is None:
+            return "granted"
+        self._take(*found)
+        return "attached"
+
+    def plan(self, key, model):
+        """Ask where blobs go, and map the segments that exist; returns which of the blobs are new."""
+        self.model = [tuple(entry) for entry in model]
+        self.blobs = tuple(blob(content(seed, nbytes)) for seed, nbytes in self.model)
+        planned, fds = self.session.plan(key, self.blobs)
+        self.places = planned.places
+        self.mappings = self._mappings(planned.segments, fds)
+        self.promised = [(index, segment.id) for index, segment in enumerate(planned.segments) if segment.promised]
+        for mapping in self.mappings:
+            if mapping is not None:
+                mapping.map(Access.READ)
+        return [place.new for place in planned.places]
+
+    def fill(self, key, *, lie=None, half=False):
+        """Get the promised segments, and write new blobs: `lie` with one bit turned, or only `half` of every one."""
+        for index, segment in self.promised:
+            fd = self.session.fill(key, segment)
+            self.mappings[index] = Mapping(self.backend, self.backend.import_fd(fd, os.fstat(fd).st_size))
+            os.close(fd)
+            self.mappings[index].map(Access.WRITE)
+        self.promised = []
+        for index, (seed, nbytes) in enumerate(self.model):
+            if self.places[index].new:
+                data = bytearray(content(seed, nbytes))
+                if index == lie:
+                    data[nbytes // 2] ^= 1
+                del data[nbytes // 2 if half else nbytes :]
+                ctypes.memmove(self._address(index), bytes(data), len(data))
+
+    def unmap(self):
+        for mapping in self.mappings:
+            mapping.unmap()
+
+    def commit(self, key, *, state=None):
+        attached, fds = self.session.commit(manifest_of(key, self.blobs, state=state))
+        self._take(attached, fds)
+        return "attached"
+
+    def publish(self, key, model):
+        """Open, and be the publisher or a reader: says which."""
+        outcome = self.open(key)
+        if outcome == "granted":
+            self.plan(key, model)
+            self.fill(key)
+            self.unmap()
+            self.commit(key)
+        return outcome
+
+    # Reading.
+
+    def digests(self):
+        """Digests of the bytes that are mapped now, in the manifest's order."""
+        return [digest_at(self._address(index), one.nbytes).hex() for index, one in enumerate(self.blobs)]
+
+    def expected(self):
+        """What the manifest says they are."""
+        return [one.digest.hex() for one in self.blobs]
+
+    def write(self, index, text):
+        """Write into a mapped blob in place."""
+        data = text.encode()
+        ctypes.memmove(self._address(index), data, len(data))
+
+    def read(self, index, nbytes):
+        return ctypes.string_at(self._address(index), nbytes).hex()
+
+    def addresses(self):
+        return [mapping.address for mapping in self.mappings]
+
+    def private_bytes(self):
+        return sum(mapping.private_bytes() for mapping in self.mappings)
+
+    # The rest of a session.
+
+    def leave(self, key):
+        self.unmap_all()
+        self.session.leave(key)
+
+    def abandon(self, key, reason="test"):
+        self.unmap_all()
+        self.session.abandon(key, reason)
+
+    def remove(self, key):
+        return self.session.remove(key)
+
+    def status(self):
+        return msgspec.to_builtins(self.session.status())
+
+    def alive(self):
+        return self.session.alive
+
+    def acquire_for_good(self, lease, timeout_s=60.0):
+        self.leases.append(self.session.lease(lease, timeout_s))
+        self.leases[-1].__enter__()
+
+    def store_pid(self):
+        return self.session.store_pid
+
+    def pid(self):
+        return os.getpid()
+
+    def fork(self):
+        """Fork a child that tries to use the session, says what it met, and stays until it is killed."""
+        said, say = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(said)
+            try:
+                self.session.status()
+                text = "no error"
+            except Exception as error:  # noqa: BLE001 - the test is told of any
+                text = f"{type(error).__name__}: {error}"
+            os.write(say, text.encode())
+            os.close(say)
+            signal.pause()
+        os.close(say)
+        with os.fdopen(said, "rb") as pipe:
+            return {"pid": pid, "said": pipe.read().decode()}
+
+    # Inside.
+
+    def _take(self, attached, fds):
+        self.unmap_all()
+        manifest = decode(attached.manifest)
+        self.blobs, self.places = manifest.blobs, attached.places
+        self.mappings = self._mappings(attached.segments, fds)
+        for mapping in self.mappings:
+            mapping.map(Access.READ)
+
+    def _mappings(self, segments, fds):
+        """One for each segment; None for one that is only promised."""
+        made, left = [], list(fds)
+        for segment in segments:
+            if segment.promised:
+                made.append(None)
+                continue
+            fd = left.pop(0)
+            made.append(Mapping(self.backend, self.backend.import_fd(fd, segment.nbytes)))
+            os.close(fd)
+        assert not left
+        return made
+
+    def _address(self, index):
+        place = self.places[index]
+        return self.mappings[place.segment].address + place.offset

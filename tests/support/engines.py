@@ -1,0 +1,128 @@
+"""Engine processes and private stores, for tests with real vLLM on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared_store.client.session import Session
+from shared_store.errors import StoreUnavailableError
+from shared_store.status import Status
+
+ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
+STARTED_WITHIN_S = 280.0
+
+
+class EngineProcess:
+    """A running ``engine.py``; its JSON lines are events, everything else is its log."""
+
+    def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
+        variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ENGINE), json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=variables,
+        )
+        self.log: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                if line.startswith('{"event"'):
+                    self.events.append(json.loads(line))
+                else:
+                    self.log.append(line.rstrip())
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, event: str, model: str | None = None) -> dict[str, Any]:
+        """The first event of that kind (about that model); fails with the engine's log if it does not come."""
+
+        def found() -> dict[str, Any] | None:
+            matching = (e for e in self.events if e["event"] == event and model in (None, e.get("model")))
+            return next(matching, None)
+
+        with self._changed:
+            ended = self._changed.wait_for(
+                lambda: found() is not None or not self._reader.is_alive() or self.process.poll() is not None,
+                timeout=STARTED_WITHIN_S,
+            )
+        if found() is None and ended:
+            self._reader.join(timeout=10)
+        result = found()
+        assert result is not None, f"no {event!r} from the engine; the end of its log:\n" + "\n".join(self.log[-40:])
+        return result
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> int:
+        """Wait for its end; returns the exit code."""
+        code = self.process.wait(timeout=STARTED_WITHIN_S)
+        self._reader.join(timeout=10)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join(timeout=10)
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def private_store_directory() -> Iterator[Path]:
+    """A short directory for a store of its own, which is stopped in the end."""
+    with tempfile.TemporaryDirectory(prefix="wooly-", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o700)
+        try:
+            yield directory
+        finally:
+            stop_store(directory)
+
+
+def stop_store(directory: Path) -> None:
+    try:
+        with Session.connect(directory, autostart=False) as session:
+            pid = session.store_pid
+            session.shutdown_store()
+    except StoreUnavailableError:
+        return
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the store ends")
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Look until it is so; fail with what was waited for."""
+    pause = threading.Event()
+    for _ in range(int(timeout_s / 0.01)):
+        if condition():
+            return
+        pause.wait(0.01)
+    pytest.fail(f"not within {timeout_s} s: {what}")
+
+
+def status_of(directory: Path) -> Status:
+    with Session.connect(directory, autostart=False, name="test") as session:
+        return session.status()

@@ -1,0 +1,60 @@
+"""Fixtures of the tests that run real stores and clients; a folder's `conftest.py` imports them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from support.actors import Actor
+from support.stores import StoreProcess
+
+__all__ = ["actor", "directory", "start_store", "store"]
+
+
+@pytest.fixture
+def directory(monkeypatch):
+    """A private runtime directory, short enough for a socket, and the one that clients find by default."""
+    path = Path(tempfile.mkdtemp(prefix="wooly-"))
+    monkeypatch.setenv("WOOLY_RUNTIME_DIR", str(path))
+    monkeypatch.delenv("WOOLY_REDIS_URL", raising=False)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start_store(directory):
+    """Start a store in the directory, with options; all are ended with the test."""
+    started = []
+
+    def start(**options):
+        started.append(StoreProcess(directory, **options))
+        return started[-1].start()
+
+    yield start
+    for one in reversed(started):
+        one.clean_up()
+
+
+@pytest.fixture
+def store(start_store):
+    """A running store."""
+    return start_store()
+
+
+@pytest.fixture
+def actor(directory):
+    """Make client processes, connected unless `connect=False`; all are ended with the test."""
+    made = []
+
+    def make(*, connect=True, name="", autostart=False, env=None, **popen):
+        made.append(Actor(env={**os.environ, **(env or {})}, **popen))
+        if connect:
+            made[-1].connect(directory=str(directory), name=name, autostart=autostart)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()

@@ -1,0 +1,115 @@
+"""Real store processes, each in a private runtime directory with a short path."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from support.client import Client
+from support.waiting import open_fds, process_state, wait_until
+
+from shared_store.paths import RuntimePaths
+
+
+class StoreProcess:
+    """`python -m shared_store.daemon`. Options are those of `ServeOptions`."""
+
+    def __init__(self, directory, **options):
+        self.directory = Path(directory)
+        self.paths = RuntimePaths(self.directory)
+        self._options = {"runtime_dir": str(directory), **options}
+        self._clients = []
+        self._process = None
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def start(self, **popen):
+        """Start it, and wait until clients can connect."""
+        told, tell = os.pipe()
+        try:
+            command = [
+                sys.executable,
+                "-m",
+                "shared_store.daemon",
+                str(self.directory),
+                str(tell),
+                json.dumps(self._options),
+            ]
+            with (self.directory / "test.log").open("ab") as log:
+                self._process = subprocess.Popen(command, pass_fds=(tell,), stdout=log, stderr=log, **popen)
+            os.close(tell)
+            assert select.select([told], [], [], 20.0)[0], "the store was not ready within 20 s"
+            assert os.read(told, 1) == b"1", self.log()
+        finally:
+            os.close(told)
+        return self
+
+    def refused(self, **popen):
+        """Start it where it must refuse: its exit code, and what it says."""
+        command = [sys.executable, "-m", "shared_store.daemon", str(self.directory), "", json.dumps(self._options)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, **popen)
+        return done.returncode, done.stderr
+
+    def log(self):
+        return (self.directory / "test.log").read_text()
+
+    def client(self, name=""):
+        """A client in this process, which ends with the test."""
+        client = Client(self.directory, name)
+        self._clients.append(client)
+        return client
+
+    @property
+    def proc(self):
+        return Path(f"/proc/{self.pid}")
+
+    def open_fds(self):
+        return open_fds(self.pid)
+
+    def lowest_free_fd(self):
+        """The number that the next file it opens gets."""
+        taken = {int(fd.name) for fd in (self.proc / "fd").iterdir()}
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+
+    def children(self):
+        """Pids of the processes that it started and that run."""
+        return [int(pid) for task in (self.proc / "task").iterdir() for pid in (task / "children").read_text().split()]
+
+    def stop(self):
+        """End it in good order; its exit code."""
+        self._process.terminate()
+        return self.wait()
+
+    def wait(self):
+        """Its exit code, once it ends."""
+        return self._process.wait(timeout=20)
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+    def clean_up(self):
+        for client in self._clients:
+            client.unmap_all()
+            client.close()
+        if self._process is not None and self._process.poll() is None:
+            if process_state(self.pid) == "T":
+                os.kill(self.pid, signal.SIGCONT)
+            self.kill()
+
+
+def resident(client):
+    """Bytes that the store holds, as its status says."""
+    return client.session.status().totals.resident_bytes
+
+
+def wait_for_status(client, condition, what):
+    """Poll the status until `condition(status)`."""
+    wait_until(lambda: condition(client.session.status()), what)

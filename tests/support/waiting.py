@@ -1,0 +1,40 @@
+"""Waiting for a condition with a deadline, and what the kernel says about processes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+def wait_until(condition, what, timeout_s=15.0):
+    """Poll until `condition()` is true and return what it gave; fail with `what` it waited for."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s for: {what}")
+        time.sleep(0.005)
+    return found
+
+
+def process_state(pid):
+    """The letter of `proc_pid_stat(5)`: R, S, T (stopped), Z (ended, not waited for); empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def open_fds(pid="self"):
+    """How many fds a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def open_segments(pid="self"):
+    """How many fds of a process are segments in host memory."""
+    targets = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            targets.append(str(fd.readlink()))
+        except FileNotFoundError:
+            continue  # closed since it was listed
+    return sum(target.startswith("/memfd:wooly") for target in targets)
