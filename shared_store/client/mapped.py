@@ -1,0 +1,107 @@
+"""A model's blobs in this process: segments mapped once, blobs found in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from shared_store.client.views import bytes_at
+from shared_store.manifest import Blob
+from shared_store.memory import Access, Backend, Mapping
+from shared_store.protocol import messages
+from shared_store.protocol.wire import close_fds
+
+REPLICA_MIN_BYTES = 1 << 20
+"""A blob that one model has more than once is copied below this size, and mapped once more from it on."""
+
+
+class MappedBlobs:
+    """The blobs of one model. Tensors made of them keep their mappings alive; this object need not live on."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        blobs: Sequence[Blob],
+        places: Sequence[messages.BlobPlace],
+        segments: Sequence[messages.SegmentInfo],
+        fds: Sequence[int],
+    ) -> None:
+        """Take over the segments of an answer (its fds are closed here); nothing is mapped yet.
+
+        Promised segments have no fd; :meth:`add` brings them in later.
+        """
+        self._backend = backend
+        self.places = tuple(places)
+        self.segments = tuple(segments)
+        self._blobs = tuple(blobs)
+        self._mappings: dict[int, Mapping] = {}
+        self._replicas: dict[tuple[int, int], Mapping] = {}
+        copies: Counter[bytes] = Counter()
+        self.occurrence: list[int] = []
+        """For each blob: how many of the same digest come before it in this model."""
+        for blob in blobs:
+            self.occurrence.append(copies[blob.digest])
+            copies[blob.digest] += 1
+        existing = [index for index, info in enumerate(segments) if not info.promised]
+        try:
+            for index, fd in zip(existing, fds, strict=True):
+                self._import(index, fd)
+        finally:
+            close_fds(fds)
+
+    def add(self, index: int, fd: int) -> None:
+        """Bring in a promised segment, to be written: by its index, with its fd (closed here)."""
+        try:
+            self._import(index, fd)
+        finally:
+            close_fds((fd,))
+        self._mappings[index].map(Access.WRITE)
+
+    def has(self, index: int) -> bool:
+        """Whether the segment with this index is here (a promised one is not, until it is added)."""
+        return index in self._mappings
+
+    def map_for_reading(self) -> None:
+        """Map all segments that are here for reading, each at its address."""
+        for mapping in (*self._mappings.values(), *self._replicas.values()):
+            mapping.map(Access.READ)
+
+    def _import(self, index: int, fd: int) -> None:
+        nbytes = self.segments[index].nbytes
+        self._mappings[index] = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
+        repeated = {
+            self.occurrence[number]
+            for number, place in enumerate(self.places)
+            if place.segment == index and self.occurrence[number] and self._blobs[number].nbytes >= REPLICA_MIN_BYTES
+        }
+        for occurrence in repeated:
+            again = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
+            again.map(Access.READ)
+            self._replicas[index, occurrence] = again
+
+    def unmap(self) -> None:
+        """Unmap all; addresses stay."""
+        for mapping in (*self._mappings.values(), *self._replicas.values()):
+            mapping.unmap()
+
+    def shared(self, index: int, min_bytes: int) -> bool:
+        """Whether the blob is to be mapped: large enough, and not a small repetition of another."""
+        nbytes = self._blobs[index].nbytes
+        return nbytes >= max(min_bytes, REPLICA_MIN_BYTES if self.occurrence[index] else 1)
+
+    def where(self, index: int) -> tuple[int, int]:
+        """The blob's segment (by the store's number) and first byte."""
+        place = self.places[index]
+        return self.segments[place.segment].id, place.offset
+
+    def bytes(self, index: int) -> torch.Tensor:
+        """The blob's bytes (uint8, shape ``(nbytes,)``); a repetition of a blob has a mapping of its own."""
+        place, nbytes = self.places[index], self._blobs[index].nbytes
+        mapping = self._replicas.get((place.segment, self.occurrence[index]), self._mappings[place.segment])
+        return bytes_at(mapping, place.offset, nbytes)
+
+    def private_bytes(self) -> int:
+        """Bytes of mapped memory that this process wrote to, and so holds for itself."""
+        return sum(mapping.private_bytes() for mapping in (*self._mappings.values(), *self._replicas.values()))

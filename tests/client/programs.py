@@ -1,0 +1,29 @@
+"""Python programs in processes of their own. Imports no torch, for those that need none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def start_program(program, *arguments, **popen):
+    """A new Python process that can import what tests do."""
+    path = str(Path(__file__).resolve().parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{program}", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def finish_program(process, timeout_s=90):
+    """What it printed; it must have ended well."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out.strip()

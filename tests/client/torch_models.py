@@ -1,0 +1,60 @@
+"""Publishing and attaching torch modules, with nothing of an engine around them; and what the kernel says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.content import key
+
+from shared_store.client.bind import bind
+from shared_store.client.mapped import MappedBlobs
+from shared_store.client.placeholders import Placeholders
+from shared_store.client.publish import Publication, publish
+from shared_store.manifest import decode
+from shared_store.memory import MemfdBackend
+
+MIN_BYTES = 1 << 12
+KEY = key(0xAB)
+
+
+def grant(session, model_key=KEY):
+    """Ask for a model that is not there, so that the session may publish it."""
+    opened = session.open(model_key, name="model", engine="test", device="cpu", publish=True, timeout_s=30)
+    assert opened is None
+
+
+def publish_model(session, model, model_key=KEY, *, state=None, min_bytes=MIN_BYTES, **options):
+    """Publish a model; the manifest, its blobs in this process, and what was bound."""
+    grant(session, model_key)
+    publication = Publication(model_key, "model", "test", "cpu", state or {})
+    return publish(session, publication, model, MemfdBackend(), min_bytes=min_bytes, **options)
+
+
+def attach(session, model_key=KEY):
+    """The manifest of a published model, and its blobs, mapped."""
+    opened = session.open(model_key, name="model", engine="test", device="cpu", publish=False, timeout_s=30)
+    attached, fds = opened
+    manifest = decode(attached.manifest)
+    blobs = MappedBlobs(MemfdBackend(), manifest.blobs, attached.places, attached.segments, fds)
+    blobs.map_for_reading()
+    return manifest, blobs
+
+
+def read_model(session, build, model_key=KEY, *, min_bytes=MIN_BYTES):
+    """What `build` makes of placeholders, bound to a published model; and what was bound."""
+    manifest, blobs = attach(session, model_key)
+    with Placeholders(min_bytes) as placeholders:
+        model = build()
+    bound = bind(model, manifest, blobs, placeholders, min_bytes=min_bytes)
+    return model, bound
+
+
+def mapped_segments():
+    """How many ranges of this process's address space are segments."""
+    return sum("memfd:wooly" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def memory_of(field, pid="self"):
+    """A line of `proc_pid_status(5)`, such as `RssAnon`, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
