@@ -1,0 +1,90 @@
+"""Greedy tokens of publisher and reader equal stock vLLM's, family by family.
+
+Every random model is small enough that vLLM's own dispatch takes the kernel that wooly takes, so those are compared
+with stock vLLM as shipped as well. SmolLM2's larger layers go through another kernel as shipped: it is compared with
+stock vLLM under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from support.engines import EngineProcess, status_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+FAMILIES = [*models.FAMILIES, "smollm2"]
+
+
+def _run(runtime_dir: Path, paths: list[Path], environment: dict[str, str], **job: Any) -> dict[str, dict[str, Any]]:
+    process = EngineProcess(runtime_dir, {"models": [str(path) for path in paths], **job}, **environment)
+    try:
+        assert process.finish() == 0, "\n".join(process.log[-40:])
+        return {event["model"]: event for event in process.events if event["event"] == "answered"}
+    finally:
+        process.close()
+
+
+@pytest.fixture(scope="module")
+def runs(module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
+    """Answers of four processes, one after the other, by role and by family.
+
+    The publisher and the first reader write to every parameter once they have answered; the second reader comes after
+    that, so that it would see a write that reached the store.
+    """
+    paths = {family: checkpoint(family) for family in FAMILIES}
+    every = list(paths.values())
+    sharing = {"load_format": "wooly", "extra": {"fallback": False}, "scribble": True}
+    answers = {
+        "stock as shipped": _run(module_runtime_dir, every, {}),
+        "stock": _run(module_runtime_dir, every, {"WOOLY_CPU_DISPATCH": "1"}),
+        "publisher": _run(module_runtime_dir, every, {}, **sharing),
+        "reader": _run(module_runtime_dir, every, {}, **sharing),
+        "second reader": _run(module_runtime_dir, every, {}, **sharing),
+    }
+    return {role: {family: run[str(path)] for family, path in paths.items()} for role, run in answers.items()}
+
+
+@pytest.mark.parametrize("role", ["publisher", "reader", "second reader"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_stock_under_the_same_dispatch(runs: Any, family: str, role: str) -> None:
+    """What is shared computes what stock computes, also after others wrote to their copies."""
+    assert runs[role][family]["tokens"] == runs["stock"][family]["tokens"]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_tokens_equal_stock_as_shipped_where_the_kernel_is_the_same(runs: Any, family: str) -> None:
+    """Where vLLM's own dispatch takes the same kernels, wooly's engines answer as stock vLLM does."""
+    assert runs["reader"][family]["tokens"] == runs["stock as shipped"][family]["tokens"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_not_degenerate(runs: Any, family: str) -> None:
+    """Equality of tokens means something: the answers vary."""
+    assert len({token for answer in runs["stock"][family]["tokens"] for token in answer}) > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_map_nearly_all_of_the_weights(runs: Any, family: str) -> None:
+    """Publisher and reader hold less than a tenth of the model for themselves (SmolLM2: a thousandth)."""
+    for role in ("publisher", "reader"):
+        lease = runs[role][family]
+        assert lease["role"] == "reader"
+        assert lease["private_bytes"] < lease["mapped_bytes"] * (0.001 if family == "smollm2" else 0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engines_own_writes_take_effect_for_itself(runs: Any, family: str) -> None:
+    """The writes of the test above were real: the process that made them answers differently."""
+    assert runs["reader"][family]["scribbled"] > 0
+    assert runs["reader"][family]["tokens_after"] != runs["reader"][family]["tokens"]
+
+
+def test_each_model_was_published_once(runs: Any, module_runtime_dir: Path) -> None:
+    """Three processes attached to each model; none fell back."""
+    counters = status_of(module_runtime_dir).counters
+    assert runs
+    assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), 3 * len(FAMILIES), 0)

@@ -1,0 +1,31 @@
+"""wooly for vLLM: ``vllm serve MODEL --load-format wooly``.
+
+vLLM calls :func:`register` in every process of an engine, through the entry point ``vllm.general_plugins``.
+"""
+
+from __future__ import annotations
+
+import logging
+
+
+def register() -> None:
+    """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing."""
+    from shared_store import envs
+    from wooly_vllm import accounting, compat, cpu_dispatch
+    from wooly_vllm.loader import WoolyLoader
+
+    compat.register_loader("wooly", WoolyLoader)
+    compat.when_on_gpu(accounting.install)
+    _log_with_vllm()
+    if envs.CPU_DISPATCH.get():
+        cpu_dispatch.install()
+
+
+def _log_with_vllm() -> None:
+    """Let the store's client log where vLLM does: its workers give other loggers no handler."""
+    ours, theirs = logging.getLogger("shared_store"), logging.getLogger("vllm")
+    for handler in theirs.handlers:
+        if handler not in ours.handlers:
+            ours.addHandler(handler)
+    ours.setLevel(theirs.level or logging.INFO)
+    ours.propagate = False

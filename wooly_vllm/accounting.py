@@ -1,0 +1,138 @@
+"""How much memory an engine on a GPU may use beside weights that it shares.
+
+vLLM sizes its KV cache by what the device lost while the engine started: that is right for a process alone on its GPU,
+and for the one that publishes. ``--gpu-memory-utilization`` stays what it is for every engine, *the share of the GPU
+that it may use, weights included*, whether it brought the weights itself or found them in the store:
+
+* An engine that will attach is charged for what it maps, as vLLM does for weights that another process holds
+  (``get_external_weight_memory``, from 0.32 on; before, the same rule is applied here).
+* Engines on one GPU start one after the other, by a lease in the store, from the first look at free memory until the
+  KV cache and the CUDA graphs are in place. Otherwise one would be charged for what its neighbour allocates meanwhile.
+
+Processes that know nothing of the lease can still change free memory while an engine starts, as they can beside stock
+vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from shared_store.client.devices import store_device
+from shared_store.client.session import Session
+from shared_store.errors import WoolyError
+from wooly_vllm import compat
+
+_WORKER = "vllm.v1.worker.gpu_worker"
+_STARTING = "_wooly_starting"
+"""Attribute of a worker that is starting: what ends its turn."""
+
+
+def install() -> None:
+    """Have GPU workers take turns, and charge them for weights that they map. Idempotent."""
+    (worker,) = compat.find(_WORKER, "Worker")
+    if getattr(worker.init_device, "wooly", False):
+        return
+    worker.init_device = _taking_turns(worker.init_device)
+    worker.compile_or_warm_up_model = _ending_the_turn(worker.compile_or_warm_up_model)
+    if not compat.knows_external_weights():
+        compat.replace_function(_WORKER, "request_memory", _charged_for_shared)
+
+
+def external_bytes(vllm_config: Any) -> int:
+    """Bytes of the model's weights that the store has already on this engine's device; 0 where that cannot be told."""
+    from wooly_vllm.loader import WoolyLoader
+
+    loader = WoolyLoader(vllm_config.load_config)
+    try:
+        return loader.resident_bytes(vllm_config, vllm_config.model_config)
+    except WoolyError as error:
+        compat.logger().warning("wooly: cannot tell what the store holds of this model: %s", error)
+        return 0
+
+
+def _taking_turns(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(init_device)
+    def wrapper(self: Any) -> Any:
+        if self.vllm_config.load_config.load_format == "wooly" and self.vllm_config.device_config.device_type == "cuda":
+            setattr(self, _STARTING, _turn(self))
+            _current.append(self.vllm_config)
+        try:
+            return init_device(self)
+        except BaseException:
+            _end_turn(self)
+            raise
+        finally:
+            _current.clear()
+
+    wrapper.wooly = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+_current: list[Any] = []
+"""The configuration of the worker that looks at its memory right now."""
+
+
+def _turn(worker: Any) -> contextlib.ExitStack:
+    """Wait for this engine's turn on its GPUs. The first rank waits for all; the others wait for it anyway."""
+    turn = contextlib.ExitStack()
+    if worker.rank != 0:
+        return turn
+    import torch
+
+    options = compat.loader_options(worker.vllm_config)
+    parallel = worker.vllm_config.parallel_config
+    first = worker.local_rank
+    count = min(parallel.tensor_parallel_size * parallel.pipeline_parallel_size, torch.cuda.device_count() - first)
+    try:
+        session = turn.enter_context(Session.connect(options.runtime_dir, name="vllm, starting"))
+        for name in sorted(store_device(torch.device("cuda", first + number)) for number in range(count)):
+            turn.enter_context(session.lease(f"start:{name}", options.timeout_s))
+    except WoolyError as error:
+        compat.logger().warning("wooly: this engine starts out of turn, its KV cache may come out wrong: %s", error)
+        turn.close()
+    return turn
+
+
+def _ending_the_turn(warm_up: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(warm_up)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return warm_up(self, *args, **kwargs)
+        finally:
+            _end_turn(self)
+
+    return wrapper
+
+
+def _end_turn(worker: Any) -> None:
+    turn: contextlib.ExitStack | None = worker.__dict__.pop(_STARTING, None)
+    if turn is not None:
+        try:
+            turn.close()
+        except WoolyError as error:
+            compat.logger().warning("wooly: the store is gone, and with it this engine's turn: %s", error)
+
+
+def _charged_for_shared(stock: Callable[..., int]) -> Callable[..., int]:
+    """The ``request_memory`` of vLLM, with weights in the store counted as part of what is asked for."""
+
+    @functools.wraps(stock)
+    def request_memory(init_snapshot: Any, cache_config: Any) -> int:
+        external = external_bytes(_current[0]) if _current else 0
+        if not external:
+            return stock(init_snapshot, cache_config)
+        requested = math.ceil(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
+        own: int = requested - external
+        if own <= 0 or init_snapshot.free_memory < own:
+            raise ValueError(
+                f"--gpu-memory-utilization {cache_config.gpu_memory_utilization} asks for {requested} bytes, of which "
+                f"{external} are shared weights that are there already; of the other {max(0, own)}, "
+                f"{init_snapshot.free_memory} are free. Change it, or free memory on the GPU."
+            )
+        return own
+
+    return request_memory

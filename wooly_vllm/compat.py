@@ -1,0 +1,206 @@
+"""The one module that knows vLLM's versions: what moved between 0.26 and 0.33, and what of its inside we use.
+
+Relies on, in every supported version: ``DefaultModelLoader._prepare_weights`` names the files it will read;
+``initialize_model`` builds without loading; ``process_weights_after_loading`` runs each layer's post-processing;
+layers register themselves in ``compilation_config.static_forward_context``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared_store.errors import ConfigError, UnsupportedError
+from wooly_vllm.options import Options, parse
+
+SUPPORTED = ("0.26", "0.33")
+"""First and last minor version that this module was written for."""
+
+
+def moved(what: str, error: Exception) -> ConfigError:
+    """The error for a hook that is not where it was."""
+    return ConfigError(
+        f"this vLLM ({version()}) has no {what} where wooly looks for it ({error}); wooly supports vLLM "
+        f"{SUPPORTED[0]} to {SUPPORTED[1]}: install one of them, or a newer wooly"
+    )
+
+
+def find(module: str, *names: str) -> tuple[Any, ...]:
+    """Names of a vLLM module. Raises :class:`ConfigError` with advice when one is missing."""
+    try:
+        found = importlib.import_module(module)
+        return tuple(getattr(found, name) for name in names)
+    except (ImportError, AttributeError) as error:
+        raise moved(f"{module}.{'/'.join(names)}", error) from error
+
+
+def version() -> str:
+    """The version of vLLM."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def logger() -> logging.Logger:
+    """A logger that vLLM's workers have a handler for."""
+    (init,) = find("vllm.logger", "init_logger")
+    found: logging.Logger = init("vllm.wooly")
+    return found
+
+
+def loader_options(vllm_config: Any) -> Options:
+    """The options of a configuration's loader."""
+    return parse(vllm_config.load_config.model_loader_extra_config)
+
+
+def knows_external_weights() -> bool:
+    """Whether this vLLM asks its loaders for weights that another process holds (from 0.32 on)."""
+    (base,) = find("vllm.model_executor.model_loader.base_loader", "BaseModelLoader")
+    return hasattr(base, "get_external_weight_memory")
+
+
+def when_on_gpu(then: Callable[[], None]) -> None:
+    """Call a function if this process's vLLM runs on GPUs. Touches none."""
+    (platform,) = find("vllm.platforms", "current_platform")
+    if platform.is_cuda():
+        then()
+
+
+def replace_function(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a wrapper in the place of a module's function."""
+    (stock,) = find(module, name)
+    setattr(importlib.import_module(module), name, wrap(stock))
+
+
+def register_loader(name: str, loader: type) -> None:
+    """Register a load format; once is enough."""
+    register, formats = find(
+        "vllm.model_executor.model_loader", "register_model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"
+    )
+    if formats.get(name) is not loader:
+        register(name)(loader)
+
+
+def weight_files(loader: Any, model_config: Any, model_class: type[nn.Module]) -> list[tuple[str, Path]]:
+    """The files that vLLM's default loader will read for a model: name in the checkpoint, and path.
+
+    Raises:
+        UnsupportedError: the model reads weights from elsewhere too.
+        ConfigError: the model's path has no weights.
+    """
+    if hasattr(model_class, "secondary_weights"):
+        raise UnsupportedError(f"{model_class.__name__} reads weights from more than one place")
+    given = {
+        "model_name_or_path": getattr(model_config, "model_weights", None) or model_config.model,
+        "subfolder": None,
+        "revision": model_config.revision,
+        "fall_back_to_pt": getattr(model_class, "fall_back_to_pt_during_load", True),
+        "allow_patterns_overrides": getattr(model_class, "allow_patterns_overrides", None),
+    }
+    (default_loader,) = find("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
+    try:
+        accepted = inspect.signature(default_loader._prepare_weights).parameters
+        folder, files, *_ = loader._prepare_weights(**{key: value for key, value in given.items() if key in accepted})
+    except (AttributeError, TypeError) as error:
+        raise moved("DefaultModelLoader._prepare_weights", error) from error
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{given['model_name_or_path']}: {error}; check the model's path") from error
+    return [(str(Path(file).relative_to(folder)), Path(file)) for file in sorted(set(files))]
+
+
+def model_class(model_config: Any) -> type[nn.Module]:
+    """The class that vLLM will build for a configuration."""
+    (architecture,) = find("vllm.model_executor.model_loader.utils", "get_model_architecture")
+    found: type[nn.Module] = architecture(model_config)[0]
+    return found
+
+
+@contextlib.contextmanager
+def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
+    """Defaults for building a model; what a build that fails left behind in vLLM's registers is taken out again.
+
+    Layers register under their names, and rotary modules are cached by their settings: a second build would trip over
+    the first one's, or keep a module that was made of placeholders.
+    """
+    (default_dtype,) = find("vllm.utils.torch_utils", "set_default_torch_dtype")
+    (ropes,) = find("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
+    compilation = vllm_config.compilation_config
+    registers: list[Any] = [ropes, compilation.static_forward_context]
+    registers += [found for name in _LAYER_LISTS if (found := getattr(compilation, name, None)) is not None]
+    before = [register.copy() for register in registers]
+    try:
+        with default_dtype(model_config.dtype):
+            yield
+    except BaseException:
+        for register, content in zip(registers, before, strict=True):
+            register.clear()
+            (register.extend if isinstance(register, list) else register.update)(content)
+        raise
+
+
+_LAYER_LISTS = ("static_all_moe_layers",)
+
+
+def initialize(vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
+    """Build a model without loading it."""
+    (build,) = find("vllm.model_executor.model_loader.utils", "initialize_model")
+    model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+    assert isinstance(model, nn.Module)  # noqa: S101 - vLLM's contract
+    return model
+
+
+def post_process_bound(model: nn.Module, model_config: Any, device: torch.device) -> None:
+    """Run the post-processing of a model whose tensors are final already.
+
+    Versions that can are told so (0.31 on). In others only such layers are let through whose post-processing leaves
+    final tensors alone.
+
+    Raises:
+        UnsupportedError: a layer's method is not known to be safe.
+    """
+    (process,) = find("vllm.model_executor.model_loader.utils", "process_weights_after_loading")
+    utils = importlib.import_module("vllm.model_executor.utils")
+    declared = getattr(utils, "weights_already_processed", None)
+    if declared is None:
+        for path, module in model.named_modules():
+            method = getattr(module, "quant_method", None)
+            if method is not None and not _idempotent(method):
+                raise UnsupportedError(
+                    f"{path}: this vLLM ({version()}) cannot post-process {type(method).__name__} a second time"
+                )
+    with declared() if declared else contextlib.nullcontext():
+        process(model, model_config, device)
+
+
+def _idempotent(method: Any) -> bool:
+    """Whether a layer's method changes nothing when it post-processes final tensors once more."""
+    kind = type(method).__name__
+    if kind == "UnquantizedFusedMoEMethod":  # other backends permute the experts' weights, each time
+        return getattr(getattr(method, "unquantized_backend", None), "name", "") in ("TRITON", "BATCHED_TRITON")
+    return kind in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
+def parallel_ranks(vllm_config: Any) -> dict[str, int]:
+    """Sizes and this process's ranks of every way that weights are divided."""
+    tensor_rank, tensor_size = find(
+        "vllm.distributed", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"
+    )
+    (pipeline,) = find("vllm.distributed", "get_pp_group")
+    parallel = vllm_config.parallel_config
+    return {
+        "tensor_rank": tensor_rank(),
+        "tensor_size": tensor_size(),
+        "pipeline_rank": pipeline().rank_in_group,
+        "pipeline_size": pipeline().world_size,
+        "data_size": parallel.data_parallel_size,
+        "data_rank": parallel.data_parallel_rank if parallel.enable_expert_parallel else 0,
+        "expert_parallel": int(parallel.enable_expert_parallel),
+    }

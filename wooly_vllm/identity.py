@@ -1,0 +1,117 @@
+"""What must be equal for one vLLM process's final tensors to serve another: the facts of its weight key.
+
+When in doubt a fact is in: one too many costs a load (equal tensors still meet in the store), one too few would serve
+wrong weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+from typing import Any
+
+import torch
+
+from shared_store import manifest
+from shared_store.client.devices import store_device
+from shared_store.errors import UnsupportedError
+from wooly_vllm import compat
+
+LAYOUT = 1
+"""Raised when wooly itself changes what final tensors look like (the CPU's linear layers, say)."""
+
+_KERNEL_VARIABLES = re.compile(
+    r"^VLLM_.*(USE|KERNEL|BACKEND|MOE|FP8|FP4|MARLIN|GEMM|SGL|PREPACK|LAYOUT|PADDING|INVARIANT|CONTIG|LINEAR|CUTLASS)"
+)
+_OF_NO_MATTER = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
+
+
+def check_supported(vllm_config: Any, model_config: Any, load_config: Any) -> None:
+    """Raise :class:`UnsupportedError` for what is known not to work with shared weights, before anything is loaded."""
+    if model_config.quantization is not None:
+        raise UnsupportedError(f"quantization {model_config.quantization} is not shared yet")
+    if getattr(vllm_config.parallel_config, "enable_eplb", False):
+        raise UnsupportedError("expert load balancing (EPLB) rearranges experts in place")
+    if (
+        getattr(getattr(vllm_config, "offload_config", None), "uva", None)
+        and vllm_config.offload_config.uva.cpu_offload_gb
+    ):
+        raise UnsupportedError("weights offloaded to the CPU are this process's own")
+    if getattr(vllm_config.cache_config, "cpu_offload_gb", 0):
+        raise UnsupportedError("weights offloaded to the CPU are this process's own")
+    if load_config.device is not None and torch.device(load_config.device).type != device_of(vllm_config).type:
+        raise UnsupportedError(f"the load device {load_config.device} is not the engine's")
+    if device_of(vllm_config).type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"weights on {device_of(vllm_config).type} cannot be shared")
+
+
+def device_of(vllm_config: Any) -> torch.device:
+    """Where the engine's weights lie."""
+    return torch.device(vllm_config.device_config.device)
+
+
+def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[str, Any]:
+    """Everything beside the checkpoint's bytes that shapes the final tensors, in plain JSON types."""
+    cls = compat.model_class(model_config)
+    scheduler = vllm_config.scheduler_config
+    return {
+        "engine": "vllm",
+        "versions": {
+            "vllm": compat.version(),
+            "torch": str(torch.__version__),
+            "layout": LAYOUT,
+            "manifest": manifest.SCHEMA,
+        },
+        "model": f"{cls.__module__}.{cls.__qualname__}",
+        "config": _config(model_config.hf_config),
+        "load_format": inner_load_format,
+        "dtype": str(model_config.dtype),
+        "quantization": model_config.quantization,
+        "runner": [str(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
+        "untied": bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False)),
+        "parallel": compat.parallel_ranks(vllm_config),
+        "kernels": _plain(getattr(vllm_config, "kernel_config", None)),
+        "lora": _plain(vllm_config.lora_config) if vllm_config.lora_config else None,
+        # Some buffers have a row for each position, token or sequence.
+        "lengths": [model_config.max_model_len, scheduler.max_num_batched_tokens, scheduler.max_num_seqs],
+        "device": _processor(device_of(vllm_config)),
+        "environment": {name: text for name, text in os.environ.items() if _KERNEL_VARIABLES.match(name)},
+    }
+
+
+def _config(config: Any) -> Any:
+    """The model's configuration, without the names that say where it was found."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items() if key not in _OF_NO_MATTER}
+        return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+    return strip(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _plain(settings: Any) -> Any:
+    """A configuration object's simple settings; others take part by their text, which has no addresses in it."""
+    if not dataclasses.is_dataclass(settings):
+        return None
+    values = {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(settings)}
+    simple = (str, int, float, bool, type(None))
+    return {
+        name: value if isinstance(value, simple) else re.sub(r"0x[0-9a-f]+", "", repr(value))
+        for name, value in values.items()
+    }
+
+
+def _processor(device: torch.device) -> dict[str, Any]:
+    """What of the processor decides on kernels, and so on weight layouts; and which one it is."""
+    if device.type == "cuda":
+        return {"id": store_device(device), "capability": torch.cuda.get_device_capability(device)}
+    return {
+        "id": "cpu",
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": bool(torch.cpu._is_amx_tile_supported()),
+    }

@@ -1,0 +1,311 @@
+"""The model loader behind ``--load-format wooly``: attach to a model that the store has, or load and publish it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are another package
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from shared_store import manifest as manifests
+from shared_store.client.bind import Bound, bind
+from shared_store.client.devices import backend_of, store_device
+from shared_store.client.identify import Checkpoint
+from shared_store.client.mapped import MappedBlobs
+from shared_store.client.placeholders import Placeholders
+from shared_store.client.publish import Publication, publish
+from shared_store.client.session import Session
+from shared_store.errors import BindingError, CheckpointError, UnsupportedError, WoolyError
+from shared_store.keys import weight_key
+from shared_store.protocol import messages
+from wooly_vllm import compat, cpu_dispatch, identity, state
+from wooly_vllm.options import Options, parse
+
+logger = init_logger("vllm.wooly")
+
+
+class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not typed for us
+    """vLLM's own loader of checkpoints, watched: what it read, and what state loading changed."""
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self.before: state.Plain = {}
+        self.read: set[Path] = set()
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Load, having noted the state before."""
+        self.before = state.plain_state(model)
+        super().load_weights(model, model_config)
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_weights(*args, **kwargs)
+        self.read.update(Path(file) for file in prepared[1])
+        return prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What vLLM asks a loader for."""
+
+    vllm_config: Any
+    model_config: Any
+    prefix: str
+
+    @property
+    def name(self) -> str:
+        """What people call the model."""
+        return str(self.model_config.served_model_name or self.model_config.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights go."""
+        return identity.device_of(self.vllm_config)
+
+
+class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed for us
+    """Loads a model once a node, and maps it everywhere else."""
+
+    def __init__(self, load_config: Any) -> None:
+        """Read the options. Raises :class:`ConfigError` for one that is not valid."""
+        super().__init__(load_config)
+        self.options: Options = parse(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: Any) -> None:
+        """Download the checkpoint, as the inner format does."""
+        self._inner().download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:  # noqa: ARG002 - vLLM's interface
+        """Refuse: it would write into weights that others read."""
+        raise UnsupportedError(
+            "weights loaded with --load-format wooly are shared and cannot be reloaded in place; "
+            "start the engine with another load format to update weights"
+        )
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Load a model: attached, published, or (where that is allowed) the stock way.
+
+        Raises:
+            WoolyError: it cannot be shared, and ``fallback`` is off.
+        """
+        request = Request(vllm_config, model_config, prefix)
+        session: Session | None = None
+        try:
+            identity.check_supported(vllm_config, model_config, self.load_config)
+            session = Session.connect(self.options.runtime_dir, name=f"vllm {request.name}")
+            return self._load_shared(session, request)
+        except WoolyError as error:
+            if self.options.falls_back:
+                return self._load_stock(request, session, error)
+            _end(session)
+            raise
+        except BaseException:
+            _end(session)  # whoever waits for this process to publish must not wait any longer
+            raise
+
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes of shared weights that are there before this engine loads; vLLM charges them to it (0.32 on)."""
+        from wooly_vllm.accounting import external_bytes
+
+        return external_bytes(vllm_config) if identity.device_of(vllm_config).type == "cuda" else 0
+
+    def resident_bytes(self, vllm_config: Any, model_config: Any) -> int:
+        """Bytes of a model that the store has on this engine's device: 0 unless it is committed.
+
+        Raises:
+            WoolyError: the store or the checkpoint cannot be asked.
+        """
+        identity.check_supported(vllm_config, model_config, self.load_config)
+        request = Request(vllm_config, model_config, "")
+        with (
+            Session.connect(self.options.runtime_dir, name=f"vllm {request.name}") as session,
+            self._key(session, request, self._inner()) as (key, _),
+        ):
+            committed = (model for model in session.status().models if model.state == "committed")
+            return next((model.bytes for model in committed if model.key == key), 0)
+
+    @contextmanager
+    def _key(self, session: Session, request: Request, inner: InnerLoader) -> Iterator[tuple[str, Checkpoint]]:
+        """The model's weight key. In the block, this process is first in line for it if it had to hash."""
+        cls = compat.model_class(request.model_config)
+        checkpoint = Checkpoint(compat.weight_files(inner, request.model_config, cls))
+        facts = identity.facts(request.vllm_config, request.model_config, self.options.inner_load_format)
+        with (
+            _progress("wooly: hashing the checkpoint", checkpoint.nbytes) as progress,
+            checkpoint.digest(session, timeout_s=self.options.timeout_s, progress=progress) as digest,
+        ):
+            yield weight_key(digest, facts), checkpoint
+
+    def _load_shared(self, session: Session, request: Request) -> nn.Module:
+        began = time.perf_counter()
+        inner = self._inner()
+        with self._key(session, request, inner) as (key, checkpoint):
+            opened = session.open(
+                key,
+                name=request.name,
+                engine=f"vllm {compat.version()}",
+                device=store_device(request.device),
+                publish=self.options.mode != "load",
+                timeout_s=self.options.timeout_s,
+            )
+        if opened is not None:
+            return self._attach(session, request, key, *opened, began=began)
+        return self._publish(session, request, key, inner, checkpoint, began=began)
+
+    def _attach(
+        self,
+        session: Session,
+        request: Request,
+        key: str,
+        attached: messages.Attached,
+        fds: tuple[int, ...],
+        *,
+        began: float,
+    ) -> nn.Module:
+        backend = backend_of(request.device)
+        manifest = manifests.decode(attached.manifest)
+        blobs = MappedBlobs(backend, manifest.blobs, attached.places, attached.segments, fds)
+        blobs.map_for_reading()
+        try:
+            model, bound = self._build(request, manifest, blobs)
+        except WoolyError:
+            raise
+        except Exception as error:  # whatever a constructor does not take: the stock way is open
+            raise BindingError(
+                f"the model could not be built of placeholders: {type(error).__name__}: {error}"
+            ) from error
+        self._keep(session, model, key, bound, blobs)
+        logger.info(
+            "wooly: attached %s in %.3f s (%d tensors, %.1f MiB mapped, %.1f MiB private, key %s)",
+            request.name,
+            time.perf_counter() - began,
+            bound.tensors,
+            bound.mapped_bytes / 2**20,
+            bound.private_bytes / 2**20,
+            key[:12],
+        )
+        model.eval()
+        return model
+
+    def _build(self, request: Request, manifest: manifests.Manifest, blobs: MappedBlobs) -> tuple[nn.Module, Bound]:
+        """Build the model of placeholders, and make it what the manifest says."""
+        with compat.building(request.vllm_config, request.model_config):
+            with request.device, Placeholders(self.options.share_min_bytes) as placeholders:
+                model = compat.initialize(request.vllm_config, request.model_config, request.prefix)
+            bound = bind(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
+            state.restore(model, manifest.state)
+            with cpu_dispatch.shareable(request.device, bound=True):
+                compat.post_process_bound(model, request.model_config, request.device)
+            state.restore(model, manifest.state)  # post-processing may have set some of it to its defaults
+        return model, bound
+
+    def _publish(
+        self, session: Session, request: Request, key: str, inner: InnerLoader, checkpoint: Checkpoint, *, began: float
+    ) -> nn.Module:
+        hashed = set(inner.read)
+        with cpu_dispatch.shareable(request.device, bound=False):
+            model: nn.Module = inner.load_model(request.vllm_config, request.model_config, request.prefix)
+        loaded = time.perf_counter()
+        try:
+            checkpoint.unchanged()
+            if inner.read != hashed:
+                raise CheckpointError(f"vLLM read files that were not hashed: {sorted(map(str, inner.read - hashed))}")
+            publication = Publication(
+                key=key,
+                name=request.name,
+                engine=f"vllm {compat.version()}",
+                device=store_device(request.device),
+                state=state.changes(inner.before, state.plain_state(model)),
+            )
+            with _progress("wooly: publishing", 0) as progress:
+                _, blobs, bound = publish(
+                    session,
+                    publication,
+                    model,
+                    backend_of(request.device),
+                    min_bytes=self.options.share_min_bytes,
+                    progress=progress,
+                )
+        except WoolyError as error:
+            return self._stay_private(session, request, model, error)
+        self._keep(session, model, key, bound, blobs)
+        logger.info(
+            "wooly: published %s in %.3f s (stock load %.3f s, %d tensors, %.1f MiB shared, %.1f MiB private, key %s)",
+            request.name,
+            time.perf_counter() - began,
+            loaded - began,
+            bound.tensors,
+            bound.mapped_bytes / 2**20,
+            bound.private_bytes / 2**20,
+            key[:12],
+        )
+        model.eval()
+        return model
+
+    def _stay_private(self, session: Session, request: Request, model: nn.Module, error: WoolyError) -> nn.Module:
+        """The model is loaded, but could not be published: use it as it is, where that is allowed."""
+        if not self.options.falls_back:
+            raise error
+        self._tell_fallback(session, request, error)
+        model.eval()
+        return model
+
+    def _load_stock(self, request: Request, session: Session | None, error: WoolyError) -> nn.Module:
+        self._tell_fallback(session, request, error)
+        loaded = self._inner().load_model(request.vllm_config, request.model_config, request.prefix)
+        assert isinstance(loaded, nn.Module)  # noqa: S101 - vLLM's contract
+        return loaded
+
+    def _tell_fallback(self, session: Session | None, request: Request, error: WoolyError) -> None:
+        """Say once, and count, that a model is this process's own."""
+        logger.warning(
+            "wooly: %s is loaded the stock way, and not shared: %s [%s]. "
+            "Pass --model-loader-extra-config '{\"fallback\": false}' to make this an error.",
+            request.name,
+            error,
+            error.code,
+        )
+        if session is None:
+            return
+        try:
+            if session.alive:
+                session.report_fallback(request.name, f"{error.code}: {error}")
+        except WoolyError as report_error:
+            logger.warning("wooly: the store could not be told: %s", report_error)
+        finally:
+            _end(session)
+
+    @staticmethod
+    def _keep(session: Session, model: nn.Module, key: str, bound: Bound, blobs: MappedBlobs) -> None:
+        """The connection is the lease: it ends when the model does."""
+        session.report(key, bound.private_bytes + blobs.private_bytes())
+        weakref.finalize(model, session.close)
+
+    def _inner(self) -> InnerLoader:
+        return InnerLoader(
+            dataclasses.replace(
+                self.load_config, load_format=self.options.inner_load_format, model_loader_extra_config={}
+            )
+        )
+
+
+def _end(session: Session | None) -> None:
+    """End the connection, and with it whatever was granted to it."""
+    if session is not None:
+        session.close()
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Any]:
+    """A progress bar in bytes, shown once there is something to show."""
+    with tqdm(desc=title, total=total or None, unit="B", unit_scale=True, unit_divisor=1024, delay=1.0) as bar:
+        yield bar.update

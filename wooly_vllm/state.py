@@ -1,0 +1,61 @@
+"""Plain state that loading leaves on modules: flags and numbers that decide how a model computes.
+
+``load_weights`` and post-processing set such attributes (a draft model's ``has_own_lm_head``, the rows of a packed
+weight). A reader runs neither, so what changed at the publisher travels in the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from shared_store.errors import BindingError
+
+Plain = dict[str, dict[str, Any]]
+_TYPES = (bool, int, float, str, type(None))
+
+
+def plain_state(model: nn.Module) -> Plain:
+    """Plain attributes by module path and name; a parameter or buffer that is None is one too."""
+    return {
+        path: {
+            name: value
+            for name, value in (*vars(module).items(), *_unset(module))
+            if isinstance(value, _TYPES) and name != "training" and value == value  # noqa: PLR0124 - not a NaN
+        }
+        for path, module in model.named_modules()
+    }
+
+
+def changes(before: Plain, after: Plain) -> Plain:
+    """What is new or different in ``after``."""
+    found = {
+        path: {name: value for name, value in values.items() if not _same(before.get(path, {}), name, value)}
+        for path, values in after.items()
+    }
+    return {path: values for path, values in found.items() if values}
+
+
+def restore(model: nn.Module, state: Plain) -> None:
+    """Set attributes to what the publisher had.
+
+    Raises:
+        BindingError: a module is missing.
+    """
+    modules = dict(model.named_modules())
+    for path, values in state.items():
+        if path not in modules:
+            raise BindingError(f"the model has no module {path!r}, which has state in the manifest")
+        for name, value in values.items():
+            setattr(modules[path], name, value)
+
+
+def _unset(module: nn.Module) -> Iterator[tuple[str, None]]:
+    for group in (module._parameters, module._buffers):
+        yield from ((name, None) for name, value in group.items() if value is None)
+
+
+def _same(values: dict[str, Any], name: str, value: Any) -> bool:
+    return name in values and type(values[name]) is type(value) and values[name] == value
