@@ -1,0 +1,61 @@
+"""The commands put together, and how their failures end."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from shared_store.cli.doctor import command as doctor
+from shared_store.cli.models import command as models
+from shared_store.cli.rm import command as rm
+from shared_store.cli.serve import command as serve
+from shared_store.cli.status import command as status
+from shared_store.cli.stop import command as stop
+from shared_store.cli.version import command as version
+from shared_store.errors import WoolyError
+
+app = typer.Typer(
+    name="wooly",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: quick, and the same in a pipe
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve)
+app.command("stop")(stop)
+app.command("status")(status)
+app.command("models")(models)
+app.command("rm")(rm)
+app.command("doctor")(doctor)
+app.command("version")(version)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _wooly(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One copy of a model's weights for every process on this node.
+
+    \b
+    vllm serve MODEL --load-format wooly    share a model (a store is started if none runs)
+    wooly status                            see what is shared, and by whom
+    wooly doctor                            find out why something does not work
+    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+
+
+def main() -> int:
+    """Run the command line; returns the exit code, or raises SystemExit with it."""
+    try:
+        app(prog_name="wooly")
+    except WoolyError as error:
+        print(f"wooly: {error} [{error.code}]", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,132 @@
+"""``wooly serve``."""
+
+import dataclasses
+from typing import Annotated, Any, Final
+
+import typer
+
+from shared_store import envs
+from shared_store.cli.options import RuntimeDir
+from shared_store.errors import ConfigError
+
+DETACHED_WITHIN_S: Final = 20.0
+
+
+def command(
+    *,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the store serves, and leave it running.")
+    ] = False,
+    runtime_dir: RuntimeDir = None,
+    redis_url: Annotated[
+        str | None,
+        typer.Option(
+            "--redis-url",
+            metavar="URL",
+            help="The catalog's server.  [default: what WOOLY_REDIS_URL says, else one of the store's own]",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics", metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz there.  [default: off]"
+        ),
+    ] = None,
+    max_clients: Annotated[
+        int, typer.Option("--max-clients", metavar="N", min=1, help="Connections at a time.")
+    ] = 1024,
+    max_resident: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-resident",
+            metavar="DEVICE=SIZE",
+            help="Limit of the store's memory on a device, such as cpu=64GiB. May be repeated.",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option("--group", metavar="GROUP", help="Let members of this group connect.  [default: only this user]"),
+    ] = None,
+    allow_uid: Annotated[
+        list[int] | None,
+        typer.Option("--allow-uid", metavar="UID", min=0, help="Let this user connect too. May be repeated."),
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            "--log-level",
+            metavar="LEVEL",
+            help="DEBUG, INFO, WARNING or ERROR.  [default: what WOOLY_LOG_LEVEL says]",
+        ),
+    ] = None,
+) -> None:
+    """Run this node's store, in the foreground until Ctrl-C or SIGTERM.
+
+    Clients start one by themselves (unless WOOLY_AUTOSTART=0); run it by hand to give it options.
+
+    \b
+    Examples:
+      wooly serve --detach
+      wooly serve --max-resident cpu=64GiB --metrics 127.0.0.1:9400
+      wooly serve --redis-url redis://catalog.example:6379/0
+    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    from shared_store.daemon.options import ServeOptions
+    from shared_store.memory import backend_for
+
+    given: dict[str, Any] = {
+        "runtime_dir": runtime_dir,
+        "redis_url": redis_url,
+        "metrics_address": metrics,
+        "max_clients": max_clients,
+        "max_resident": dict(parse_limit(limit) for limit in max_resident or ()),
+        "socket_group": group,
+        "allow_uids": tuple(allow_uid or ()),
+        "log_level": None if log_level is None else _log_level(log_level),
+    }
+    options = dataclasses.replace(
+        ServeOptions.from_environment(), **{name: value for name, value in given.items() if value is not None}
+    )
+    # What cannot work is refused before anything is started.
+    for device in options.max_resident:
+        backend_for(device)
+    if metrics is not None:
+        from shared_store.daemon.endpoint import parse_address
+
+        parse_address(metrics)
+    if group is not None:
+        import grp
+
+        try:
+            grp.getgrnam(group)
+        except KeyError as error:
+            raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists them") from error
+    if detach:
+        from shared_store.daemon.launch import start_detached
+
+        pid = start_detached(options, timeout_s=DETACHED_WITHIN_S)
+        print(f"started a store (pid {pid}) in {options.runtime_dir}")
+    else:
+        from shared_store.daemon.main import run
+
+        raise typer.Exit(run(options))
+
+
+def parse_limit(text: str) -> tuple[str, int]:
+    """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
+    from shared_store.cli.render import parse_size
+
+    device, equals, size = text.partition("=")
+    nbytes = parse_size(size)
+    if not (device and equals) or nbytes is None:
+        raise ConfigError(
+            f"--max-resident {text!r} is not of the form DEVICE=SIZE, such as cpu=64GiB; "
+            "a size is a number and KiB, MiB, GiB or TiB"
+        )
+    return device, nbytes
+
+
+def _log_level(text: str) -> str:
+    try:
+        return envs.LOG_LEVEL.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"--log-level {text!r}: {error}") from error

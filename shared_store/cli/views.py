@@ -1,0 +1,81 @@
+"""A status as text for people. Imports rich: for commands that have something to show."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shared_store.cli.render import duration, plain, short_key, size, table
+from shared_store.status import ClientStatus, DeviceStatus, ModelStatus, Status
+
+
+def report(status: Status, *, hide_client: int | None = None) -> Group:
+    """All of a status. ``hide_client``: the one who asks, who is of no interest."""
+    parts: list[RenderableType] = [Text(plain(line)) for line in _summary(status)]
+    parts += [Text(), devices(status.devices)]
+    if status.models:
+        parts += [Text(), models(status.models)]
+    shown = [client for client in status.clients if client.id != hide_client]
+    if shown:
+        parts += [Text(), clients(shown, {model.key: model.name for model in status.models})]
+    return Group(*parts)
+
+
+def _summary(status: Status) -> list[str]:
+    store, totals, counters = status.store, status.totals, status.counters
+    reasons = f" ({', '.join(store.reasons)})" if store.reasons else ""
+    mapped, resident, saved = map(size, (totals.mapped_bytes, totals.resident_bytes, totals.saved_bytes))
+    published = f"{counters.publishes} publishes ({counters.aborted_publishes} aborted)"
+    refused = f"{counters.fallbacks} fallbacks, {counters.protocol_errors} protocol errors"
+    return [
+        f"store    {store.state}{reasons}, pid {store.pid}, wooly {store.version}, up {duration(store.uptime_s)}",
+        f"at       {status.node.runtime_dir} on {status.node.hostname}",
+        f"catalog  {status.catalog.state}, {status.catalog.url}",
+        f"shared   {mapped} mapped out of {resident} resident: {saved} saved",
+        f"events   {published}, {counters.attaches} attaches, {refused}",
+    ]
+
+
+def devices(rows: Sequence[DeviceStatus]) -> Table:
+    """Memory by device."""
+    return table(
+        ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS"),
+        [
+            (
+                row.id,
+                size(row.resident_bytes),
+                "none" if row.limit_bytes is None else size(row.limit_bytes),
+                str(row.segments),
+            )
+            for row in rows
+        ],
+    )
+
+
+def models(rows: Sequence[ModelStatus]) -> Table:
+    """One model a row."""
+    return table(
+        ("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE", ">READERS"),
+        [
+            (
+                *(short_key(row.key), row.name, row.engine, row.device, row.state),
+                *(str(row.tensors), size(row.bytes), size(row.unique_bytes), str(row.readers)),
+            )
+            for row in rows
+        ],
+    )
+
+
+def clients(rows: Sequence[ClientStatus], names: dict[str, str]) -> Table:
+    """One lease a row; ``names`` of models by key."""
+    return table(
+        (">PID", ">UID", "CLIENT", "ROLE", "MODEL", ">MAPPED", ">PRIVATE"),
+        [
+            (
+                *(str(row.pid), str(row.uid), row.name or "-", row.role),
+                *(names.get(row.key) or short_key(row.key) or "-", size(row.mapped_bytes), size(row.private_bytes)),
+            )
+            for row in rows
+        ],
+    )

@@ -1,0 +1,101 @@
+"""The `wooly` command as a process of its own, in a private runtime directory; and a status that was made up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+from support.fixtures import actor, directory, start_store, store
+from support.waiting import process_state, wait_until
+
+from shared_store.client.session import Session
+from shared_store.errors import StoreUnavailableError
+from shared_store.status import (
+    CatalogStatus,
+    ClientStatus,
+    Counters,
+    DeviceStatus,
+    ModelStatus,
+    NodeStatus,
+    Status,
+    StoreStatus,
+    Totals,
+)
+
+__all__ = ["actor", "directory", "start_store", "store"]
+
+COMMAND = [sys.executable, "-m", "shared_store.cli"]
+
+
+@pytest.fixture
+def wooly(directory):
+    """Run the command; a store that it left running is ended with the test."""
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            env={**os.environ, "COLUMNS": "100", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    yield run
+    with contextlib.suppress(StoreUnavailableError), Session.connect(directory, autostart=False) as session:
+        session.shutdown_store()
+        wait_until(lambda: process_state(session.store_pid) in {"", "Z"}, "the store to end")
+
+
+@pytest.fixture
+def background(directory):  # noqa: ARG001 - sets the environment
+    """Start the command and leave it running; it is ended with the test."""
+    started = []
+
+    def start(*arguments, **popen):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen}
+        started.append(subprocess.Popen([*COMMAND, *arguments], **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def status():
+    """Two models of which one is being published, and a client in every role."""
+    models = tuple(
+        ModelStatus(key * 32, name, "vllm", "cpu", state, 3, nbytes, nbytes // 2, readers, pinned=False)
+        for key, name, state, nbytes, readers in (
+            ("a1", "base", "committed", 3 << 30, 2),
+            ("b2", 'odd "name"\\', "publishing", 0, 0),
+        )
+    )
+    clients = tuple(
+        ClientStatus(number, 100 + number, 1000, f"client {number}", key, role, mapped, mapped // 100)
+        for number, (key, role, mapped) in enumerate(
+            (
+                ("a1" * 32, "reader", 3 << 30),
+                ("a1" * 32, "reader", 3 << 30),
+                ("b2" * 32, "publisher", 0),
+                ("", "idle", 0),
+            ),
+            1,
+        )
+    )
+    return Status(
+        node=NodeStatus("host-1", "host", "/run/wooly"),
+        store=StoreStatus(42, "1.2.3", 93784.5, "degraded", ("the catalog does not answer",)),
+        catalog=CatalogStatus("redis://host:6379/0", "down"),
+        devices=(DeviceStatus("cpu", 4 << 30, 64 << 30, 5), DeviceStatus("GPU-1", 1 << 20, None, 1)),
+        models=models,
+        clients=clients,
+        totals=Totals((4 << 30) + (1 << 20), 6 << 30, 3 << 30),
+        counters=Counters(attaches=7, publishes=2, aborted_publishes=1, fallbacks=3, protocol_errors=4),
+    )

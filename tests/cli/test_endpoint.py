@@ -1,0 +1,241 @@
+"""Metrics and health over HTTP: what they say, and that no peer can hold the store up."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.waiting import wait_until
+
+from shared_store.daemon import endpoint as module
+from shared_store.daemon.endpoint import MAX_REQUESTS, Endpoint, parse_address
+from shared_store.errors import ConfigError
+
+LOCAL = "127.0.0.1"
+
+
+@pytest.fixture
+def serve():
+    """Start an endpoint on a free port; all are stopped with the test."""
+    started = []
+
+    def start(status):
+        started.append(Endpoint(f"{LOCAL}:0", status))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def get(port, path, method="GET"):
+    connection = http.client.HTTPConnection(LOCAL, port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.headers["Content-Type"], response.read().decode()
+
+
+def samples(port):
+    code, kind, text = get(port, "/metrics")
+    assert code == 200
+    assert kind.startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def connect(port):
+    return socket.create_connection((LOCAL, port), timeout=10)
+
+
+def test_metrics_say_what_the_status_says(serve, status):
+    """Every number of the snapshot is there, under its labels, with odd names escaped."""
+    found = samples(serve(lambda: status).port)
+    base, odd = ("a1" * 32, "base"), ("b2" * 32, 'odd "name"\\')
+    assert found == {
+        ("wooly_build_info", "1.2.3"): 1,
+        ("wooly_up",): 1,
+        ("wooly_degraded",): 1,
+        ("wooly_uptime_seconds",): 93784.5,
+        ("wooly_catalog_up",): 0,
+        ("wooly_mapped_bytes",): 6 << 30,
+        ("wooly_saved_bytes",): 3 << 30,
+        ("wooly_resident_bytes", "cpu"): 4 << 30,
+        ("wooly_resident_bytes", "GPU-1"): 1 << 20,
+        ("wooly_limit_bytes", "cpu"): 64 << 30,
+        ("wooly_segments", "cpu"): 5,
+        ("wooly_segments", "GPU-1"): 1,
+        ("wooly_models", "committed"): 1,
+        ("wooly_models", "publishing"): 1,
+        ("wooly_clients", "publisher"): 1,
+        ("wooly_clients", "reader"): 2,
+        ("wooly_clients", "waiting"): 0,
+        ("wooly_clients", "idle"): 1,
+        ("wooly_model_readers", *base): 2,
+        ("wooly_model_readers", *odd): 0,
+        ("wooly_model_bytes", *base): 3 << 30,
+        ("wooly_model_bytes", *odd): 0,
+        ("wooly_attaches_total",): 7,
+        ("wooly_publishes_total",): 2,
+        ("wooly_aborted_publishes_total",): 1,
+        ("wooly_fallbacks_total",): 3,
+        ("wooly_protocol_errors_total",): 4,
+    }
+
+
+def test_one_snapshot_for_a_scrape(serve, status):
+    """The numbers of one answer belong to one moment."""
+    taken = []
+    samples(serve(lambda: taken.append(1) or status).port)
+    assert len(taken) == 1
+
+
+def test_health(serve, status):
+    """A degraded store is alive and ready, and names its state."""
+    port = serve(lambda: status).port
+    code, kind, body = get(port, "/healthz")
+    assert (code, kind, json.loads(body)) == (200, "application/json", {"alive": True})
+    code, _, body = get(port, "/readyz")
+    assert code == 200
+    assert json.loads(body) == {"ready": True, "state": "degraded", "reasons": ["the catalog does not answer"]}
+
+
+def test_head_has_no_body(serve, status):
+    """A probe by HEAD gets the head of what GET gives."""
+    assert get(serve(lambda: status).port, "/readyz", "HEAD") == (200, "application/json", "")
+
+
+def test_unknown_path_names_the_paths(serve, status):
+    """A wrong path is told the right ones."""
+    code, _, body = get(serve(lambda: status).port, "/metric")
+    assert code == 404
+    assert "/metrics, /healthz, /readyz" in body
+
+
+def test_unresponsive_store_is_alive_but_not_ready(serve):
+    """When the store's loop does not answer, only the liveness probe passes."""
+
+    def stuck():
+        raise TimeoutError
+
+    port = serve(stuck).port
+    assert get(port, "/healthz")[0] == 200
+    assert get(port, "/readyz")[0] == 503
+    assert get(port, "/metrics")[0] == 503
+
+
+def test_stuck_peer_blocks_nobody(serve, status):
+    """A peer that connects and says nothing, and one whose status is slow, hold up neither others nor the end."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow_once():
+        if not asked.is_set():
+            asked.set()
+            go_on.wait(10)
+        return status
+
+    one = serve(slow_once)
+    with connect(one.port), connect(one.port) as waiting:
+        waiting.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert asked.wait(10)
+        assert samples(one.port)
+        one.stop()
+        go_on.set()
+        assert waiting.recv(1 << 16)
+
+
+def test_silent_peer_is_cut_off(serve, status, monkeypatch):
+    """A connection on which nothing comes is closed after the time-out."""
+    monkeypatch.setattr(module._Handler, "timeout", 0.05)
+    with connect(serve(lambda: status).port) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_flood_of_connections_is_bounded(serve, status):
+    """Beyond the limit a connection is closed at once; when the others leave, requests are served again."""
+    port = serve(lambda: status).port
+    with contextlib.ExitStack() as held:
+        peers = [held.enter_context(connect(port)) for _ in range(MAX_REQUESTS)]
+        with connect(port) as further:
+            assert further.recv(1) == b""
+        for peer in peers:
+            peer.close()
+
+        def served():
+            with contextlib.suppress(http.client.RemoteDisconnected, ConnectionError):
+                return get(port, "/healthz")[0] == 200
+            return False
+
+        wait_until(served, "a request to be served again")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1:9400", ("127.0.0.1", 9400)), ("[::1]:1", ("::1", 1)), ("localhost:0", ("localhost", 0))],
+)
+def test_address(address, expected):
+    """The forms that are taken."""
+    assert parse_address(address) == expected
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "9400", ":9400", "host", "host:", "host:x", "host:65536", "host:-1", "::1:9400", "host:²"],
+)
+def test_bad_address_names_option_and_form(address):
+    """Anything else is refused with the option's name and the form."""
+    with pytest.raises(ConfigError, match=r"--metrics .* HOST:PORT"):
+        Endpoint(address, lambda: None)
+
+
+def test_port_in_use(serve, status):
+    """A port that somebody has is an error that names the option; stopping what never started is nothing."""
+    taken = serve(lambda: status).port
+    second = Endpoint(f"{LOCAL}:{taken}", lambda: status)
+    with pytest.raises(ConfigError, match=rf"--metrics {LOCAL}:{taken}: cannot listen there"):
+        second.start()
+    second.stop()
+
+
+def test_real_store(wooly, directory, actor):
+    """`wooly serve --metrics` counts a real model and its reader, and is gone with the store."""
+    assert wooly("serve", "--detach", "--metrics", f"{LOCAL}:0").returncode == 0
+    port = int(re.search(r"health at http://127\.0\.0\.1:(\d+)", (directory / "store.log").read_text())[1])
+    key = f"{1:064x}"
+    actor().publish(key=key, model=[[1, 100_000]])
+    found = samples(port)
+    assert found["wooly_model_readers", key, "model"] == 1
+    assert found["wooly_model_bytes", key, "model"] == 100_000
+    assert found["wooly_publishes_total",] == 1
+    assert found["wooly_resident_bytes", "cpu"] >= 100_000
+    assert get(port, "/readyz")[0] == 200
+    assert tcp_sockets(json.loads(wooly("status", "--json").stdout)["store"]["pid"])
+    assert wooly("stop").returncode == 0
+    with pytest.raises(ConnectionRefusedError):
+        connect(port)
+
+
+def test_no_port_unless_asked_for(store):
+    """Without the option the store's process has no TCP socket."""
+    assert not tcp_sockets(store.pid)
+
+
+def tcp_sockets(pid):
+    """Inodes of a process's TCP sockets (see `proc_pid_net(5)`)."""
+    process = Path(f"/proc/{pid}")
+    known = {
+        line.split()[9] for table in ("tcp", "tcp6") for line in (process / "net" / table).read_text().splitlines()[1:]
+    }
+    targets = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
+    return known & {target.removeprefix("socket:[").removesuffix("]") for target in targets}

@@ -1,0 +1,62 @@
+"""Sizes, durations and names as people read and write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared_store.cli import render
+from shared_store.cli.serve import parse_limit
+from shared_store.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (15 << 20, "15.0 MiB"),
+        (3 << 29, "1.50 GiB"),
+        (700 << 30, "700 GiB"),
+        (5000 << 40, "5000 TiB"),
+    ],
+)
+def test_size(nbytes, text):
+    """Binary units, three digits, and nothing above TiB."""
+    assert render.size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("1048576", 1 << 20), ("64GiB", 64 << 30), ("1.5 TiB", 3 << 39), ("2g", 2 << 30), ("10 kib", 10240), ("7B", 7)],
+)
+def test_parse_size(text, nbytes):
+    """What people write."""
+    assert render.parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "64GB", "64 gigabytes", "1,5GiB", "0", "0GiB", "inf", "٣"])
+def test_parse_size_refuses(text):
+    """Nothing is guessed: not decimal units, not zero, not other digits."""
+    assert render.parse_size(text) is None
+
+
+@pytest.mark.parametrize("text", ["", "cpu", "cpu=", "=1GiB", "cpu=much", "cpu 1GiB"])
+def test_limit_names_option_and_form(text):
+    """A limit in another form is refused with the option's name and the form."""
+    with pytest.raises(ConfigError, match=r"--max-resident .* DEVICE=SIZE, such as cpu=64GiB"):
+        parse_limit(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (93784.5, "1 d 2 h"), (864000, "10 d 0 h")],
+)
+def test_duration(seconds, text):
+    """The two largest units."""
+    assert render.duration(seconds) == text
+
+
+def test_names_cannot_act_on_a_terminal():
+    """Escapes, line ends and invisible direction marks of a client's name are shown as question marks."""
+    assert render.plain("a\x1b[31mb\nc\u202ed") == "a?[31mb?c?d"
