@@ -1,0 +1,266 @@
+"""`make demo`: two vLLM servers share one copy of a real chat model's weights, and answer as stock vLLM does.
+
+Starts a store of its own, two servers with `--load-format wooly`, then stock servers, one after the other, asks all of
+them the same questions, and prints what was equal, what was saved and what it took. On a CPU stock vLLM packs weights
+into private handles and computes with other kernels, so the reference is stock vLLM under the kernels that wooly uses
+(`WOOLY_CPU_DISPATCH=1`), and stock vLLM as shipped is reported beside it.
+
+The last line is one JSON object. Exit codes: 0 everything as promised, 1 not (its `reason` says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoints
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from servers import BIN, CPU_ARGUMENTS, CPU_ENVIRONMENT, Answer, Memory, Server, ServerError
+
+from shared_store.status import Status
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+# "Answer in ..." because without it the first token is a near tie for this model ("The" or "L'", 0.1 nats apart), which
+# falls one way or the other with the rounding of a CPU's attention kernel.
+QUESTIONS = (
+    "What is the capital of France? Answer in one short sentence.",
+    "Name the three primary colours.",
+    "Write one sentence about the sea.",
+)
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
+START_TIMEOUT_S = 240.0
+REFERENCE, SHIPPED = "stock, wooly's kernels", "stock as shipped"
+_ATTACHED = re.compile(r"wooly: attached \S+ in ([\d.]+) s")
+_PUBLISHED = re.compile(r"wooly: published \S+ in ([\d.]+) s \(stock load ([\d.]+) s")
+
+
+class DemoError(Exception):
+    """Something was not as the demo promises; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server's part: what it answered, how long it loaded, and the memory of its worker (bytes)."""
+
+    name: str
+    answers: tuple[Answer, ...]
+    load: str
+    start_s: float
+    memory: Memory
+    private_bytes: int
+    mapped_bytes: int
+
+
+class Demo:
+    """The scenes of the demo, and the directory where its store and its logs live."""
+
+    def __init__(self, console: Console, directory: Path, model: Path) -> None:
+        self.console = console
+        self.directory = directory
+        self.model = model
+        self.model_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        # Nothing of the user's own store or settings; and a store that is not there is an error, not started quietly.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("WOOLY_")}
+        self.environment = {**kept, "WOOLY_RUNTIME_DIR": str(directory / "run"), "WOOLY_AUTOSTART": "0"}
+
+    def play(self) -> dict[str, Any]:
+        """All scenes; returns the last line's object. Raises :class:`DemoError` or :class:`ServerError`."""
+        with contextlib.ExitStack() as stack:
+            self._start_store(stack)
+            shared = self._shared_servers()
+        stock = self._stock_server(REFERENCE, {"WOOLY_CPU_DISPATCH": "1"})
+        shipped = self._stock_server(SHIPPED, {})
+        readers, status = shared
+        self._show(readers, stock, shipped, status)
+        self._check(readers, stock, status)
+        return {
+            "demo": "ok",
+            "tokens_equal": True,
+            "tokens_equal_stock_kernels": _tokens(readers[0]) == _tokens(shipped),
+            "servers": len(readers),
+            "resident_bytes": status.totals.resident_bytes,
+            "mapped_bytes": status.totals.mapped_bytes,
+            "saved_bytes": status.totals.saved_bytes,
+        }
+
+    def _start_store(self, stack: contextlib.ExitStack) -> None:
+        self.console.print("starting a store with its embedded catalog")
+        stack.callback(self._stop_store)
+        self._wooly("serve", "--detach")
+
+    def _stop_store(self) -> None:
+        result = self._run_wooly("stop")
+        if result.returncode:
+            self.console.print(f"`wooly stop` failed ({result.returncode}): {result.stderr.strip()}", markup=False)
+
+    def _shared_servers(self) -> tuple[list[Run], Status]:
+        with contextlib.ExitStack() as stack:
+            servers = []
+            for number in (1, 2):
+                name = f"wooly {number}"
+                servers.append((name, stack.enter_context(self._server(name, ["--load-format", "wooly"], {}))))
+                self._wait(servers[-1][1])
+            answers = [self._ask(server) for _, server in servers]
+            status = msgspec.json.decode(self._wooly("status", "--json"), type=Status)
+            return [
+                self._shared_run(server, answer, status) for (_, server), answer in zip(servers, answers, strict=True)
+            ], status
+
+    def _shared_run(self, server: Server, answers: tuple[Answer, ...], status: Status) -> Run:
+        pids = server.pids()
+        clients = [client for client in status.clients if client.pid in pids and client.mapped_bytes]
+        log = server.log.read_text(errors="replace")
+        attached, published = _ATTACHED.search(log), _PUBLISHED.search(log)
+        if not clients or not (attached or published):
+            raise DemoError(f"{server.name} loaded private weights instead of the store's\n{server.log_tail()}")
+        if attached:
+            load = f"attach {attached[1]}"
+        else:
+            assert published is not None
+            load = f"load {published[2]}, publish {published[1]}"
+        return Run(
+            server.name,
+            answers,
+            load,
+            server.start_s,
+            server.worker_memory({client.pid for client in clients}),
+            sum(client.private_bytes for client in clients),
+            sum(client.mapped_bytes for client in clients),
+        )
+
+    def _stock_server(self, name: str, environment: dict[str, str]) -> Run:
+        with self._server(name, [], environment) as server:
+            self._wait(server)
+            answers = self._ask(server)
+            seconds = server.load_seconds()
+            load = "?" if seconds is None else f"load {seconds:.2f}"
+            return Run(name, answers, load, server.start_s, server.worker_memory(), self.model_bytes, 0)
+
+    def _server(self, name: str, arguments: list[str], environment: dict[str, str]) -> Server:
+        self.console.print(f"starting {name}", end=" ", highlight=False)
+        log = self.directory / f"{re.sub(r'[^a-z0-9]+', '-', name)}.log"
+        environment = {**self.environment, **CPU_ENVIRONMENT, **environment}
+        return Server(name, self.model, log, arguments=[*CPU_ARGUMENTS, *arguments], environment=environment)
+
+    def _wait(self, server: Server) -> None:
+        with self.console.status(f"{server.name}: waiting for its first health check"):
+            server.wait_ready(START_TIMEOUT_S)
+        self.console.print(f"- ready after {server.start_s:.0f} s", highlight=False)
+
+    def _ask(self, server: Server) -> tuple[Answer, ...]:
+        answers = []
+        for question in QUESTIONS:
+            answer = server.ask(question)
+            answers.append(answer)
+            text = " ".join(answer.text.split())
+            self.console.print(f"  {server.name}: {question} -> {text!r}", highlight=False, markup=False)
+        return tuple(answers)
+
+    def _wooly(self, *arguments: str) -> str:
+        result = self._run_wooly(*arguments)
+        if result.returncode:
+            output = f"{result.stdout}{result.stderr}".strip()
+            last = output.rpartition("\n")[2]
+            raise DemoError(
+                f"`wooly {' '.join(arguments)}` failed with exit code {result.returncode}: {last}\n{output}"
+            )
+        return result.stdout
+
+    def _run_wooly(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "wooly"), *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+
+    def _show(self, readers: list[Run], stock: Run, shipped: Run, status: Status) -> None:
+        table = Table(title=f"{self.model.name}: {len(readers)} servers on one copy of the weights")
+        table.add_column("server")
+        for heading in ("own weights", "mapped weights", "worker's memory (PSS)", "seconds"):
+            table.add_column(heading, justify="right")
+        table.add_column("tokens = stock,\nwooly's kernels")
+        table.add_column("tokens = stock\nas shipped")
+        for run in (shipped, stock, *readers):
+            same = [_yes(_tokens(run) == _tokens(other)) for other in (stock, shipped)]
+            sizes = [_mib(size) for size in (run.private_bytes, run.mapped_bytes, run.memory.total)]
+            table.add_row(run.name, *sizes, run.load, *same)
+        self.console.print(table)
+        totals = status.totals
+        self.console.print(
+            f"in the store: resident {_mib(totals.resident_bytes)}, mapped {_mib(totals.mapped_bytes)}, "
+            f"saved {_mib(totals.saved_bytes)}",
+            highlight=False,
+        )
+
+    def _check(self, readers: list[Run], stock: Run, status: Status) -> None:
+        for run in readers:
+            if _tokens(run) != _tokens(stock):
+                raise DemoError(f"{run.name} answered with other tokens than {stock.name}")
+        if not readers[1].load.startswith("attach"):
+            raise DemoError("the second server did not attach: it loaded and published")
+        if status.totals.saved_bytes <= 0:
+            raise DemoError("two servers run and the store says that nothing was saved")
+
+
+def _tokens(run: Run) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in run.answers]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the last line only")
+    parser.add_argument("--keep", action="store_true", help="keep the servers' logs, and say where they are")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the model's checkpoint is kept")
+    arguments = parser.parse_args()
+    console = Console(quiet=arguments.json)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    # Short, because a Unix socket's path is limited to 107 bytes; mkdtemp makes it 0700.
+    directory = Path(tempfile.mkdtemp(prefix="wooly-demo-", dir="/tmp"))
+    began = time.monotonic()
+    try:
+        console.print("preparing SmolLM2-135M-Instruct (converted once, then cached)")
+        model = checkpoints.smollm2(arguments.cache)
+        result, code = Demo(console, directory, model).play(), 0
+    except KeyboardInterrupt:
+        result, code = {"demo": "failed", "reason": "interrupted"}, 130
+    except (DemoError, ServerError, OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
+        console.print(str(error), markup=False, highlight=False)
+        result, code = {"demo": "failed", "reason": str(error).partition("\n")[0]}, 1
+    finally:
+        if arguments.keep:
+            console.print(f"logs: {directory}", highlight=False)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    console.print(f"{time.monotonic() - began:.0f} s in all", highlight=False)
+    print(json.dumps(result))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

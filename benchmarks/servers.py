@@ -1,0 +1,196 @@
+"""vLLM servers for the demo and the benchmarks: start, wait until they answer, ask, look at their memory, stop.
+
+Each server is `vllm serve` of the environment that runs this, in a session of its own, so that stopping it stops every
+process that it started. What it prints goes to a log file. Relies on Linux's /proc; promises nothing about speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+BIN = Path(sys.executable).parent
+"""Where `vllm` and `wooly` of this environment are."""
+
+CPU_ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--dtype", "bfloat16")
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+_LOADED = re.compile(r"Model loading took .*?([\d.]+) seconds|Loading weights took ([\d.]+) seconds")
+
+
+class ServerError(Exception):
+    """A server did not start, died, or answered with an error; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server said to one question: the text, and the token ids that it is made of."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Proportional set sizes (bytes) of a server's largest process: pages of others are counted in shares.
+
+    ``anonymous`` and ``shared`` hold what the server allocated or mapped from the store; pages of files (libraries)
+    are left out, because their shares depend on how many other servers run.
+    """
+
+    pid: int
+    anonymous: int
+    shared: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that this process answers for."""
+        return self.anonymous + self.shared
+
+
+class Server:
+    """One `vllm serve MODEL`; a context manager that stops it."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Path,
+        log: Path,
+        *,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.start_s = 0.0
+        self._began = time.monotonic()
+        self._port = _free_port()
+        command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", "model", "--host", "127.0.0.1"]
+        command += ["--port", str(self._port), *arguments]
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Return once the server is healthy; :class:`ServerError` when it exits or ``timeout_s`` has passed."""
+        deadline = self._began + timeout_s
+        while not self._is_healthy():
+            if self._process.poll() is not None:
+                raise ServerError(f"{self.name} exited with {self._process.returncode} at start\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.name} was not ready after {timeout_s:.0f} s\n{self.log_tail()}")
+            time.sleep(0.5)
+        self.start_s = time.monotonic() - self._began
+
+    def ask(self, question: str, *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:
+        """One question over the chat API, greedy. Raises :class:`ServerError`."""
+        request = {
+            "model": "model",
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+        }
+        try:
+            choice = self._post("/v1/chat/completions", request, timeout_s)["choices"][0]
+        except (OSError, ValueError, LookupError) as error:
+            raise ServerError(f"{self.name} did not answer: {error!r}\n{self.log_tail()}") from error
+        return Answer(choice["message"]["content"], tuple(choice["token_ids"]))
+
+    def pids(self) -> set[int]:
+        """The process ids of the server: its own and those of everything that it started."""
+        session = self._process.pid
+        everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return {pid for pid in everyone if _session(pid) == session}
+
+    def worker_memory(self, pids: set[int] | None = None) -> Memory:
+        """Memory of the worker: the largest of ``pids`` (default: of its engine's processes)."""
+        candidates = pids or self.pids() - {self._process.pid}
+        return max((_memory(pid) for pid in candidates), key=lambda memory: memory.total)
+
+    def load_seconds(self) -> float | None:
+        """What vLLM's own log says that loading took; None where it says nothing."""
+        found = _LOADED.findall(self.log.read_text(errors="replace"))
+        return max((float(text) for pair in found for text in pair if text), default=None)
+
+    def log_tail(self, lines: int = 25) -> str:
+        """The end of the server's log."""
+        tail = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([f"--- {self.log} (last {len(tail)} lines)", *tail])
+
+    def stop(self) -> None:
+        """End the server and all that it started: SIGTERM, and SIGKILL for what is left after 20 s. Idempotent."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+        # A server that was killed leaves its engine behind; it is in the same session, and so in the same group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def _post(self, path: str, body: object, timeout_s: float) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return json.load(response)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:  # ended since it was listed
+        return None
+
+
+def _memory(pid: int) -> Memory:
+    sizes = dict.fromkeys(("Pss_Anon", "Pss_Shmem"), 0)
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # a helper process that has just ended
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            key, value = line.split(":")
+            if key in sizes:
+                sizes[key] = int(value.split()[0]) * 1024
+    return Memory(pid, sizes["Pss_Anon"], sizes["Pss_Shmem"])
