@@ -68,6 +68,7 @@ def seconds(digests: CudaDigests, ranges: list[tuple[int, int]], repeat: int) ->
 
 
 def main() -> None:
+    """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--repeat", type=int, default=15)

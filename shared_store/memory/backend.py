@@ -57,7 +57,8 @@ class Backend(ABC):
         """Take a segment from an fd, which stays the caller's.
 
         Raises:
-            MemoryBackendError: the fd is no segment of this backend, or is smaller than ``nbytes``.
+            MemoryBackendError: the fd is no segment of this backend, or is smaller than ``nbytes`` (where only mapping
+                it can tell, :meth:`map` raises that).
         """
 
     @abstractmethod

@@ -80,7 +80,10 @@ class CudaBackend(Backend):
         return fd
 
     def import_fd(self, fd: int, nbytes: int) -> CudaSegment:  # noqa: D102 - the interface's
-        kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        try:
+            kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        except OSError as error:
+            raise MemoryBackendError(f"fd {fd} is not a segment in GPU memory: {error.strerror}") from error
         try:
             handle = _check("cuMemImportFromShareableHandle", kept, _fd_type(_driver()))
         except MemoryBackendError as error:

@@ -1,52 +1,5 @@
-"""Private stores, checkpoints, and engines that never outlive their test."""
+"""Fixtures of the tests with real engines on the CPU."""
 
-from __future__ import annotations
+from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
-import models
-import pytest
-from support.engines import EngineProcess, private_store_directory
-
-
-@pytest.fixture(scope="session")
-def checkpoint_cache() -> Path:
-    """Where made checkpoints are kept between runs."""
-    return Path(__file__).resolve().parents[2] / ".cache" / "checkpoints"
-
-
-@pytest.fixture(scope="session")
-def checkpoint(checkpoint_cache: Path) -> Callable[[str], Path]:
-    """The directory of a checkpoint by its family's name, or of ``smollm2``."""
-    return lambda name: (
-        models.smollm2(checkpoint_cache) if name == "smollm2" else models.random_model(name, checkpoint_cache)
-    )
-
-
-@pytest.fixture
-def runtime_dir() -> Iterator[Path]:
-    yield from private_store_directory()
-
-
-@pytest.fixture(scope="module")
-def module_runtime_dir() -> Iterator[Path]:
-    yield from private_store_directory()
-
-
-@pytest.fixture
-def engine(runtime_dir: Path) -> Iterator[Callable[..., EngineProcess]]:
-    """Start engines on a private store; whatever still runs in the end is killed."""
-    started: list[EngineProcess] = []
-
-    def start(*paths: Path, environment: dict[str, str] | None = None, **job: Any) -> EngineProcess:
-        process = EngineProcess(runtime_dir, {"models": [str(path) for path in paths], **job}, **(environment or {}))
-        started.append(process)
-        return process
-
-    try:
-        yield start
-    finally:
-        for process in started:
-            process.close()
+__all__ = ["checkpoint", "engine", "module_runtime_dir", "runtime_dir"]

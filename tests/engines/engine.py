@@ -72,7 +72,12 @@ def run_model(engine: Any, model: str, job: dict[str, Any]) -> None:
     except Exception as error:
         say("failed", model=model, error=f"{type(error).__name__}: {error}")
         raise
-    facts: dict[str, Any] = {"model": model, "bytes_read": bytes_read() - read_before, "tokens": tokens_of(llm)}
+    facts: dict[str, Any] = {
+        "model": model,
+        "bytes_read": bytes_read() - read_before,
+        "kv_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "tokens": tokens_of(llm),
+    }
     if job.get("lease", job.get("load_format") == "wooly"):
         facts |= lease_of_this_process()
     if job.get("scribble"):

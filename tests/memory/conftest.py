@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from support.hostmemory import poke
+from support.hostmemory import poke, reach_gpu_memory, reach_host_memory
 
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.memory.fake import FakeBackend
@@ -24,9 +24,10 @@ class Kind:
 
     Attributes:
         make: a new backend.
-        host_access: the host can read and write mapped memory through its address.
+        host_access: mapped memory can be read and written by a test (on a GPU, by the driver's copies).
         seals: sealed memory cannot be written by any process.
         copy_on_write: a reader may write, and keeps that to itself.
+        sized_fds: an fd tells how much memory it stands for, before it is mapped.
     """
 
     name: str
@@ -34,17 +35,35 @@ class Kind:
     host_access: bool
     seals: bool
     copy_on_write: bool
+    sized_fds: bool = True
+
+
+def _first_gpu() -> Backend:
+    from shared_store.memory.cuda_vmm import CudaBackend, visible_gpus
+
+    return CudaBackend(next(iter(visible_gpus())))
 
 
 KINDS = (
     Kind("memfd", MemfdBackend, host_access=True, seals=True, copy_on_write=True),
     Kind("fake", FakeBackend, host_access=True, seals=True, copy_on_write=True),
 )
+GPU = Kind("cuda_vmm", _first_gpu, host_access=True, seals=False, copy_on_write=False, sized_fds=False)
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+@pytest.fixture(params=[*KINDS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=lambda kind: kind.name)
 def kind(request):
-    return request.param
+    """One of the backends; the GPU's where there is one."""
+    if request.param is not GPU:
+        yield request.param
+        return
+    from shared_store.memory.cuda_vmm import visible_gpus
+
+    if not visible_gpus():
+        pytest.skip("no NVIDIA GPU is visible")
+    reach_gpu_memory(0)
+    yield request.param
+    reach_host_memory()
 
 
 @pytest.fixture

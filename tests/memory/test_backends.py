@@ -77,7 +77,10 @@ ctypes.string_at(mapping.address, 1)
     assert (status, output) == (-signal.SIGSEGV, "suspended")
 
 
-def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_may_be_tried_again(backend, segment, imported):
+def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_may_be_tried_again(
+    backend, segment, imported, capable
+):
+    capable("seals")
     writer = imported(segment, Access.WRITE)
     with pytest.raises(MemoryBackendError, match="still mapped for writing; unmap it"):
         backend.seal(segment)
@@ -203,8 +206,9 @@ def test_an_fd_that_is_no_segment_is_refused(backend, tmp_path, what):
             os.close(fd)
 
 
-def test_a_segment_smaller_than_announced_is_refused(backend, segment):
+def test_a_segment_smaller_than_announced_is_refused(backend, segment, capable):
     """Mapping it would fault in the middle of an engine's forward pass."""
+    capable("sized_fds")
     fd = backend.export(segment)
     before = open_fds()
     with pytest.raises(MemoryBackendError, match=f"{segment.nbytes} bytes, where {segment.nbytes + 1} were announced"):
@@ -223,9 +227,9 @@ def test_exported_fds_are_not_inherited(backend, segment):
 
 def test_release_is_idempotent_and_leaves_mappings_alone(backend, capable):
     capable("host_access")
-    segment = backend.create(MIB)
+    segment = backend.create(2 * MIB)
     fd = backend.export(segment)
-    mapping = Mapping(backend, backend.import_fd(fd, MIB))
+    mapping = Mapping(backend, backend.import_fd(fd, 2 * MIB))
     os.close(fd)
     mapping.map(Access.WRITE)
     before = open_fds()
@@ -265,9 +269,9 @@ def test_two_hundred_rounds_leak_neither_fds_nor_address_space(backend, capable)
     capable("host_access")
 
     def one_round(number):
-        segment = backend.create(MIB)
+        segment = backend.create(2 * MIB)
         fd = backend.export(segment)
-        mapping = Mapping(backend, backend.import_fd(fd, MIB))
+        mapping = Mapping(backend, backend.import_fd(fd, 2 * MIB))
         os.close(fd)
         mapping.map(Access.WRITE)
         poke(mapping.address, b"%8d" % number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -70,6 +71,20 @@ def test_clients_that_come_while_a_store_ends_get_a_new_one(directory, start_sto
     assert new != old.pid
     os.kill(new, signal.SIGTERM)
     wait_until(lambda: process_state(new) in {"", "Z"}, "the new store to end")
+
+
+def test_a_process_with_thousands_of_open_files_starts_a_store(directory):
+    """Where `select(2)` would give up: engines have many sockets and libraries."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
+        pytest.skip("this process may not open so many files (ulimit -n)")
+    files = [os.dup(0) for _ in range(1100)]
+    try:
+        pid = spawn.start(directory)
+    finally:
+        for fd in files:
+            os.close(fd)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: process_state(pid) in {"", "Z"}, "the store to end")
 
 
 def test_without_autostart_no_store_is_an_error_with_the_next_step(directory):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from support.waiting import process_state, wait_until
+from support.waiting import process_state, readable, wait_until
 
 from shared_store import errors
 
@@ -43,8 +42,7 @@ class Actor:
         """The result of what was begun. An error is raised here as the class that it was there."""
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._unread:
-            readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
+            if not readable(self._process.stdout, max(0.0, deadline - time.monotonic())):
                 raise AssertionError(f"the client process did not answer within {timeout_s} s")
             data = os.read(self._process.stdout.fileno(), 1 << 20)
             if not data:
@@ -58,7 +56,7 @@ class Actor:
 
     def idle(self):
         """Whether what was begun has not been answered yet."""
-        return not self._unread and not select.select([self._process.stdout], [], [], 0)[0]
+        return not self._unread and not readable(self._process.stdout, 0)
 
     def __getattr__(self, method):
         def call(**arguments):

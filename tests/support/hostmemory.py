@@ -9,13 +9,49 @@ from pathlib import Path
 
 
 def poke(address, data):
-    """Write host memory."""
-    ctypes.memmove(address, data, len(data))
+    """Write memory: the host's, or a GPU's once :func:`reach_gpu_memory` was called."""
+    buffer = ctypes.create_string_buffer(bytes(data), len(data))
+    _copy(address, ctypes.addressof(buffer), len(data))
 
 
 def peek(address, nbytes):
-    """Read host memory."""
-    return ctypes.string_at(address, nbytes)
+    """Read memory, as :func:`poke` writes it."""
+    buffer = ctypes.create_string_buffer(nbytes)
+    _copy(ctypes.addressof(buffer), address, nbytes)
+    return buffer.raw
+
+
+def _copy(target, source, nbytes):
+    if _gpu_copy is None:
+        ctypes.memmove(target, source, nbytes)
+    else:
+        _gpu_copy(target, source, nbytes)
+
+
+_gpu_copy = None
+
+
+def reach_gpu_memory(ordinal):
+    """From now on copy with the driver, which tells host and GPU addresses apart (unified addressing)."""
+    global _gpu_copy  # noqa: PLW0603 - one context a process is how the driver sees it as well
+    from cuda.bindings import driver
+
+    error, context = driver.cuDevicePrimaryCtxRetain(ordinal)
+    assert not error, error.name
+    assert not driver.cuCtxSetCurrent(context)[0]
+
+    def copy(target, source, nbytes):
+        (error,) = driver.cuMemcpy(target, source, nbytes)
+        assert not error, error.name
+        driver.cuCtxSynchronize()
+
+    _gpu_copy = copy
+
+
+def reach_host_memory():
+    """From now on copy with the processor."""
+    global _gpu_copy  # noqa: PLW0603 - see above
+    _gpu_copy = None
 
 
 def mapped_ranges():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from support.client import Client
-from support.waiting import open_fds, process_state, wait_until
+from support.waiting import open_fds, process_state, readable, wait_until
 
 from shared_store.paths import RuntimePaths
 
@@ -45,7 +44,7 @@ class StoreProcess:
             with (self.directory / "test.log").open("ab") as log:
                 self._process = subprocess.Popen(command, pass_fds=(tell,), stdout=log, stderr=log, **popen)
             os.close(tell)
-            assert select.select([told], [], [], 20.0)[0], "the store was not ready within 20 s"
+            assert readable(told, 20.0), "the store was not ready within 20 s"
             assert os.read(told, 1) == b"1", self.log()
         finally:
             os.close(told)

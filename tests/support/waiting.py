@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from pathlib import Path
 
@@ -14,6 +15,13 @@ def wait_until(condition, what, timeout_s=15.0):
             raise AssertionError(f"waited {timeout_s} s for: {what}")
         time.sleep(0.005)
     return found
+
+
+def readable(file, timeout_s):
+    """Whether there is something to read (or an end of file) in time; for any number of open files."""
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
 
 
 def process_state(pid):

@@ -1,0 +1,35 @@
+"""Fixtures of the tests on a GPU; engines there take their turn with CUDA graphs on."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
+from support.engines import wait_until
+
+__all__ = ["checkpoint", "engine", "gpu", "gpu_memory_mib", "module_runtime_dir", "runtime_dir"]
+
+
+@pytest.fixture(scope="session")
+def gpu() -> str:
+    """The UUID of the GPU that the test runs on."""
+    visible_gpus = pytest.importorskip("shared_store.memory.cuda_vmm").visible_gpus()
+    if not visible_gpus:
+        pytest.skip("no NVIDIA GPU is visible")
+    return next(iter(visible_gpus))
+
+
+def used_mib(device: str) -> int:
+    """VRAM in use, as the driver counts it."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", device]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
+
+
+@pytest.fixture
+def gpu_memory_mib(gpu: str) -> Iterator[int]:
+    """VRAM in use when the test begins; when it is over, that must be so again."""
+    before = used_mib(gpu)
+    yield before
+    wait_until(lambda: used_mib(gpu) <= before + 16, "VRAM is back to where it was", timeout_s=60)

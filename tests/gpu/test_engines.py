@@ -1,0 +1,127 @@
+"""Real vLLM on a GPU, with torch.compile and CUDA graphs: what is shared computes what stock computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engines import EngineProcess, status_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+
+FAMILIES = ("llama", "llama-tied", "qwen3", "gemma3", "mixtral")
+GRAPHS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.15}
+SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
+
+
+@pytest.fixture(scope="module")
+def runs(gpu: str, module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
+    """Answers of stock vLLM, of a publisher and of a reader, by family."""
+    assert gpu.startswith("GPU-")
+    pytest.importorskip("vllm")
+    paths = {family: checkpoint(family) for family in FAMILIES}
+    answers: dict[str, dict[str, Any]] = {}
+    for role, job in {"stock": {}, "publisher": SHARING, "reader": SHARING}.items():
+        every = [str(path) for path in paths.values()]
+        process = EngineProcess(module_runtime_dir, {"models": every, "settings": GRAPHS, **job})
+        try:
+            assert process.finish() == 0, "\n".join(process.log[-60:])
+        finally:
+            process.close()
+        events = {event["model"]: event for event in process.events if event["event"] == "answered"}
+        answers[role] = {family: events[str(path)] for family, path in paths.items()}
+    return answers
+
+
+@pytest.mark.parametrize("role", ["publisher", "reader"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_stock_with_cuda_graphs(runs: Any, family: str, role: str) -> None:
+    """Publisher and reader answer as stock vLLM does; the answers vary, so equality means something."""
+    assert runs[role][family]["tokens"] == runs["stock"][family]["tokens"]
+    assert len({token for answer in runs["stock"][family]["tokens"] for token in answer}) > 10
+
+
+@pytest.mark.usefixtures("runs")
+def test_each_model_was_published_once(module_runtime_dir: Path) -> None:
+    """The readers attached; nothing fell back."""
+    counters = status_of(module_runtime_dir).counters
+    assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), 2 * len(FAMILIES), 0)
+
+
+def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
+    gpu_memory_mib: int, engine: Any, tmp_path: Path, runtime_dir: Path
+) -> None:
+    """Three start at once with one utilization: equal KV caches, whoever published; VRAM is free in the end."""
+    gpu_model = pytest.importorskip("gpu_model")
+    pytest.importorskip("vllm")
+    model = tmp_path / "model"
+    gpu_model.make(model, layers=4)
+    settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
+    processes = [engine(model, settings=settings, hold=True, **SHARING) for _ in range(3)]
+    answers = [process.wait("answered") for process in processes]
+    blocks = [answer["kv_blocks"] for answer in answers]
+    assert max(blocks) <= 1.02 * min(blocks), blocks
+    assert [answer["tokens"] for answer in answers] == [answers[0]["tokens"]] * 3
+    assert status_of(runtime_dir).counters.publishes == 1
+    for process in processes:
+        process.tell("go on")
+        assert process.wait("answered again")["tokens"] == answers[0]["tokens"]
+        assert process.finish() == 0
+    assert gpu_memory_mib >= 0
+
+
+_CANARY = """
+import os, sys
+import torch
+from shared_store.client.views import bytes_at
+from shared_store.memory import Access, Mapping
+from shared_store.memory.cuda_vmm import CudaBackend
+torch.zeros(1, device="cuda")
+backend = CudaBackend(sys.argv[2])
+mapping = Mapping(backend, backend.import_fd(int(sys.argv[1]), 2 << 20))
+mapping.map(Access.READ)
+data = bytes_at(mapping, 0, 1 << 20)
+print("read", int(data.sum()), flush=True)
+data.add_(1)
+torch.cuda.synchronize()
+print("written", flush=True)
+"""
+
+
+def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: str) -> None:
+    """The hardware refuses the write: the writer's process fails, and what others map is as it was."""
+    import os
+
+    torch = pytest.importorskip("torch")
+    from shared_store.client.views import bytes_at
+    from shared_store.memory import Access, Mapping
+    from shared_store.memory.cuda_vmm import CudaBackend
+
+    torch.zeros(1, device="cuda")
+    backend = CudaBackend(gpu)
+    segment = backend.create(2 << 20)
+    fd = backend.export(segment)
+    mapping = Mapping(backend, backend.import_fd(fd, 2 << 20))
+    mapping.map(Access.WRITE)
+    bytes_at(mapping, 0, 1 << 20).fill_(3)
+    torch.cuda.synchronize()
+    mapping.unmap()
+    mapping.map(Access.READ)
+    canary = subprocess.run(
+        [sys.executable, "-c", _CANARY, str(fd), gpu],
+        pass_fds=(fd,),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(fd)
+    assert f"read {3 << 20}" in canary.stdout
+    assert "written" not in canary.stdout
+    assert canary.returncode != 0
+    assert "illegal memory access" in canary.stderr
+    assert int(bytes_at(mapping, 0, 1 << 20).sum()) == 3 << 20
+    backend.release(segment)
