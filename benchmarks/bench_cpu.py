@@ -237,7 +237,8 @@ def main() -> None:
 
 def _ratio(rounds: list[dict[str, dict[str, Any]]], role: str, other: str, name: str) -> float:
     """Median over rounds of the ratio within each round."""
-    return round(statistics.median(each[role][name] / each[other][name] for each in rounds), 4)
+    ratios: list[float] = [each[role][name] / each[other][name] for each in rounds]
+    return round(statistics.median(ratios), 4)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Kind:
         seals: sealed memory cannot be written by any process.
         copy_on_write: a reader may write, and keeps that to itself.
         sized_fds: an fd tells how much memory it stands for, before it is mapped.
+        fd_backed: a segment that this process made is an fd here (and not a handle of a driver).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Kind:
     seals: bool
     copy_on_write: bool
     sized_fds: bool = True
+    fd_backed: bool = True
 
 
 def _first_gpu() -> Backend:
@@ -48,7 +50,7 @@ KINDS = (
     Kind("memfd", MemfdBackend, host_access=True, seals=True, copy_on_write=True),
     Kind("fake", FakeBackend, host_access=True, seals=True, copy_on_write=True),
 )
-GPU = Kind("cuda_vmm", _first_gpu, host_access=True, seals=False, copy_on_write=False, sized_fds=False)
+GPU = Kind("cuda_vmm", _first_gpu, host_access=True, seals=False, copy_on_write=False, sized_fds=False, fd_backed=False)
 
 
 @pytest.fixture(params=[*KINDS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=lambda kind: kind.name)
