@@ -55,13 +55,12 @@ def check_socket_path(path: Path) -> None:
         )
 
 
-def prepare(directory: Path, *, group: bool = False) -> RuntimePaths:
+def prepare(directory: Path, *, mode: int = 0o700) -> RuntimePaths:
     """Create the runtime directory if need be, and check it.
 
     Args:
         directory: the runtime directory; missing parents are created too.
-        group: whether the store's group may enter it (mode 0750 instead of 0700). Without it, a directory of mode
-            0750 is closed again.
+        mode: its permissions. A directory that an earlier store let others enter gets these too.
 
     Raises:
         UnsafePathError: it is a link, is not a directory, belongs to somebody else, or is open to others.
@@ -71,12 +70,12 @@ def prepare(directory: Path, *, group: bool = False) -> RuntimePaths:
     paths = RuntimePaths(directory.absolute())
     check_socket_path(paths.socket)
     try:
-        paths.directory.mkdir(mode=0o750 if group else 0o700, parents=True, exist_ok=True)
+        paths.directory.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"cannot create the runtime directory {directory}: {error.strerror}; set WOOLY_RUNTIME_DIR"
         ) from error
-    _check_directory(paths.directory, owner=os.getuid(), group=group)
+    _check_directory(paths.directory, owner=os.getuid(), mode=mode)
     if not os.access(paths.directory, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write in the runtime directory {directory}; set WOOLY_RUNTIME_DIR to another one")
     return paths
@@ -119,7 +118,7 @@ def locate(directory: Path) -> RuntimePaths:
     return paths
 
 
-def _check_directory(directory: Path, *, owner: int, group: bool) -> None:
+def _check_directory(directory: Path, *, owner: int, mode: int) -> None:
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise UnsafePathError(f"{directory} is not a directory (links are not followed); set WOOLY_RUNTIME_DIR")
@@ -128,10 +127,14 @@ def _check_directory(directory: Path, *, owner: int, group: bool) -> None:
             f"{directory} belongs to uid {found.st_uid}, not to uid {owner}; "
             "set WOOLY_RUNTIME_DIR to a directory of your own"
         )
-    allowed, mode = 0o750 if group else 0o700, stat.S_IMODE(found.st_mode)
-    if mode == 0o750 and not group:  # an earlier store let a group in, this one does not
-        directory.chmod(0o700)
-    elif mode & ~allowed:
+    actual = stat.S_IMODE(found.st_mode)
+    if actual in SHARED_MODES or actual == mode:
+        directory.chmod(mode)
+    elif actual & ~mode:
         raise UnsafePathError(
-            f"{directory} has mode {mode:04o}, which lets others in; run: chmod {allowed:o} {directory}"
+            f"{directory} has mode {actual:04o}, which lets others in; run: chmod {mode:o} {directory}"
         )
+
+
+SHARED_MODES = (0o750, 0o701, 0o751)
+"""What a store gives its directory when others may connect."""

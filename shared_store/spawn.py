@@ -35,13 +35,13 @@ def answers(paths: RuntimePaths) -> bool:
         return True
 
 
-def start(directory: Path, options: str = "", *, group: bool = False, timeout_s: float = 10.0) -> int:
+def start(directory: Path, options: str = "", *, mode: int = 0o700, timeout_s: float = 10.0) -> int:
     """Start a detached store, and wait until clients can connect to it.
 
     Args:
         directory: its runtime directory.
         options: a ``ServeOptions`` as JSON; empty: the environment's.
-        group: whether the options name a group that may connect.
+        mode: permissions of the directory.
         timeout_s: how long it may take.
 
     Returns:
@@ -51,7 +51,7 @@ def start(directory: Path, options: str = "", *, group: bool = False, timeout_s:
         StoreUnavailableError: it did not come up; the message has the end of its log.
         UnsafePathError, PathTooLongError, ConfigError: about the directory.
     """
-    paths = prepare(directory, group=group)
+    paths = prepare(directory, mode=mode)
     begin = paths.log.stat().st_size if paths.log.exists() else 0
     paths.log.touch(mode=0o600)
     deadline = time.monotonic() + timeout_s

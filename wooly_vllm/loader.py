@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from shared_store import manifest as manifests
-from shared_store.client.bind import Bound, bind
+from shared_store.client.bind import Bound, bind, measure
 from shared_store.client.devices import backend_of, store_device
 from shared_store.client.identify import Checkpoint
 from shared_store.client.mapped import MappedBlobs
@@ -32,6 +32,9 @@ from wooly_vllm import compat, cpu_dispatch, identity, state
 from wooly_vllm.options import Options, parse
 
 logger = init_logger("vllm.wooly")
+
+LOST_TOLERATED = 0.01
+"""Share of the bytes that may go private after binding without a warning."""
 
 
 class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not typed for us
@@ -183,7 +186,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             raise BindingError(
                 f"the model could not be built of placeholders: {type(error).__name__}: {error}"
             ) from error
-        self._keep(session, model, key, bound, blobs)
+        bound = self._keep(session, request, key, model, bound, blobs)
         logger.info(
             "wooly: attached %s in %.3f s (%d tensors, %.1f MiB mapped, %.1f MiB private, key %s)",
             request.name,
@@ -237,7 +240,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 )
         except WoolyError as error:
             return self._stay_private(session, request, model, error)
-        self._keep(session, model, key, bound, blobs)
+        bound = self._keep(session, request, key, model, bound, blobs)
         logger.info(
             "wooly: published %s in %.3f s (stock load %.3f s, %d tensors, %.1f MiB shared, %.1f MiB private, key %s)",
             request.name,
@@ -285,10 +288,19 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             _end(session)
 
     @staticmethod
-    def _keep(session: Session, model: nn.Module, key: str, bound: Bound, blobs: MappedBlobs) -> None:
-        """The connection is the lease: it ends when the model does."""
-        session.report(key, bound.private_bytes + blobs.private_bytes())
+    def _keep(
+        session: Session, request: Request, key: str, model: nn.Module, meant: Bound, blobs: MappedBlobs
+    ) -> Bound:
+        """Report what is shared, as it turned out. The connection is the lease: it ends when the model does."""
+        found = measure(model, blobs)
+        lost = meant.mapped_bytes - found.mapped_bytes
+        if lost > meant.mapped_bytes * LOST_TOLERATED:
+            logger.warning(
+                "wooly: %s: %.1f MiB that could be shared became private after binding", request.name, lost / 2**20
+            )
+        session.report(key, found.private_bytes + blobs.private_bytes())
         weakref.finalize(model, session.close)
+        return dataclasses.replace(found, tensors=meant.tensors)
 
     def _inner(self) -> InnerLoader:
         return InnerLoader(

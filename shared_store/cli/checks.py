@@ -12,6 +12,7 @@ import platform
 import re
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -218,15 +219,16 @@ def _embedded_catalog() -> Check:
 
 def runtime_directory(directory: Path) -> Check:
     """Whether a store could live there."""
-    from shared_store.paths import RuntimePaths, check_socket_path, prepare
+    from shared_store.paths import SHARED_MODES, RuntimePaths, check_socket_path, prepare
 
     name, directory = "runtime directory", directory.absolute()
     advice = "set WOOLY_RUNTIME_DIR to a directory of your own"
     try:
         if directory.exists() or directory.is_symlink():
-            shared = _is_group_socket(RuntimePaths(directory).socket)
-            prepare(directory, group=shared)
-            return Check(name, "ok", f"{directory}, {'open to a group' if shared else 'closed to others'}")
+            mode = stat.S_IMODE(directory.lstat().st_mode)
+            shared = mode in SHARED_MODES
+            prepare(directory, mode=mode if shared else 0o700)
+            return Check(name, "ok", f"{directory}, {'open to others' if shared else 'closed to others'}")
         check_socket_path(RuntimePaths(directory).socket)
     except WoolyError as error:
         return Check(name, "failed", str(error), advice)
@@ -234,10 +236,6 @@ def runtime_directory(directory: Path) -> Check:
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         return Check(name, "failed", f"{directory} cannot be created in {parent}", advice)
     return Check(name, "ok", f"{directory}, not there yet")
-
-
-def _is_group_socket(path: Path) -> bool:
-    return path.is_socket() and bool(path.lstat().st_mode & 0o060)
 
 
 def store(directory: Path) -> Check:

@@ -83,6 +83,18 @@ def bind(
     return Bound(mapped, private, len(made))
 
 
+def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
+    """What of a model is mapped and what is private now, by where its tensors lie and not by what was meant."""
+    storages: dict[tuple[str, int], int] = {}
+    tensors = 0
+    for _, tensor in tensors_from(model):
+        if (key := storage_key(tensor)) is not None:
+            storages[key] = tensor.untyped_storage().nbytes()
+            tensors += 1
+    mapped = sum(nbytes for (_, address), nbytes in storages.items() if blobs.covers(address))
+    return Bound(mapped, sum(storages.values()) - mapped, tensors)
+
+
 class _Origin:
     """A tensor that the model named, and where it lay before it was bound. Keeps that memory, and so its address."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from shared_store import digest
-from shared_store.checkpoint import SETTLED_S, FileId, checkpoint_digest, file_id, hash_files
+from shared_store.checkpoint import SETTLED_S, FileId, HashedFile, checkpoint_digest, file_id, hash_files
 from shared_store.client.session import Session
 from shared_store.errors import CheckpointError
 
@@ -65,24 +65,26 @@ class Checkpoint:
         lease = "checkpoint:" + digest.digest(msgspec.msgpack.encode(self._ids)).hex()
         with session.lease(lease, timeout_s):
             known = session.recall_files(self._ids)
-            if all(known):
-                pass  # another process was first; it is in line with what it asked for
-            else:
-                yield self._combine(self._hash(session, known, progress))
+            if not all(known):
+                hashed = self._hash(known, progress)
+                try:
+                    yield self._combine(known)
+                finally:
+                    # Told only now: whoever asked meanwhile waits for the lease, and so comes after the block.
+                    if session.alive:
+                        session.remember_files([(found.file, found.digest) for found in hashed if found.settled])
                 return
         yield self._combine(known)
 
-    def _hash(
-        self, session: Session, known: list[bytes | None], progress: Callable[[int], None] | None
-    ) -> list[bytes | None]:
+    def _hash(self, known: list[bytes | None], progress: Callable[[int], None] | None) -> list[HashedFile]:
+        """Fill in the digests that are missing; returns what was hashed for that."""
         missing = [index for index, found in enumerate(known) if not found]
         _settle([self._ids[index] for index in missing])
         hashed = hash_files([self._paths[index] for index in missing], progress=progress)
         self.unchanged()
-        session.remember_files([(found.file, found.digest) for found in hashed if found.settled])
         for index, found in zip(missing, hashed, strict=True):
             known[index] = found.digest
-        return known
+        return hashed
 
     def _combine(self, digests: Sequence[bytes | None]) -> bytes:
         return checkpoint_digest([(name, found) for name, found in zip(self._names, digests, strict=True) if found])

@@ -102,6 +102,11 @@ class MappedBlobs:
         mapping = self._replicas.get((place.segment, self.occurrence[index]), self._mappings[place.segment])
         return bytes_at(mapping, place.offset, nbytes)
 
+    def covers(self, address: int) -> bool:
+        """Whether an address lies in this model's mappings."""
+        mappings = (*self._mappings.values(), *self._replicas.values())
+        return any(mapping.address <= address < mapping.address + mapping.nbytes for mapping in mappings)
+
     def private_bytes(self) -> int:
         """Bytes of mapped memory that this process wrote to, and so holds for itself."""
         return sum(mapping.private_bytes() for mapping in (*self._mappings.values(), *self._replicas.values()))

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import socket
+import struct
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,8 @@ class Session:
         self.store_pid = welcome.pid
         self.client = welcome.client
         sock.settimeout(None)
+        # Sending may fail after a while instead of waiting for ever for a store that was stopped.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
         self._reader = threading.Thread(target=self._read, name="wooly-session", daemon=True)
         self._reader.start()
         _open_sessions.add(self)
@@ -140,8 +143,11 @@ class Session:
         self._call(messages.Acquire(self._next(), name), messages.Granted, timeout_s)
         try:
             yield
-        finally:
-            self._call(messages.Yield(self._next(), name), messages.Done)
+        except BaseException:
+            with contextlib.suppress(WoolyError):  # the block's own error is the one to tell
+                self._call(messages.Yield(self._next(), name), messages.Done)
+            raise
+        self._call(messages.Yield(self._next(), name), messages.Done)
 
     def recall_files(self, files: Sequence[FileId]) -> list[bytes | None]:
         """Digests of files, where the store knows them."""
@@ -226,7 +232,7 @@ class Session:
         answer: queue.SimpleQueue[tuple[messages.StoreMessage, tuple[int, ...]] | WoolyError] = queue.SimpleQueue()
         with self._lock:
             if self._ended is not None:
-                raise self._ended
+                raise type(self._ended)(str(self._ended))  # a new one each time: it would keep its callers' frames
             self._calls[request.id] = answer
             self._channel.send(messages.encode(request))
         try:
@@ -241,7 +247,7 @@ class Session:
                 "`wooly status` shows who is busy"
             ) from None
         if isinstance(result, WoolyError):
-            raise result
+            raise type(result)(str(result)) from result
         reply, fds = result
         if isinstance(reply, messages.Failed):
             raise by_code(reply.code)(reply.message)

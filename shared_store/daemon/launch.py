@@ -17,13 +17,13 @@ def start_detached(options: ServeOptions, timeout_s: float = 10.0) -> int:
         StoreRunningError: the runtime directory has a store.
         StoreUnavailableError: it did not come up; the message has the end of its log.
     """
-    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    paths = prepare(options.runtime_dir, mode=options.directory_mode)
     running = StoreRunningError(f"a store runs already in {paths.directory}; `wooly status` shows it")
     if spawn.answers(paths):
         raise running
     data = {**msgspec.to_builtins(options, enc_hook=str), "runtime_dir": str(paths.directory)}
-    group = options.socket_group is not None
-    pid = spawn.start(paths.directory, msgspec.json.encode(data).decode(), group=group, timeout_s=timeout_s)
+    text, mode = msgspec.json.encode(data).decode(), options.directory_mode
+    pid = spawn.start(paths.directory, text, mode=mode, timeout_s=timeout_s)
     if not pid:
         raise running
     return pid

@@ -44,7 +44,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     _raise_file_limit()
-    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    paths = prepare(options.runtime_dir, mode=options.directory_mode)
     held = claim(paths)
     try:
         asyncio.run(_serve(options, ready))
@@ -54,7 +54,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
 
 
 async def _serve(options: ServeOptions, ready: Callable[[], None]) -> None:
-    paths = prepare(options.runtime_dir, group=options.socket_group is not None)
+    paths = prepare(options.runtime_dir, mode=options.directory_mode)
     loop = asyncio.get_running_loop()
     store = Store({"cpu": MemfdBackend()}, options.max_resident)
     for device in options.max_resident:
@@ -70,7 +70,7 @@ async def _serve(options: ServeOptions, ready: Callable[[], None]) -> None:
 
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
-    server = Server(store, listen(paths, group=options.socket_group), options, status)
+    server = Server(store, listen(paths, options), options, status)
     mirror = Mirror(catalog, lambda: take_catalog(store, identity))
     store.changed, store.event = mirror.changed, catalog.event
     for number in (signal.SIGTERM, signal.SIGINT):

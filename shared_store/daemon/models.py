@@ -129,7 +129,7 @@ class Models:
         Raises:
             ModelNotFoundError: there is none, or more than one.
         """
-        found = [model for key, model in self._models.items() if key.startswith(prefix)]
+        found = [model for key, model in self._models.items() if prefix and key.startswith(prefix)]
         if len(found) == 1:
             return found[0]
         if not found:

@@ -33,6 +33,16 @@ class ServeOptions:
     allow_uids: tuple[int, ...] = ()
     log_level: str = "INFO"
 
+    @property
+    def directory_mode(self) -> int:
+        """Mode of the runtime directory: its owner's alone, or to be entered by those who may connect."""
+        return 0o700 | (0o050 if self.socket_group else 0) | (0o001 if self.allow_uids else 0)
+
+    @property
+    def socket_mode(self) -> int:
+        """Mode of the socket. Who is let in is decided by ``SO_PEERCRED``; this only lets them ask."""
+        return 0o600 | (0o060 if self.socket_group else 0) | (0o006 if self.allow_uids else 0)
+
     @staticmethod
     def from_environment() -> ServeOptions:
         """The defaults, with what ``WOOLY_*`` variables say."""

@@ -51,14 +51,15 @@ def claim(paths: RuntimePaths) -> int:
     return fd
 
 
-def listen(paths: RuntimePaths, *, group: str | None) -> socket.socket:
-    """A listening socket of mode 0600 (0660 with a group), in place of a dead store's. Needs :func:`claim`.
+def listen(paths: RuntimePaths, options: ServeOptions) -> socket.socket:
+    """A listening socket for those who may connect, in place of a dead store's. Needs :func:`claim`.
 
     Raises:
         ConfigError: the path is taken by something else, or the group does not exist or is not this user's to give.
     """
-    if group is not None:
-        _share_directory(paths, group)
+    if options.socket_group is not None:
+        _give_to_group(paths, options.socket_group)
+    paths.directory.chmod(options.directory_mode)  # it may be older than the wish to share it
     if paths.socket.exists() or paths.socket.is_symlink():
         if not stat.S_ISSOCK(paths.socket.lstat().st_mode):
             raise ConfigError(f"{paths.socket} is in the way and is not a socket; remove it")
@@ -69,14 +70,14 @@ def listen(paths: RuntimePaths, *, group: str | None) -> socket.socket:
         sock.bind(os.fspath(paths.socket))
     finally:
         os.umask(before)
-    if group is not None:
+    if options.socket_group is not None:
         os.chown(paths.socket, -1, paths.directory.stat().st_gid)
-        paths.socket.chmod(0o660)
+    paths.socket.chmod(options.socket_mode)
     sock.listen(512)
     return sock
 
 
-def _share_directory(paths: RuntimePaths, group: str) -> None:
+def _give_to_group(paths: RuntimePaths, group: str) -> None:
     import grp
 
     try:
@@ -85,7 +86,6 @@ def _share_directory(paths: RuntimePaths, group: str) -> None:
         raise ConfigError(f"there is no group {group!r}") from error
     except PermissionError as error:
         raise ConfigError(f"only members of group {group!r} (and root) can let it in") from error
-    paths.directory.chmod(0o750)  # it may be older than the wish to share it
 
 
 class Server:

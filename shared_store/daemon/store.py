@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_REMEMBERED_FILES = 100_000
+MAX_NAME = 500
 
 
 @dataclass
@@ -162,8 +163,8 @@ class Store:
         effects = self.models.open(
             request.key,
             Asker(client.number, request.publish),
-            name=request.name,
-            engine=request.engine,
+            name=request.name[:MAX_NAME],
+            engine=request.engine[:MAX_NAME],
             device=request.device,
         )
         self.changed()

@@ -202,4 +202,4 @@ def test_group_store_is_well(examine, wooly):
     assert wooly("serve", "--detach", "--group", group).returncode == 0
     code, found = examine()
     assert code == 0
-    assert "open to a group" in found["runtime directory"]["found"]
+    assert "open to others" in found["runtime directory"]["found"]

@@ -38,10 +38,18 @@ def test_a_runtime_directory_that_is_a_link(directory):
     assert list((directory / "real").iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o711, 0o777])
 def test_a_runtime_directory_that_lets_others_in(directory, mode):
     directory.chmod(mode)
     refused_by_both(directory, UnsafePathError, f"mode {mode:04o}, which lets others in; run: chmod 700")
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o751])
+def test_a_runtime_directory_that_an_earlier_store_shared_is_closed_again(directory, mode):
+    """What a store gave its directory for a group or for allowed users, the next one takes back."""
+    directory.chmod(mode)
+    paths.prepare(directory)
+    assert directory.stat().st_mode & 0o777 == 0o700
 
 
 @needs_root
@@ -133,10 +141,11 @@ def test_another_user_that_reaches_the_socket_is_refused_by_its_uid(store):
 
 @needs_root
 def test_another_user_that_is_allowed_is_let_in(start_store):
+    """The store lets it reach the socket itself; a third user reaches it too, and is refused by its uid."""
     store = start_store(allow_uids=[NOBODY])
-    store.directory.chmod(0o711)
-    store.paths.socket.chmod(0o666)
+    assert store.directory.stat().st_mode & 0o777 == 0o701
     assert as_user(NOBODY, CONNECT, store.directory) == "connected"
+    assert as_user(NOBODY - 1, CONNECT, store.directory).startswith("permission_denied")
 
 
 @needs_root

@@ -61,7 +61,8 @@ def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
     gpu_model = pytest.importorskip("gpu_model")
     pytest.importorskip("vllm")
     model = tmp_path / "model"
-    gpu_model.make(model, layers=4)
+    make = [sys.executable, gpu_model.__file__, "make", str(model), "--layers", "4"]
+    subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
     settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
     processes = [engine(model, settings=settings, hold=True, **SHARING) for _ in range(3)]
     answers = [process.wait("answered") for process in processes]
