@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
-import shared_store
 from shared_store.catalog import BlobDoc, LeaseDoc, ModelDoc, NodeDoc, Snapshot
 
-REPOSITORY = Path(shared_store.__file__).parents[1]
+_TESTS = str(Path(__file__).resolve().parents[1])
+_BEFORE = os.environ.get("PYTHONPATH")
+PROGRAMS = {**os.environ, "PYTHONPATH": f"{_TESTS}:{_BEFORE}" if _BEFORE else _TESTS}
+"""The environment of programs that tests start: they import this module as the tests do."""
 
 
 # What `read` gives of a node that is not there.

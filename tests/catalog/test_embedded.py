@@ -9,18 +9,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from catalog.conftest import OwnServer, process_ended, wait_until
+from catalog.documents import PROGRAMS, blob, expected, model, read, snapshot
 
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.errors import PathTooLongError
-from tests.catalog.conftest import OwnServer, process_ended, wait_until
-from tests.catalog.documents import REPOSITORY, blob, expected, model, read, snapshot
 
 # A store with an embedded server, as a process that can be killed. The server is started from a thread that ends.
 STORE = """
 import sys, threading
 from pathlib import Path
 from shared_store.catalog import Catalog, EmbeddedServer
-from tests.catalog.documents import snapshot
+from catalog.documents import snapshot
 server = EmbeddedServer(Path(sys.argv[1]))
 starter = threading.Thread(target=server.start)
 starter.start()
@@ -98,7 +98,7 @@ def test_stop_before_start_and_right_after_it(server_directory):
 def test_it_dies_with_a_store_that_is_killed(server_directory):
     """SIGKILL of the store leaves no server; until then, the end of the thread that called start() did not matter."""
     store = subprocess.Popen(
-        [sys.executable, "-c", STORE, server_directory], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", STORE, server_directory], env=PROGRAMS, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         pid = int(store.stdout.readline())

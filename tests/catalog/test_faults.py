@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
+from catalog.conftest import wait_until
+from catalog.documents import NOTHING, PROGRAMS, blob, events, expected, lease, model, node, read, snapshot
 
 from shared_store.catalog import Catalog
-from tests.catalog.conftest import wait_until
-from tests.catalog.documents import NOTHING, REPOSITORY, blob, events, expected, lease, model, node, read, snapshot
 
 # A call that waited for a server would take its time-out of 2 s.
 AT_ONCE_S = 1.0
@@ -19,7 +19,7 @@ AT_ONCE_S = 1.0
 # A store, as far as the catalog can tell: holds a model with two blobs and a lease until it is killed.
 STORE = """
 import sys
-from tests.catalog.documents import blob, lease, model, node, snapshot
+from catalog.documents import blob, lease, model, node, snapshot
 from shared_store.catalog import Catalog
 catalog = Catalog(sys.argv[1], lease_ttl_s=float(sys.argv[3]))
 catalog.start(snapshot([model("bb", [blob(1), blob(2)])], [lease(1, "bb")], of=node(sys.argv[2])))
@@ -56,7 +56,7 @@ def other_store(server):
     def start(name, ttl_s):
         process = subprocess.Popen(
             [sys.executable, "-c", STORE, server.url, name, str(ttl_s)],
-            cwd=REPOSITORY,
+            env=PROGRAMS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

