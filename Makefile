@@ -9,9 +9,11 @@ INSTALLER := deploy/install.py deploy/vllm_cpu_shim.py
 TOOLS := $(TEST_VENV)/bin
 SCRIPTS := $(wildcard deploy/*.py benchmarks/*.py)
 PYTEST_ARGUMENTS ?=
+GPU_PYTHON ?= $(VENV)/bin/python
+PARTS ?= load,peak,decode,ttft,capacity,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench clean
+.PHONY: help install demo test lint wheel bench gpu clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,8 +49,17 @@ test: lint wheel ## everything that CI runs: lint, build the wheel, install it, 
 	$(PYTHON) deploy/install.py --venv $(TEST_VENV) --wheel dist/*.whl
 	PYTHONSAFEPATH=1 WOOLY_TESTED_WHEEL="$$(ls dist/*.whl)" $(TOOLS)/pytest $(PYTEST_ARGUMENTS)
 
-bench: install ## every benchmark; results go to benchmarks/results
-	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(VENV)/bin/python $$script; done
+bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
+	$(VENV)/bin/python benchmarks/bench_cpu.py
+	$(VENV)/bin/python benchmarks/summary.py
+	$(VENV)/bin/python benchmarks/plot.py
+
+# GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
+gpu: ## GPU tests, then GPU benchmarks (PARTS=load,decode,... in pieces), with GPU_PYTHON
+	$(GPU_PYTHON) -m pytest -m gpu tests/memory tests/gpu
+	$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS)
+	$(GPU_PYTHON) benchmarks/summary.py
+	$(GPU_PYTHON) benchmarks/plot.py
 
 clean: ## remove environments, builds and caches
 	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
