@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
-from support.engines import wait_until
+from support.waiting import wait_until
 
 __all__ = ["checkpoint", "engine", "gpu", "gpu_memory_mib", "module_runtime_dir", "runtime_dir"]
 

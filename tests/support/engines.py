@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
+from support.waiting import wait_until
 
 from shared_store.client.session import Session
 from shared_store.errors import StoreUnavailableError
@@ -111,16 +111,6 @@ def stop_store(directory: Path) -> None:
     except StoreUnavailableError:
         return
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the store ends")
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Look until it is so; fail with what was waited for."""
-    pause = threading.Event()
-    for _ in range(int(timeout_s / 0.01)):
-        if condition():
-            return
-        pause.wait(0.01)
-    pytest.fail(f"not within {timeout_s} s: {what}")
 
 
 def status_of(directory: Path) -> Status:
