@@ -44,11 +44,14 @@ class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         super().__init__(load_config)
         self.before: state.Plain = {}
         self.read: set[Path] = set()
+        self.left_behind: list[str] = []
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Load, having noted the state before."""
         self.before = state.plain_state(model)
+        unnamed = state.Unnamed(model)
         super().load_weights(model, model_config)
+        self.left_behind = unnamed.changed(model)
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_weights(*args, **kwargs)
@@ -220,6 +223,10 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         loaded = time.perf_counter()
         try:
             checkpoint.unchanged()
+            if inner.left_behind:
+                raise UnsupportedError(
+                    f"loading changes tensors that no module names: {', '.join(inner.left_behind[:5])}"
+                )
             if inner.read != hashed:
                 raise CheckpointError(f"vLLM read files that were not hashed: {sorted(map(str, inner.read - hashed))}")
             publication = Publication(

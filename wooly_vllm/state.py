@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from shared_store.client.reach import tensors_from
+from shared_store.client.tensors import named_tensors
+from shared_store.client.views import storage_key
+from shared_store.digest import digest_at
 from shared_store.errors import BindingError
 
 Plain = dict[str, dict[str, Any]]
@@ -59,3 +64,38 @@ def _unset(module: nn.Module) -> Iterator[tuple[str, None]]:
 
 def _same(values: dict[str, Any], name: str, value: Any) -> bool:
     return name in values and type(values[name]) is type(value) and values[name] == value
+
+
+class Unnamed:
+    """Tensors that a model reaches, but that no module names: in lists, dicts, plain objects.
+
+    They are not in a manifest. A reader's own constructor makes them, as the publisher's did; if *loading* then changed
+    one, or made one, a reader would not have it, and the model must not be shared.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Remember them as they are before loading."""
+        self._before = _unnamed(model)
+        self._digests = {key: _digest(tensor) for key, (_, tensor) in self._before.items()}
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Paths of those that are new, or have other bytes, since this object was made."""
+        return [
+            path
+            for key, (path, tensor) in _unnamed(model).items()
+            if key not in self._before or _digest(tensor) != self._digests[key]
+        ]
+
+
+def _unnamed(model: nn.Module) -> dict[int, tuple[str, torch.Tensor]]:
+    named = {storage_key(held.tensor) for held in named_tensors(model)}
+    return {
+        id(tensor): (path, tensor)
+        for path, tensor in tensors_from(model)
+        if tensor.numel() and storage_key(tensor) is not None and storage_key(tensor) not in named
+    }
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return digest_at(data.data_ptr(), data.numel())
