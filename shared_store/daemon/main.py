@@ -18,7 +18,7 @@ from shared_store.daemon.server import Server, claim, listen
 from shared_store.daemon.snapshot import identify, take_catalog, take_status
 from shared_store.daemon.store import Store
 from shared_store.memory import MemfdBackend, backend_for
-from shared_store.paths import prepare
+from shared_store.paths import RuntimePaths, prepare
 from shared_store.status import Status
 
 if TYPE_CHECKING:
@@ -47,14 +47,13 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
     held = claim(paths)
     try:
-        asyncio.run(_serve(options, ready))
+        asyncio.run(_serve(paths, options, ready))
     finally:
         os.close(held)
     return 0
 
 
-async def _serve(options: ServeOptions, ready: Callable[[], None]) -> None:
-    paths = prepare(options.runtime_dir, mode=options.directory_mode)
+async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     store = Store({"cpu": MemfdBackend()}, options.max_resident)
     for device in options.max_resident:
