@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 from shared_store.client.mapped import MappedBlobs
 from shared_store.client.placeholders import Placeholders
 from shared_store.client.reach import tensors_from
-from shared_store.client.tensors import named_tensors
-from shared_store.client.views import storage_key, view_of
+from shared_store.client.tensors import NamedTensor, tensors_of
+from shared_store.client.views import StorageKey, storage_key, view_of
 from shared_store.errors import BindingError
 from shared_store.manifest import Manifest, TensorEntry
 
@@ -47,24 +48,51 @@ def bind(
     Raises:
         BindingError: a module of the manifest is missing, or something would stay a placeholder; it is named.
     """
-    origins: dict[tuple[str, int], list[_Origin]] = defaultdict(list)
-    for held in named_tensors(model):
-        if key := storage_key(held.tensor):
-            origins[key].append(_Origin(held.tensor))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    storages = [blobs.bytes(index) for index in range(len(manifest.blobs))]
+    with torch._C.DisableTorchFunctionSubclass():  # engines' parameters are subclasses that want to see every access
+        modules = dict(model.named_modules(remove_duplicate=False))
+        held = list(tensors_of(modules))
+        origins: dict[StorageKey, list[_Origin]] = defaultdict(list)
+        for named in held:
+            if key := storage_key(named.tensor):
+                origins[key].append(_Origin(named.tensor))
+        mapped = {index for index in range(len(manifest.blobs)) if blobs.shared(index, min_bytes)}
+        mapped -= {entry.blob for entry in manifest.tensors if entry.host}
+        _drop_unnamed(held, modules, manifest)
+        made = _bind_named(modules, manifest, _storages(manifest, blobs, mapped))
+        if _others_hold(placeholders, origins):
+            _bring_along(model, placeholders, origins)
+    mapped_bytes = sum(manifest.blobs[index].nbytes for index in mapped)
+    return Bound(mapped_bytes, manifest.nbytes - mapped_bytes, made)
+
+
+def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
+    """What of a model is mapped and what is private now, by where its tensors lie and not by what was meant."""
+    storages: dict[StorageKey, int] = {}
+    tensors = 0
+    for _, tensor in tensors_from(model):
+        if (key := storage_key(tensor)) is not None:
+            storages[key] = tensor.untyped_storage().nbytes()
+            tensors += 1
+    mapped = sum(nbytes for (_, address), nbytes in storages.items() if blobs.covers(address))
+    return Bound(mapped, sum(storages.values()) - mapped, tensors)
+
+
+def _storages(manifest: Manifest, blobs: MappedBlobs, mapped: Collection[int]) -> list[torch.UntypedStorage]:
+    """The bytes of each blob: mapped, or copied to the device or to the host. Each is a storage of its own."""
     on_host = {entry.blob for entry in manifest.tensors if entry.host}
-    mapped = private = 0
-    for index, blob in enumerate(manifest.blobs):
-        if index in on_host:
-            storages[index] = storages[index].to("cpu", copy=True)
-            private += blob.nbytes
-        elif blobs.shared(index, min_bytes):
-            mapped += blob.nbytes
+    found = []
+    for index in range(len(manifest.blobs)):
+        if index in mapped:
+            found.append(blobs.storage(index))
+        elif index in on_host:
+            found.append(blobs.bytes(index).to("cpu", copy=True).untyped_storage())
         else:
-            storages[index] = storages[index].clone()
-            private += blob.nbytes
-    _drop_unnamed(model, modules, manifest)
+            found.append(blobs.bytes(index).clone().untyped_storage())
+    return found
+
+
+def _bind_named(modules: Mapping[str, nn.Module], manifest: Manifest, storages: Sequence[torch.UntypedStorage]) -> int:
+    """Give the modules what the manifest names; returns how many tensors that made."""
     made: dict[int, torch.Tensor] = {}
     taken: dict[int, int] = {}
     # Parameters first: a tensor that is also somebody's attribute is a Parameter in both places.
@@ -79,20 +107,7 @@ def bind(
                 old = _twin(old)  # one object here, two at the publisher
             tensor = made[entry.alias] = _become(old, view_of(storages[entry.blob], entry), entry)
         _hold(module, entry, tensor)
-    _bring_along(model, placeholders, origins)
-    return Bound(mapped, private, len(made))
-
-
-def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
-    """What of a model is mapped and what is private now, by where its tensors lie and not by what was meant."""
-    storages: dict[tuple[str, int], int] = {}
-    tensors = 0
-    for _, tensor in tensors_from(model):
-        if (key := storage_key(tensor)) is not None:
-            storages[key] = tensor.untyped_storage().nbytes()
-            tensors += 1
-    mapped = sum(nbytes for (_, address), nbytes in storages.items() if blobs.covers(address))
-    return Bound(mapped, sum(storages.values()) - mapped, tensors)
+    return len(made)
 
 
 class _Origin:
@@ -127,28 +142,43 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _bring_along(
-    model: nn.Module, placeholders: Placeholders, origins: Mapping[tuple[str, int], list[_Origin]]
-) -> None:
+def _others_hold(placeholders: Placeholders, origins: Mapping[StorageKey, Sequence[_Origin]]) -> bool:
+    """Whether a tensor that no module names is left in memory that named ones lay in, or on a placeholder.
+
+    Told by the reference counts of the storages, which is quicker than a walk through all that the model reaches.
+    """
+    first = ((key, it[0].before, 0) for key, it in origins.items() if key not in placeholders)
+    made = ((key, element, 1) for key, element in placeholders.elements())
+    return any(
+        torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > len(origins.get(key, ())) + kept + _ASKING
+        for key, tensor, kept in chain(first, made)
+    )
+
+
+_ASKING = 1
+"""References to a storage that asking for their number makes."""
+
+
+def _bring_along(model: nn.Module, placeholders: Placeholders, origins: Mapping[StorageKey, list[_Origin]]) -> None:
     """Let references outside of the modules' names follow the tensor that they were made of.
 
     Real values that no bound tensor accounts for stay: the constructor computed them. Placeholders must not stay.
     """
-    for path, tensor in tensors_from(model):
+    for step, tensor in tensors_from(model):
         key = storage_key(tensor)
         placeholder = placeholders.is_one(tensor)
         if key is None or not tensor.numel() or (key not in origins and not placeholder):
             continue
         found = [new for it in origins.get(key, ()) if (new := it.follow(tensor, placeholder=placeholder)) is not None]
         if len({(storage_key(new), *_geometry(new)) for new in found}) > 1:
-            raise BindingError(f"{path} could be any of {len(found)} tensors that were made of the same memory")
+            raise BindingError(f"{step.path} could be any of {len(found)} tensors that were made of the same memory")
         real = placeholders.written(tensor) if placeholder else None
         if found:
             tensor.data = found[0]
         elif real is not None:
             tensor.data = real
         elif placeholder:
-            raise BindingError(f"{path} was left on a placeholder: binding does not reach what it was made of")
+            raise BindingError(f"{step.path} was left on a placeholder: binding does not reach what it was made of")
 
 
 def _become(old: torch.Tensor | None, view: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
@@ -183,10 +213,9 @@ def _hold(module: nn.Module, entry: TensorEntry, tensor: torch.Tensor) -> None:
             module._non_persistent_buffers_set.add(entry.name)
 
 
-def _drop_unnamed(model: nn.Module, modules: dict[str, nn.Module], manifest: Manifest) -> None:
+def _drop_unnamed(held: Iterable[NamedTensor], modules: Mapping[str, nn.Module], manifest: Manifest) -> None:
     named = {(entry.module, entry.name) for entry in manifest.tensors}
-    for held in list(named_tensors(model)):
-        module = modules[held.module]
-        if (held.module, held.name) not in named:
-            for group in _groups(module).values():
-                group.pop(held.name, None)
+    for tensor in held:
+        if (tensor.module, tensor.name) not in named:
+            for group in _groups(modules[tensor.module]).values():
+                group.pop(tensor.name, None)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from shared_store.client.views import bytes_at
+from shared_store.client.views import bytes_in, part_of, storage_of
+from shared_store.client.where import remember
 from shared_store.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
@@ -37,6 +38,7 @@ class MappedBlobs:
         self.segments = tuple(segments)
         self._blobs = tuple(blobs)
         self._mappings: dict[int, Mapping] = {}
+        self._storages: dict[Mapping, torch.UntypedStorage] = {}
         self._replicas: dict[tuple[int, int], Mapping] = {}
         copies: Counter[bytes] = Counter()
         self.occurrence: list[int] = []
@@ -70,14 +72,14 @@ class MappedBlobs:
 
     def _import(self, index: int, fd: int) -> None:
         nbytes = self.segments[index].nbytes
-        self._mappings[index] = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
+        self._mappings[index] = remember(Mapping(self._backend, self._backend.import_fd(fd, nbytes)))
         repeated = {
             self.occurrence[number]
             for number, place in enumerate(self.places)
             if place.segment == index and self.occurrence[number] and self._blobs[number].nbytes >= REPLICA_MIN_BYTES
         }
         for occurrence in repeated:
-            again = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
+            again = remember(Mapping(self._backend, self._backend.import_fd(fd, nbytes)))
             again.map(Access.READ)
             self._replicas[index, occurrence] = again
 
@@ -96,11 +98,18 @@ class MappedBlobs:
         place = self.places[index]
         return self.segments[place.segment].id, place.offset
 
-    def bytes(self, index: int) -> torch.Tensor:
-        """The blob's bytes (uint8, shape ``(nbytes,)``); a repetition of a blob has a mapping of its own."""
+    def storage(self, index: int) -> torch.UntypedStorage:
+        """The blob's storage, its own; a repetition of a blob has a mapping of its own, too."""
         place, nbytes = self.places[index], self._blobs[index].nbytes
         mapping = self._replicas.get((place.segment, self.occurrence[index]), self._mappings[place.segment])
-        return bytes_at(mapping, place.offset, nbytes)
+        whole = self._storages.get(mapping)
+        if whole is None:
+            whole = self._storages[mapping] = storage_of(mapping)
+        return part_of(whole, place.offset, nbytes)
+
+    def bytes(self, index: int) -> torch.Tensor:
+        """The blob's bytes (uint8, shape ``(nbytes,)``)."""
+        return bytes_in(self.storage(index))
 
     def covers(self, address: int) -> bool:
         """Whether an address lies in this model's mappings."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from shared_store.client.views import storage_key
+from shared_store.client.views import StorageKey, storage_key
 from shared_store.errors import UnsupportedError
 
 _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
@@ -54,14 +54,25 @@ class Placeholders(TorchFunctionMode):
         super().__init__()
         self.min_bytes = min_bytes
         self.avoided_bytes = 0
-        self._made: dict[tuple[str, int], _Placeholder] = {}
+        self._made: dict[StorageKey, _Placeholder] = {}
 
     def __len__(self) -> int:
         return len(self._made)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._made
+
+    def elements(self) -> Iterator[tuple[StorageKey, torch.Tensor]]:
+        """The single element behind each placeholder, by the key of its storage."""
+        return ((key, made.element) for key, made in self._made.items())
+
     def is_one(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in a placeholder's single element."""
-        return storage_key(tensor) in self._made
+        return self._find(tensor) is not None
+
+    def _find(self, tensor: torch.Tensor) -> _Placeholder | None:
+        key = storage_key(tensor)
+        return None if key is None else self._made.get(key)
 
     def __torch_function__(
         self,
@@ -87,7 +98,7 @@ class Placeholders(TorchFunctionMode):
 
     def written(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The memory of a placeholder that the constructor wrote to, for another name of it; else None."""
-        made = self._made.get(storage_key(tensor) or ("", 0))
+        made = self._find(tensor)
         return made.real if made is not None and _is_whole(tensor, made) else None
 
     def _copy(self, source: torch.Tensor, memo: dict[int, Any] | None = None) -> torch.Tensor:
@@ -116,13 +127,13 @@ class Placeholders(TorchFunctionMode):
         return element.expand(wanted.shape).detach().requires_grad_(wanted.requires_grad)
 
     def _unwritten(self, value: Any) -> bool:
-        made = self._made.get(storage_key(value) or ("", 0)) if isinstance(value, torch.Tensor) else None
+        made = self._find(value) if isinstance(value, torch.Tensor) else None
         return made is not None and made.real is None
 
     def _before_write(self, target: torch.Tensor | None, values: tuple[Any, ...]) -> None:
         """Give a placeholder memory before it is written to; let other names of it see that memory."""
         for tensor in _tensors_in(values):
-            made = self._made.get(storage_key(tensor) or ("", 0))
+            made = self._find(tensor)
             if made is None or (made.real is None and tensor is not target):
                 continue
             if not _is_whole(tensor, made):

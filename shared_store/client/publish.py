@@ -20,8 +20,8 @@ from shared_store.client.devices import work_on
 from shared_store.client.mapped import MappedBlobs
 from shared_store.client.reach import tensors_from
 from shared_store.client.session import Session
-from shared_store.client.tensors import collect, named_tensors
-from shared_store.client.views import storage_key
+from shared_store.client.tensors import NamedTensor, collect, named_tensors
+from shared_store.client.views import StorageKey, storage_key
 from shared_store.errors import CommitFailedError, DigestMismatchError, UnsupportedError, WoolyError
 from shared_store.manifest import Blob, Manifest, encode
 from shared_store.memory import Backend
@@ -47,6 +47,7 @@ def publish(
     backend: Backend,
     *,
     min_bytes: int,
+    select: Callable[[NamedTensor], bool] = lambda _: True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Manifest, MappedBlobs, Bound]:
     """Move a model's tensors into the store. The session must have been granted the key.
@@ -57,6 +58,7 @@ def publish(
         model: loaded and post-processed, on the backend's device.
         backend: of that device.
         min_bytes: storages below this size are published, but the model keeps its own.
+        select: which of the model's named tensors to publish; the others stay as they are.
         progress: called with bytes copied since the last call.
 
     Raises:
@@ -64,7 +66,7 @@ def publish(
         OutOfMemoryError: the store has no room. The model is as it was.
         CommitFailedError: the store is gone or refused the result. The model is whole, and private.
     """
-    source = _Source(publication, model)
+    source = _Source(publication, model, select)
     planned, fds = session.plan(publication.key, source.manifest.blobs)
     mapped = MappedBlobs(backend, source.manifest.blobs, planned.places, planned.segments, fds)
     mapped.map_for_reading()
@@ -97,19 +99,20 @@ def publish(
 class _Source:
     """A loaded model as what is to be published: its manifest, its storages, and who uses them."""
 
-    def __init__(self, publication: Publication, model: nn.Module) -> None:
+    def __init__(self, publication: Publication, model: nn.Module, select: Callable[[NamedTensor], bool]) -> None:
         """Describe and digest a model; nothing is changed. Raises :class:`UnsupportedError`."""
-        first = next(named_tensors(model), None)
+        first = next((named for named in named_tensors(model) if select(named)), None)
         if first is None:
-            raise UnsupportedError(f"{publication.name} has no tensors")
+            raise UnsupportedError(f"{publication.name} has no tensors to share")
         self.device = first.tensor.device
         self.work = work_on(self.device)
-        self.users: dict[tuple[str, int] | None, list[torch.Tensor]] = defaultdict(list)
+        self.users: dict[StorageKey | None, list[torch.Tensor]] = defaultdict(list)
         for _, tensor in tensors_from(model):
             self.users[storage_key(tensor)].append(tensor)
             if (base := tensor._base) is not None:  # a view keeps what it was made of, and so the original's memory
                 self.users[storage_key(base)].append(base)
-        collection = collect(model, self.device, (tensor for tensors in self.users.values() for tensor in tensors))
+        others = (tensor for tensors in self.users.values() for tensor in tensors)
+        collection = collect(model, self.device, others, select=select)
         self.ranges = collection.ranges
         data = [found.bytes().to(self.device) for found in self.ranges]
         digests = self.work.digests(data)

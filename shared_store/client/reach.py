@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,71 +28,107 @@ _LEAVES = (
     torch.dtype,
     torch.device,
 )
+_EXACT_LEAVES = frozenset(_LEAVES)
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})  # modules have a dozen empty ones each
 
 
-def tensors_from(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor object once, with the path on which it was met first.
+class Step(NamedTuple):
+    """Something that was reached: from where, and how. Most steps lead to no tensor, so text is made when asked for."""
+
+    before: Step | None
+    how: str
+    key: Any
+    thing: Any
+
+    @property
+    def path(self) -> str:
+        """The way from the model, as it would be written."""
+        steps: list[str] = []
+        step: Step | None = self
+        while step is not None and step.before is not None:
+            steps.append(step.how.format(step.key))
+            step = step.before
+        return "".join(reversed(steps)).removeprefix(".")
+
+
+def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Yield each tensor object once, with the first way by which it was met.
 
     Looks into modules, containers, ``__dict__`` and ``__slots__``, closures, default arguments, partials and bound
     methods. Does not look into classes, Python modules, or other objects that hide their parts in C.
     """
-    seen: set[int] = set()
-    keep: list[Any] = []  # an object that is made on the way must not leave its id to the next one
-    stack: list[tuple[str, Any]] = [("", root)]
-    while stack:
-        path, thing = stack.pop()
-        if isinstance(thing, _LEAVES) or id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        keep.append(thing)
+    steps = [Step(None, "", None, root)]  # keeps all alive: a part made on the way must not leave its id to the next
+    seen: set[int] = {id(root)}
+    slots: dict[type, list[tuple[str, str]]] = {}
+    for step in steps:  # grows on the way
+        thing = step.thing
         if isinstance(thing, torch.Tensor):
-            yield path, thing
-        stack.extend(_parts(path, thing))
+            yield step, thing
+        for how, parts in _parts(thing, slots):
+            for key, part in parts:
+                kind = type(part)
+                if kind in _EXACT_LEAVES or id(part) in seen or (not part if kind in _CONTAINERS else False):
+                    continue
+                if not isinstance(part, _LEAVES):
+                    seen.add(id(part))
+                    steps.append(Step(step, how, key, part))
 
 
-def _parts(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(thing, dict):
-        for key, value in list(thing.items()):
-            yield f"{path}[{key!r}]", value
-    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
-        for index, value in enumerate(thing):
-            yield f"{path}[{index}]", value
-    elif isinstance(thing, functools.partial):
-        yield f"{path}.func", thing.func
-        yield f"{path}.args", thing.args
-        yield f"{path}.keywords", thing.keywords
-    elif isinstance(thing, types.MethodType):
-        yield f"{path}.__self__", thing.__self__
-        yield f"{path}.__func__", thing.__func__
-    elif isinstance(thing, (types.BuiltinMethodType, types.MethodWrapperType)):
-        yield f"{path}.__self__", thing.__self__
-    elif isinstance(thing, types.FunctionType):
-        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
-            yield f"{path}<{name}>", _contents(cell)
-        yield f"{path}.__defaults__", thing.__defaults__
-        yield f"{path}.__kwdefaults__", thing.__kwdefaults__
-    yield from _attributes(path, thing)  # also of a list, a dict or a function: subclasses and decorators set them
+_Groups = Iterator[tuple[str, Iterable[tuple[Any, Any]]]]
+"""What a thing is made of: pairs of a key and a part, in groups that are written in the same way."""
 
 
-def _attributes(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    prefix = f"{path}." if path else ""
-    if isinstance(thing, torch.nn.Module):
+def _parts(thing: Any, slots: dict[type, list[tuple[str, str]]]) -> _Groups:
+    yield from _contents(thing)
+    # Also of a list, a dict or a function: subclasses and decorators set attributes.
+    own = getattr(thing, "__dict__", None)
+    if own and isinstance(thing, torch.nn.Module):
         for group in (thing._parameters, thing._buffers, thing._modules):
-            for name, value in list(group.items()):
-                yield prefix + name, value
-    for name, value in list(getattr(thing, "__dict__", {}).items()):
-        if name not in ("_parameters", "_buffers", "_modules"):
-            yield prefix + str(name), value
-    for cls in type(thing).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
+            yield ".{}", list(group.items())
+        own = {name: value for name, value in own.items() if name not in _MODULE_GROUPS}
+    if own:
+        yield ".{}", list(own.items())
+    names = slots.get(type(thing))
+    if names is None:
+        names = slots[type(thing)] = _slots(type(thing))
+    if names:
+        yield ".{}", [(name, getattr(thing, attribute, None)) for name, attribute in names]
+
+
+def _contents(thing: Any) -> _Groups:
+    """The parts of a thing of Python's own types."""
+    if isinstance(thing, dict):
+        yield "[{!r}]", list(thing.items())
+    elif isinstance(thing, (list, tuple, set, frozenset, deque)):
+        yield "[{}]", enumerate(list(thing))
+    elif isinstance(thing, functools.partial):
+        yield ".{}", (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
+    elif isinstance(thing, types.MethodType):
+        yield ".{}", (("__self__", thing.__self__), ("__func__", thing.__func__))
+    elif isinstance(thing, (types.BuiltinMethodType, types.MethodWrapperType)):
+        yield ".{}", (("__self__", thing.__self__),)
+    elif isinstance(thing, types.FunctionType):
+        cells = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
+        yield "<{}>", [(name, _in_cell(cell)) for name, cell in cells]
+        yield ".{}", (("__defaults__", thing.__defaults__), ("__kwdefaults__", thing.__kwdefaults__))
+
+
+_MODULE_GROUPS = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def _slots(cls: type) -> list[tuple[str, str]]:
+    """A class's slots: the name as written, and the attribute that it became."""
+    found = []
+    for base in cls.__mro__:
+        names = base.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
             if name not in ("__dict__", "__weakref__"):
                 private = name.startswith("__") and not name.endswith("__")
-                mangled = f"_{cls.__name__.lstrip('_')}{name}" if private else name
-                yield prefix + name, getattr(thing, mangled, None)
+                found.append((name, f"_{base.__name__.lstrip('_')}{name}" if private else name))
+    return found
 
 
-def _contents(cell: types.CellType) -> Any:
+def _in_cell(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet

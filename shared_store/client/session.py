@@ -123,7 +123,8 @@ class Session:
         if self._pid == os.getpid():
             with contextlib.suppress(OSError):  # the store may have closed it first
                 self._channel.sock.shutdown(socket.SHUT_RDWR)
-            self._reader.join()
+            if threading.current_thread() is not self._reader:  # a finalizer may run in any thread
+                self._reader.join()
         self._channel.close()
 
     def _forget(self) -> None:

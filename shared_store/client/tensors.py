@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from shared_store.client.views import is_plain, storage_key
+from shared_store.client.views import StorageKey, is_plain, storage_key
 from shared_store.errors import UnsupportedError
 from shared_store.manifest import ITEM_SIZES, TensorEntry
 
@@ -65,7 +65,12 @@ def named_tensors(model: nn.Module) -> Iterator[NamedTensor]:
 
     Attributes without elements are left out: engines keep them as marks of what is to come (an unset KV cache).
     """
-    for path, module in model.named_modules(remove_duplicate=False):
+    return tensors_of(dict(model.named_modules(remove_duplicate=False)))
+
+
+def tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[NamedTensor]:
+    """The same of modules by their paths."""
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield NamedTensor(path, name, "parameter", parameter, persistent=True)
@@ -78,7 +83,13 @@ def named_tensors(model: nn.Module) -> Iterator[NamedTensor]:
                 yield NamedTensor(path, name, "attribute", value, persistent=False)
 
 
-def collect(model: nn.Module, device: torch.device, others: Iterable[torch.Tensor] = ()) -> Collection:
+def collect(
+    model: nn.Module,
+    device: torch.device,
+    others: Iterable[torch.Tensor] = (),
+    *,
+    select: Callable[[NamedTensor], bool] = lambda _: True,
+) -> Collection:
     """Describe a model's tensors.
 
     Args:
@@ -86,14 +97,15 @@ def collect(model: nn.Module, device: torch.device, others: Iterable[torch.Tenso
         device: where all of its tensors must lie, but for small ones in host memory.
         others: tensors that the model reaches by other ways. They are not described, but where they lie in a storage
             of the model, the range is wide enough for them.
+        select: which of the named tensors are described.
 
     Raises:
         UnsupportedError: a tensor cannot be shared; the message names it.
     """
-    held = list(named_tensors(model))
+    held = [named for named in named_tensors(model) if select(named)]
     for named in held:
         _check(named, device)
-    ranges: dict[tuple[str, int] | int, StorageRange] = {}
+    ranges: dict[StorageKey | int, StorageRange] = {}
     for named in held:
         first, end = _extent(named.tensor)
         found = ranges.setdefault(_key(named.tensor), StorageRange(named.tensor, first, end))
@@ -132,7 +144,7 @@ def collect(model: nn.Module, device: torch.device, others: Iterable[torch.Tenso
     return Collection(tuple(entries), tuple(ranges.values()))
 
 
-def _key(tensor: torch.Tensor) -> tuple[str, int] | int:
+def _key(tensor: torch.Tensor) -> StorageKey | int:
     """The storage; tensors without memory are each their own."""
     return storage_key(tensor) or id(tensor)
 

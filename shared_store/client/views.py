@@ -7,7 +7,7 @@ must not look like parts of one another.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,25 +16,28 @@ from shared_store.manifest import TensorEntry
 from shared_store.memory import Mapping
 
 
-def bytes_at(mapping: Mapping, offset: int, nbytes: int) -> torch.Tensor:
-    """The bytes of a blob.
-
-    Args:
-        mapping: mapped memory; it lives as long as the tensor's storage does.
-        offset: first byte.
-        nbytes: how many.
-
-    Returns:
-        uint8, shape ``(nbytes,)``.
-    """
-    device = torch.device("cpu") if mapping.ordinal is None else torch.device("cuda", mapping.ordinal)
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device=device)
+def storage_of(mapping: Mapping) -> torch.UntypedStorage:
+    """All bytes of a mapping, which must be mapped. The mapping lives as long as the storage, or a slice of it."""
     if mapping.ordinal is not None:
-        return torch.as_tensor(_CudaBytes(mapping, offset, nbytes), device=device)
-    buffer: Any = (ctypes.c_ubyte * nbytes).from_address(mapping.address + offset)
-    buffer.mapping = mapping  # the tensor keeps the buffer, the buffer keeps the mapping
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+        device = torch.device("cuda", mapping.ordinal)
+        return torch.as_tensor(_CudaBytes(mapping), device=device).untyped_storage()
+    buffer: Any = (ctypes.c_ubyte * mapping.nbytes).from_address(mapping.address)
+    buffer.mapping = mapping  # the storage keeps the buffer, the buffer keeps the mapping
+    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
+
+
+def part_of(storage: torch.UntypedStorage, offset: int, nbytes: int) -> torch.UntypedStorage:
+    """Some bytes of a storage, as a storage of its own that keeps the other alive."""
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).untyped_storage()
+    part = storage[offset : offset + nbytes]
+    assert isinstance(part, torch.UntypedStorage)  # noqa: S101 - a slice gives no number
+    return part
+
+
+def bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of a storage, as uint8, shape ``(nbytes,)``."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 class _CudaBytes:
@@ -44,11 +47,11 @@ class _CudaBytes:
     takes nothing else; the mapping's own rights hold.
     """
 
-    def __init__(self, mapping: Mapping, offset: int, nbytes: int) -> None:
+    def __init__(self, mapping: Mapping) -> None:
         self.mapping = mapping
         self.__cuda_array_interface__ = {
-            "data": (mapping.address + offset, False),
-            "shape": (nbytes,),
+            "data": (mapping.address, False),
+            "shape": (mapping.nbytes,),
             "typestr": "|u1",
             "strides": None,
             "version": 3,
@@ -62,10 +65,10 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def view_of(blob: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    """A tensor of the manifest, over its blob's bytes (a uint8 tensor); not the same object twice."""
-    empty = torch.empty(0, dtype=dtype_named(entry.dtype), device=blob.device)
-    return empty.set_(blob.untyped_storage(), entry.offset, entry.shape, entry.stride)
+def view_of(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
+    """A tensor of the manifest, over its blob's bytes; not the same object twice."""
+    empty = torch.empty(0, dtype=dtype_named(entry.dtype), device=storage.device)
+    return empty.set_(storage, entry.offset, entry.shape, entry.stride)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -74,9 +77,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return not (wrapper or isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)))
 
 
-def storage_key(tensor: torch.Tensor) -> tuple[str, int] | None:
-    """What two tensors have in common when they lie in one storage; None where no plain memory is behind it."""
+StorageKey: TypeAlias = tuple[torch.device, int]
+"""What two tensors have in common when they lie in one storage: the device and the address."""
+
+
+def storage_key(tensor: torch.Tensor) -> StorageKey | None:
+    """The key of the storage that a tensor lies in; None where no plain memory is behind it."""
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or not is_plain(tensor):
         return None
     address = tensor.untyped_storage().data_ptr()
-    return (str(tensor.device), address) if address else None
+    return (tensor.device, address) if address else None
