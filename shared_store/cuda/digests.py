@@ -3,7 +3,8 @@
 Relies on CuPy, imported when it is first needed, for NVRTC: the kernels of ``blake3.cu`` are compiled once for each
 kind of GPU and kept in CuPy's cache on disk (``CUPY_CACHE_DIR``). Any number of ranges take two launches and two small
 copies. Scratch memory comes from ``cudaMalloc``, not from an engine's allocator: 56 bytes for each range and 32 for
-each 256 KiB of data, freed before the call returns.
+each 256 KiB of data, and as much for the ranges in pinned host memory. It is kept for the next call, and freed with the
+object: allocating costs more than hashing a small tensor does.
 
 Does not promise a digest of memory that is written to meanwhile.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shared_store.digest import SIZE
 from shared_store.errors import MemoryBackendError, OutOfMemoryError, UnsupportedError
@@ -32,7 +34,7 @@ _ERROR_MEMORY_ALLOCATION: Final = 2  # cudaError_t
 
 
 class CudaDigests:
-    """Digests of memory on one GPU."""
+    """Digests of memory on one GPU. Calls from several threads take turns."""
 
     def __init__(self, device: int | None = None) -> None:
         """``device`` is CUDA's index in this process; unset, the current device.
@@ -40,6 +42,8 @@ class CudaDigests:
         Raises :class:`UnsupportedError` without CuPy and :class:`MemoryBackendError` without a usable GPU.
         """
         self._cuda = _cupy_cuda()
+        self._turn = Lock()
+        self._scratch = _Scratch(self._cuda)
         with _errors(self._cuda):
             self._device = self._cuda.runtime.getDevice() if device is None else device
 
@@ -56,31 +60,30 @@ class CudaDigests:
         if not ranges:
             return []
         groups = [max(1, -(-nbytes // _GROUP)) for _, nbytes in ranges]
-        addresses, sizes = zip(*ranges, strict=True)
         first_groups = accumulate(groups[:-1], initial=0)
-        table = array("Q", chain.from_iterable(zip(addresses, sizes, first_groups, strict=True)))
-        digests = array("Q", bytes(SIZE * len(ranges)))
-        with _errors(self._cuda), self._cuda.Device(self._device):
-            self._run(table, groups, digests, stream)
-        packed = digests.tobytes()
+        table = array(
+            "Q", chain.from_iterable((*span, first) for span, first in zip(ranges, first_groups, strict=True))
+        )
+        with self._turn, _errors(self._cuda), self._cuda.Device(self._device):
+            packed = self._run(table.tobytes(), groups, stream)
         return [packed[at : at + SIZE] for at in range(0, len(packed), SIZE)]
 
-    def _run(self, table: array[int], groups: Sequence[int], digests: array[int], stream: int) -> None:
-        runtime, module = self._cuda.runtime, _module()
-        table_bytes, digests_bytes = len(table) * table.itemsize, len(digests) * digests.itemsize
-        joined = max(groups) > 1  # a range of one group has its digest after the first kernel
-        with _scratch(runtime, digests_bytes + SIZE * sum(groups) + table_bytes) as device_digests:
-            device_groups = device_digests + digests_bytes
-            device_table = device_groups + SIZE * sum(groups)
-            runtime.memcpyAsync(device_table, table.buffer_info()[0], table_bytes, _HOST_TO_DEVICE, stream)
-            with self._current(stream):
-                hash_groups = module.get_function("hash_groups")
-                hash_groups((sum(groups),), (_THREADS,), (device_table, len(groups), device_groups, device_digests, 1))
-                if joined:
-                    join_groups = module.get_function("join_groups")
-                    join_groups((len(groups),), (_THREADS,), (device_table, device_groups, device_digests, 1))
-            runtime.memcpyAsync(digests.buffer_info()[0], device_digests, digests_bytes, _DEVICE_TO_HOST, stream)
-            runtime.streamSynchronize(stream)
+    def _run(self, table: bytes, groups: Sequence[int], stream: int) -> bytes:
+        runtime, kernels, count = self._cuda.runtime, _kernels(self._device), len(groups)
+        # On the device: digests, a chaining value for each group, the table. On the host: the table, then the digests.
+        host, device = self._scratch.at_least(len(table) + SIZE * count, len(table) + SIZE * (count + sum(groups)))
+        device_groups = device + SIZE * count
+        device_table = device_groups + SIZE * sum(groups)
+        content = memoryview(host).cast("B")
+        content[: len(table)] = table
+        runtime.memcpyAsync(device_table, host.ptr, len(table), _HOST_TO_DEVICE, stream)
+        with self._current(stream):
+            kernels.hash_groups((sum(groups),), (_THREADS,), (device_table, count, device_groups, device, 1))
+            if max(groups) > 1:  # a range of one group has its digest after the first kernel
+                kernels.join_groups((count,), (_THREADS,), (device_table, device_groups, device, 1))
+        runtime.memcpyAsync(host.ptr + len(table), device, SIZE * count, _DEVICE_TO_HOST, stream)
+        runtime.streamSynchronize(stream)
+        return bytes(content[len(table) : len(table) + SIZE * count])
 
     def _current(self, stream: int) -> Any:
         """A context in which CuPy launches on ``stream``."""
@@ -99,13 +102,22 @@ class _Stream:
         return 0, self.handle  # the protocol's version comes first
 
 
-@contextmanager
-def _scratch(runtime: Any, nbytes: int) -> Iterator[int]:
-    address: int = runtime.malloc(nbytes)
-    try:
-        yield address
-    finally:
-        runtime.free(address)
+class _Scratch:
+    """Memory on the device, and pinned memory on the host: kept, and replaced when more is asked for."""
+
+    def __init__(self, cuda: Any) -> None:
+        self._cuda = cuda
+        self._host: Any = None
+        self._device: Any = None
+
+    def at_least(self, host_bytes: int, device_bytes: int) -> tuple[Any, int]:
+        """Pinned memory (CuPy's pointer to it) and an address on the current device, of at least so many bytes."""
+        if self._host is None or self._host.mem.size < host_bytes:
+            self._host = self._cuda.PinnedMemoryPointer(self._cuda.PinnedMemory(host_bytes), 0)
+        if self._device is None or self._device.size < device_bytes:
+            self._device = None  # give it back first
+            self._device = self._cuda.Memory(device_bytes)
+        return self._host, self._device.ptr
 
 
 @contextmanager
@@ -132,10 +144,17 @@ def _cupy_cuda() -> Any:
     return cupy.cuda
 
 
+class _Kernels(NamedTuple):
+    """The compiled kernels, as CuPy loaded them into one device's context."""
+
+    hash_groups: Any
+    join_groups: Any
+
+
 @cache
-def _module() -> Any:
-    """The compiled kernels. CuPy loads them into each device's context as they are first launched there."""
+def _kernels(device: int) -> _Kernels:  # noqa: ARG001 - what they are cached by; it is the current device
     import cupy
 
     source = Path(__file__).with_name("blake3.cu").read_text(encoding="utf-8")
-    return cupy.RawModule(code=source, options=("--std=c++17", f"-DTHREADS={_THREADS}"))
+    module = cupy.RawModule(code=source, options=("--std=c++17", f"-DTHREADS={_THREADS}"))
+    return _Kernels(module.get_function("hash_groups"), module.get_function("join_groups"))
