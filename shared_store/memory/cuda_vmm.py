@@ -65,8 +65,9 @@ class CudaBackend(Backend):
         error, handle = _driver().cuMemCreate(nbytes, self._properties, 0)
         if error == _driver().CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise OutOfMemoryError(
-                f"no room for a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free; "
-                f"held by {holders(self.device)}"
+                f"no room for a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free, "
+                f"{holders(_nvidia_smi('--query-compute-apps=pid,used_memory', self.device))}; "
+                "stop one of its users, or remove models that nobody uses with `wooly rm`"
             )
         _raise("cuMemCreate", error)
         return CudaSegment(handle, nbytes, None)
@@ -157,12 +158,13 @@ def visible_gpus() -> dict[str, int]:
     return found
 
 
-def holders(device: str) -> str:
-    """Who holds how much of a GPU, as text for an error."""
-    rows = _nvidia_smi("--query-compute-apps=pid,used_memory", device)
-    return (
-        "; ".join(f"pid {row.replace(',', ':')} MiB" for row in rows.splitlines()) or "nobody that nvidia-smi knows of"
-    )
+def holders(rows: str) -> str:
+    """Who holds how much of a GPU, as text for an error; from lines of ``pid, MiB`` as ``nvidia-smi`` writes them."""
+    users = [[part.strip() for part in row.split(",")] for row in rows.splitlines()]
+    if not users:
+        return "and nvidia-smi names no process that uses it (in a container it may not see them: ask it on the host)"
+    told = (f"pid {pid} ({used} MiB)" if used.isdigit() else f"pid {pid} (not told how much)" for pid, used in users)
+    return f"the rest is used by {', '.join(told)}"
 
 
 def _nvidia_smi(query: str, device: str) -> str:

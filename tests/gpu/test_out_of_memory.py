@@ -1,0 +1,80 @@
+"""A GPU without room: the store's error says what was asked for, what is free, and who has the rest."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.waiting import readable
+
+from shared_store.client.session import Session
+from shared_store.errors import OutOfMemoryError
+from shared_store.manifest import Blob
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+LEFT = 1 << 30
+"""Bytes that the other process leaves free."""
+ASKED = 4 << 30
+
+_HOLD = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(gpu_memory_mib: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds nearly all of the GPU until its input ends."""
+    assert gpu_memory_mib >= 0
+    pytest.importorskip("torch")
+    command = [sys.executable, "-c", _HOLD, str(LEFT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert readable(child.stdout, 120)
+            assert child.stdout.readline() == "holding\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def _processes(gpu: str) -> str:
+    """Lines of pid and MiB, as nvidia-smi gives them here."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits", "-i", gpu]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
+    gpu: str, other: subprocess.Popen[str], runtime_dir: Path
+) -> None:
+    """Over the wire, as the publisher gets it; once the other process is gone, the same request is granted."""
+    with Session.connect(runtime_dir, autostart=True, name="test") as session:
+        assert session.open("key", name="model", engine="test", device=gpu, publish=True, timeout_s=10) is None
+        planned, _ = session.plan("key", [Blob(bytes(32), ASKED)])
+        (segment,) = planned.segments
+        with pytest.raises(OutOfMemoryError) as refused:
+            session.fill("key", segment.id)
+        text = str(refused.value)
+        assert f"no room for a segment of {segment.nbytes} bytes on {gpu}" in text
+        assert segment.nbytes >= ASKED
+        free = re.search(r": (\d+) bytes are free", text)
+        assert free is not None
+        assert 0 < int(free[1]) < ASKED
+        listed = [line.split(",")[0].strip() for line in _processes(gpu).splitlines()]
+        if listed:  # by their numbers outside of any container, which may not be what this process knows them by
+            assert all(f"pid {pid} (" in text for pid in listed)
+        else:
+            assert "nvidia-smi names no process" in text
+        assert "wooly rm" in text
+        other.kill()
+        other.wait()
+        os.close(session.fill("key", segment.id))
