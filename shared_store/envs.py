@@ -90,5 +90,27 @@ CPU_DISPATCH: Variable[bool] = Variable(
     "0",
     _flag,
 )
+WEIGHTS_DEDUP: Variable[bool] = Variable(
+    "WOOLYAI_WEIGHTS_DEDUP",
+    "1: weights are shared by processes whose command line or code cannot be changed. vLLM with the load format `auto`; "
+    "transformers' `from_pretrained` onto one device, once `wooly_hf` is imported or `wooly[activate]` is installed.",
+    "0",
+    _flag,
+)
+STRICT: Variable[bool] = Variable(
+    "WOOLY_STRICT",
+    "1: a transformers model that was to be shared and cannot be is an error. 0: it is loaded the stock way, "
+    "with one warning that says why, and counted.",
+    "0",
+    _flag,
+)
 
-REGISTRY: tuple[Variable[object], ...] = (RUNTIME_DIR, REDIS_URL, AUTOSTART, LOG_LEVEL, CPU_DISPATCH)  # type: ignore[assignment]  # Variable is covariant in all but name
+REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variable is covariant in all but name
+    RUNTIME_DIR,
+    REDIS_URL,
+    AUTOSTART,
+    LOG_LEVEL,
+    CPU_DISPATCH,
+    WEIGHTS_DEDUP,
+    STRICT,
+)

@@ -171,6 +171,13 @@ class CommitFailedError(WoolyError):
     exit_code = 15
 
 
+class SharedWriteError(WoolyError):
+    """Something would write to weights that other processes read, where memory is mapped read-only."""
+
+    code = "shared_write"
+    exit_code = 16
+
+
 def _all_subclasses(cls: type[WoolyError]) -> list[type[WoolyError]]:
     return [cls, *(sub for direct in cls.__subclasses__() for sub in _all_subclasses(direct))]
 

@@ -1,4 +1,4 @@
-"""wooly for vLLM: ``vllm serve MODEL --load-format wooly``.
+"""wooly for vLLM: ``vllm serve MODEL --load-format wooly``, or any command line with ``WOOLYAI_WEIGHTS_DEDUP=1``.
 
 vLLM calls :func:`register` in every process of an engine, through the entry point ``vllm.general_plugins``.
 """
@@ -12,9 +12,11 @@ def register() -> None:
     """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing."""
     from shared_store import envs
     from wooly_vllm import accounting, compat, cpu_dispatch
-    from wooly_vllm.loader import WoolyLoader
+    from wooly_vllm.loader import AutoLoader, WoolyLoader
 
     compat.register_loader("wooly", WoolyLoader)
+    if envs.WEIGHTS_DEDUP.get():
+        compat.register_loader("auto", AutoLoader)
     compat.when_on_gpu(accounting.install)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():

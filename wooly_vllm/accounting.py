@@ -19,12 +19,16 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared_store.client.devices import store_device
 from shared_store.client.session import Session
 from shared_store.errors import WoolyError
 from wooly_vllm import compat
+from wooly_vllm.options import Options
+
+if TYPE_CHECKING:
+    from wooly_vllm.loader import WoolyLoader  # which asks this module what to charge
 
 _WORKER = "vllm.v1.worker.gpu_worker"
 _STARTING = "_wooly_starting"
@@ -44,9 +48,9 @@ def install() -> None:
 
 def external_bytes(vllm_config: Any) -> int:
     """Bytes of the model's weights that the store has already on this engine's device; 0 where that cannot be told."""
-    from wooly_vllm.loader import WoolyLoader
-
-    loader = WoolyLoader(vllm_config.load_config)
+    loader = _loader(vllm_config)
+    if loader is None:
+        return 0
     try:
         return loader.resident_bytes(vllm_config, vllm_config.model_config)
     except WoolyError as error:
@@ -54,11 +58,36 @@ def external_bytes(vllm_config: Any) -> int:
         return 0
 
 
+def charge(external: int, total: int, cache_config: Any) -> int:
+    """What of the shared weights an engine is charged for, in bytes, so that its share of the GPU is not used up by it.
+
+    A KV cache of a fixed size (``--kv-cache-memory-bytes``) is not made to fit ``--gpu-memory-utilization``: stock vLLM
+    then takes the share only as what must be free at the start, and lets the weights exceed it. So must shared ones.
+    """
+    if cache_config.kv_cache_memory_bytes is None:
+        return external
+    return min(external, _requested(total, cache_config) - 1)
+
+
+def _requested(total: int, cache_config: Any) -> int:
+    """The share of a GPU's memory that was asked for, in bytes."""
+    share: float = cache_config.gpu_memory_utilization
+    return math.ceil(total * share)
+
+
+def _loader(vllm_config: Any) -> WoolyLoader | None:
+    """A configuration's loader, if it shares weights."""
+    from wooly_vllm.loader import WoolyLoader
+
+    loader = compat.loader_of(vllm_config)
+    return loader if isinstance(loader, WoolyLoader) else None
+
+
 def _taking_turns(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(init_device)
     def wrapper(self: Any) -> Any:
-        if self.vllm_config.load_config.load_format == "wooly" and self.vllm_config.device_config.device_type == "cuda":
-            setattr(self, _STARTING, _turn(self))
+        if self.vllm_config.device_config.device_type == "cuda" and (loader := _loader(self.vllm_config)) is not None:
+            setattr(self, _STARTING, _turn(self, loader.options))
             _current.append(self.vllm_config)
         try:
             return init_device(self)
@@ -76,14 +105,13 @@ _current: list[Any] = []
 """The configuration of the worker that looks at its memory right now."""
 
 
-def _turn(worker: Any) -> contextlib.ExitStack:
+def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
     """Wait for this engine's turn on its GPUs. The first rank waits for all; the others wait for it anyway."""
     turn = contextlib.ExitStack()
     if worker.rank != 0:
         return turn
     import torch
 
-    options = compat.loader_options(worker.vllm_config)
     parallel = worker.vllm_config.parallel_config
     first = worker.local_rank
     count = min(parallel.tensor_parallel_size * parallel.pipeline_parallel_size, torch.cuda.device_count() - first)
@@ -122,15 +150,15 @@ def _charged_for_shared(stock: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(stock)
     def request_memory(init_snapshot: Any, cache_config: Any) -> int:
-        external = external_bytes(_current[0]) if _current else 0
-        if not external:
+        found = external_bytes(_current[0]) if _current else 0
+        if not found:
             return stock(init_snapshot, cache_config)
-        requested = math.ceil(init_snapshot.total_memory * cache_config.gpu_memory_utilization)
-        own: int = requested - external
+        requested = _requested(init_snapshot.total_memory, cache_config)
+        own = requested - charge(found, init_snapshot.total_memory, cache_config)
         if own <= 0 or init_snapshot.free_memory < own:
             raise ValueError(
                 f"--gpu-memory-utilization {cache_config.gpu_memory_utilization} asks for {requested} bytes, of which "
-                f"{external} are shared weights that are there already; of the other {max(0, own)}, "
+                f"{found} are shared weights that are there already; of the other {max(0, own)}, "
                 f"{init_snapshot.free_memory} are free. Change it, or free memory on the GPU."
             )
         return own

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from shared_store.errors import ConfigError, UnsupportedError
-from wooly_vllm.options import Options, parse
 
 SUPPORTED = ("0.26", "0.33")
 """First and last minor version that this module was written for."""
@@ -56,9 +55,10 @@ def logger() -> logging.Logger:
     return found
 
 
-def loader_options(vllm_config: Any) -> Options:
-    """The options of a configuration's loader."""
-    return parse(vllm_config.load_config.model_loader_extra_config)
+def loader_of(vllm_config: Any) -> Any:
+    """A loader of a configuration's load format."""
+    (make,) = find("vllm.model_executor.model_loader", "get_model_loader")
+    return make(vllm_config.load_config)
 
 
 def knows_external_weights() -> bool:
@@ -81,12 +81,31 @@ def replace_function(module: str, name: str, wrap: Callable[[Callable[..., Any]]
 
 
 def register_loader(name: str, loader: type) -> None:
-    """Register a load format; once is enough."""
+    """Register a load format, in the place of vLLM's own where it has one of that name; once is enough."""
     register, formats = find(
         "vllm.model_executor.model_loader", "register_model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"
     )
-    if formats.get(name) is not loader:
+    if name not in formats:
         register(name)(loader)
+    formats[name] = loader  # registering warns of a name that is taken, and here that is meant
+
+
+def where_gpu_errors_show() -> Iterator[tuple[type, str]]:
+    """Classes and methods of a worker that wait for its GPU: there an error of an earlier kernel comes up."""
+    for module, name, methods in _WAITING_FOR_THE_GPU:
+        (owner,) = find(module, name)
+        yield from ((owner, method) for method in methods)
+
+
+_WAITING_FOR_THE_GPU = (
+    (
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        ("determine_available_memory", "compile_or_warm_up_model", "execute_model", "sample_tokens"),
+    ),
+    ("vllm.v1.worker.gpu_model_runner", "AsyncGPUModelRunnerOutput", ("get_output",)),
+    ("vllm.v1.worker.gpu.async_utils", "AsyncOutput", ("get_output",)),
+)
 
 
 def weight_files(loader: Any, model_config: Any, model_class: type[nn.Module]) -> list[tuple[str, Path]]:

@@ -74,12 +74,25 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
         "untied": bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False)),
         "parallel": compat.parallel_ranks(vllm_config),
         "kernels": _plain(getattr(vllm_config, "kernel_config", None)),
-        "lora": _plain(vllm_config.lora_config) if vllm_config.lora_config else None,
+        "lora": _lora(vllm_config.lora_config),
         # Some buffers have a row for each position, token or sequence.
         "lengths": [model_config.max_model_len, scheduler.max_num_batched_tokens, scheduler.max_num_seqs],
         "device": _processor(device_of(vllm_config)),
         "environment": {name: text for name, text in os.environ.items() if _KERNEL_VARIABLES.match(name)},
     }
+
+
+def _lora(config: Any) -> Any:
+    """What of the LoRA settings may shape the base model; whether there are any does, for some kinds of layers.
+
+    Room for adapters is made when loading has ended, so its size is left out: servers with other ranks share.
+    """
+    if not config:
+        return None
+    return {name: value for name, value in _plain(config).items() if name not in _ROOM_FOR_ADAPTERS}
+
+
+_ROOM_FOR_ADAPTERS = ("max_lora_rank", "max_loras", "max_cpu_loras", "lora_dtype", "target_modules")
 
 
 def _config(config: Any) -> Any:

@@ -1,11 +1,14 @@
-"""The model loader behind ``--load-format wooly``: attach to a model that the store has, or load and publish it."""
+"""The model loaders behind ``--load-format wooly``, and ``auto`` if that is wanted.
+
+They attach to a model that the store has, or load and publish it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,10 @@ from shared_store.client.publish import Publication, publish
 from shared_store.client.session import Session
 from shared_store.errors import BindingError, CheckpointError, UnsupportedError, WoolyError
 from shared_store.keys import weight_key
+from shared_store.memory import Backend
 from shared_store.protocol import messages
-from wooly_vllm import compat, cpu_dispatch, identity, state
-from wooly_vllm.options import Options, parse
+from wooly_vllm import compat, cpu_dispatch, identity, refused_writes, state
+from wooly_vllm.options import Options, parse, split
 
 logger = init_logger("vllm.wooly")
 
@@ -84,18 +88,30 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
     def __init__(self, load_config: Any) -> None:
         """Read the options. Raises :class:`ConfigError` for one that is not valid."""
         super().__init__(load_config)
-        self.options: Options = parse(load_config.model_loader_extra_config)
+        self.options, self._inner_extra = self._read(load_config.model_loader_extra_config)
+
+    @staticmethod
+    def _read(extra: Any) -> tuple[Options, dict[str, Any]]:
+        """The options, and the extra config of the loader that reads the checkpoint."""
+        return parse(extra), {}
 
     def download_model(self, model_config: Any) -> None:
         """Download the checkpoint, as the inner format does."""
         self._inner().download_model(model_config)
 
-    def load_weights(self, model: nn.Module, model_config: Any) -> None:  # noqa: ARG002 - vLLM's interface
-        """Refuse: it would write into weights that others read."""
-        raise UnsupportedError(
-            "weights loaded with --load-format wooly are shared and cannot be reloaded in place; "
-            "start the engine with another load format to update weights"
-        )
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Load weights into a model, in place.
+
+        Raises:
+            UnsupportedError: others read this model's weights.
+        """
+        _refuse_shared(model)
+        self._inner().load_weights(model, model_config)
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Any:
+        """The checkpoint's tensors, for vLLM to reload them in place. Raises as :meth:`load_weights` does."""
+        _refuse_shared(model)
+        return self._inner().get_all_weights(model_config, model)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """Load a model: attached, published, or (where that is allowed) the stock way.
@@ -107,8 +123,9 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         session: Session | None = None
         try:
             identity.check_supported(vllm_config, model_config, self.load_config)
+            backend = backend_of(request.device)
             session = Session.connect(self.options.runtime_dir, name=f"vllm {request.name}")
-            return self._load_shared(session, request)
+            return self._load_shared(session, request, backend)
         except WoolyError as error:
             if self.options.falls_back:
                 return self._load_stock(request, session, error)
@@ -120,9 +137,13 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes of shared weights that are there before this engine loads; vLLM charges them to it (0.32 on)."""
-        from wooly_vllm.accounting import external_bytes
+        from wooly_vllm import accounting
 
-        return external_bytes(vllm_config) if identity.device_of(vllm_config).type == "cuda" else 0
+        device = identity.device_of(vllm_config)
+        if device.type != "cuda":
+            return 0
+        total = torch.cuda.mem_get_info(device)[1]
+        return accounting.charge(accounting.external_bytes(vllm_config), total, vllm_config.cache_config)
 
     def resident_bytes(self, vllm_config: Any, model_config: Any) -> int:
         """Bytes of a model that the store has on this engine's device: 0 unless it is committed.
@@ -151,7 +172,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         ):
             yield weight_key(digest, facts), checkpoint
 
-    def _load_shared(self, session: Session, request: Request) -> nn.Module:
+    def _load_shared(self, session: Session, request: Request, backend: Backend) -> nn.Module:
         began = time.perf_counter()
         inner = self._inner()
         with self._key(session, request, inner) as (key, checkpoint):
@@ -164,20 +185,20 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 timeout_s=self.options.timeout_s,
             )
         if opened is not None:
-            return self._attach(session, request, key, *opened, began=began)
-        return self._publish(session, request, key, inner, checkpoint, began=began)
+            return self._attach(session, request, backend, key, *opened, began=began)
+        return self._publish(session, request, backend, key, inner, checkpoint, began=began)
 
     def _attach(
         self,
         session: Session,
         request: Request,
+        backend: Backend,
         key: str,
         attached: messages.Attached,
         fds: tuple[int, ...],
         *,
         began: float,
     ) -> nn.Module:
-        backend = backend_of(request.device)
         manifest = manifests.decode(attached.manifest)
         blobs = MappedBlobs(backend, manifest.blobs, attached.places, attached.segments, fds)
         blobs.map_for_reading()
@@ -215,7 +236,15 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         return model, bound
 
     def _publish(
-        self, session: Session, request: Request, key: str, inner: InnerLoader, checkpoint: Checkpoint, *, began: float
+        self,
+        session: Session,
+        request: Request,
+        backend: Backend,
+        key: str,
+        inner: InnerLoader,
+        checkpoint: Checkpoint,
+        *,
+        began: float,
     ) -> nn.Module:
         hashed = set(inner.read)
         with cpu_dispatch.shareable(request.device, bound=False):
@@ -241,7 +270,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                     session,
                     publication,
                     model,
-                    backend_of(request.device),
+                    backend,
                     min_bytes=self.options.share_min_bytes,
                     progress=progress,
                 )
@@ -305,6 +334,9 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             logger.warning(
                 "wooly: %s: %.1f MiB that could be shared became private after binding", request.name, lost / 2**20
             )
+        _shared.add(model)
+        if request.device.type == "cuda":
+            refused_writes.install()
         session.report(key, found.private_bytes + blobs.private_bytes())
         weakref.finalize(model, session.close)
         return dataclasses.replace(found, tensors=meant.tensors)
@@ -312,9 +344,40 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
     def _inner(self) -> InnerLoader:
         return InnerLoader(
             dataclasses.replace(
-                self.load_config, load_format=self.options.inner_load_format, model_loader_extra_config={}
+                self.load_config,
+                load_format=self.options.inner_load_format,
+                model_loader_extra_config=self._inner_extra,
             )
         )
+
+
+_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models of this process whose weights lie in the store."""
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedError` for a model whose weights must not be written to."""
+    if model in _shared:
+        raise UnsupportedError(
+            "these weights are shared and cannot be reloaded in place; to update weights, start the engine with "
+            "--load-format auto and without WOOLYAI_WEIGHTS_DEDUP"
+        )
+
+
+class AutoLoader(WoolyLoader):
+    """The load format ``auto`` where ``WOOLYAI_WEIGHTS_DEDUP`` is on: for command lines that cannot be changed.
+
+    What ``--model-loader-extra-config`` says to vLLM's own loader goes on to it; it may hold keys of ours too.
+    """
+
+    def __init__(self, load_config: Any) -> None:
+        """Read the options. Raises :class:`ConfigError` for one of ours, ``ValueError`` (vLLM's) for another."""
+        super().__init__(load_config)
+        self._inner()  # which reads its own
+
+    @staticmethod
+    def _read(extra: Any) -> tuple[Options, dict[str, Any]]:
+        return split(extra) if isinstance(extra, Mapping) else (Options(), extra)
 
 
 def _end(session: Session | None) -> None:

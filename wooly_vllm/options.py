@@ -73,6 +73,16 @@ def parse(extra: Mapping[str, Any] | str | None) -> Options:
     return options
 
 
+def split(extra: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """Read an extra config that may be for another loader too; the second result is what is not for us.
+
+    Raises:
+        ConfigError: a value of one of our keys is of the wrong kind.
+    """
+    ours = {key: value for key, value in extra.items() if key in Options.__dataclass_fields__}
+    return parse(ours), {key: value for key, value in extra.items() if key not in ours}
+
+
 def _path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value).expanduser()

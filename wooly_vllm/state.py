@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_store.client.reach import tensors_from
+from shared_store.client.reach import Step, tensors_from
 from shared_store.client.tensors import named_tensors
 from shared_store.client.views import storage_key
 from shared_store.digest import digest_at
@@ -81,17 +81,17 @@ class Unnamed:
     def changed(self, model: nn.Module) -> list[str]:
         """Paths of those that are new, or have other bytes, since this object was made."""
         return [
-            path
-            for key, (path, tensor) in _unnamed(model).items()
+            step.path
+            for key, (step, tensor) in _unnamed(model).items()
             if key not in self._before or _digest(tensor) != self._digests[key]
         ]
 
 
-def _unnamed(model: nn.Module) -> dict[int, tuple[str, torch.Tensor]]:
+def _unnamed(model: nn.Module) -> dict[int, tuple[Step, torch.Tensor]]:
     named = {storage_key(held.tensor) for held in named_tensors(model)}
     return {
-        id(tensor): (path, tensor)
-        for path, tensor in tensors_from(model)
+        id(tensor): (step, tensor)
+        for step, tensor in tensors_from(model)
         if tensor.numel() and storage_key(tensor) is not None and storage_key(tensor) not in named
     }
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 PROMPTS = ([*range(10, 42)], [5, 9, 100, 7], [300, 2, 17, 17, 17, 4, 8])
 TOKENS = 24
@@ -44,6 +48,76 @@ def tokens_of(llm: Any) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def tokens_one_by_one(llm: Any, adapter: Any = None) -> list[list[int]]:
+    """As a server would that is asked one thing at a time: what is batched together can change the last bits."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
+    outputs = [
+        llm.generate({"prompt_token_ids": list(prompt)}, greedy, use_tqdm=False, lora_request=adapter)[0]
+        for prompt in PROMPTS
+    ]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def answers_of_adapters(llm: Any, adapters: dict[str, str]) -> dict[str, Any]:
+    """Tokens of the base, with each adapter, and of the base when those are unloaded; and where the weights lie."""
+    from vllm.lora.request import LoRARequest
+
+    numbers = {name: number for number, name in enumerate(sorted(adapters), start=1)}
+    answers = {"base": tokens_one_by_one(llm)}
+    for name, number in numbers.items():
+        answers[name] = tokens_one_by_one(llm, LoRARequest(name, number, adapters[name]))
+    weights = where_weights_lie(llm)
+    removed = all(llm.llm_engine.remove_lora(number) for number in numbers.values())
+    answers["base again"] = tokens_one_by_one(llm)
+    return {"with_adapters": answers, "weights": weights, "removed": removed}
+
+
+def where_weights_lie(llm: Any) -> dict[str, int]:
+    """Bytes of the model's weights in the store's memory and outside of it, of adapters, and of segments gone private.
+
+    By address, from what the kernel says of this process: it does not matter who put a tensor where, and when.
+    """
+    import torch
+    from support.mapped import segment_ranges
+
+    from shared_store.client.tensors import named_tensors
+
+    weights, deltas = {}, {}
+    for held in named_tensors(model_of(llm)):
+        if held.name != "kv_cache":
+            weights[held.tensor.untyped_storage().data_ptr()] = held.tensor.untyped_storage().nbytes()
+    for module in model_of(llm).modules():
+        for name in ("lora_a_stacked", "lora_b_stacked"):
+            stacked = getattr(module, name, ())
+            for tensor in (stacked,) if isinstance(stacked, torch.Tensor) else stacked:
+                deltas[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    ranges = segment_ranges()
+
+    def inside(storages: dict[int, int]) -> int:
+        return sum(n for address, n in storages.items() if any(it.start <= address < it.end for it in ranges))
+
+    own = {address: nbytes for address, nbytes in weights.items() if address not in deltas}
+    return {
+        "shared": inside(own),
+        "private": sum(own.values()) - inside(own),
+        "deltas": sum(deltas.values()),
+        "deltas_shared": inside(deltas),
+        "written": sum(found.private_bytes for found in ranges),
+    }
+
+
+def under_load(llm: Any, right: list[list[int]]) -> dict[str, int]:
+    """Answer again and again until the test sends a line; how often, and how often not as at first."""
+    rounds = wrong = 0
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        rounds += 1
+        wrong += tokens_of(llm) != right
+    wait_for("stop")
+    return {"rounds": rounds, "wrong": wrong}
+
+
 def model_of(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
@@ -59,7 +133,18 @@ def scribble(llm: Any) -> int:
     return len(parameters)
 
 
-def run_model(engine: Any, model: str, job: dict[str, Any]) -> None:
+def make_it_write(llm: Any) -> None:
+    """From now on the model writes to one of its weights each time that it computes."""
+    model = model_of(llm)
+    weight = max(model.parameters(), key=lambda parameter: parameter.numel())
+
+    def write(*_: Any) -> None:
+        weight.data.add_(1)
+
+    model.register_forward_pre_hook(write)
+
+
+def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, Any]) -> None:
     say("starting", model=model)
     read_before = bytes_read()
     try:
@@ -67,7 +152,7 @@ def run_model(engine: Any, model: str, job: dict[str, Any]) -> None:
             model,
             load_format=job.get("load_format", "auto"),
             model_loader_extra_config=job.get("extra", {}),
-            **(SETTINGS | job.get("settings", {})),
+            **(SETTINGS | settings),
         )
     except Exception as error:
         say("failed", model=model, error=f"{type(error).__name__}: {error}")
@@ -80,10 +165,17 @@ def run_model(engine: Any, model: str, job: dict[str, Any]) -> None:
     }
     if job.get("lease", job.get("load_format") == "wooly"):
         facts |= lease_of_this_process()
+    if settings.get("enable_lora"):
+        facts |= answers_of_adapters(llm, job["adapters"])
     if job.get("scribble"):
         facts["scribbled"] = scribble(llm)
         facts["tokens_after"] = tokens_of(llm)
     say("answered", **facts)
+    if job.get("writes"):
+        make_it_write(llm)
+        say("answered after a write", model=model, tokens=tokens_of(llm))
+    if job.get("load"):
+        say("worked", model=model, **under_load(llm, facts["tokens"]))
     if job.get("hold"):
         wait_for("go on")
         say("answered again", model=model, tokens=tokens_of(llm))
@@ -124,8 +216,10 @@ def main() -> None:
     say("imported", pid=os.getpid())
     if job.get("gate"):
         wait_for("start")
-    for model in job["models"]:
-        run_model(LLM, model, job)
+    given = job.get("settings", {})
+    each = given if isinstance(given, list) else [given] * len(job["models"])
+    for model, settings in zip(job["models"], each, strict=True):
+        run_model(LLM, model, settings, job)
     say("done")
 
 

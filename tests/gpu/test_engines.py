@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +79,45 @@ def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
     assert gpu_memory_mib >= 0
 
 
+def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
+    gpu_memory_mib: int, engine: Any, checkpoint: Any
+) -> None:
+    """With CUDA graphs, all the time: every answer is stock vLLM's; in the end the VRAM is free."""
+    pytest.importorskip("vllm")
+    model = checkpoint("qwen3")
+    stock = engine(model, settings=GRAPHS)
+    right = stock.wait("answered")["tokens"]
+    assert stock.finish() == 0
+    workers = [engine(model, settings=GRAPHS, load=True, **SHARING) for _ in range(2)]
+    answers = [worker.wait("answered") for worker in workers]
+    working_since = time.monotonic()
+    visitor = engine(model, settings=GRAPHS, **SHARING)
+    answers.append(visitor.wait("answered"))
+    assert visitor.finish() == 0
+    threading.Event().wait(max(0.0, working_since + 60 - time.monotonic()))  # a minute is what the test is about
+    for worker in workers:
+        worker.tell("stop")
+    for worker in workers:
+        worked = worker.wait("worked")
+        assert worked["rounds"] > 100
+        assert worked["wrong"] == 0
+        assert worker.finish() == 0
+    assert [answer["tokens"] for answer in answers] == [right] * 3
+    assert sorted(answer["role"] for answer in answers) == ["publisher", "reader", "reader"]
+    assert gpu_memory_mib >= 0
+
+
 _CANARY = """
 import os, sys
 import torch
-from shared_store.client.views import bytes_at
+from shared_store.client.views import bytes_in, part_of, storage_of
 from shared_store.memory import Access, Mapping
 from shared_store.memory.cuda_vmm import CudaBackend
 torch.zeros(1, device="cuda")
 backend = CudaBackend(sys.argv[2])
 mapping = Mapping(backend, backend.import_fd(int(sys.argv[1]), 2 << 20))
 mapping.map(Access.READ)
-data = bytes_at(mapping, 0, 1 << 20)
+data = bytes_in(part_of(storage_of(mapping), 0, 1 << 20))
 print("read", int(data.sum()), flush=True)
 data.add_(1)
 torch.cuda.synchronize()
@@ -100,7 +130,7 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     import os
 
     torch = pytest.importorskip("torch")
-    from shared_store.client.views import bytes_at
+    from shared_store.client.views import bytes_in, part_of, storage_of
     from shared_store.memory import Access, Mapping
     from shared_store.memory.cuda_vmm import CudaBackend
 
@@ -110,7 +140,7 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     fd = backend.export(segment)
     mapping = Mapping(backend, backend.import_fd(fd, 2 << 20))
     mapping.map(Access.WRITE)
-    bytes_at(mapping, 0, 1 << 20).fill_(3)
+    bytes_in(part_of(storage_of(mapping), 0, 1 << 20)).fill_(3)
     torch.cuda.synchronize()
     mapping.unmap()
     mapping.map(Access.READ)
@@ -127,5 +157,5 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     assert "written" not in canary.stdout
     assert canary.returncode != 0
     assert "illegal memory access" in canary.stderr
-    assert int(bytes_at(mapping, 0, 1 << 20).sum()) == 3 << 20
+    assert int(bytes_in(part_of(storage_of(mapping), 0, 1 << 20)).sum()) == 3 << 20
     backend.release(segment)

@@ -1,0 +1,94 @@
+"""The rule of what a GPU engine may use beside shared weights, with vLLM's own function and configuration.
+
+vLLM 0.26 knows nothing of weights that lie elsewhere; later versions are told of them, as an argument of
+``request_memory``. There, wooly's rule for the older one is compared with vLLM's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from wooly_vllm import accounting
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+TOTAL = 80_000_000_000
+WEIGHTS = 9_000_000_000
+"""Shared weights that are there before an engine starts."""
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Any:
+    """``request_memory`` of the installed vLLM, and a maker of its configuration; its own imports warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm.config import CacheConfig
+        from vllm.v1.worker.utils import request_memory
+    return SimpleNamespace(CacheConfig=CacheConfig, request_memory=request_memory)
+
+
+@pytest.fixture
+def rule(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Wooly's ``request_memory`` for versions that know nothing of shared weights, for an engine that will attach."""
+    monkeypatch.setattr(accounting, "_current", [object()])
+    monkeypatch.setattr(accounting, "external_bytes", lambda _: WEIGHTS)
+    return accounting._charged_for_shared(vllm.request_memory)
+
+
+def _snapshot(free: int) -> Any:
+    return SimpleNamespace(total_memory=TOTAL, free_memory=free, device_="cuda:0")
+
+
+def test_shared_weights_are_part_of_the_share(vllm: Any, rule: Any) -> None:
+    """Half of the GPU, less the weights that are there; as the installed vLLM does, where it knows of them."""
+    config = vllm.CacheConfig(gpu_memory_utilization=0.5)
+    assert rule(_snapshot(TOTAL - WEIGHTS), config) == TOTAL // 2 - WEIGHTS
+    if "external_weight_memory" in inspect.signature(vllm.request_memory).parameters:
+        assert vllm.request_memory(_snapshot(TOTAL - WEIGHTS), config, WEIGHTS) == TOTAL // 2 - WEIGHTS
+
+
+def test_a_share_below_the_weights_is_refused_when_the_kv_cache_is_to_fit_it(vllm: Any, rule: Any) -> None:
+    """Nothing would be left for the KV cache."""
+    with pytest.raises(ValueError, match=f"{WEIGHTS} are shared weights"):
+        rule(_snapshot(TOTAL - WEIGHTS), vllm.CacheConfig(gpu_memory_utilization=0.05))
+
+
+def test_a_share_below_the_weights_does_when_the_kv_cache_has_its_size(vllm: Any, rule: Any) -> None:
+    """Stock vLLM starts such an engine (its share is free, and nothing is made to fit it), so wooly must."""
+    config = vllm.CacheConfig(gpu_memory_utilization=0.05, kv_cache_memory_bytes=1 << 30)
+    free = TOTAL - WEIGHTS
+    assert vllm.request_memory(_snapshot(free), config) == TOTAL // 20  # an engine that shares nothing
+    assert rule(_snapshot(free), config) > 0
+    charged = accounting.charge(WEIGHTS, TOTAL, config)
+    if "external_weight_memory" in inspect.signature(vllm.request_memory).parameters:
+        assert vllm.request_memory(_snapshot(free), config, charged) == rule(_snapshot(free), config)
+
+
+@pytest.mark.parametrize("free", [0, 1_000_000, 30_999_999_999, 31_000_000_000, TOTAL])
+@pytest.mark.parametrize("kv_cache", [None, 1 << 30])
+@pytest.mark.parametrize("utilization", [0.05, 0.1125, 0.12, 0.5])
+def test_it_is_never_stricter_than_stock(
+    vllm: Any, rule: Any, free: int, kv_cache: int | None, utilization: float
+) -> None:
+    """What stock would start with weights of its own, starts; but for a KV cache that is left no byte."""
+    config = vllm.CacheConfig(gpu_memory_utilization=utilization, kv_cache_memory_bytes=kv_cache)
+    try:
+        vllm.request_memory(_snapshot(free), config)
+    except ValueError:
+        return  # stock refuses
+    if kv_cache is None and utilization * TOTAL <= WEIGHTS:
+        return  # stock would start, and find no room for its KV cache once it has loaded the weights
+    assert rule(_snapshot(free), config) > 0
+
+
+def test_an_engine_that_attaches_to_nothing_is_left_to_vllm(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shared weights: what is asked for is what vLLM says."""
+    monkeypatch.setattr(accounting, "_current", [])
+    config = vllm.CacheConfig(gpu_memory_utilization=0.5)
+    rule = accounting._charged_for_shared(vllm.request_memory)
+    assert rule(_snapshot(TOTAL), config) == vllm.request_memory(_snapshot(TOTAL), config)

@@ -1,0 +1,63 @@
+"""LoRA over a shared base on a GPU, with CUDA graphs: stock's tokens for the base and each adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.adapters import random_adapter
+from support.engines import EngineProcess, status_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+
+NAMES = ("one", "two")
+GRAPHS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.15}
+LORA: dict[str, Any] = {**GRAPHS, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+MORE_ROOM: dict[str, Any] = {**LORA, "max_loras": 3, "max_lora_rank": 16}
+SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
+
+
+@pytest.fixture(scope="module")
+def runs(
+    gpu: str, module_runtime_dir: Path, checkpoint: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Answers of stock vLLM, of a publisher, and of a reader with more room for adapters."""
+    assert gpu.startswith("GPU-")
+    pytest.importorskip("vllm")
+    base = checkpoint("llama")
+    directory = tmp_path_factory.mktemp("adapters")
+    adapters = {name: str(random_adapter(base, directory / name, seed=seed)) for seed, name in enumerate(NAMES)}
+    jobs = {"stock": {"settings": LORA}, "publisher": {"settings": LORA} | SHARING}
+    jobs["reader"] = {"settings": MORE_ROOM} | SHARING
+    answers: dict[str, dict[str, Any]] = {}
+    for role, job in jobs.items():
+        process = EngineProcess(module_runtime_dir, {"models": [str(base)], "adapters": adapters, **job})
+        try:
+            assert process.finish() == 0, "\n".join(process.log[-60:])
+            answers[role] = process.wait("answered")
+        finally:
+            process.close()
+    return answers
+
+
+@pytest.mark.parametrize("role", ["publisher", "reader"])
+@pytest.mark.parametrize("what", ["base", *NAMES, "base again"])
+def test_answers_equal_stock(runs: Any, what: str, role: str) -> None:
+    """Adapters are loaded and unloaded while the engine runs; a write to the base would have ended it."""
+    assert runs[role]["removed"]
+    assert runs[role]["with_adapters"][what] == runs["stock"]["with_adapters"][what]
+
+
+def test_each_adapter_changes_the_answer(runs: Any) -> None:
+    """Equality with stock means something."""
+    stock = runs["stock"]["with_adapters"]
+    for answers in zip(*(stock[name] for name in ("base", *NAMES)), strict=True):
+        assert len({tuple(answer) for answer in answers}) == 3
+
+
+def test_the_base_is_published_once_and_nearly_all_of_it_is_mapped(runs: Any, module_runtime_dir: Path) -> None:
+    counters = status_of(module_runtime_dir).counters
+    assert (counters.publishes, counters.attaches, counters.fallbacks) == (1, 2, 0)
+    for role in ("publisher", "reader"):
+        assert runs[role]["private_bytes"] < runs[role]["mapped_bytes"] / 100

@@ -1,0 +1,32 @@
+"""A model that writes to its shared weights on a GPU: its engine ends and says where to read on; others go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+
+EAGER: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.15}
+SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}, "settings": EAGER}
+
+
+@pytest.mark.usefixtures("gpu_memory_mib")
+def test_an_engine_whose_model_writes_ends_with_a_pointer_and_others_go_on(engine: Any, checkpoint: Any) -> None:
+    """The illegal access is told with wooly's note, in the traceback and once in vLLM's log."""
+    pytest.importorskip("vllm")
+    path = checkpoint("llama")
+    staying = engine(path, hold=True, **SHARING)
+    before = staying.wait("answered")["tokens"]
+    writer = engine(path, writes=True, **SHARING)
+    assert writer.wait("answered")["tokens"] == before
+    assert writer.finish() != 0
+    assert not [event for event in writer.events if event["event"] == "answered after a write"]
+    log = "\n".join(writer.log)
+    assert "illegal memory access" in log
+    assert log.count("weights shared by wooly are read-only on a GPU") >= 2
+    assert any("ERROR" in line and "docs/shared-memory.md#writes" in line for line in writer.log)
+    staying.tell("go on")
+    assert staying.wait("answered again")["tokens"] == before
+    assert staying.finish() == 0

@@ -1,0 +1,29 @@
+"""What the kernel says of the store's segments in a process: where they are mapped, and what of them it wrote to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SegmentRange:
+    """One mapping of a segment: addresses, and bytes that are the process's own because it wrote there."""
+
+    start: int
+    end: int
+    private_bytes: int
+
+
+def segment_ranges(pid: int | str = "self") -> list[SegmentRange]:
+    """A process's mappings of segments in host memory, from its `smaps` (see `proc_pid_smaps(5)`)."""
+    found: list[SegmentRange] = []
+    place: tuple[int, int] | None = None
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        head, *rest = line.split()
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            place = (start, end) if "/memfd:wooly" in line else None
+        elif place is not None and head == "Anonymous:":
+            found.append(SegmentRange(*place, int(rest[0]) * 1024))
+    return found
