@@ -9,14 +9,16 @@ INSTALLER := deploy/install.py deploy/vllm_cpu_shim.py
 TOOLS := $(TEST_VENV)/bin
 SCRIPTS := $(wildcard deploy/*.py benchmarks/*.py)
 PYTEST_ARGUMENTS ?=
+VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
-PARTS ?= load,peak,decode,ttft,capacity,dedup
+GPU_TESTS ?= tests/memory tests/gpu
+PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench gpu clean
+.PHONY: help install demo test lint wheel bench gpu hf-versions clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(VENV)/.installed ## vLLM and wooly (from this tree) in .venv
 
@@ -54,10 +56,17 @@ bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/re
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
 
+hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
+	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
+
 # GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
-gpu: ## GPU tests, then GPU benchmarks (PARTS=load,decode,... in pieces), with GPU_PYTHON
-	$(GPU_PYTHON) -m pytest -m gpu tests/memory tests/gpu
-	$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS)
+# All of it takes 40 minutes on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:
+#   make gpu PARTS= GPU_TESTS="tests/memory tests/gpu"
+#   make gpu GPU_TESTS= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
+# Other people's warnings are not errors here: the versions are what the machine has.
+gpu: ## GPU tests (GPU_TESTS=...), then GPU benchmarks (PARTS=load,decode,...), with GPU_PYTHON
+	$(if $(strip $(GPU_TESTS)),$(GPU_PYTHON) -m pytest -o filterwarnings=default -m gpu $(GPU_TESTS))
+	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS))
 	$(GPU_PYTHON) benchmarks/summary.py
 	$(GPU_PYTHON) benchmarks/plot.py
 

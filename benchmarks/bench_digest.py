@@ -1,7 +1,7 @@
 """How fast the GPU digests its own memory: one tensor alone, many in one call, and all tensors of a Llama of 9 GB.
 
 Times are of :meth:`CudaDigests.digest_many` as a caller sees it, launches and copies included, medians of ``--repeat``
-calls on random bytes. Needs CuPy and a GPU with 10 GB free. Prints JSON, and writes it to ``--out``.
+calls on random bytes. Needs CuPy and a GPU with 10 GB free. Prints JSON; ``bench_gpu.py --parts digest`` keeps it.
 
 The limit it compares with is that of the integer unit which does xors and rotations: 456 of them for each 64-byte block
 (7 rounds of 8 mixes of 8, and 8 at the end), 64 lanes a multiprocessor, the highest clock the GPU states, and 17
@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import cupy
 import numpy as np
 
-from shared_store import __version__
 from shared_store.cuda.digests import CudaDigests
 from shared_store.digest import digest
 
@@ -68,9 +65,8 @@ def seconds(digests: CudaDigests, ranges: list[tuple[int, int]], repeat: int) ->
 
 
 def main() -> None:
-    """Measure, print, and write the JSON."""
+    """Measure, and print the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="where to write the JSON")
     parser.add_argument("--repeat", type=int, default=15)
     arguments = parser.parse_args()
 
@@ -86,34 +82,26 @@ def main() -> None:
     def rate(ranges: list[tuple[int, int]]) -> float:
         return sum(size for _, size in ranges) / seconds(digests, ranges, arguments.repeat) / 1e9
 
-    llama_s = seconds(digests, place(address, sizes), arguments.repeat)
+    model_s = seconds(digests, place(address, sizes), arguments.repeat)
     lanes_per_s = (
         runtime.deviceGetAttribute(MULTIPROCESSORS, device) * 64 * 1e3 * runtime.deviceGetAttribute(CLOCK_RATE, device)
     )
     limit_gbps = lanes_per_s / 456 * 64 * 16 / 17 / 1e9
+    many = place(address, [64 * MIB] * 64)
     result = {
-        "digest_gbps_64mib": rate(place(address, [64 * MIB] * 64)),
-        "digest_gbps_64mib_alone": rate(place(address, [64 * MIB])),
-        "digest_gbps_1gib": rate(place(address, [GIB])),
+        "digest_gbps": rate(many),
+        "digest_gbps_64mib_alone": rate(many[:1]),
+        "digest_gbps_1gib_alone": rate(place(address, [GIB])),
         "digest_gbps_1gib_odd_address": rate(place(address + 1, [GIB])),
         "digest_4096_of_8kib_ms": 1e3 * seconds(digests, place(address, [8192] * 4096), arguments.repeat),
-        "llama9gb_ms": 1e3 * llama_s,
-        "llama9gb_bytes": sum(sizes),
-        "llama9gb_tensors": len(sizes),
-        "limit_gbps": limit_gbps,
-        "share_of_limit": sum(sizes) / llama_s / 1e9 / limit_gbps,
-        "first_call_s": first_call,
-        "gpu": runtime.getDeviceProperties(device)["name"].decode(),
-        "driver_cuda": runtime.driverGetVersion(),
-        "runtime_cuda": runtime.runtimeGetVersion(),
-        "cupy": cupy.__version__,
-        "python": platform.python_version(),
-        "wooly": __version__,
+        "digest_model_ms": 1e3 * model_s,
+        "digest_model_bytes": sum(sizes),
+        "digest_model_tensors": len(sizes),
+        "digest_limit_gbps": limit_gbps,
+        "digest_share_of_limit": sum(sizes) / model_s / 1e9 / limit_gbps,
+        "digest_first_call_s": first_call,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ The model is Llama-shaped, random, bf16, 9.08 GB (see ``gpu_model.py``), made in
 engine is a process of its own, without vLLM's multiprocessing. Results are merged into ``--out`` after each part:
 medians by name, and under ``raw`` every value that a median is of.
 
-    python benchmarks/bench_gpu.py [--parts load,peak,decode,ttft,capacity,dedup] [--out FILE]
+    python benchmarks/bench_gpu.py [--parts digest,load,peak,decode,ttft,capacity,mps,dedup] [--out FILE]
 
+digest     ``bench_digest.py``: BLAKE3 of the GPU's own memory; ``digest_gbps`` of 64 tensors of 64 MiB in one call.
 load       ``load_s``: stock vLLM's loader, files in the page cache. ``publish_s``: what publishing adds to it (wooly's
            loader, less hashing the checkpoint, ``hash_s``, and less the stock load inside). ``attach_ms``: a fresh
            process, from connecting to the store until all parameters are bound, less building the module tree;
@@ -18,6 +19,7 @@ decode     two live engines with CUDA graphs in turns: 64 requests x 128 tokens,
 ttft       from the start of the process to the first token, compile cache warm, weights of wooly in the store.
 capacity   engines that live at once (``--kv-mib`` of KV cache each, no CUDA graphs, to keep starts short), and the
            tokens/s of all of them at the same time. Stock ones load one after the other, so that peaks do not meet.
+mps        wooly's engines once more, with NVIDIA's Multi-Process Service, where the machine has that.
 dedup      a model and three fine-tunes of it, each with a tenth of its layers changed, published without an engine.
 """
 
@@ -40,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_model
-from gpu_processes import MIB, Child, ChildError, Node, nvidia_smi, used_mib
+from gpu_processes import MIB, Child, ChildError, Mps, Node, nvidia_smi, used_mib
 
 import shared_store
 
@@ -130,6 +132,12 @@ def attach_seconds(spans: Spans) -> float:
 def _check_attached(child: Child, ready: dict[str, Any]) -> None:
     if seconds(ready["spans"], "inner_load"):
         raise ChildError(f"{child.name} was to attach, and loaded")
+
+
+def digest(bench: Bench) -> Findings:  # noqa: ARG001 - as every part
+    """What the digests' own benchmark finds, in a process of its own."""
+    command = [sys.executable, str(HERE / "bench_digest.py")]
+    return Findings(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=120).stdout))
 
 
 def load(bench: Bench) -> Findings:
@@ -302,17 +310,32 @@ def capacity(bench: Bench) -> Findings:
     deadline = time.monotonic() + bench.budget_s
     for name, at_once in (("stock", 1), ("wooly", 4)):
         with Node() as node:
-            living, ended_by = _fill(bench, node, name, at_once, deadline)
-            rates, living = _all_at_once(living)
-        bounded = ended_by in ("budget", "max-engines")
-        found.numbers[f"replicas_{name}_at_least" if bounded else f"replicas_{name}"] = len(living)
-        found.raw[f"capacity_{name}_ended_by"] = ended_by
-        found.put(f"aggregate_tok_s_{name}", rates)
+            _put_capacity(found, name, *_fill(bench, node, name, at_once, deadline))
     found.numbers["capacity_kv_mib"] = bench.kv_mib
     return found
 
 
-def _fill(bench: Bench, node: Node, name: str, at_once: int, deadline: float) -> tuple[list[Child], str]:
+def mps(bench: Bench) -> Findings:
+    """The same with the Multi-Process Service, for wooly's engines."""
+    found = Findings()
+    deadline = time.monotonic() + bench.budget_s
+    with Node() as node, Mps(node.scratch) as service:
+        _put_capacity(found, "wooly_mps", *_fill(bench, node, "wooly", 4, deadline, service.environment))
+        node.end_all()  # the service ends when its clients have
+    return found
+
+
+def _put_capacity(found: Findings, name: str, living: list[Child], ended_by: str) -> None:
+    rates, living = _all_at_once(living)
+    bounded = ended_by in ("budget", "max-engines")
+    found.numbers[f"replicas_{name}_at_least" if bounded else f"replicas_{name}"] = len(living)
+    found.raw[f"capacity_{name}_ended_by"] = ended_by
+    found.put(f"aggregate_tok_s_{name}", rates)
+
+
+def _fill(
+    bench: Bench, node: Node, name: str, at_once: int, deadline: float, environment: dict[str, str] | None = None
+) -> tuple[list[Child], str]:
     """Start engines until one fails; returns those that answer, and what the end was.
 
     Importing vLLM takes longest and no GPU memory, so some processes import ahead of their turn.
@@ -323,7 +346,7 @@ def _fill(bench: Bench, node: Node, name: str, at_once: int, deadline: float) ->
     made, ended_by = 0, "max-engines"
     while True:
         while made < bench.max_engines and len(imported) < at_once + 4:
-            few_threads = {"OMP_NUM_THREADS": "1"}  # dozens of engines share the cores
+            few_threads = {"OMP_NUM_THREADS": "1", **(environment or {})}  # dozens of engines share the cores
             imported.append(
                 bench.engine(node, f"{name} {made}", SMALL, bench.kv_mib, environment=few_threads, warm=True)
             )
@@ -416,7 +439,7 @@ def dedup(bench: Bench) -> Findings:
 
 
 PARTS: dict[str, Callable[[Bench], Findings]] = {
-    part.__name__: part for part in (load, peak, decode, ttft, capacity, dedup)
+    part.__name__: part for part in (digest, load, peak, decode, ttft, capacity, mps, dedup)
 }
 
 
@@ -497,7 +520,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes of each kind in the part load")
     parser.add_argument("--max-engines", type=int, default=24, help="for the part capacity")
     parser.add_argument("--kv-mib", type=int, default=2048, help="KV cache of each engine of the part capacity")
-    parser.add_argument("--budget", type=float, default=420, help="seconds in which the part capacity starts engines")
+    parser.add_argument(
+        "--budget", type=float, default=420, help="seconds in which the parts capacity and mps start engines"
+    )
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/GPU/gpu.json")
     arguments = parser.parse_args()
     try:

@@ -1,9 +1,12 @@
-"""`make demo`: two vLLM servers share one copy of a real chat model's weights, and answer as stock vLLM does.
+"""`make demo`: two vLLM servers share one copy of a model's weights, and answer as stock vLLM does.
 
 Starts a store of its own, two servers with `--load-format wooly`, then stock servers, one after the other, asks all of
-them the same questions, and prints what was equal, what was saved and what it took. On a CPU stock vLLM packs weights
-into private handles and computes with other kernels, so the reference is stock vLLM under the kernels that wooly uses
-(`WOOLY_CPU_DISPATCH=1`), and stock vLLM as shipped is reported beside it.
+them the same questions, and prints what was equal, what was saved and what it took.
+
+On a CPU the model is SmolLM2-135M-Instruct, and stock vLLM packs weights into private handles and computes with other
+kernels, so the reference is stock vLLM under the kernels that wooly uses (`WOOLY_CPU_DISPATCH=1`), and stock vLLM as
+shipped is reported beside it. With an NVIDIA GPU the model is Llama-shaped, random and 8.8 GB large, because nothing is
+downloaded: its answers are noise, and equal. `--model` takes a real one.
 
 The last line is one JSON object. Exit codes: 0 everything as promised, 1 not (its `reason` says what), 130 interrupted.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,14 +30,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoints
+import gpu_model
 import msgspec
+from gpu_processes import MIB, used_mib
 from rich.console import Console
 from rich.table import Table
-from servers import BIN, CPU_ARGUMENTS, CPU_ENVIRONMENT, Answer, Memory, Server, ServerError
+from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Answer, Server, ServerError
 
+from shared_store.memory.cuda_vmm import visible_gpus
 from shared_store.status import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 # "Answer in ..." because without it the first token is a near tie for this model ("The" or "L'", 0.1 nats apart), which
@@ -45,7 +53,8 @@ QUESTIONS = (
 )
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
 START_TIMEOUT_S = 240.0
-REFERENCE, SHIPPED = "stock, wooly's kernels", "stock as shipped"
+SHIPPED = "stock as shipped"
+LARGE = ("--layers", "20", "--vocabulary", "320")  # a token a byte, and the special ones: any answer is text
 _ATTACHED = re.compile(r"wooly: attached \S+ in ([\d.]+) s")
 _PUBLISHED = re.compile(r"wooly: published \S+ in ([\d.]+) s \(stock load ([\d.]+) s")
 
@@ -56,25 +65,73 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One server's part: what it answered, how long it loaded, and the memory of its worker (bytes)."""
+    """One server's part: what it answered, how long it loaded, and its memory (bytes)."""
 
     name: str
     answers: tuple[Answer, ...]
     load: str
-    start_s: float
-    memory: Memory
+    memory: int
     private_bytes: int
     mapped_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the demo plays.
+
+    Attributes:
+        title: the model, for the table.
+        make: makes it, in a directory of checkpoints.
+        arguments: of every server.
+        environment: of every server.
+        references: stock servers, by name, and their environment; the first is what answers must equal.
+        memory: what the memory of a server is.
+    """
+
+    title: str
+    make: Callable[[Path], Path]
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    references: dict[str, dict[str, str]]
+    memory: str
+
+
+def _large_llama(cache: Path) -> Path:
+    def make(directory: Path) -> None:
+        # In a process of its own, whose GPU memory goes with it.
+        command = [sys.executable, gpu_model.__file__, "make", str(directory), *LARGE]
+        subprocess.run(command, check=True, timeout=300)
+        checkpoints.write_tokenizer(directory)
+
+    return checkpoints.made_once(cache, "random-llama-large", make)
+
+
+CPU = Machine(
+    "SmolLM2-135M-Instruct",
+    checkpoints.smollm2,
+    SMALL_ARGUMENTS,
+    CPU_ENVIRONMENT,
+    {"stock, wooly's kernels": {"WOOLY_CPU_DISPATCH": "1"}, SHIPPED: {}},
+    "worker's memory (PSS)",
+)
+GPU = Machine(
+    "a random Llama of 8.8 GB",
+    _large_llama,
+    (*SMALL_ARGUMENTS, "--gpu-memory-utilization", "0.3"),
+    {"VLLM_NO_USAGE_STATS": "1"},
+    {SHIPPED: {}},
+    "GPU memory, store's growth included",
+)
 
 
 class Demo:
     """The scenes of the demo, and the directory where its store and its logs live."""
 
-    def __init__(self, console: Console, directory: Path, model: Path) -> None:
+    def __init__(self, console: Console, directory: Path, machine: Machine, model: str) -> None:
         self.console = console
         self.directory = directory
+        self.machine = machine
         self.model = model
-        self.model_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         # Nothing of the user's own store or settings; and a store that is not there is an error, not started quietly.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WOOLY_")}
         self.environment = {**kept, "WOOLY_RUNTIME_DIR": str(directory / "run"), "WOOLY_AUTOSTART": "0"}
@@ -84,15 +141,17 @@ class Demo:
         with contextlib.ExitStack() as stack:
             self._start_store(stack)
             shared = self._shared_servers()
-        stock = self._stock_server(REFERENCE, {"WOOLY_CPU_DISPATCH": "1"})
-        shipped = self._stock_server(SHIPPED, {})
         readers, status = shared
-        self._show(readers, stock, shipped, status)
-        self._check(readers, stock, status)
+        stock = [
+            self._stock_server(name, environment, readers[0].mapped_bytes)
+            for name, environment in self.machine.references.items()
+        ]
+        self._show(readers, stock, status)
+        self._check(readers, stock[0], status)
         return {
             "demo": "ok",
             "tokens_equal": True,
-            "tokens_equal_stock_kernels": _tokens(readers[0]) == _tokens(shipped),
+            "tokens_equal_stock_kernels": _tokens(readers[0]) == _tokens(stock[-1]),
             "servers": len(readers),
             "resident_bytes": status.totals.resident_bytes,
             "mapped_bytes": status.totals.mapped_bytes,
@@ -111,18 +170,24 @@ class Demo:
 
     def _shared_servers(self) -> tuple[list[Run], Status]:
         with contextlib.ExitStack() as stack:
-            servers = []
+            servers, before = [], []
             for number in (1, 2):
-                name = f"wooly {number}"
-                servers.append((name, stack.enter_context(self._server(name, ["--load-format", "wooly"], {}))))
-                self._wait(servers[-1][1])
-            answers = [self._ask(server) for _, server in servers]
+                before.append(self._gpu_bytes())
+                servers.append(stack.enter_context(self._server(f"wooly {number}", ["--load-format", "wooly"], {})))
+                self._wait(servers[-1])
+            before.append(self._gpu_bytes())
+            answers = [self._ask(server) for server in servers]
             status = msgspec.json.decode(self._wooly("status", "--json"), type=Status)
             return [
-                self._shared_run(server, answer, status) for (_, server), answer in zip(servers, answers, strict=True)
+                self._shared_run(servers[index], answers[index], status, before[index + 1] - before[index])
+                for index in range(len(servers))
             ], status
 
-    def _shared_run(self, server: Server, answers: tuple[Answer, ...], status: Status) -> Run:
+    def _gpu_bytes(self) -> int:
+        """GPU memory in use; 0 on a CPU."""
+        return used_mib() * MIB if self.machine.memory == GPU.memory else 0
+
+    def _shared_run(self, server: Server, answers: tuple[Answer, ...], status: Status, grown: int) -> Run:
         pids = server.pids()
         clients = [client for client in status.clients if client.pid in pids and client.mapped_bytes]
         log = server.log.read_text(errors="replace")
@@ -138,25 +203,26 @@ class Demo:
             server.name,
             answers,
             load,
-            server.start_s,
-            server.worker_memory({client.pid for client in clients}),
+            grown or server.worker_memory({client.pid for client in clients}).total,
             sum(client.private_bytes for client in clients),
             sum(client.mapped_bytes for client in clients),
         )
 
-    def _stock_server(self, name: str, environment: dict[str, str]) -> Run:
+    def _stock_server(self, name: str, environment: dict[str, str], model_bytes: int) -> Run:
+        before = self._gpu_bytes()
         with self._server(name, [], environment) as server:
             self._wait(server)
+            grown = self._gpu_bytes() - before
             answers = self._ask(server)
             seconds = server.load_seconds()
             load = "?" if seconds is None else f"load {seconds:.2f}"
-            return Run(name, answers, load, server.start_s, server.worker_memory(), self.model_bytes, 0)
+            return Run(name, answers, load, grown or server.worker_memory().total, model_bytes, 0)
 
     def _server(self, name: str, arguments: list[str], environment: dict[str, str]) -> Server:
         self.console.print(f"starting {name}", end=" ", highlight=False)
         log = self.directory / f"{re.sub(r'[^a-z0-9]+', '-', name)}.log"
-        environment = {**self.environment, **CPU_ENVIRONMENT, **environment}
-        return Server(name, self.model, log, arguments=[*CPU_ARGUMENTS, *arguments], environment=environment)
+        environment = {**self.environment, **self.machine.environment, **environment}
+        return Server(name, self.model, log, arguments=[*self.machine.arguments, *arguments], environment=environment)
 
     def _wait(self, server: Server) -> None:
         with self.console.status(f"{server.name}: waiting for its first health check"):
@@ -183,19 +249,19 @@ class Demo:
         return result.stdout
 
     def _run_wooly(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "wooly"), *arguments]
+        command = [sys.executable, "-m", "shared_store.cli", *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
-    def _show(self, readers: list[Run], stock: Run, shipped: Run, status: Status) -> None:
-        table = Table(title=f"{self.model.name}: {len(readers)} servers on one copy of the weights")
+    def _show(self, readers: list[Run], stock: list[Run], status: Status) -> None:
+        table = Table(title=f"{self.machine.title}: {len(readers)} servers on one copy of the weights")
         table.add_column("server")
-        for heading in ("own weights", "mapped weights", "worker's memory (PSS)", "seconds"):
+        for heading in ("own weights", "mapped weights", self.machine.memory, "seconds"):
             table.add_column(heading, justify="right")
-        table.add_column("tokens = stock,\nwooly's kernels")
-        table.add_column("tokens = stock\nas shipped")
-        for run in (shipped, stock, *readers):
-            same = [_yes(_tokens(run) == _tokens(other)) for other in (stock, shipped)]
-            sizes = [_mib(size) for size in (run.private_bytes, run.mapped_bytes, run.memory.total)]
+        for other in stock:
+            table.add_column(f"tokens = {other.name}")
+        for run in (*reversed(stock), *readers):
+            same = [_yes(_tokens(run) == _tokens(other)) for other in stock]
+            sizes = [_mib(size) for size in (run.private_bytes, run.mapped_bytes, run.memory)]
             table.add_row(run.name, *sizes, run.load, *same)
         self.console.print(table)
         totals = status.totals
@@ -236,7 +302,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print the last line only")
     parser.add_argument("--keep", action="store_true", help="keep the servers' logs, and say where they are")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the model's checkpoint is kept")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where the checkpoint that it makes is kept")
+    parser.add_argument("--model", help="a directory or a name for `vllm serve`, instead of that checkpoint")
     arguments = parser.parse_args()
     console = Console(quiet=arguments.json)
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -244,9 +311,13 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="wooly-demo-", dir="/tmp"))
     began = time.monotonic()
     try:
-        console.print("preparing SmolLM2-135M-Instruct (converted once, then cached)")
-        model = checkpoints.smollm2(arguments.cache)
-        result, code = Demo(console, directory, model).play(), 0
+        machine = GPU if visible_gpus() else CPU
+        if arguments.model:
+            machine = dataclasses.replace(machine, title=arguments.model)
+        else:
+            console.print(f"preparing {machine.title} (once, then cached)")
+        model = arguments.model or str(machine.make(arguments.cache))
+        result, code = Demo(console, directory, machine, model).play(), 0
     except KeyboardInterrupt:
         result, code = {"demo": "failed", "reason": "interrupted"}, 130
     except (DemoError, ServerError, OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:

@@ -17,7 +17,7 @@ import shutil
 import struct
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +206,7 @@ def main() -> None:
     making.add_argument("directory", type=Path)
     making.add_argument("--layers", type=int, default=16)
     making.add_argument("--seed", type=int, default=0)
+    making.add_argument("--vocabulary", type=int, default=LLAMA.vocabulary)
     tuning = commands.add_parser("finetune")
     tuning.add_argument("source", type=Path)
     tuning.add_argument("target", type=Path)
@@ -213,7 +214,7 @@ def main() -> None:
     tuning.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.command == "make":
-        make(arguments.directory, arguments.layers, arguments.seed)
+        make(arguments.directory, arguments.layers, arguments.seed, replace(LLAMA, vocabulary=arguments.vocabulary))
     else:
         finetune(arguments.source, arguments.target, arguments.changed, arguments.seed)
 

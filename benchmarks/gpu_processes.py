@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,10 +114,14 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            child.end()
+        self.end_all()
         self._stop_store()
         self._scratch.cleanup()
+
+    def end_all(self) -> None:
+        """End all processes. The store goes on."""
+        for child in self._children:
+            child.end()
 
     def start(self, name: str, role: str, job: dict[str, Any], **environment: str) -> Child:
         """Start a process."""
@@ -142,6 +147,42 @@ class Node:
             if time.monotonic() > deadline:
                 raise ChildError(f"the store (pid {pid}) was told to end 30 s ago, and lives")
             time.sleep(0.05)
+
+
+class Mps:
+    """NVIDIA's Multi-Process Service, for the processes that get its environment; leaving it ends the service.
+
+    Raises :class:`ChildError` where the machine does not have it. No setting of the GPU is changed.
+    """
+
+    CONTROL = "nvidia-cuda-mps-control"
+
+    def __init__(self, scratch: Path) -> None:
+        if shutil.which(self.CONTROL) is None:
+            raise ChildError(f"there is no {self.CONTROL} on this machine")
+        directory = scratch / "mps"
+        directory.mkdir()
+        self.environment = {"CUDA_MPS_PIPE_DIRECTORY": str(directory), "CUDA_MPS_LOG_DIRECTORY": str(directory)}
+
+    def __enter__(self) -> Self:
+        self._control("-d")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control(words="quit\n")
+
+    def _control(self, *arguments: str, words: str = "") -> None:
+        result = subprocess.run(
+            [self.CONTROL, *arguments],
+            input=words,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **self.environment},
+            check=False,
+        )
+        if result.returncode:
+            raise ChildError(f"{self.CONTROL}: {result.stdout}{result.stderr}")
 
 
 def nvidia_smi(query: str) -> str:

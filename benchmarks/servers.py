@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-BIN = Path(sys.executable).parent
-"""Where `vllm` and `wooly` of this environment are."""
+VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
+"""`vllm` of the environment that runs this; also where it is only on the path, and has no script."""
 
-CPU_ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--dtype", "bfloat16")
+SMALL_ARGUMENTS = ("--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager", "--dtype", "bfloat16")
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 _LOADED = re.compile(r"Model loading took .*?([\d.]+) seconds|Loading weights took ([\d.]+) seconds")
@@ -69,7 +69,7 @@ class Server:
     def __init__(
         self,
         name: str,
-        model: Path,
+        model: str,
         log: Path,
         *,
         arguments: Sequence[str] = (),
@@ -80,7 +80,7 @@ class Server:
         self.start_s = 0.0
         self._began = time.monotonic()
         self._port = _free_port()
-        command = [str(BIN / "vllm"), "serve", str(model), "--served-model-name", "model", "--host", "127.0.0.1"]
+        command = [*VLLM, "serve", model, "--served-model-name", "model", "--host", "127.0.0.1"]
         command += ["--port", str(self._port), *arguments]
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
