@@ -26,6 +26,7 @@ dedup      a model and three fine-tunes of it, each with a tenth of its layers c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -145,35 +146,37 @@ def load(bench: Bench) -> Findings:
     found = Findings()
 
     def started(child: Child) -> tuple[dict[str, Any], int]:
-        child.hear("imported")
         before = used_mib()
         ready = child.ask("start", "ready")
         if child.name == "reader":
             _check_attached(child, ready)
         return ready, used_mib() - before
 
-    with Node() as node:
+    with contextlib.ExitStack() as stack:
+        # All import vLLM at once, which takes longest, and have their turns on the GPU after that.
+        nodes = [stack.enter_context(Node()) for _ in range(bench.repeats)]
+        stock = [bench.engine(node, "stock", SMALL, TINY_KV_MIB) for node in nodes]
+        publishers = [bench.engine(node, "publisher", SMALL, TINY_KV_MIB) for node in nodes]
+        readers = [bench.engine(nodes[-1], "reader", SMALL, TINY_KV_MIB) for _ in range(bench.repeats)]
+        for child in (*stock, *publishers, *readers):
+            child.hear("imported")
         ready, grown = [], []
-        for child in [bench.engine(node, "stock", SMALL, TINY_KV_MIB) for _ in range(bench.repeats)]:
+        for child in stock:
             facts, mib = started(child)
             ready.append(facts)
             grown.append(mib)
             child.end()
-    found.put("load_s", [seconds(facts["spans"], "load") for facts in ready])
-    found.put("vram_one_more_stock_mib", grown)
-
-    published, grown = [], []
-    for number in range(bench.repeats):
-        with Node() as node:
-            last = number == bench.repeats - 1
-            publisher = bench.engine(node, "publisher", SMALL, TINY_KV_MIB)
-            waiting = [bench.engine(node, "reader", SMALL, TINY_KV_MIB) for _ in range(bench.repeats if last else 0)]
-            facts, mib = started(publisher)
+        found.put("load_s", [seconds(facts["spans"], "load") for facts in ready])
+        found.put("vram_one_more_stock_mib", grown)
+        published, grown = [], []
+        for node, child in zip(nodes, publishers, strict=True):
+            facts, mib = started(child)
             published.append(facts["spans"])
             grown.append(mib)
-            if last:
-                _readers(found, node, [started(child) for child in _counted(found, node, waiting)])
-                _torch_ipc(found, node, facts["sizes"], bench.repeats)
+            if node is not nodes[-1]:
+                node.close()
+        _readers(found, nodes[-1], [started(child) for child in _counted(found, nodes[-1], readers)])
+        _torch_ipc(found, nodes[-1], facts["sizes"], bench.repeats)
     # The accounting, which asks the store what it has of the model, comes first: it may be what hashes.
     found.put("hash_s", [sum(end - begin for begin, end in spans.get("hash", [])) for spans in published])
     found.put(

@@ -114,6 +114,10 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes and the store. Idempotent."""
         self.end_all()
         self._stop_store()
         self._scratch.cleanup()

@@ -22,6 +22,7 @@ LEFT = 1 << 30
 """Bytes that the other process leaves free."""
 ASKED = 4 << 30
 
+KEY = "ab" * 32
 _HOLD = """
 import sys, torch
 free, _ = torch.cuda.mem_get_info()
@@ -58,11 +59,11 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
 ) -> None:
     """Over the wire, as the publisher gets it; once the other process is gone, the same request is granted."""
     with Session.connect(runtime_dir, autostart=True, name="test") as session:
-        assert session.open("key", name="model", engine="test", device=gpu, publish=True, timeout_s=10) is None
-        planned, _ = session.plan("key", [Blob(bytes(32), ASKED)])
+        assert session.open(KEY, name="model", engine="test", device=gpu, publish=True, timeout_s=10) is None
+        planned, _ = session.plan(KEY, [Blob(bytes(32), ASKED)])
         (segment,) = planned.segments
         with pytest.raises(OutOfMemoryError) as refused:
-            session.fill("key", segment.id)
+            session.fill(KEY, segment.id)
         text = str(refused.value)
         assert f"no room for a segment of {segment.nbytes} bytes on {gpu}" in text
         assert segment.nbytes >= ASKED
@@ -77,4 +78,4 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
         assert "wooly rm" in text
         other.kill()
         other.wait()
-        os.close(session.fill("key", segment.id))
+        os.close(session.fill(KEY, segment.id))
