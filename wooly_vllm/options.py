@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared_store.client.loading import SHARE_MIN_BYTES, TIMEOUT_S
 from shared_store.errors import ConfigError
 
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "fastsafetensors")
@@ -34,8 +35,8 @@ class Options:
     inner_load_format: str = "auto"
     fallback: bool = True
     runtime_dir: Path | None = None
-    timeout_s: float = 1800.0
-    share_min_bytes: int = 16 << 10
+    timeout_s: float = TIMEOUT_S
+    share_min_bytes: int = SHARE_MIN_BYTES
 
     @property
     def falls_back(self) -> bool:

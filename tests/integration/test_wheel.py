@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("shared_store", "wooly_vllm")
+PACKAGES = ("shared_store", "wooly_hf", "wooly_vllm")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

@@ -1,0 +1,85 @@
+"""A store, and processes with transformers in them, for all tests of a file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hf.jobs import Job
+from support.engine_fixtures import checkpoint
+from support.stores import StoreProcess
+
+__all__ = ["checkpoint"]
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A running store. Its catalog's server is away: nothing here needs it."""
+    directory = Path(tempfile.mkdtemp(prefix="wooly-"))
+    running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
+    yield running
+    running.clean_up()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def processes(store, tmp_path_factory):
+    """The processes of this file's tests, by their names; starting one takes seconds, so they are used again."""
+    logs = tmp_path_factory.mktemp("jobs")
+    made = {}
+
+    def get(name, **environment):
+        if name not in made:
+            made[name] = Job(store.directory, logs / name, **environment)
+        return made[name]
+
+    get.made = made
+    yield get
+    for one in made.values():
+        one.kill()
+
+
+@pytest.fixture
+def job(processes):
+    """A process by its name, with `load(path, device_map)` and `facts(model)` in it. Its models go with the test."""
+    used = {}
+
+    def get(name, **environment):
+        used[name] = processes(name, **environment)
+        return used[name]
+
+    yield get
+    for one in used.values():
+        one.forget()
+
+
+@pytest.fixture
+def served(store):
+    """The store's status, now."""
+    client = store.client("test")
+    return client.session.status
+
+
+_copies = itertools.count(1)
+
+
+@pytest.fixture
+def fresh(checkpoint, tmp_path):
+    """A copy of a checkpoint that no store has seen before: it differs from all others by one bit of one weight."""
+
+    def make(family):
+        number = next(_copies)
+        target = tmp_path / f"{family}-{number}"
+        shutil.copytree(checkpoint(family), target)
+        with (target / "model.safetensors").open("r+b") as file:
+            file.seek(-2 * number, os.SEEK_END)  # the low byte of a bfloat16
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        return target
+
+    return make

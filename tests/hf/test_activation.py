@@ -1,0 +1,109 @@
+"""The opt-in distribution: processes that never heard of wooly share weights, and none of them breaks by it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ACTIVATION = Path(__file__).resolve().parents[2] / "deploy" / "activation"
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A folder with the distribution in it, as an installer would lay it out."""
+    project = tomllib.loads((ACTIVATION / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / "site"
+    info = folder / f"wooly_activate-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["torch.backends"]
+    lines = "".join(f"{name} = {target}\n" for name, target in points.items())
+    (info / "entry_points.txt").write_text(f"[torch.backends]\n{lines}")
+    (folder / "wooly_activate.py").write_text((ACTIVATION / "wooly_activate.py").read_text())
+    return folder
+
+
+def python(code, store, folder, *arguments, **environment):
+    """Run a program that finds the distribution; its output and what it said on stderr."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "WOOLY_RUNTIME_DIR": str(store.directory),
+            "WOOLY_AUTOSTART": "0",
+            "HF_HUB_OFFLINE": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+for device_map in {maps}:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=device_map)
+    from shared_store.client.where import mapping_of
+    print(mapping_of(model.model.embed_tokens.weight) is not None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "maps", "shared"),
+    [
+        ("1", [None, "cpu", {"": "cpu"}, "wooly:cpu"], [True, True, True, True]),
+        ("0", [None, "cpu", "wooly:cpu"], [False, False, True]),
+    ],
+)
+def test_a_program_that_does_not_import_wooly(store, installed, checkpoint, variable, maps, shared):
+    """The device map works; with the variable on, so does loading onto one device without it; off, all is stock."""
+    out, _ = python(LOAD.format(maps=maps), store, installed, checkpoint("llama"), WOOLYAI_WEIGHTS_DEDUP=variable)
+    assert out.split() == [str(one) for one in shared]
+
+
+@pytest.mark.parametrize("first", ["torch", "transformers", "transformers.modeling_utils"])
+def test_whatever_is_imported_first(store, installed, first):
+    """Once transformers can load models, wooly is there; importing torch alone brings neither."""
+    code = (
+        f"import {first}, sys; assert 'wooly_hf' not in sys.modules or 'transformers.modeling_utils' in sys.modules; "
+        "from transformers import LlamaForCausalLM; print('wooly_hf' in sys.modules)"
+    )
+    assert python(code, store, installed)[0] == "True"
+
+
+def test_without_the_distribution_nothing_happens(store, tmp_path):
+    """The control of the test above."""
+    code = "from transformers import LlamaForCausalLM; import sys; print('wooly_hf' in sys.modules)"
+    assert python(code, store, tmp_path)[0] == "False"
+
+
+def test_a_transformers_that_does_not_fit_is_told_of_and_works(store, installed, checkpoint):
+    """Where wooly refuses transformers, it says so, and the program runs as if wooly were not there."""
+    code = LOAD.format(maps=[None]).replace(
+        "import sys\n", "import sys, transformers\ntransformers.__version__ = '4.57.6'\n"
+    )
+    out, err = python(code, store, installed, checkpoint("llama"), WOOLYAI_WEIGHTS_DEDUP="1")
+    assert out == "False"
+    assert "weights are not shared in this process: ConfigError: transformers 4.57.6 is too old" in err
+
+
+def test_a_broken_installation_does_not_break_torch(store, installed):
+    """With wooly itself gone or broken, `import torch` still works, and the reason is told."""
+    (installed / "shared_store").mkdir()
+    (installed / "shared_store" / "__init__.py").write_text("raise RuntimeError('broken')\n")
+    out, err = python("import torch; print(torch.ones(2).sum().item())", store, installed)
+    assert out == "2.0"
+    assert "weights are not shared in this process: RuntimeError: broken" in err

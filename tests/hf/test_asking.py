@@ -1,0 +1,161 @@
+"""How sharing is asked for, and what happens to what cannot be shared."""
+
+from __future__ import annotations
+
+import pytest
+from hf.jobs import JobError
+
+
+@pytest.fixture
+def parsing(job):
+    """A process in which `parse` is."""
+    one = job("one")
+    one.run("from wooly_hf.device_map import parse")
+    return one
+
+
+def test_device_maps(parsing):
+    """What asks for sharing, and the device map that transformers gets of it."""
+    code = """
+    result = [None if (found := parse(it)) is None else [found.inner] for it in given]
+    """
+    given = ["wooly:cpu", "wooly:cuda:1", "wooly:1", "wooly:auto"]
+    assert parsing.run(code, given=given) == [[None], ["cuda:1"], [1], ["auto"]]
+    given = [{"": "wooly:cuda:0"}, {"a": "wooly:cpu", "b": "disk"}]
+    assert parsing.run(code, given=given) == [[{"": "cuda:0"}], [{"a": "cpu", "b": "disk"}]]
+    assert parsing.run(code, given=[None, "cpu", "auto", 0, {"": "cpu"}, "woolly", "wool"]) == [None] * 7
+    assert parsing.run("result = parse('wooly').inner == ('cuda' if torch.cuda.is_available() else None)")
+    assert parsing.run("result = parse('wooly:') == parse('wooly')")
+
+
+def test_a_default_device_does_not_win_over_the_map(parsing):
+    """Under another default device, `wooly:cpu` still names the CPU."""
+    assert parsing.run("with torch.device('meta'): result = parse('wooly:cpu').inner") == "cpu"
+
+
+@pytest.mark.parametrize("wrong", ["wooly:nowhere", "wooly:cuda:x"])
+def test_a_device_that_is_none(job, checkpoint, wrong):
+    """An error that says what would be one."""
+    with pytest.raises(JobError, match="is no device; use wooly, wooly:cpu") as raised:
+        job("one").run("load(path, wrong)", path=checkpoint("llama"), wrong=wrong)
+    assert raised.value.name == "ConfigError"
+
+
+@pytest.mark.parametrize("device_map", [{"": "wooly:cpu"}, {"model": "wooly:cpu", "lm_head": "cpu"}, "wooly:auto"])
+def test_maps_onto_one_device(job, checkpoint, device_map):
+    """Dicts and `auto` share, as long as all modules come to lie on one device."""
+    code = "my_model = load(path, device_map); result = [facts(my_model)[0] > 0, logits(my_model)]"
+    shared, answer = job("one").run(code, path=checkpoint("llama"), device_map=device_map)
+    assert shared
+    assert answer == job("one").run("my_stock = load(path, None); result = logits(my_stock)")
+
+
+def test_pipeline(job, checkpoint):
+    """`pipeline(device_map="wooly")`: text equal to stock's, from shared weights."""
+    code = """
+    def ask(**options):
+        global my_model
+        made = transformers.pipeline("text-generation", path, **options)
+        my_model = made.model
+        text = made("hello", max_new_tokens=8, do_sample=False)
+        return [text, facts(my_model)[0] > 0, str(made.device)]
+    result = [ask(device_map="cpu"), ask(device_map="wooly:cpu")]
+    """
+    (stock, private, place), (text, shared, same_place) = job("one").run(code, path=checkpoint("llama"))
+    assert text == stock
+    assert (private, shared) == (False, True)
+    assert same_place == place
+
+
+STOCK_WAYS = {
+    "passed as a state dict": (
+        "config = transformers.AutoConfig.from_pretrained(path)\n"
+        "my_model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, device_map='wooly:cpu', "
+        "state_dict=load(path, None).state_dict())"
+    ),
+    "several devices": "my_model = load(path, {'model': 'wooly:cpu', 'lm_head': 'disk'}, offload_folder=folder)",
+    "no store": (
+        "import os; here = os.environ['WOOLY_RUNTIME_DIR']; os.environ['WOOLY_RUNTIME_DIR'] = folder\n"
+        "try: my_model = load(path)\n"
+        "finally: os.environ['WOOLY_RUNTIME_DIR'] = here"
+    ),
+    "FSDP": (
+        "os.environ.update(ACCELERATE_USE_FSDP='1', FSDP_CPU_RAM_EFFICIENT_LOADING='1', LOCAL_RANK='0')\n"
+        "import torch.distributed\n"
+        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
+        "try: my_model = load(path)\n"
+        "finally:\n"
+        "    torch.distributed.destroy_process_group()\n"
+        "    for name in ('ACCELERATE_USE_FSDP', 'FSDP_CPU_RAM_EFFICIENT_LOADING', 'LOCAL_RANK'): del os.environ[name]"
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", STOCK_WAYS)
+def test_stock_way(job, served, checkpoint, tmp_path, reason):
+    """It works as in stock transformers, the reason is told once and, by a store that is there, counted each time."""
+    one = job("stock")
+    tmp_path.chmod(0o700)
+    counted = served().counters.fallbacks
+    code = "import os\n" + STOCK_WAYS[reason] + "\nresult = [logits(my_model), facts(my_model)[0]]"
+    told = one.log().count("the stock way")
+    answer = one.run("my_stock = load(path, None); result = logits(my_stock)", path=checkpoint("llama"))
+    for _ in range(2):
+        assert one.run(code, path=checkpoint("llama"), folder=tmp_path) == [answer, 0]
+    lines = [line for line in one.log().splitlines() if "the stock way" in line][told:]
+    assert len(lines) == 1
+    assert reason in lines[0]
+    assert "WOOLY_STRICT=1" in lines[0]
+    assert served().counters.fallbacks == counted + (0 if reason == "no store" else 2)
+
+
+def test_a_changed_file_is_not_published(job, served, fresh):
+    """A checkpoint that is written to while it is loaded serves nobody else; this process has what it read."""
+    path = fresh("llama")
+    code = """
+    import pathlib, wooly_hf.loading
+    compat_outcome = wooly_hf.compat.outcome
+    file = pathlib.Path(path, "model.safetensors")
+    stock = wooly_hf.loading._Loading._load_shared
+    def touched(self, session):
+        load_stock = self._load_stock
+        def load_and_touch():
+            found = load_stock()
+            file.touch()
+            return found
+        self._load_stock = load_and_touch
+        return stock(self, session)
+    wooly_hf.loading._Loading._load_shared = touched
+    try:
+        my_model = load(path)
+    finally:
+        wooly_hf.loading._Loading._load_shared = stock
+    result = [logits(my_model), facts(my_model)[0]]
+    """
+    answer = job("one").run("my_stock = load(path, None); result = logits(my_stock)", path=path)
+    assert job("one").run(code, path=path) == [answer, 0]
+    assert "changed while it was being loaded" in job("one").log()
+    assert not [model for model in served().models if model.name == str(path)]
+
+
+def test_strict(job, served, checkpoint, tmp_path):
+    """With `WOOLY_STRICT=1` what cannot be shared is an error with the same reason; what can be shared is shared."""
+    one = job("strict", WOOLY_STRICT="1")
+    with pytest.raises(JobError, match="several devices") as raised:
+        one.run(STOCK_WAYS["several devices"], path=checkpoint("llama"), folder=tmp_path)
+    assert raised.value.name == "UnsupportedError"
+    assert one.run("my_model = load(path); result = facts(my_model)[0] > 0", path=checkpoint("llama"))
+    assert [client.role for client in served().clients if client.pid == one.pid] == ["reader"]
+
+
+def test_everywhere_by_the_environment(job, checkpoint, tmp_path):
+    """With the variable on, loading onto one device shares, whatever names it; anything else is stock, and not told."""
+    one = job("everywhere", WOOLYAI_WEIGHTS_DEDUP="true")
+    code = "my_model = load(path, device_map, **options); result = facts(my_model)[0] > 0"
+    for device_map in (None, "cpu", {"": "cpu"}, "wooly:cpu"):
+        assert one.run(code, path=checkpoint("llama"), device_map=device_map, options={}) is True
+    several = {"model": "cpu", "lm_head": "disk"}
+    options = {"offload_folder": str(tmp_path)}
+    assert one.run(code, path=checkpoint("llama"), device_map=several, options=options) is False
+    assert one.run(code, path=checkpoint("llama"), device_map="auto", options={}) is False
+    assert "the stock way" not in one.log()

@@ -1,0 +1,252 @@
+"""The one module that knows transformers' versions: what of its inside wooly uses, and whether it is still there.
+
+Relies on, in every supported version: ``PreTrainedModel.from_pretrained`` builds a model of meta tensors and calls the
+static ``_load_pretrained_model``, which fills in what the checkpoint has, notes the weight conversions that it used on
+the model, and returns a ``LoadStateDictInfo``; what it did not fill in is made afterwards. :func:`check` is called
+before anything is replaced, so that a transformers that moved one of these is refused and not half used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared_store.errors import ConfigError, UnsupportedError
+
+SUPPORTED = ("5.16", "5.23")
+"""First and last minor version that this module was written for."""
+
+Load = Callable[..., tuple[Any, Any]]
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_LOAD_PARAMETERS = ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"]
+_CONFIG_FIELDS = {
+    "device_map",
+    "device_mesh",
+    "dtype",
+    "dtype_plan",
+    "hf_quantizer",
+    "ignore_mismatched_sizes",
+    "pretrained_model_name_or_path",
+    "weight_mapping",
+}
+_INFO_FIELDS = {
+    "missing_keys",
+    "unexpected_keys",
+    "mismatched_keys",
+    "error_msgs",
+    "conversion_errors",
+    "skipped_pp_keys",
+}
+_BETWEEN_LOADS = {"collected_tensors", "layer_targets", "compiled_sources", "_was_used", "_active"}
+"""What a weight conversion holds only while it is used; the rest says what it does."""
+
+
+def version() -> str:
+    """The version of transformers."""
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def check() -> None:
+    """Look at every inner name that wooly uses.
+
+    Raises:
+        ConfigError: transformers is too old, or has moved one.
+    """
+    if _minor(version()) < _minor(SUPPORTED[0]):
+        raise ConfigError(f"transformers {version()} is too old for wooly; install {_wanted()}")
+    if problem := next(_problems(), None):
+        raise _moved(problem)
+
+
+def _problems() -> Iterator[str]:
+    """What is not where it should be."""
+    try:
+        from transformers.core_model_loading import WeightTransform
+        from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel, caching_allocator_warmup
+        from transformers.utils.loading_report import LoadStateDictInfo
+    except ImportError as error:
+        yield str(error)
+        return
+    kinds = {
+        "from_pretrained": classmethod,
+        "_load_pretrained_model": staticmethod,
+        "_finalize_model_loading": staticmethod,
+        "_initialize_weights": FunctionType,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(vars(PreTrainedModel).get(name), kind)]
+    yield from (f"PreTrainedModel.{name} is gone, or another kind of method" for name in wrong)
+    if not wrong and list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters) != _LOAD_PARAMETERS:
+        yield "PreTrainedModel._load_pretrained_model takes other arguments"
+    if not isinstance(caching_allocator_warmup, FunctionType):
+        yield "caching_allocator_warmup is no function"
+    if missing := _CONFIG_FIELDS - _fields(LoadStateDictConfig):
+        yield f"LoadStateDictConfig has no {', '.join(sorted(missing))}"
+    if _fields(LoadStateDictInfo) != _INFO_FIELDS:
+        yield "LoadStateDictInfo has other fields"
+    if not hasattr(WeightTransform, "was_used") or not hasattr(WeightTransform, "_was_used"):
+        yield "WeightTransform does not know whether it was used"
+
+
+def replace(name: str, wrap: Wrapper) -> None:
+    """Put a wrapper in the place of a method of ``PreTrainedModel``, of the same kind."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    stock = vars(PreTrainedModel)[name]
+    if isinstance(stock, (classmethod, staticmethod)):
+        setattr(PreTrainedModel, name, type(stock)(wrap(stock.__func__)))
+    else:
+        setattr(PreTrainedModel, name, wrap(stock))
+
+
+def replace_warmup(wrap: Wrapper) -> None:
+    """Put a wrapper in the place of ``caching_allocator_warmup``, which the load calls first."""
+    from transformers import modeling_utils
+
+    modeling_utils.caching_allocator_warmup = wrap(modeling_utils.caching_allocator_warmup)
+
+
+def check_supported(state_dict: Any, files: list[str] | None, load_config: Any) -> None:
+    """Raise :class:`UnsupportedError` for ways of loading that cannot be shared, before anything is loaded."""
+    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+    quantizer = load_config.hf_quantizer
+    if quantizer is not None:
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", type(quantizer).__name__)
+        raise UnsupportedError(f"quantized weights ({getattr(method, 'value', method)}) are not shared yet")
+    if state_dict is not None:
+        raise UnsupportedError("weights that are passed as a state dict have no checkpoint to be known by")
+    if not files:
+        raise UnsupportedError("there are no checkpoint files")
+    if any(file.endswith(".gguf") for file in files):
+        raise UnsupportedError("GGUF files are converted while they are read")
+    if is_deepspeed_zero3_enabled():
+        raise UnsupportedError("DeepSpeed ZeRO-3 divides weights among processes")
+    if is_fsdp_enabled():
+        raise UnsupportedError("FSDP divides weights among processes")
+    if load_config.device_mesh is not None:
+        raise UnsupportedError("tensor parallelism divides weights among processes")
+
+
+def device_of(load_config: Any) -> torch.device:
+    """The one device that weights go to.
+
+    Raises:
+        UnsupportedError: they go to several, to the disk, or to a device that has no shared memory.
+    """
+    places = {_torch_device(place) for place in (load_config.device_map or {"": "cpu"}).values()}
+    if len(places) > 1:
+        names = sorted(str(place or "disk") for place in places)
+        raise UnsupportedError(f"weights go to several devices ({', '.join(names)})")
+    (place,) = places
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"weights on {place or 'the disk'} cannot be shared")
+    return place
+
+
+def _torch_device(place: Any) -> torch.device | None:
+    """A device map's value; None for the disk."""
+    if place == "disk":
+        return None
+    device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def conversions(load_config: Any) -> list[Any]:
+    """What each weight conversion of a load does, in plain JSON types.
+
+    Raises:
+        UnsupportedError: one holds something that has no lasting description.
+    """
+    return [_describe(conversion) for conversion in load_config.weight_mapping or []]
+
+
+def _describe(thing: Any) -> Any:
+    if isinstance(thing, (str, int, float, bool, type(None))):
+        return thing
+    if isinstance(thing, (list, tuple)):
+        return [_describe(part) for part in thing]
+    if isinstance(thing, (set, frozenset)):
+        return sorted(map(str, map(_describe, thing)))
+    if isinstance(thing, dict):
+        return {str(key): _describe(value) for key, value in thing.items()}
+    if isinstance(thing, (torch.dtype, torch.device)):
+        return str(thing)
+    if isinstance(thing, type):
+        return f"{thing.__module__}.{thing.__qualname__}"
+    if callable(thing) or type(thing).__module__.partition(".")[0] != "transformers":
+        raise UnsupportedError(f"a weight conversion depends on {type(thing).__name__}, which cannot be compared")
+    names = [name for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())]
+    values = {name: getattr(thing, name) for name in names if hasattr(thing, name)} | getattr(thing, "__dict__", {})
+    kept = {name: _describe(value) for name, value in values.items() if name not in _BETWEEN_LOADS}
+    return [_describe(type(thing)), kept]
+
+
+def outcome(model: nn.Module, load_config: Any, info: Any) -> dict[str, Any]:
+    """What a load left behind beside tensors, in plain JSON types.
+
+    Raises:
+        UnsupportedError: it met errors; transformers will tell them.
+    """
+    if info.error_msgs or info.conversion_errors:
+        raise UnsupportedError("loading met errors")
+    if info.skipped_pp_keys:
+        raise UnsupportedError("pipeline parallelism divides weights among processes")
+    named: Any = model
+    used = {id(conversion) for conversion in named._weight_conversions}
+    return {
+        "missing": sorted(info.missing_keys),
+        "unexpected": sorted(info.unexpected_keys),
+        "mismatched": sorted([name, list(found), list(wanted)] for name, found, wanted in info.mismatched_keys),
+        "conversions": [number for number, one in enumerate(load_config.weight_mapping or []) if id(one) in used],
+    }
+
+
+def restore(model: nn.Module, load_config: Any, state: dict[str, Any]) -> Any:
+    """Leave behind what the publisher's load did; its ``LoadStateDictInfo``."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    mapping = load_config.weight_mapping or []
+    used = [mapping[number] for number in state["conversions"]]
+    for conversion in used:
+        conversion._was_used = True
+    named: Any = model
+    named._weight_conversions = used
+    return LoadStateDictInfo(
+        missing_keys=set(state["missing"]),
+        unexpected_keys=set(state["unexpected"]),
+        mismatched_keys={(name, torch.Size(found), torch.Size(wanted)) for name, found, wanted in state["mismatched"]},
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+
+
+def _minor(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _fields(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+
+
+def _wanted() -> str:
+    last_major, last_minor = _minor(SUPPORTED[1])
+    return f"'transformers>={SUPPORTED[0]},<{last_major}.{last_minor + 1}'"
+
+
+def _moved(what: str) -> ConfigError:
+    return ConfigError(
+        f"this transformers ({version()}) is not as wooly knows it: {what}; install {_wanted()}, or a newer wooly"
+    )

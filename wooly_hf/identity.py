@@ -1,0 +1,82 @@
+"""What must be equal for one process's loaded tensors to serve another: the facts of the weight key.
+
+When in doubt a fact is in: one too many costs a load (equal tensors still meet in the store), one too few would serve
+wrong weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared_store import manifest
+from shared_store.client.devices import store_device
+from shared_store.errors import UnsupportedError
+from wooly_hf import compat
+
+_OF_NO_MATTER = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
+_EXTRA_STATE = "_extra_state"
+
+
+def named_files(files: Sequence[str]) -> list[tuple[str, Path]]:
+    """Checkpoint files by their names in the folder that has them all, in the order in which they are read."""
+    paths = [Path(file).absolute() for file in files]
+    folder = os.path.commonpath([path.parent for path in paths])
+    return [(os.path.relpath(path, folder), path) for path in paths]
+
+
+def facts(
+    model: nn.Module, files: Sequence[tuple[str, Path]], load_config: Any, device: torch.device
+) -> dict[str, Any]:
+    """Everything beside the checkpoint's bytes that shapes the loaded tensors, in plain JSON types.
+
+    Args:
+        model: built, of meta tensors, and not loaded yet.
+        files: the checkpoint's, in the order in which they are read.
+        load_config: transformers' own.
+        device: where the weights go.
+
+    Raises:
+        UnsupportedError: something that shapes them cannot be compared.
+    """
+    named: Any = model
+    return {
+        "engine": "transformers",
+        "versions": {"transformers": compat.version(), "torch": str(torch.__version__), "manifest": manifest.SCHEMA},
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "prefix": str(named.base_model_prefix),
+        "config": _config(named.config),
+        "files": [name for name, _ in files],
+        "dtype": str(load_config.dtype),
+        "dtype_plan": {name: str(dtype) for name, dtype in (load_config.dtype_plan or {}).items()},
+        "conversions": compat.conversions(load_config),
+        "ignore_mismatched_sizes": bool(load_config.ignore_mismatched_sizes),
+        "tensors": _tensors(model),
+        "device": store_device(device),
+    }
+
+
+def _config(config: Any) -> Any:
+    """The model's configuration, without the names that say where it was found."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items() if key not in _OF_NO_MATTER}
+        return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+    return strip(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    found = {}
+    for name, value in model.state_dict().items():
+        if name.rpartition(".")[2] == _EXTRA_STATE:
+            raise UnsupportedError(f"{name} is no tensor: modules with extra state are not shared")
+        found[name] = [list(value.shape), str(value.dtype)]
+    return found
