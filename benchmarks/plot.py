@@ -1,7 +1,8 @@
 """Draw the results: ``python benchmarks/plot.py`` writes SVG files to ``results/plots`` from the JSON beside it.
 
-``cpu.json`` gives memory and speed by role; each ``MACHINE/gpu.json`` gives attaching, memory, speed and capacity. What
-has not been measured is not drawn, and said. The same JSON gives the same bytes under one version of matplotlib.
+``cpu.json`` gives memory and speed by role; each ``MACHINE/gpu.json`` gives attaching, memory, speed and capacity;
+``cpu-hf.json`` and each ``MACHINE/hf.json`` give transformers' memory, loading and speed. What has not been measured is
+not drawn, and said. The same JSON gives the same bytes under one version of matplotlib.
 """
 
 from __future__ import annotations
@@ -38,6 +39,69 @@ def bars(title: str, unit: str, values: Sequence[Bar]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(0, 1.12 * max(value for _, value, _ in values) or 1)
     return figure
+
+
+def pairs(title: str, unit: str, labels: Sequence[str], stock: Sequence[float], wooly: Sequence[float]) -> Figure:
+    """Two bars a label: without and with wooly."""
+    figure = Figure(figsize=(max(4.8, 1.6 + 1.5 * len(labels)), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for side, (name, colour, values) in enumerate((("stock", STOCK, stock), ("wooly", WOOLY, wooly))):
+        places = [place + 0.4 * side - 0.2 for place in range(len(labels))]
+        drawn = axes.bar(places, values, width=0.38, label=name, color=colour)
+        axes.bar_label(drawn, labels=[f"{value:,.3g}" for value in values], padding=2, fontsize="small")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0, 1.12 * max([*stock, *wooly]) or 1)
+    axes.legend(frameon=False)
+    return figure
+
+
+def hf_cpu(result: dict[str, Any]) -> dict[str, Figure]:
+    """Memory of eight processes, and time to load, by the way that a model is loaded."""
+    ways = [value for name, value in result.items() if name != "versions"]
+    if not ways:
+        return {}
+    labels = [way["what"] for way in ways]
+    where = result["versions"]["cpu"]
+
+    def of(kind: str, name: str, scale: float = 1) -> list[float]:
+        values = [way[kind][name] for way in ways]
+        return [(value["median"] if isinstance(value, dict) else value) / scale for value in values]
+
+    memory, load = (
+        (of("stock", name, scale), of("wooly", name, scale)) for name, scale in (("pss_8", GIB), ("load_s", 1))
+    )
+    return {
+        "cpu_hf_memory": pairs(f"Memory of 8 processes with transformers\n{where}", "GiB", labels, *memory),
+        "cpu_hf_load": pairs(f"from_pretrained in one more process\n{where}", "seconds", labels, *load),
+    }
+
+
+def hf_gpu(machine: str, result: dict[str, Any]) -> dict[str, Figure]:
+    """GPU memory by the number of processes, time to load, and speed: each if it is there."""
+    where = result["versions"]["gpu"]
+    figures = {}
+    counts = [count for count in (1, 2, 4, 8) if f"hf_vram_{count}_wooly_mib" in result]
+    if counts:
+        # What stock did not fit any more is a bar of no height.
+        stock, wooly = (
+            [result.get(f"hf_vram_{count}_{kind}_mib", 0) * MIB / GIB for count in counts]
+            for kind in ("stock", "wooly")
+        )
+        labels = [f"{count} process{'es' if count > 1 else ''}" for count in counts]
+        figures["memory"] = pairs(f"GPU memory with transformers\n{where}", "GiB", labels, stock, wooly)
+        load: list[Bar] = [
+            ("stock load", result["hf_load_s"], STOCK),
+            ("wooly, the first\n(hash, load, publish)", result["hf_publish_s"], WOOLY),
+            ("wooly attach", result["hf_attach_s"], WOOLY),
+        ]
+        figures["load"] = bars(f"from_pretrained onto the GPU\n{where}", "seconds", load)
+    if "hf_tok_s_wooly" in result:
+        rates: list[Bar] = [("stock", result["hf_tok_s_stock"], STOCK), ("wooly", result["hf_tok_s_wooly"], WOOLY)]
+        figures["speed"] = bars(f"generate, 8 prompts x 128 tokens\n{where}", "tokens/s", rates)
+    return {f"{machine}_hf_{name}": figure for name, figure in figures.items()}
 
 
 def cpu(result: dict[str, Any]) -> dict[str, Figure]:
@@ -135,6 +199,10 @@ def main() -> None:
         figures |= cpu(json.loads(file.read_text(encoding="utf-8")))
     for file in sorted(arguments.results.glob("*/gpu.json")):
         figures |= gpu(file.parent.name, json.loads(file.read_text(encoding="utf-8")))
+    if (file := arguments.results / "cpu-hf.json").exists():
+        figures |= hf_cpu(json.loads(file.read_text(encoding="utf-8")))
+    for file in sorted(arguments.results.glob("*/hf.json")):
+        figures |= hf_gpu(file.parent.name, json.loads(file.read_text(encoding="utf-8")))
     plots = arguments.results / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
