@@ -11,6 +11,7 @@ SCRIPTS := $(wildcard deploy/*.py benchmarks/*.py)
 PYTEST_ARGUMENTS ?=
 VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
+HF_PARTS ?= memory,speed
 GPU_TESTS ?= tests/memory tests/gpu
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
@@ -53,6 +54,7 @@ test: lint wheel ## everything that CI runs: lint, build the wheel, install it, 
 
 bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks/bench_cpu.py
+	$(VENV)/bin/python benchmarks/bench_hf.py
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
 
@@ -60,13 +62,15 @@ hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
 
 # GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
-# All of it takes 40 minutes on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:
-#   make gpu PARTS= GPU_TESTS="tests/memory tests/gpu"
-#   make gpu GPU_TESTS= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
+# All of it takes an hour on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:
+#   make gpu PARTS= HF_PARTS= GPU_TESTS=tests/gpu/test_engines.py
+#   make gpu GPU_TESTS= HF_PARTS= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
+#   make gpu GPU_TESTS= PARTS=
 # Other people's warnings are not errors here: the versions are what the machine has.
-gpu: ## GPU tests (GPU_TESTS=...), then GPU benchmarks (PARTS=load,decode,...), with GPU_PYTHON
+gpu: ## GPU tests (GPU_TESTS=...), then benchmarks (PARTS=load,decode,... HF_PARTS=...), with GPU_PYTHON
 	$(if $(strip $(GPU_TESTS)),$(GPU_PYTHON) -m pytest -o filterwarnings=default -m gpu $(GPU_TESTS))
 	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS))
+	$(if $(strip $(HF_PARTS)),$(GPU_PYTHON) benchmarks/bench_hf.py --gpu --parts $(HF_PARTS))
 	$(GPU_PYTHON) benchmarks/summary.py
 	$(GPU_PYTHON) benchmarks/plot.py
 

@@ -38,7 +38,6 @@ from typing import Any
 
 import bench_gpu
 import gpu_model
-import gpu_processes
 from bench_gpu import Findings
 from gpu_processes import MIB, Child, ChildError, Node, used_mib
 from hf_models import SCENARIOS, Scenario
@@ -49,7 +48,7 @@ COUNTS = (1, 2, 4, 8)
 KINDS = ("stock", "wooly")
 BATCH, TOKENS, PAIRS = 8, 128, 5
 
-gpu_processes.SCRIPT = HERE / "hf_process.py"  # what a Node starts in this benchmark
+SCRIPT = HERE / "hf_process.py"
 
 
 def start(node: Node, kind: str, number: int, model: Path, **job: Any) -> Child:
@@ -92,7 +91,7 @@ def chain(scenario: Scenario, model: Path, kind: str) -> tuple[dict[str, Any], l
     """Processes that load one after the other, measured at every count; and what they answered."""
     found: dict[str, Any] = {}
     loads: list[dict[str, Any]] = []
-    with Node() as node:
+    with Node(SCRIPT) as node:
         processes = [
             start(node, kind, number, model, dtype=scenario.dtype, adapter=number if scenario.adapters else None)
             for number in range(max(COUNTS))
@@ -168,7 +167,7 @@ def memory(model: Path) -> Findings:
     seconds: dict[str, list[float]] = {}
     answers = []
     for kind in KINDS:
-        with Node() as node:
+        with Node(SCRIPT) as node:
             processes = [start(node, kind, number, model, device="cuda:0") for number in range(max(COUNTS))]
             for process in processes:
                 process.hear("imported")
@@ -198,7 +197,7 @@ def speed(model: Path) -> Findings:
     """Pairs of runs, stock first in every other pair; ratios are taken within a pair."""
     found = Findings()
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    with Node() as node:
+    with Node(SCRIPT) as node:
         publisher, stock, reader = (
             start(node, kind, number, model, device="cuda:0") for number, kind in enumerate(("wooly", "stock", "wooly"))
         )

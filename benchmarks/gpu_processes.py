@@ -36,13 +36,15 @@ class ChildError(Exception):
 class Child:
     """A process that says events and is told words. Times: seconds of the monotonic clock."""
 
-    def __init__(self, name: str, role: str, job: dict[str, Any], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, command: list[str], role: str, job: dict[str, Any], log: Path, environment: dict[str, str]
+    ) -> None:
         self.name = name
         self.spawned = time.monotonic()
         self._log = log
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), role, json.dumps(job)],
+                [*command, role, json.dumps(job)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -104,7 +106,9 @@ class Child:
 class Node:
     """A store of its own, and processes that use it. Leaving it ends them all, and removes the directory."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: Path = SCRIPT) -> None:
+        """``script``: what its processes run."""
+        self._command = [sys.executable, str(script)]
         self._scratch = tempfile.TemporaryDirectory(prefix="wooly-", dir="/tmp")  # short: sockets' paths are limited
         self.scratch = Path(self._scratch.name)
         self._runtime_dir = self.scratch / "run"
@@ -131,7 +135,7 @@ class Node:
         """Start a process."""
         log = self.scratch / f"{len(self._children):03d}-{role}.log"
         environment |= {"WOOLY_RUNTIME_DIR": str(self._runtime_dir)}
-        self._children.append(Child(name, role, job, log, environment))
+        self._children.append(Child(name, self._command, role, job, log, environment))
         return self._children[-1]
 
     def status(self) -> Status:

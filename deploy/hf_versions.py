@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tomllib
 
-from install import ROOT, SMOLLM2, TORCH_CPU, Environment, InstallError
+from install import MODELS, ROOT, TORCH_CPU, Environment, InstallError
 
 VERSIONS = tuple(f"5.{minor}" for minor in range(16, 24))
 
@@ -48,7 +48,7 @@ def _run(version: str, pytest_arguments: list[str]) -> str:
     exactly = f"transformers=={version}" if version.count(".") > 1 else f"transformers=={version}.*"
     try:
         environment = Environment(ROOT / "build" / f"venv-hf-{version}", use_uv=True)
-        environment.install("--no-deps", SMOLLM2)
+        environment.install("--no-deps", *MODELS)
         environment.install(*project["dependencies"], *extras["dev"], *extras["demo"], TORCH_CPU, exactly)
         environment.install_wooly(None)
     except InstallError as error:
