@@ -63,15 +63,12 @@ from torch import nn
 from client.test_publish import Layers
 from client.torch_models import memory_of, publish_model
 from shared_store.client.session import Session
-from pathlib import Path
-def shared():
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["Shmem"].split()[0]) * 1024
+from support.mapped import segment_bytes
 model = Layers(count=10, mib=128)
 with Session.connect(autostart=False) as session:
-    loaded, points, before = memory_of("RssAnon"), [], shared()
+    loaded, points = memory_of("RssAnon"), []
     def progress(_):
-        points.append((memory_of("RssAnon") - loaded, shared() - before))
+        points.append((memory_of("RssAnon") - loaded, segment_bytes(session.store_pid)))
     publish_model(session, model, progress=progress)
     print(json.dumps([points, memory_of("RssAnon") - loaded]))
 """
@@ -81,8 +78,9 @@ def test_the_peak_over_the_loaded_model_is_one_segment(sessions):
     """1.25 GiB are published in segments of 1 GiB: private and shared memory together rise by one segment at most."""
     session = sessions()
     points, left = json.loads(finish_program(start_program(MEASURE)))
-    # The machine's shared memory counts whole segments, which are allocated when their first tensor is written.
+    # The store's memory counts in whole segments, which are allocated when their first tensor is written.
     peak = max(private + shared for private, shared in points)
+    assert points[-1][1] == 10 * 128 * MIB + 2 * MIB
     assert peak <= (1 << 30) + 64 * MIB
     assert left <= -10 * 128 * MIB + 64 * MIB
     assert session.status().totals.resident_bytes == 10 * 128 * MIB + 2 * MIB

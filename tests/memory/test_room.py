@@ -36,11 +36,9 @@ def test_out_of_memory_is_typed_says_how_much_and_leaves_nothing_behind(backend)
 def test_pages_are_allocated_when_a_segment_is_created():
     """A machine that fills up later refuses a new segment, instead of killing who touches an old one."""
     backend = MemfdBackend()
-    before = shared_memory_bytes()
     segment = backend.create(64 * MIB)
     try:
         assert os.fstat(segment.fd).st_blocks * 512 == 64 * MIB
-        assert shared_memory_bytes() - before > 48 * MIB  # others may free some meanwhile
     finally:
         backend.release(segment)
 
@@ -48,7 +46,7 @@ def test_pages_are_allocated_when_a_segment_is_created():
 def test_memory_is_freed_when_its_last_holder_is_killed():
     """The creator has let go; a child that holds an fd and a mapping keeps the memory until it is killed."""
     backend = MemfdBackend()
-    nbytes = 256 * MIB
+    nbytes = 1536 * MIB  # much more than what other tests' stores allocate and free meanwhile
     before = shared_memory_bytes()
     segment = backend.create(nbytes)
     fd = backend.export(segment)

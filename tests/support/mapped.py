@@ -1,4 +1,4 @@
-"""What the kernel says of the store's segments in a process: where they are mapped, and what of them it wrote to."""
+"""What the kernel says of the store's segments in host memory: in a process, and in the store."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ def segment_ranges(pid: int | str = "self") -> list[SegmentRange]:
         elif place is not None and head == "Anonymous:":
             found.append(SegmentRange(*place, int(rest[0]) * 1024))
     return found
+
+
+def segment_bytes(pid: int) -> int:
+    """Memory behind all segments that a process has fds of."""
+    found: dict[int, int] = {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if fd.readlink().name.startswith("memfd:wooly"):
+                what = fd.stat()
+                found[what.st_ino] = what.st_blocks * 512
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return sum(found.values())
