@@ -33,15 +33,15 @@ def test_committed_summary_is_of_the_committed_results():
 
 def test_a_changed_figure_makes_it_stale_and_writing_it_makes_it_whole(results):
     """The check fails after one value of one file has changed, and passes once the summary is written again."""
-    digest = results / "h100" / "digest.json"
-    changed = json.loads(digest.read_text()) | {"llama9gb_ms": 1.5}
-    digest.write_text(json.dumps(changed))
+    measured = results / "h100" / "gpu.json"
+    changed = json.loads(measured.read_text()) | {"attach_ms": 1.5}
+    measured.write_text(json.dumps(changed))
     stale = _summary(results, "--check")
     assert stale.returncode == 1
     assert "run `python benchmarks/summary.py`" in stale.stderr
     assert _summary(results).returncode == 0
     assert _summary(results, "--check").returncode == 0
-    assert json.loads((results / "summary.json").read_text())["h100.llama9gb_ms"] == 1.5
+    assert json.loads((results / "summary.json").read_text())["h100.attach_ms"] == 1.5
 
 
 def test_keys_name_the_machine_and_medians_stand_for_their_values(tmp_path):
