@@ -33,6 +33,16 @@ def canonical(value: Any) -> bytes:
         raise UnsupportedError(f"the model's identity has no canonical JSON form: {error}") from error
 
 
+_NAMES = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
+
+
+def without_names(config: Any) -> Any:
+    """A model's configuration, in plain JSON types, without the names that say where it was found."""
+    if isinstance(config, dict):
+        return {key: without_names(inner) for key, inner in config.items() if key not in _NAMES}
+    return [without_names(inner) for inner in config] if isinstance(config, list) else config
+
+
 def is_key(text: str) -> bool:
     """Whether a text has the form of a weight key."""
     return len(text) == KEY_LENGTH and set(text) <= set("0123456789abcdef")

@@ -18,9 +18,9 @@ from torch import nn
 from shared_store import manifest
 from shared_store.client.devices import store_device
 from shared_store.errors import UnsupportedError
+from shared_store.keys import without_names
 from wooly_hf import compat
 
-_OF_NO_MATTER = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
 _EXTRA_STATE = "_extra_state"
 
 
@@ -51,7 +51,7 @@ def facts(
         "versions": {"transformers": compat.version(), "torch": str(torch.__version__), "manifest": manifest.SCHEMA},
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "prefix": str(named.base_model_prefix),
-        "config": _config(named.config),
+        "config": without_names(json.loads(named.config.to_json_string(use_diff=False))),
         "files": [name for name, _ in files],
         "dtype": str(load_config.dtype),
         "dtype_plan": {name: str(dtype) for name, dtype in (load_config.dtype_plan or {}).items()},
@@ -60,17 +60,6 @@ def facts(
         "tensors": _tensors(model),
         "device": store_device(device),
     }
-
-
-def _config(config: Any) -> Any:
-    """The model's configuration, without the names that say where it was found."""
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items() if key not in _OF_NO_MATTER}
-        return [strip(inner) for inner in value] if isinstance(value, list) else value
-
-    return strip(json.loads(config.to_json_string(use_diff=False)))
 
 
 def _tensors(model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from shared_store import manifest
 from shared_store.client.devices import store_device
 from shared_store.errors import UnsupportedError
+from shared_store.keys import without_names
 from wooly_vllm import compat
 
 LAYOUT = 1
@@ -26,7 +27,6 @@ LAYOUT = 1
 _KERNEL_VARIABLES = re.compile(
     r"^VLLM_.*(USE|KERNEL|BACKEND|MOE|FP8|FP4|MARLIN|GEMM|SGL|PREPACK|LAYOUT|PADDING|INVARIANT|CONTIG|LINEAR|CUTLASS)"
 )
-_OF_NO_MATTER = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
 
 
 def check_supported(vllm_config: Any, model_config: Any, load_config: Any) -> None:
@@ -66,7 +66,7 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
             "manifest": manifest.SCHEMA,
         },
         "model": f"{cls.__module__}.{cls.__qualname__}",
-        "config": _config(model_config.hf_config),
+        "config": without_names(json.loads(model_config.hf_config.to_json_string(use_diff=False))),
         "load_format": inner_load_format,
         "dtype": str(model_config.dtype),
         "quantization": model_config.quantization,
@@ -93,17 +93,6 @@ def _lora(config: Any) -> Any:
 
 
 _ROOM_FOR_ADAPTERS = ("max_lora_rank", "max_loras", "max_cpu_loras", "lora_dtype", "target_modules")
-
-
-def _config(config: Any) -> Any:
-    """The model's configuration, without the names that say where it was found."""
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items() if key not in _OF_NO_MATTER}
-        return [strip(inner) for inner in value] if isinstance(value, list) else value
-
-    return strip(json.loads(config.to_json_string(use_diff=False)))
 
 
 def _plain(settings: Any) -> Any:
