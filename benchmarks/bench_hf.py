@@ -216,9 +216,12 @@ def speed(model: Path) -> Findings:
     for kind, values in rates.items():
         found.put(f"hf_tok_s_{kind}", values)
     found.put("hf_tok_s_ratio", [wooly / stock for stock, wooly in zip(rates["stock"], rates["wooly"], strict=True)])
-    found.numbers["hf_tokens_equal"] = all(
-        run["tokens"] == runs["stock"][0]["tokens"] for kind in KINDS for run in runs[kind]
-    )
+    first = runs["stock"][0]["tokens"]
+    found.numbers["hf_tokens_equal"] = all(run["tokens"] == first for kind in KINDS for run in runs[kind])
+    for kind in KINDS:  # where tokens differ: whether a kind differs from itself as well
+        own = runs[kind][0]["tokens"]
+        found.numbers[f"hf_runs_as_the_first_stock_{kind}"] = sum(run["tokens"] == first for run in runs[kind])
+        found.numbers[f"hf_runs_as_its_own_first_{kind}"] = sum(run["tokens"] == own for run in runs[kind])
     return found
 
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,15 @@ def register_loader(name: str, loader: type) -> None:
     formats[name] = loader  # registering warns of a name that is taken, and here that is meant
 
 
-def where_gpu_errors_show() -> Iterator[tuple[type, str]]:
-    """Classes and methods of a worker that wait for its GPU: there an error of an earlier kernel comes up."""
+def where_gpu_errors_show(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
+    """Classes and methods of a worker that wait for its GPU: there an error of an earlier kernel comes up.
+
+    ``imported_only``: of those that this process has imported. A worker that has loaded a model has imported the one
+    model runner of vLLM's two that it uses; importing the other would take it a quarter second.
+    """
     for module, name, methods in _WAITING_FOR_THE_GPU:
+        if imported_only and module not in sys.modules:
+            continue
         (owner,) = find(module, name)
         yield from ((owner, method) for method in methods)
 

@@ -80,15 +80,10 @@ def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
 def _storages(manifest: Manifest, blobs: MappedBlobs, mapped: Collection[int]) -> list[torch.UntypedStorage]:
     """The bytes of each blob: mapped, or copied to the device or to the host. Each is a storage of its own."""
     on_host = {entry.blob for entry in manifest.tensors if entry.host}
-    found = []
-    for index in range(len(manifest.blobs)):
-        if index in mapped:
-            found.append(blobs.storage(index))
-        elif index in on_host:
-            found.append(blobs.bytes(index).to("cpu", copy=True).untyped_storage())
-        else:
-            found.append(blobs.bytes(index).clone().untyped_storage())
-    return found
+    own = [index for index in range(len(manifest.blobs)) if index not in mapped]
+    copied = blobs.copies([index for index in own if index not in on_host])
+    copied |= blobs.copies([index for index in own if index in on_host], torch.device("cpu"))
+    return [blobs.storage(index) if index in mapped else copied[index] for index in range(len(manifest.blobs))]
 
 
 def _bind_named(modules: Mapping[str, nn.Module], manifest: Manifest, storages: Sequence[torch.UntypedStorage]) -> int:
@@ -203,9 +198,10 @@ def _groups(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _hold(module: nn.Module, entry: TensorEntry, tensor: torch.Tensor) -> None:
     for kind, group in _groups(module).items():
-        if kind != entry.kind:
+        if kind == entry.kind:
+            group[entry.name] = tensor
+        else:
             group.pop(entry.name, None)
-    _groups(module)[entry.kind][entry.name] = tensor
     if entry.kind == "buffer":
         if entry.persistent:
             module._non_persistent_buffers_set.discard(entry.name)

@@ -28,7 +28,9 @@ _LEAVES = (
     torch.dtype,
     torch.device,
 )
-_EXACT_LEAVES = frozenset(_LEAVES)
+EXACT_LEAVES = frozenset(_LEAVES)
+"""Types of things that have no parts, and are no tensors."""
+
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})  # modules have a dozen empty ones each
 
 
@@ -67,7 +69,7 @@ def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
         for how, parts in _parts(thing, slots):
             for key, part in parts:
                 kind = type(part)
-                if kind in _EXACT_LEAVES or id(part) in seen or (not part if kind in _CONTAINERS else False):
+                if kind in EXACT_LEAVES or id(part) in seen or (not part if kind in _CONTAINERS else False):
                     continue
                 if not isinstance(part, _LEAVES):
                     seen.add(id(part))

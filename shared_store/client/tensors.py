@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from shared_store.client.reach import EXACT_LEAVES
 from shared_store.client.views import StorageKey, is_plain, storage_key
 from shared_store.errors import UnsupportedError
 from shared_store.manifest import ITEM_SIZES, TensorEntry
@@ -79,7 +80,8 @@ def tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[NamedTensor]:
                 persistent = name not in module._non_persistent_buffers_set
                 yield NamedTensor(path, name, "buffer", buffer, persistent)
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and value.numel():
+            # The type of most attributes tells at once; asking torch is ten times slower.
+            if type(value) not in EXACT_LEAVES and isinstance(value, torch.Tensor) and value.numel():
                 yield NamedTensor(path, name, "attribute", value, persistent=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ def runs(
     jobs = {"stock": {"settings": LORA}, "publisher": {"settings": LORA} | SHARING}
     jobs["reader"] = {"settings": MORE_ROOM} | SHARING
     answers: dict[str, dict[str, Any]] = {}
-    for role, job in jobs.items():
-        process = EngineProcess(module_runtime_dir, {"models": [str(base)], "adapters": adapters, **job})
-        try:
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for role, job in jobs.items():  # all import vLLM at once, which takes long, and have their turns after that
+            full = {"models": [str(base)], "adapters": adapters, "gate": True, **job}
+            processes[role] = EngineProcess(module_runtime_dir, full)
+            stack.callback(processes[role].close)
+        for role, process in processes.items():
+            process.wait("imported")
+            process.tell("start")
             assert process.finish() == 0, "\n".join(process.log[-60:])
             answers[role] = process.wait("answered")
-        finally:
-            process.close()
     return answers
 
 
