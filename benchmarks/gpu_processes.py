@@ -194,13 +194,14 @@ class Mps:
 
 
 def nvidia_smi(query: str) -> str:
-    """One figure about the first GPU, such as ``memory.used`` (MiB). Raises :class:`OSError` without a driver."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", "0"]
+    """One figure of the first visible GPU, such as ``memory.used`` (MiB). Raises :class:`OSError` without a driver."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", first]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
 
 def used_mib() -> int:
-    """Memory in use on the first GPU, in MiB, once it has stopped changing: the driver frees what the dead had late."""
+    """Memory in use on that GPU, in MiB, once it has stopped changing: the driver frees what the dead had late."""
     before, now = -1, int(nvidia_smi("memory.used"))
     deadline = time.monotonic() + 10
     while now != before and time.monotonic() < deadline:
