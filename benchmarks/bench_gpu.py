@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_model
-from gpu_processes import MIB, Child, ChildError, Mps, Node, nvidia_smi, used_mib
+from gpu_processes import MIB, Child, ChildError, Mps, Node, end_all, nvidia_smi, used_mib
 
 import shared_store
 
@@ -370,9 +370,7 @@ def _fill(
             ended_by = "budget" if late else str(error).partition("\n")[0]
             # Those that had begun before it may still fit: they count, if there is time.
             living += [other for other in starting if _is_ready(other, deadline)]
-            for other in (child, *starting, *imported):
-                if other not in living:
-                    other.end()
+            end_all(other for other in (child, *starting, *imported) if other not in living)
             break
     return living, ended_by
 

@@ -222,7 +222,14 @@ def speed(model: Path) -> Findings:
         own = runs[kind][0]["tokens"]
         found.numbers[f"hf_runs_as_the_first_stock_{kind}"] = sum(run["tokens"] == first for run in runs[kind])
         found.numbers[f"hf_runs_as_its_own_first_{kind}"] = sum(run["tokens"] == own for run in runs[kind])
+        found.raw[f"hf_first_difference_{kind}"] = [first_difference(run["tokens"], first) for run in runs[kind]]
     return found
+
+
+def first_difference(tokens: list[list[int]], others: list[list[int]]) -> int | None:
+    """The first step of decoding in which any of a batch's answers differ."""
+    steps = zip(zip(*tokens, strict=True), zip(*others, strict=True), strict=True)
+    return next((step for step, (found, wanted) in enumerate(steps) if found != wanted), None)
 
 
 PARTS: dict[str, Callable[[Path], Findings]] = {part.__name__: part for part in (memory, speed)}

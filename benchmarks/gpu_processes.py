@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -82,13 +83,17 @@ class Child:
         self.tell(word)
         return self.hear(event or word, timeout_s)
 
-    def end(self) -> None:
-        """Let it go, and wait until it is gone; one that stays is killed. Idempotent."""
+    def release(self) -> None:
+        """Let it go: the end of its input is its end. Idempotent."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+    def end(self, timeout_s: float = 15) -> None:
+        """Let it go, and wait until it is gone; one that stays is killed. Idempotent."""
+        self.release()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=15)
+            self._process.wait(timeout=max(timeout_s, 0))
         with contextlib.suppress(ProcessLookupError):  # what it started (compilers) is in its group
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -101,6 +106,16 @@ class Child:
 
     def _tail(self, lines: int = 12) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def end_all(children: Iterable[Child], timeout_s: float = 15) -> None:
+    """End processes together: all are let go at once, and those that stay longer than all may are killed."""
+    living = list(children)
+    for child in living:
+        child.release()
+    deadline = time.monotonic() + timeout_s
+    for child in living:
+        child.end(deadline - time.monotonic())
 
 
 class Node:
@@ -128,8 +143,7 @@ class Node:
 
     def end_all(self) -> None:
         """End all processes. The store goes on."""
-        for child in self._children:
-            child.end()
+        end_all(self._children)
 
     def start(self, name: str, role: str, job: dict[str, Any], **environment: str) -> Child:
         """Start a process."""
