@@ -43,20 +43,14 @@ def restore(
         The store's answer; the fds are the caller's.
 
     Raises:
-        SavedModelError: the files are not what was saved. As with every error, the publication is given up, and nothing
-            of it stays in the store.
+        SavedModelError: the files are not what was saved. As after every error, the publication is still the session's,
+            to be abandoned; nothing that was read can be had by anybody.
         OutOfMemoryError: the store has no room.
     """
     manifest = msgspec.structs.replace(saved.manifest, device=backend.device)
-    try:
-        with copier_for(backend) as copier:
-            _fill(session, saved, manifest, backend, copier, progress)
-        return session.commit(manifest)
-    except BaseException:
-        if session.alive:
-            with contextlib.suppress(WoolyError):  # the first error is the one to tell
-                session.abandon(manifest.key, "a saved model could not be restored")
-        raise
+    with copier_for(backend) as copier:
+        _fill(session, saved, manifest, backend, copier, progress)
+    return session.commit(manifest)
 
 
 def _fill(
@@ -137,7 +131,13 @@ def restore_resident(session: Session, saved: SavedModel, device: str, progress:
         timeout_s=WAIT_S,
     )
     result: Literal["restored", "resident"] = "resident" if opened else "restored"
-    _, fds = opened or restore(session, saved, backend, count)
+    try:
+        _, fds = opened or restore(session, saved, backend, count)
+    except BaseException:
+        if session.alive:
+            with contextlib.suppress(WoolyError):  # the first error is the one to tell
+                session.abandon(manifest.key, "a saved model could not be restored")
+        raise
     wire.close_fds(fds)
     session.leave(manifest.key)
     return Restored(manifest.key, manifest.name, device, result, sum(read), time.perf_counter() - began)
