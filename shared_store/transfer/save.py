@@ -31,14 +31,16 @@ from shared_store.transfer.copier import Copier, Piece, Progress, copier_for, un
 from shared_store.transfer.files import OpenFile, close_all, refused
 from shared_store.transfer.holding import Holding, reading
 from shared_store.transfer.saved import DESCRIPTION, Description, SavedBlob, SavedFile, encode
-from shared_store.transfer.shards import Shard, index, shards
+from shared_store.transfer.shards import SHARD_BYTES, Shard, index, shards
 from shared_store.transfer.verify import check
 from shared_store.transfer.workers import Workers
 
 _INDEX = "model.safetensors.index.json"
 
 
-def save(holding: Holding, copier: Copier, target: Path, progress: Progress = unheard) -> int:
+def save(
+    holding: Holding, copier: Copier, target: Path, progress: Progress = unheard, *, shard_bytes: int = SHARD_BYTES
+) -> int:
     """Write a model.
 
     Args:
@@ -46,6 +48,7 @@ def save(holding: Holding, copier: Copier, target: Path, progress: Progress = un
         copier: of its device.
         target: the directory to make; it may be there if it is empty.
         progress: called with bytes written.
+        shard_bytes: after which another file begins.
 
     Returns:
         Bytes written.
@@ -61,7 +64,7 @@ def save(holding: Holding, copier: Copier, target: Path, progress: Progress = un
         raise ConfigError(f"there is no directory {target.parent} to save in")
     try:
         with _unfinished(target) as directory:
-            written = _write(holding, copier, directory, progress)
+            written = _write(holding, copier, directory, progress, shard_bytes)
             directory.rename(target)
             _sync(target.parent)
     except OSError as error:
@@ -69,8 +72,8 @@ def save(holding: Holding, copier: Copier, target: Path, progress: Progress = un
     return written
 
 
-def _write(holding: Holding, copier: Copier, directory: Path, progress: Progress) -> int:
-    made = shards(holding.manifest)
+def _write(holding: Holding, copier: Copier, directory: Path, progress: Progress, shard_bytes: int) -> int:
+    made = shards(holding.manifest, shard_bytes)
     files: list[OpenFile] = []
     try:
         files.extend(_create(directory / shard.name, shard) for shard in made)
@@ -188,11 +191,13 @@ class Saved(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def save_resident(session: Session, model: ModelStatus, target: Path, progress: Progress = unheard) -> Saved:
+def save_resident(
+    session: Session, model: ModelStatus, target: Path, progress: Progress = unheard, *, shard_bytes: int = SHARD_BYTES
+) -> Saved:
     """Check and save a model of the store, being its reader meanwhile. Raises as :func:`save` and ``check`` do."""
     began = time.perf_counter()
     backend = backend_for(model.device)
     with copier_for(backend) as copier, reading(session, model, backend) as holding:
         check(session, holding, copier)
-        written = save(holding, copier, target, progress)
+        written = save(holding, copier, target, progress, shard_bytes=shard_bytes)
     return Saved(model.key, model.name, str(target.absolute()), written, time.perf_counter() - began)
