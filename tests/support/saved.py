@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from support.client import Client
-from support.hostmemory import peek
+from support.hostmemory import peek, poke
 
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.transfer.holding import committed, reading
@@ -48,15 +48,16 @@ def resident(session, key):
         return holding.manifest, blobs
 
 
-def turn_a_bit(directory, key, blob=0):
-    """Change a published blob in place, in a store that is `UNSEALED`: as a stray write on a GPU would."""
+def turn_a_bit(directory, key, blob=0, backend=None):
+    """Change a published blob in place, in a store that is `UNSEALED` or on a GPU (by its backend): a stray write."""
     client = Client(directory, "stray")
+    client.backend = backend or client.backend
     try:
-        assert client.open(key, publish=False) == "attached"
+        assert client.open(key, publish=False, device=client.backend.device) == "attached"
         place = client.places[blob]
         client.mappings[place.segment].map(Access.WRITE)
         at = client.mappings[place.segment].address + place.offset
-        ctypes.memmove(at, bytes([peek(at, 1)[0] ^ 1]), 1)
+        poke(at, bytes([peek(at, 1)[0] ^ 1]))
     finally:
         client.unmap_all()
         client.close()
