@@ -11,9 +11,10 @@ restore_*   from the page cache into the store, blobs checked (and on a CPU chec
             ``command``: the whole ``wooly restore``, from starting Python to its end.
 save_*      from the store to a file system, blobs checked before, on the disk (``fsync``) in the end.
 verify_*    digests of all that is resident. ``command``: the whole ``wooly verify``.
-attach_*    what an engine does before it binds: asking the store, with ``WOOLY_VERIFY=attach`` (``verified``) and without;
-            ``first``: in a fresh process, whose check on a GPU begins with importing CuPy and loading its kernels.
+attach_*    what an engine does before it binds: asking the store, with ``WOOLY_VERIFY=attach`` (``verified``) and
+            without; ``first``: in a fresh process, whose check on a GPU begins with importing CuPy and loading kernels.
 pread_*     as many threads read the same bytes of the same files into buffers that they use again.
+pread_new_* the same into memory that is new, as that of any loader is: its pages are made meanwhile.
 memcpy_*    as many threads copy memory of the host, 64 MiB at a time.
 write_*     as many threads write the same number of bytes, and ``fsync``.
 """
@@ -232,6 +233,7 @@ def baselines(rates: Rates, saved: Path, scratch: Path, repeats: int) -> None:
         for offset in range(0, size, PIECE_BYTES)
     ]
     rates.put("pread", [_in_threads(pieces, _pread) for _ in range(repeats)])
+    rates.put("pread_new", [_read_into_new_memory(pieces) for _ in range(repeats)])
     rates.put("memcpy", [_memcpy(rates.nbytes) for _ in range(repeats)])
     target = scratch / "baseline"
     took = []
@@ -269,6 +271,20 @@ def _pread(buffer: bytearray, fd: int, offset: int, nbytes: int) -> None:
     os.preadv(fd, [memoryview(buffer)[:nbytes]], offset)
 
 
+def _read_into_new_memory(pieces: list[tuple[int, int, int]]) -> float:
+    count = threads()
+    starts = [0]
+    for _, _, nbytes in pieces:
+        starts.append(starts[-1] + nbytes)
+
+    def work(number: int) -> None:
+        for (fd, offset, nbytes), at in zip(pieces[number::count], starts[number::count], strict=False):
+            os.preadv(fd, [view[at : at + nbytes]], offset)
+
+    with mmap.mmap(-1, starts[-1]) as memory, memoryview(memory) as view, ThreadPoolExecutor(count) as pool:
+        return seconds(lambda: list(pool.map(work, range(count))))
+
+
 def _pwrite(buffer: bytearray, fd: int, offset: int, nbytes: int) -> None:
     os.pwritev(fd, [memoryview(buffer)[:nbytes]], offset)
 
@@ -295,6 +311,7 @@ def measure(saved: Path, scratch: Path, device: str, repeats: int) -> Rates:
     """All figures."""
     rates = Rates(describe(saved, device))
     print(f"{rates.nbytes / 1e9:.2f} GB on {device}, {threads()} threads", flush=True)
+    baselines(rates, saved, scratch, repeats)
     with store():
         rates.put("restore_first", [fresh("--restore", str(saved), "--device", device)])
         took = []
@@ -326,7 +343,6 @@ def measure(saved: Path, scratch: Path, device: str, repeats: int) -> Rates:
                 took.append(save_resident(session, model, scratch / "again").seconds)
                 shutil.rmtree(scratch / "again")
             rates.put("save", took)
-    baselines(rates, saved, scratch, repeats)
     rates.numbers["restore_to_pread_ratio"] = round(rates.numbers["restore_gbps"] / rates.numbers["pread_gbps"], 4)
     return rates
 
