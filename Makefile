@@ -12,6 +12,7 @@ PYTEST_ARGUMENTS ?= -n 2
 VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
 HF_PARTS ?= memory,speed
+DISK ?= yes
 GPU_TESTS ?= tests/memory tests/gpu
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
@@ -55,6 +56,7 @@ test: lint wheel ## everything that CI runs: lint, build the wheel, install it, 
 bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/bench_hf.py
+	$(VENV)/bin/python benchmarks/bench_disk.py
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
 
@@ -63,14 +65,15 @@ hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5
 
 # GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
 # All of it takes an hour on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:
-#   make gpu PARTS= HF_PARTS= GPU_TESTS=tests/gpu/test_engines.py
-#   make gpu GPU_TESTS= HF_PARTS= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
-#   make gpu GPU_TESTS= PARTS=
+#   make gpu PARTS= HF_PARTS= DISK= GPU_TESTS=tests/gpu/test_engines.py
+#   make gpu GPU_TESTS= HF_PARTS= DISK= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
+#   make gpu GPU_TESTS= PARTS= DISK=      and last   make gpu GPU_TESTS= PARTS= HF_PARTS=
 # Other people's warnings are not errors here: the versions are what the machine has.
-gpu: ## GPU tests (GPU_TESTS=...), then benchmarks (PARTS=load,decode,... HF_PARTS=...), with GPU_PYTHON
+gpu: ## GPU tests (GPU_TESTS=...), then benchmarks (PARTS=load,decode,... HF_PARTS=... DISK=yes), with GPU_PYTHON
 	$(if $(strip $(GPU_TESTS)),$(GPU_PYTHON) -m pytest -o filterwarnings=default -m gpu $(GPU_TESTS))
 	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS))
 	$(if $(strip $(HF_PARTS)),$(GPU_PYTHON) benchmarks/bench_hf.py --gpu --parts $(HF_PARTS))
+	$(if $(strip $(DISK)),$(GPU_PYTHON) benchmarks/bench_disk.py --gpu)
 	$(GPU_PYTHON) benchmarks/summary.py
 	$(GPU_PYTHON) benchmarks/plot.py
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from shared_store.errors import ConfigError
+from shared_store.sizes import parse_size
 
 T = TypeVar("T")
 
@@ -63,6 +64,23 @@ def _optional(text: str) -> str | None:
     return text or None
 
 
+def _optional_directory(text: str) -> Path | None:
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _size(text: str) -> int:
+    nbytes = parse_size(text)
+    if nbytes is None:
+        raise ValueError("use a size such as 200GiB")
+    return nbytes
+
+
+def _when_to_verify(text: str) -> bool:
+    if text not in {"never", "attach"}:
+        raise ValueError("use never or attach")
+    return text == "attach"
+
+
 RUNTIME_DIR: Variable[Path] = Variable(
     "WOOLY_RUNTIME_DIR",
     "Directory of the store's socket, lock and log; mode 0700. Unset: `$XDG_RUNTIME_DIR/wooly`, "
@@ -106,6 +124,27 @@ STRICT: Variable[bool] = Variable(
     _flag,
 )
 
+VERIFY: Variable[bool] = Variable(
+    "WOOLY_VERIFY",
+    "`attach`: engines digest what they map before they bind it. What is not what its digest says is taken out of "
+    "service, and the engine loads the model itself. `never`: they rely on the checks at publication.",
+    "never",
+    _when_to_verify,
+)
+CACHE_DIR: Variable[Path | None] = Variable(
+    "WOOLY_CACHE_DIR",
+    "Directory in which published models are saved, in the background, and looked for before a checkpoint is loaded. "
+    "Unset: none.",
+    "",
+    _optional_directory,
+)
+CACHE_MAX_BYTES: Variable[int] = Variable(
+    "WOOLY_CACHE_MAX_BYTES",
+    "Most that the saved models in `WOOLY_CACHE_DIR` may take, such as `200GiB`; the least recently used leave first.",
+    "100GiB",
+    _size,
+)
+
 REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variable is covariant in all but name
     RUNTIME_DIR,
     REDIS_URL,
@@ -114,4 +153,7 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     CPU_DISPATCH,
     WEIGHTS_DEDUP,
     STRICT,
+    VERIFY,
+    CACHE_DIR,
+    CACHE_MAX_BYTES,
 )

@@ -178,6 +178,20 @@ class SharedWriteError(WoolyError):
     exit_code = 16
 
 
+class SavedModelError(WoolyError):
+    """A saved model cannot be taken back: it is incomplete, was changed, or is not wooly's or not of this version."""
+
+    code = "saved_model"
+    exit_code = 17
+
+
+class DiskError(WoolyError):
+    """A model could not be written to disk: no room, or the file system refuses."""
+
+    code = "disk"
+    exit_code = 18
+
+
 def _all_subclasses(cls: type[WoolyError]) -> list[type[WoolyError]]:
     return [cls, *(sub for direct in cls.__subclasses__() for sub in _all_subclasses(direct))]
 

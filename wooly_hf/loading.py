@@ -24,6 +24,7 @@ from shared_store.client.session import Session
 from shared_store.client.tensors import NamedTensor
 from shared_store.errors import UnsupportedError, WoolyError
 from shared_store.keys import weight_key
+from shared_store.transfer.obtain import Need, obtain, published
 from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
 from wooly_hf.device_map import Wanted, onto_one_device, parse
@@ -132,19 +133,14 @@ class _Loading:
     def _load_shared(self, session: Session) -> tuple[Any, Any]:
         device = compat.device_of(self._load_config)
         with self._key(session) as (key, checkpoint):
-            opened = session.open(
-                key,
-                name=self._name,
-                engine=f"transformers {compat.version()}",
-                device=store_device(device),
-                publish=True,
-                timeout_s=TIMEOUT_S,
-            )
+            backend = backend_of(device)
+            need = Need(key, self._name, f"transformers {compat.version()}", publish=True, timeout_s=TIMEOUT_S)
+            opened = obtain(session, need, backend, progress)
         if opened is None:
             return self._publish(session, key, checkpoint)
         attached, fds = opened
         described = manifest.decode(attached.manifest)
-        blobs = MappedBlobs(backend_of(device), described.blobs, attached.places, attached.segments, fds)
+        blobs = MappedBlobs(backend, described.blobs, attached.places, attached.segments, fds)
         blobs.map_for_reading()
         bound = attach(self._model, described, blobs, min_bytes=SHARE_MIN_BYTES)
         info = compat.restore(self._model, self._load_config, described.state)
@@ -195,6 +191,7 @@ class _Loading:
                     select=was_loaded,
                     progress=copied,
                 )
+            published(key)
             if device.type == "cpu":
                 leave_files(self._model)
             self._keep(session, key, bound, "published")

@@ -32,6 +32,7 @@ from shared_store.errors import BindingError, CheckpointError, UnsupportedError,
 from shared_store.keys import weight_key
 from shared_store.memory import Backend
 from shared_store.protocol import messages
+from shared_store.transfer.obtain import Need, obtain, published
 from wooly_vllm import compat, cpu_dispatch, identity, refused_writes, state
 from wooly_vllm.options import Options, parse, split
 
@@ -176,14 +177,15 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         began = time.perf_counter()
         inner = self._inner()
         with self._key(session, request, inner) as (key, checkpoint):
-            opened = session.open(
+            need = Need(
                 key,
-                name=request.name,
-                engine=f"vllm {compat.version()}",
-                device=store_device(request.device),
+                request.name,
+                f"vllm {compat.version()}",
                 publish=self.options.mode != "load",
                 timeout_s=self.options.timeout_s,
+                restore_from=self.options.restore_from,
             )
+            opened = obtain(session, need, backend, progress)
         if opened is not None:
             return self._attach(session, request, backend, key, *opened, began=began)
         return self._publish(session, request, backend, key, inner, checkpoint, began=began)
@@ -276,6 +278,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 )
         except WoolyError as error:
             return self._stay_private(session, request, model, error)
+        published(key, self.options.runtime_dir)
         bound = self._keep(session, request, key, model, bound, blobs)
         logger.info(
             "wooly: published %s in %.3f s (stock load %.3f s, %d tensors, %.1f MiB shared, %.1f MiB private, key %s)",

@@ -26,6 +26,8 @@ class Options:
             published is an error (what is in the store is never replaced); ``load``: attach or fail.
         inner_load_format: what reads the checkpoint when it has to be read.
         fallback: whether a model that cannot be shared is loaded the stock way, with a warning, instead of failing.
+        restore_from: a directory that ``wooly save`` wrote: a model that the store does not have is restored from it.
+            One that cannot be is loaded, or, with ``mode`` ``load``, an error.
         runtime_dir: the store's directory, instead of what ``WOOLY_RUNTIME_DIR`` says.
         timeout_s: how long to wait for another process that loads the same model, in seconds.
         share_min_bytes: tensors below this size are copied into the process: engines write to small ones.
@@ -34,6 +36,7 @@ class Options:
     mode: Literal["auto", "save", "load"] = "auto"
     inner_load_format: str = "auto"
     fallback: bool = True
+    restore_from: Path | None = None
     runtime_dir: Path | None = None
     timeout_s: float = TIMEOUT_S
     share_min_bytes: int = SHARE_MIN_BYTES

@@ -7,10 +7,13 @@ import typer
 
 from shared_store.cli.doctor import command as doctor
 from shared_store.cli.models import command as models
+from shared_store.cli.restore import command as restore
 from shared_store.cli.rm import command as rm
+from shared_store.cli.save import command as save
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.verify import command as verify
 from shared_store.cli.version import command as version
 from shared_store.errors import WoolyError
 
@@ -26,6 +29,9 @@ app.command("stop")(stop)
 app.command("status")(status)
 app.command("models")(models)
 app.command("rm")(rm)
+app.command("verify")(verify)
+app.command("save")(save)
+app.command("restore")(restore)
 app.command("doctor")(doctor)
 app.command("version")(version)
 

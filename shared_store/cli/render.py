@@ -1,6 +1,5 @@
 """Text for people: sizes, durations, tables. JSON is not made here; it has the exact numbers."""
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
@@ -21,16 +20,6 @@ def size(nbytes: int) -> str:
         value, unit = value / 1024, unit + 1
     digits = 0 if unit == 0 or value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{digits}f} {_UNITS[unit]}"
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of ``64GiB``, ``1.5 TiB`` or ``1048576``; None where it is nothing of the kind, or is zero."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:iB)?|B)?", text.strip(), re.ASCII | re.IGNORECASE)
-    if match is None:
-        return None
-    number, prefix = match.groups()
-    power = " KMGT".index((prefix or " ").upper())
-    return round(float(number) * 1024**power) or None
 
 
 def duration(seconds: float) -> str:

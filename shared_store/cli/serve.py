@@ -113,7 +113,7 @@ def command(
 
 def parse_limit(text: str) -> tuple[str, int]:
     """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
-    from shared_store.cli.render import parse_size
+    from shared_store.sizes import parse_size
 
     device, equals, size = text.partition("=")
     nbytes = parse_size(size)

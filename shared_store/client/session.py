@@ -216,6 +216,10 @@ class Session:
         """Drop a model that nobody uses, by its key or an unambiguous beginning; returns the key."""
         return self._call(messages.Remove(self._next(), key), messages.Done)[0].detail
 
+    def quarantine(self, key: str, digests: Sequence[bytes]) -> None:
+        """Tell that blobs of a model are not what their digests say: their segments go out of service."""
+        self._call(messages.Quarantine(self._next(), key, tuple(digests)), messages.Done)
+
     def shutdown_store(self) -> None:
         """Ask the store to end."""
         self._call(messages.Shutdown(self._next()), messages.Done)

@@ -28,6 +28,7 @@ class Event(enum.Enum):
     COMMIT = "commit"
     GIVE_UP = "give up"  # the publisher abandons, or its connection is lost
     REMOVE = "remove"
+    QUARANTINE = "quarantine"  # some of its bytes are wrong; those who read them go on
 
 
 class Action(enum.Enum):
@@ -48,6 +49,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
     (State.PUBLISHING, Event.COMMIT): (State.COMMITTED, Action.ADMIT),
     (State.PUBLISHING, Event.GIVE_UP): (State.PUBLISHING, Action.PASS_ON),
     (State.COMMITTED, Event.REMOVE): (State.ABSENT, Action.DROP),
+    (State.COMMITTED, Event.QUARANTINE): (State.ABSENT, Action.DROP),
 }
 """Pairs that are not in it are refused."""
 
@@ -222,6 +224,12 @@ class Models:
         self._step(model, Event.REMOVE)
         del self._models[model.key]
         return model.key, [Dropped(model.key)]
+
+    def quarantine(self, key: str) -> list[Effect]:
+        """Forget a committed model, whoever reads it."""
+        self._step(self._models[key], Event.QUARANTINE)
+        del self._models[key]
+        return [Dropped(key)]
 
     @staticmethod
     def _step(model: Model, event: Event) -> Action:

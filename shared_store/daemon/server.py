@@ -268,6 +268,8 @@ class Server:
                 store.report(client, message.key, message.private_bytes)
             case messages.ReportFallback():
                 store.fallback(client, message.name, message.reason)
+            case messages.Quarantine():
+                store.quarantine(client, message.key, message.digests)
             case messages.Shutdown():
                 self.stopping.set()
             case _:

@@ -19,7 +19,14 @@ from shared_store.daemon.leases import Leases
 from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.digest import SIZE
-from shared_store.errors import ConnectionLostError, DigestMismatchError, NotPublisherError, ProtocolError, WoolyError
+from shared_store.errors import (
+    ConnectionLostError,
+    DigestMismatchError,
+    ModelNotFoundError,
+    NotPublisherError,
+    ProtocolError,
+    WoolyError,
+)
 from shared_store.keys import KEY_LENGTH, is_key
 from shared_store.manifest import Manifest
 from shared_store.memory import Backend, backend_for
@@ -241,6 +248,8 @@ class Store:
                 self.segments.drop(plan.token)
                 self.changed()
             raise
+        if self._plans.get(request.key) is not plan:  # it counted on blobs that were quarantined meanwhile
+            raise NotPublisherError(f"the plan for {request.key} holds no longer; plan anew")
         effects = self.models.commit(request.key, client.number)  # raises when the publisher is gone by now
         del self._plans[request.key]
         self.segments.commit(request.key, plan)
@@ -287,6 +296,26 @@ class Store:
         self.event("removed", key=key)
         self.changed()
         return key
+
+    def quarantine(self, client: Client, key: str, digests: tuple[bytes, ...]) -> None:
+        """A client found blobs that are not what their digests say: nobody gets their segments any more."""
+        known = self.committed.get(key)
+        if known is None:
+            raise ModelNotFoundError(f"no model with key {key}; `wooly models` lists them")
+        device = known.manifest.device
+        bad = {blob.segment for blob in self.segments.held_by(device, digests).values()}
+        for publishing, plan in list(self._plans.items()):
+            if bad.intersection(place.segment for place in plan.places):
+                del self._plans[publishing]
+                self.segments.drop(plan.token)
+        for other, committed in list(self.committed.items()):
+            named = (blob.digest for blob in committed.manifest.blobs)
+            held = self.segments.held_by(committed.manifest.device, named).values()
+            if committed.manifest.device == device and any(blob.segment in bad for blob in held):
+                log.error("%s has wrong bytes (client %d, pid %d): quarantined", other, client.number, client.pid)
+                self.event("quarantined", key=other, name=committed.manifest.name, pid=client.pid)
+                self._carry_out(self.models.quarantine(other))
+        self.changed()
 
     # Inside.
 

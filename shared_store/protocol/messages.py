@@ -138,6 +138,13 @@ class Remove(Request, frozen=True, tag="remove"):
     key: str
 
 
+class Quarantine(Request, frozen=True, tag="quarantine"):
+    """Tell that resident blobs of a model are not what their digests say; their segments get no new readers."""
+
+    key: str
+    digests: tuple[bytes, ...]
+
+
 class Shutdown(Request, frozen=True, tag="shutdown"):
     """Ask the store to end. Engines keep what they have mapped."""
 
@@ -254,6 +261,7 @@ ClientMessage = (
     | ReportFallback
     | GetStatus
     | Remove
+    | Quarantine
     | Shutdown
     | Unsupported
 )

@@ -7,6 +7,7 @@ import pytest
 from shared_store.cli import render
 from shared_store.cli.serve import parse_limit
 from shared_store.errors import ConfigError
+from shared_store.sizes import parse_size
 
 
 @pytest.mark.parametrize(
@@ -32,13 +33,13 @@ def test_size(nbytes, text):
 )
 def test_parse_size(text, nbytes):
     """What people write."""
-    assert render.parse_size(text) == nbytes
+    assert parse_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "64GB", "64 gigabytes", "1,5GiB", "0", "0GiB", "inf", "٣"])
 def test_parse_size_refuses(text):
     """Nothing is guessed: not decimal units, not zero, not other digits."""
-    assert render.parse_size(text) is None
+    assert parse_size(text) is None
 
 
 @pytest.mark.parametrize("text", ["", "cpu", "cpu=", "=1GiB", "cpu=much", "cpu 1GiB"])

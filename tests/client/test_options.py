@@ -15,23 +15,25 @@ VALID = {
     "mode": "load",
     "inner_load_format": "safetensors",
     "fallback": False,
+    "restore_from": "/tmp/saved",
     "runtime_dir": "/tmp/somewhere",
     "timeout_s": 12.5,
     "share_min_bytes": 1,
 }
+PATHS = ("restore_from", "runtime_dir")
 
 
 def test_every_key_is_read():
     """Each option by itself, and all of them; the table above has them all."""
     assert set(VALID) == set(Options.__dataclass_fields__)
     for name, value in VALID.items():
-        expected = Path(value) if name == "runtime_dir" else value
+        expected = Path(value) if name in PATHS else value
         options = parse({name: value})
         assert getattr(options, name) == expected
         assert {other: getattr(options, other) for other in VALID if other != name} == {
             other: getattr(Options(), other) for other in VALID if other != name
         }
-    assert parse(json.loads(json.dumps(VALID))) == Options(**{**VALID, "runtime_dir": Path(VALID["runtime_dir"])})
+    assert parse(json.loads(json.dumps(VALID))) == Options(**{**VALID, **{name: Path(VALID[name]) for name in PATHS}})
 
 
 @pytest.mark.parametrize("empty", [None, {}, ""])

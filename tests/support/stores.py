@@ -16,9 +16,10 @@ from shared_store.paths import RuntimePaths
 
 
 class StoreProcess:
-    """`python -m shared_store.daemon`. Options are those of `ServeOptions`."""
+    """`python -m shared_store.daemon`, or another `program`. Options are those of `ServeOptions`."""
 
-    def __init__(self, directory, **options):
+    def __init__(self, directory, *, program=("-m", "shared_store.daemon"), **options):
+        self._program = program
         self.directory = Path(directory)
         self.paths = RuntimePaths(self.directory)
         self._options = {"runtime_dir": str(directory), **options}
@@ -35,8 +36,7 @@ class StoreProcess:
         try:
             command = [
                 sys.executable,
-                "-m",
-                "shared_store.daemon",
+                *self._program,
                 str(self.directory),
                 str(tell),
                 json.dumps(self._options),

@@ -1,0 +1,49 @@
+"""``wooly restore``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared_store.cli import render
+from shared_store.cli.options import Json, RuntimeDir, connect
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `wooly save` wrote.")],
+    *,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="DEVICE", help="cpu, or a GPU's UUID.  [default: the one that it was saved from]"
+        ),
+    ] = None,
+    as_json: Json = False,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Bring a saved model back into the store, under its key.
+
+    Every byte that is read is checked. What the store has already is not read. Engines on the device find the model as
+    if one of them had loaded it.
+
+    \b
+    Examples:
+      wooly serve --detach && wooly restore /models/llama.wooly
+      wooly restore /models/llama.wooly --json
+    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    from shared_store.cli.progress import progress
+    from shared_store.transfer.restore import restore_resident
+    from shared_store.transfer.saved import SavedModel
+
+    with (
+        SavedModel(directory) as saved,
+        connect(runtime_dir) as session,
+        progress("restoring", saved.nbytes, quiet=as_json) as done,
+    ):
+        found = restore_resident(session, saved, device or saved.manifest.device, done)
+    if as_json:
+        render.print_json(found)
+    elif found.result == "resident":
+        print(f"{found.name} ({found.key}) is in the store already")
+    else:
+        print(f"restored {found.name} ({found.key}): {render.size(found.bytes_read)} read, {found.seconds:.1f} s")

@@ -1,0 +1,15 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of ``64GiB``, ``1.5 TiB`` or ``1048576``; None where it is nothing of the kind, or is zero."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:iB)?|B)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None:
+        return None
+    number, prefix = match.groups()
+    power = " KMGT".index((prefix or " ").upper())
+    return round(float(number) * 1024**power) or None

@@ -1,0 +1,99 @@
+"""A store, the command line on it, and a model that is saved."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from support.content import blob, content, key, manifest_of
+from support.fixtures import actor, directory, start_store
+from support.saved import publish
+from support.stores import StoreProcess
+
+from shared_store.client.session import Session
+from shared_store.transfer.holding import committed
+from shared_store.transfer.save import save_resident
+
+__all__ = ["actor", "directory", "start_store", "store"]
+
+KEY = key(7)
+CONTENTS = [content(1, 3 << 20), content(2, 1000), content(3, 5 << 20), content(2, 1000), b""]
+
+
+@pytest.fixture
+def store(start_store, directory):
+    """A running store. Its catalog's server is away: nothing here needs it."""
+    return start_store(redis_url=f"unix://{directory}/away")
+
+
+@pytest.fixture
+def session(store, directory):
+    """A connection to the store."""
+    assert store.pid
+    with Session.connect(directory, name="test", autostart=False) as connected:
+        yield connected
+
+
+@pytest.fixture
+def wooly(directory):
+    """Run the command on the store, to its end, or (with `start`) until it is waited for."""
+    started = []
+
+    def begin(*arguments, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shared_store.cli", *map(str, arguments)],
+            env={**os.environ, "WOOLY_RUNTIME_DIR": str(directory), "COLUMNS": "100", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    def run(*arguments, **environment):
+        process = begin(*arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    run.start = begin
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+MANIFEST = manifest_of(KEY, [blob(data) for data in CONTENTS], state={"layers.0": {"scale": 0.5, "room": 1e999}})
+
+
+@pytest.fixture
+def model(session):
+    """A model in the store: its manifest."""
+    publish(session, MANIFEST, CONTENTS)
+    return MANIFEST
+
+
+@pytest.fixture(scope="session")
+def pristine():
+    """The model as a store that is gone saved it."""
+    with tempfile.TemporaryDirectory(prefix="wooly-") as scratch:
+        directory = Path(scratch)
+        store = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
+        try:
+            with Session.connect(directory, autostart=False) as session:
+                publish(session, MANIFEST, CONTENTS)
+                save_resident(session, committed(session.status().models, KEY), directory / "saved")
+        finally:
+            store.clean_up()
+        yield directory / "saved"
+
+
+@pytest.fixture
+def saved(pristine, tmp_path):
+    """A saved model that the store does not have, to be changed."""
+    return shutil.copytree(pristine, tmp_path / "saved")

@@ -1,0 +1,165 @@
+"""The cache directory: filled in the background, looked into before a load, kept under its limit."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+from client.programs import finish_program, start_program
+from disk.conftest import CONTENTS, KEY
+from support.content import key
+from support.saved import publish, resident
+from support.waiting import wait_until
+
+from shared_store.errors import ConfigError, DiskError, UnsafePathError
+from shared_store.transfer.cache import Cache, configured
+from shared_store.transfer.saved import SavedModel
+from shared_store.transfer.saver import LOG, run
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache directory that the environment names; a saver's runtime directory is the test's."""
+    monkeypatch.setenv("WOOLY_CACHE_DIR", str(tmp_path / "cache"))
+    found = configured()
+    assert found is not None
+    return found
+
+
+def put(cache, number, nbytes):
+    """Something that looks like an entry; used after those before it."""
+    entry = cache.entry(key(number))
+    entry.mkdir()
+    (entry / "wooly.json").write_bytes(b"")
+    (entry / "model.safetensors").write_bytes(bytes(nbytes))
+    os.utime(entry, (number, number))
+    return entry
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.directory.iterdir() if not path.name.startswith("."))
+
+
+def test_least_recently_used_entries_leave_until_there_is_room(tmp_path):
+    """And no more than have to; what was of use lately stays."""
+    cache = Cache(tmp_path, 1000)
+    for number in range(1, 5):
+        put(cache, number, 250)
+    cache.used(key(1))
+    assert cache.make_room(0) == []
+    assert cache.make_room(300) == [key(2), key(3)]
+    assert entries(cache) == [key(1), key(4)]
+    assert cache.make_room(1000) == [key(4), key(1)]
+
+
+def test_a_model_that_does_not_fit_at_all_drives_nothing_out(tmp_path):
+    cache = Cache(tmp_path, 1000)
+    put(cache, 1, 900)
+    with pytest.raises(DiskError, match="WOOLY_CACHE_MAX_BYTES"):
+        cache.make_room(1001)
+    assert entries(cache) == [key(1)]
+
+
+def test_leftovers_of_the_dead_go_with_the_next_turn(tmp_path):
+    """Whoever adds removes them, wherever they were left."""
+    cache = Cache(tmp_path, 1000)
+    (tmp_path / f".{key(1)}.unfinished-abc").mkdir()
+    put(cache, 2, 10).rename(tmp_path / f".{key(2)}.unfinished-1")
+    with cache.turn():
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_directory_is_made_closed_to_others(cache):
+    assert cache.directory.stat().st_mode & 0o777 == 0o700
+    assert cache.max_bytes == 100 << 30
+
+
+def test_no_variable_no_cache(monkeypatch):
+    monkeypatch.delenv("WOOLY_CACHE_DIR", raising=False)
+    assert configured() is None
+
+
+def test_a_directory_that_others_could_write_to_is_refused(tmp_path, monkeypatch):
+    """As is a link to one that they could not, and a file."""
+    (tmp_path / "open").mkdir(mode=0o700)
+    (tmp_path / "open").chmod(0o770)
+    (tmp_path / "closed").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "closed")
+    (tmp_path / "file").touch()
+    for name in ("open", "link"):
+        monkeypatch.setenv("WOOLY_CACHE_DIR", str(tmp_path / name))
+        with pytest.raises(UnsafePathError):
+            configured()
+    monkeypatch.setenv("WOOLY_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(ConfigError):
+        configured()
+
+
+def test_sizes(cache, monkeypatch):
+    """As people write them; what is none is an error that names the variable."""
+    monkeypatch.setenv("WOOLY_CACHE_MAX_BYTES", "1.5 GiB")
+    assert configured() == Cache(cache.directory, 3 << 29)
+    monkeypatch.setenv("WOOLY_CACHE_MAX_BYTES", "plenty")
+    with pytest.raises(ConfigError, match="WOOLY_CACHE_MAX_BYTES='plenty'"):
+        configured()
+
+
+PUBLISHED = """
+from shared_store.transfer.obtain import published
+published(sys.argv[1])
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)  # an engine that dies right afterwards
+"""
+
+
+def test_a_published_model_is_saved_though_its_engine_dies(cache, model, session):
+    """The engine does not wait, and its end does not matter; the entry is a whole saved model."""
+    process = start_program(PUBLISHED, KEY)
+    assert process.wait(timeout=30) == -9
+    process.communicate()
+    entry = wait_until(lambda: cache.find(KEY), "the model to be saved")
+    wait_until(lambda: f"key {KEY}" in (cache.directory / LOG).read_text(), "the saver to have said so")
+    with SavedModel(entry) as saved:
+        assert saved.manifest == model
+    wait_until(lambda: session.status().models[0].readers == 0, "the saver to be gone")
+
+
+def test_of_several_savers_one_saves(cache, model):
+    """They take turns, and the later ones find that it is done."""
+    program = "from shared_store.transfer import saver, cache\nprint(saver.run(cache.configured(), sys.argv[1]))"
+    processes = [start_program(program, model.key) for _ in range(3)]
+    assert sorted(finish_program(process) for process in processes) == ["False", "False", "True"]
+    assert entries(cache) == [KEY]
+
+
+def test_a_saver_makes_room(cache, model, session):
+    """The entry that was used longest ago leaves for the new one."""
+    del model
+    small = Cache(cache.directory, 9 << 20)
+    put(small, 1, 1 << 20)
+    put(small, 2, 1 << 10)
+    assert run(small, KEY)
+    assert entries(cache) == [key(2), KEY]
+    assert [one.readers for one in session.status().models] == [0]
+
+
+def test_a_saver_says_why_it_saved_nothing(cache, model, monkeypatch):
+    """In its log: the model is larger than the cache may be, or is not there."""
+    monkeypatch.setenv("WOOLY_CACHE_MAX_BYTES", "1MiB")
+    for argument, code in ((model.key, 18), (key(99), 9)):
+        program = f"from shared_store.transfer import saver\nsys.argv[1:] = [{argument!r}]\nsys.exit(saver.main())"
+        process = start_program(program)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert f"{argument} was not saved" in said
+    assert entries(cache) == []
+
+
+def test_a_second_model_is_saved_beside_the_first(cache, model, session):
+    """Entries are by weight key."""
+    publish(session, msgspec.structs.replace(model, key=key(8)), CONTENTS)
+    assert run(cache, KEY)
+    assert run(cache, key(8))
+    assert entries(cache) == sorted([KEY, key(8)])
+    assert resident(session, key(8))[1] == CONTENTS

@@ -1,0 +1,108 @@
+"""Saving and restoring that cannot go on: nothing half-done is left, and what comes after works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+from disk.conftest import MANIFEST
+from support.content import key
+from support.waiting import wait_until
+
+from shared_store.errors import DiskError
+from shared_store.transfer.holding import committed
+from shared_store.transfer.save import save_resident
+
+LARGE = 200 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB; needs the right to mount one."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot mount a file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_disk_full(wooly, model, small_disk, session):
+    """A clear error, and the disk is as empty as before; nobody is left as a reader."""
+    done = wooly("save", model.key, "--to", small_disk / "saved")
+    assert (done.returncode, done.stdout) == (18, "")
+    assert "No space left on device" in done.stderr
+    assert done.stderr.endswith("[disk]\n")
+    assert list(small_disk.iterdir()) == []
+    assert os.statvfs(small_disk).f_bfree == os.statvfs(small_disk).f_blocks
+    assert session.status().models[0].readers == 0
+
+
+def test_file_system_that_cannot_be_written(session, model, small_disk):
+    """A read-only one."""
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(DiskError, match="Read-only file system"):
+        save_resident(session, committed(session.status().models, model.key), small_disk / "saved")
+
+
+def unfinished(directory):
+    return [path for path in directory.iterdir() if ".unfinished-" in path.name]
+
+
+def test_killed_while_saving(wooly, store, session, tmp_path):
+    """No directory of that name; the next save removes what the first one left, and is whole."""
+    store.client().publish(key(1), [[1, LARGE]])
+    target = tmp_path / "saved"
+    process = wooly.start("save", key(1), "--to", target)
+    wait_until(lambda: list(tmp_path.glob(".saved.unfinished-*/*")), "a file to be begun")
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert not target.exists()
+    assert len(unfinished(tmp_path)) == 1
+    wait_until(lambda: session.status().models[0].readers == 1, "the store to notice")  # the publisher reads on
+    assert wooly("save", key(1), "--to", target).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_save_under_way_is_not_taken_for_a_leftover(wooly, store, tmp_path):
+    """Two at once to one directory: one of them gets it, and the other is refused; both have ended well inside."""
+    store.client().publish(key(1), [[1, LARGE]])
+    target = tmp_path / "saved"
+    processes = [wooly.start("save", key(1), "--to", target) for _ in range(2)]
+    codes = sorted(process.wait(timeout=60) for process in processes)
+    assert codes in ([0, 18], [0, 2])  # refused at the rename, or where the second came late, at once
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert wooly("restore", target, "--json").returncode == 0
+
+
+def test_killed_while_restoring(wooly, store, session, tmp_path):
+    """The store drops what was written, and the next restore is whole."""
+    client = store.client()
+    client.publish(key(1), [[1, LARGE]])
+    assert wooly("save", key(1), "--to", tmp_path / "saved").returncode == 0
+    client.leave(key(1))
+    session.remove(key(1))
+    process = wooly.start("restore", tmp_path / "saved")
+    wait_until(lambda: session.status().totals.resident_bytes, "a segment to be allocated")
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    wait_until(lambda: session.status().models == (), "the store to notice")
+    assert session.status().totals.resident_bytes == 0
+    assert session.status().counters.aborted_publishes == 1
+    assert wooly("restore", tmp_path / "saved").returncode == 0
+    assert wooly("verify", "--all").returncode == 0
+
+
+def test_waiting_restore_takes_over_from_one_that_is_killed(wooly, store, session, saved):
+    """It was second in line, and becomes the publisher."""
+    first = store.client()
+    assert first.open(MANIFEST.key) == "granted"
+    process = wooly.start("restore", saved, "--json")
+    wait_until(lambda: any(client.role == "waiting" for client in session.status().clients), "the restore to wait")
+    first.close()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert '"result":"restored"' in out

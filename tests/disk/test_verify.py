@@ -1,0 +1,117 @@
+"""`wooly verify` finds a byte that changed in the store, and what is wrong is used no more."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.content import key
+from support.saved import UNSEALED, turn_a_bit
+from support.waiting import wait_until
+
+ONE, OTHER, THIRD = key(1), key(2), key(3)
+BASE = [[1, 3 << 20], [2, 1000]]
+
+
+@pytest.fixture
+def store(start_store, directory):
+    """A store whose memory can be written to after publication. Its catalog's server is away."""
+    return start_store(redis_url=f"unix://{directory}/away", program=UNSEALED)
+
+
+def published(store, model_key, model):
+    """Publish as a client that is gone again."""
+    client = store.client()
+    client.publish(model_key, model)
+    client.leave(model_key)
+    client.unmap_all()
+    client.close()
+
+
+def test_sound_models(store, wooly, session):
+    """All is well: exit code 0; what models share is digested once; nobody is left as a reader."""
+    published(store, ONE, BASE)
+    published(store, OTHER, [*BASE, [3, 5000], [3, 5000]])
+    done = wooly("verify", "--all", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(one["key"], one["blobs"], one["bytes"], one["result"]) for one in found] == [
+        (ONE, 2, (3 << 20) + 1000, "ok"),
+        (OTHER, 1, 5000, "ok"),
+    ]
+    assert all(one["seconds"] > 0 for one in found)
+    assert [model.readers for model in session.status().models] == [0, 0]
+    (alone,) = json.loads(wooly("verify", OTHER, "--json").stdout)
+    assert (alone["blobs"], alone["mismatched"]) == (3, [])
+    lines = [line.split() for line in wooly("verify", OTHER).stdout.splitlines()]
+    assert lines[0] == ["KEY", "MODEL", "DEVICE", "BLOBS", "SIZE", "SECONDS", "RESULT"]
+    assert (lines[1][3], lines[1][-1]) == ("3", "ok")
+
+
+def test_a_changed_byte_is_found_and_its_segment_quarantined(store, wooly, session, directory):
+    """Exit code 11; models that have blobs there are forgotten and published anew, others stay; readers go on."""
+    published(store, ONE, BASE)
+    published(store, OTHER, [*BASE, [3, 5000]])
+    published(store, THIRD, [[4, 7000]])
+    reader = store.client()
+    assert reader.open(ONE) == "attached"
+    turn_a_bit(directory, ONE, blob=1)
+    done = wooly("verify", "--all", "--json")
+    assert done.returncode == 11
+    assert done.stderr.endswith("[digest_mismatch]\n")
+    results = {one["key"]: (one["result"], one["mismatched"]) for one in json.loads(done.stdout)}
+    assert results[ONE] == ("mismatch", [reader.expected()[1]])
+    assert results[OTHER] == ("gone", [])  # it shares the segment
+    assert results[THIRD] == ("ok", [])
+    assert [model.key for model in session.status().models] == [THIRD]
+    assert "quarantined" in store.log()
+
+    assert reader.alive()
+    assert reader.digests()[0] == reader.expected()[0]
+    anew = store.client()
+    assert anew.publish(ONE, BASE) == "granted"
+    assert anew.digests() == anew.expected()
+    assert wooly("verify", "--all").returncode == 0
+    held = session.status().totals.resident_bytes
+    reader.unmap_all()
+    reader.close()
+    wait_until(lambda: session.status().totals.resident_bytes == held, "the reader's end to change nothing")
+
+
+def test_a_publisher_that_counted_on_it_plans_anew(store, wooly, directory):
+    """Its plan had a place in the quarantined segment: the commit is refused, and its second try is whole."""
+    published(store, ONE, BASE)
+    publisher = store.client()
+    assert publisher.open(OTHER) == "granted"
+    assert publisher.plan(OTHER, [*BASE, [3, 5000]]) == [False, False, True]
+    publisher.fill(OTHER)
+    publisher.unmap()
+    turn_a_bit(directory, ONE)
+    assert wooly("verify", ONE).returncode == 11
+    with pytest.raises(Exception, match="was not planned"):
+        publisher.commit(OTHER)
+    assert publisher.plan(OTHER, [*BASE, [3, 5000]]) == [True, True, True]
+    publisher.fill(OTHER)
+    publisher.unmap()
+    publisher.commit(OTHER)
+    assert publisher.digests() == publisher.expected()
+
+
+def test_what_changed_is_not_saved(store, wooly, session, directory, tmp_path):
+    """Saving digests first: exit code 11, no directory, and the model is out of service."""
+    published(store, ONE, BASE)
+    turn_a_bit(directory, ONE)
+    done = wooly("save", ONE, "--to", tmp_path / "saved")
+    assert (done.returncode, done.stdout) == (11, "")
+    assert list(tmp_path.iterdir()) == []
+    assert session.status().models == ()
+
+
+@pytest.mark.usefixtures("store")
+def test_misuse(wooly):
+    """Neither a key nor all, both, a key that is not there; and an empty store is no error."""
+    assert wooly("verify").returncode == 2
+    assert wooly("verify", ONE, "--all").returncode == 2
+    assert wooly("verify", ONE).returncode == 9
+    done = wooly("verify", "--all")
+    assert (done.returncode, done.stdout) == (0, "the store has no models\n")

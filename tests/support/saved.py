@@ -1,0 +1,63 @@
+"""Models for saving: published with any manifest, looked at, changed behind the store's back, removed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from support.client import Client
+from support.hostmemory import peek, poke
+
+from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.transfer.holding import committed, reading
+
+UNSEALED = (str(Path(__file__).with_name("unsealed_store_main.py")),)
+"""The program of a store in which :func:`turn_a_bit` works."""
+
+
+def publish(session, manifest, contents):
+    """Publish a manifest of the host's, with the bytes of each of its blobs."""
+    backend = MemfdBackend()
+    asked = {"name": manifest.name, "engine": manifest.engine, "device": "cpu", "publish": True, "timeout_s": 10}
+    assert session.open(manifest.key, **asked) is None
+    planned, fds = session.plan(manifest.key, manifest.blobs)
+    for fd in fds:
+        os.close(fd)
+    for number, info in enumerate(planned.segments):
+        if not info.promised:
+            continue
+        fd = session.fill(manifest.key, info.id)
+        mapping = Mapping(backend, backend.import_fd(fd, info.nbytes))
+        os.close(fd)
+        mapping.map(Access.WRITE)
+        for place, data in zip(planned.places, contents, strict=True):
+            if place.new and place.segment == number:
+                ctypes.memmove(mapping.address + place.offset, data, len(data))
+        mapping.close()
+    _, fds = session.commit(manifest)
+    for fd in fds:
+        os.close(fd)
+    session.leave(manifest.key)
+
+
+def resident(session, key):
+    """The manifest of a model in the store, and the bytes of each of its blobs, as they are there."""
+    with reading(session, committed(session.status().models, key), MemfdBackend()) as holding:
+        blobs = [peek(*holding.spans[blob.digest]) for blob in holding.manifest.blobs]
+        return holding.manifest, blobs
+
+
+def turn_a_bit(directory, key, blob=0, backend=None):
+    """Change a published blob in place, in a store that is `UNSEALED` or on a GPU (by its backend): a stray write."""
+    client = Client(directory, "stray")
+    client.backend = backend or client.backend
+    try:
+        assert client.open(key, publish=False, device=client.backend.device) == "attached"
+        place = client.places[blob]
+        client.mappings[place.segment].map(Access.WRITE)
+        at = client.mappings[place.segment].address + place.offset
+        poke(at, bytes([peek(at, 1)[0] ^ 1]))
+    finally:
+        client.unmap_all()
+        client.close()
