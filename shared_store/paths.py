@@ -7,6 +7,7 @@ others, and not be a link (``lstat``, never ``stat``). A socket's path must fit 
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,33 @@ def prepare(directory: Path, *, mode: int = 0o700) -> RuntimePaths:
     if not os.access(paths.directory, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write in the runtime directory {directory}; set WOOLY_RUNTIME_DIR to another one")
     return paths
+
+
+def node_name(file: Path) -> str | None:
+    """The node's id in the status and the catalog, kept in a file over restarts; None before a store's first run."""
+    try:
+        word = file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    return f"{socket.gethostname()}-{word}" if word else None
+
+
+def name_node(file: Path) -> str:
+    """The node's id, made up and kept where there is none yet. Raises :class:`ConfigError` when it cannot be kept."""
+    known = node_name(file)
+    if known is not None:
+        return known
+    fresh = file.with_suffix(".new")  # a full disk must not leave half a name behind
+    try:
+        fresh.write_text(os.urandom(8).hex() + "\n", encoding="ascii")
+        fresh.rename(file)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot write in the runtime directory {file.parent}: {error.strerror}; make room there, or set "
+            "WOOLY_RUNTIME_DIR to another one"
+        ) from error
+    return f"{socket.gethostname()}-{file.read_text(encoding='ascii').strip()}"
 
 
 def locate(directory: Path) -> RuntimePaths:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from shared_store.cli.doctor import command as doctor
+from shared_store.cli.events import command as events
 from shared_store.cli.models import command as models
 from shared_store.cli.rm import command as rm
 from shared_store.cli.serve import command as serve
@@ -26,6 +27,7 @@ app.command("stop")(stop)
 app.command("status")(status)
 app.command("models")(models)
 app.command("rm")(rm)
+app.command("events")(events)
 app.command("doctor")(doctor)
 app.command("version")(version)
 
