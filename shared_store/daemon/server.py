@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable
 from typing import assert_never
 
@@ -224,11 +225,13 @@ class Server:
             return
         if isinstance(message, messages.Hello):
             raise ProtocolError("a second greeting")
+        began = time.monotonic()
         try:
             reply, fds = await self._carry_out(client, message)
         except WoolyError as error:
             self._store.counts.protocol_errors += isinstance(error, ProtocolError)
             reply, fds = failure(error, message.id), ()
+        self._store.times.add(message, time.monotonic() - began)
         connection.send(reply, fds)
 
     async def _carry_out(  # noqa: C901, PLR0912 - one arm for each request

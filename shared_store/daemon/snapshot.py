@@ -74,6 +74,7 @@ def take_status(
             store.counts.fallbacks,
             store.counts.protocol_errors,
         ),
+        requests=store.times.status(),
     )
 
 
