@@ -192,6 +192,13 @@ class DiskError(WoolyError):
     exit_code = 18
 
 
+class CatalogUnavailableError(WoolyError):
+    """The Redis or Valkey server with the catalog does not answer, or nobody knows where it is."""
+
+    code = "catalog_unavailable"
+    exit_code = 21
+
+
 def _all_subclasses(cls: type[WoolyError]) -> list[type[WoolyError]]:
     return [cls, *(sub for direct in cls.__subclasses__() for sub in _all_subclasses(direct))]
 

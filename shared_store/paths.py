@@ -6,8 +6,12 @@ others, and not be a link (``lstat``, never ``stat``). A socket's path must fit 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import socket
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +85,41 @@ def prepare(directory: Path, *, mode: int = 0o700) -> RuntimePaths:
     return paths
 
 
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raise :class:`ConfigError` where the block finds the runtime directory full or read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        raise ConfigError(
+            f"cannot write in the runtime directory {directory}: {error.strerror}; make room there, or set "
+            "WOOLY_RUNTIME_DIR to another one"
+        ) from error
+
+
+def node_name(file: Path) -> str | None:
+    """The node's id in the status and the catalog, kept in a file over restarts; None before a store's first run."""
+    try:
+        word = file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
+    return f"{socket.gethostname()}-{word}" if word else None
+
+
+def name_node(file: Path) -> str:
+    """The node's id, made up and kept where there is none yet. Raises :class:`ConfigError` when it cannot be kept."""
+    known = node_name(file)
+    if known is not None:
+        return known
+    fresh = file.with_suffix(".new")  # a full disk must not leave half a name behind
+    with writing(file.parent):
+        fresh.write_text(os.urandom(8).hex() + "\n", encoding="ascii")
+        fresh.rename(file)
+    return f"{socket.gethostname()}-{file.read_text(encoding='ascii').strip()}"
+
+
 def locate(directory: Path) -> RuntimePaths:
     """The paths of a store to connect to, checked as far as a client can.
 
@@ -128,8 +167,11 @@ def _check_directory(directory: Path, *, owner: int, mode: int) -> None:
             "set WOOLY_RUNTIME_DIR to a directory of your own"
         )
     actual = stat.S_IMODE(found.st_mode)
-    if actual in SHARED_MODES or actual == mode:
-        directory.chmod(mode)
+    if actual == mode:
+        return
+    if actual in SHARED_MODES:
+        with writing(directory):
+            directory.chmod(mode)
     elif actual & ~mode:
         raise UnsafePathError(
             f"{directory} has mode {actual:04o}, which lets others in; run: chmod {mode:o} {directory}"

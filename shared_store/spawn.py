@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from shared_store.errors import StoreUnavailableError
-from shared_store.paths import RuntimePaths, prepare
+from shared_store.paths import RuntimePaths, prepare, writing
 
 _READY, _OTHER = b"1", b"0"  # what a store says to its starter: see shared_store.daemon.__main__
 _PATIENCE_S = 1.0  # from a store's claim of its directory until it listens, many times over
@@ -53,7 +53,8 @@ def start(directory: Path, options: str = "", *, mode: int = 0o700, timeout_s: f
     """
     paths = prepare(directory, mode=mode)
     begin = paths.log.stat().st_size if paths.log.exists() else 0
-    paths.log.touch(mode=0o600)
+    with writing(paths.directory):
+        paths.log.touch(mode=0o600)
     deadline = time.monotonic() + timeout_s
     said: bytes | None = _OTHER
     while said == _OTHER and time.monotonic() < deadline:

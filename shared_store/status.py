@@ -12,6 +12,9 @@ import msgspec
 
 SCHEMA: Final = "wooly.status/1"
 
+LATENCY_BOUNDS_S: Final = (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)
+"""Upper ends of the classes that durations of requests are counted in; one more has no end."""
+
 
 class NodeStatus(msgspec.Struct, frozen=True):
     """The machine: ``id`` is stable over restarts of the store."""
@@ -88,6 +91,19 @@ class Counters(msgspec.Struct, frozen=True):
     protocol_errors: int = 0
 
 
+class RequestStatus(msgspec.Struct, frozen=True):
+    """Requests of one kind that were answered since the store started.
+
+    ``classes``: how many took so long, one for each of :data:`LATENCY_BOUNDS_S` (longer than the one before it, and at
+    most this), and one for those that took longer. Waiting for other clients counts.
+    """
+
+    name: str
+    count: int
+    total_s: float
+    classes: tuple[int, ...]
+
+
 class Totals(msgspec.Struct, frozen=True):
     """``saved_bytes``: what the readers map, less one copy of every distinct blob among it."""
 
@@ -108,3 +124,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     clients: tuple[ClientStatus, ...]
     totals: Totals
     counters: Counters
+    requests: tuple[RequestStatus, ...] = ()

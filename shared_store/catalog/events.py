@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Value = str | int
+
+LONGEST_TEXT: Final = 500
+"""Characters of a field's text that are kept: clients say what models are called and why they failed, at any length."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class EventBuffer:
     def add(self, kind: str, fields: Mapping[str, Value]) -> None:
         """Take an event in, with the next sequence number and the time now."""
         self._last_seq += 1
-        self._waiting.append(Event(self._last_seq, time.time(), kind, fields))
+        kept = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in fields.items()}
+        self._waiting.append(Event(self._last_seq, time.time(), kind, kept))
         while len(self._waiting) > self._capacity:
             self._last_dropped = self._waiting.popleft()
             self._dropped += 1

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from shared_store.cli.doctor import command as doctor
+from shared_store.cli.events import command as events
 from shared_store.cli.models import command as models
 from shared_store.cli.restore import command as restore
 from shared_store.cli.rm import command as rm
@@ -32,6 +33,7 @@ app.command("rm")(rm)
 app.command("verify")(verify)
 app.command("save")(save)
 app.command("restore")(restore)
+app.command("events")(events)
 app.command("doctor")(doctor)
 app.command("version")(version)
 

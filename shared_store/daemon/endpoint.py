@@ -19,7 +19,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 
 from shared_store.daemon.exposition import StatusCollector
 from shared_store.errors import ConfigError
@@ -159,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(200, {"ready": True, "state": status.store.state, "reasons": status.store.reasons})
             else:
                 registry = CollectorRegistry()
+                ProcessCollector(registry=registry)
                 registry.register(StatusCollector(status))
                 self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
 

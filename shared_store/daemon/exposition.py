@@ -1,18 +1,21 @@
 """A status as Prometheus metrics: one snapshot, one scrape, so that the numbers of a scrape belong together.
 
-Names follow the status's own: ``wooly_`` and the field. Sizes are bytes, durations seconds.
+Names follow the status's own: ``wooly_`` and the field. Sizes are bytes, durations seconds. A new field of the status's
+counters is exposed without further ado; any other gets its line here, in the group that it belongs to, and in
+``deploy/grafana``. What the kernel knows of the process (``process_*``) is added by the endpoint.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared_store.status import Counters, Status
+from shared_store.status import LATENCY_BOUNDS_S, Counters, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,6 +40,7 @@ class StatusCollector(Collector):
             name = f"wooly_{field.name}"
             text = f"{field.name.replace('_', ' ').capitalize()} since the store started."
             yield CounterMetricFamily(name, text, getattr(self._status.counters, field.name))
+        yield self._requests()
 
     def _node(self) -> Iterator[Metric]:
         status = self._status
@@ -55,23 +59,31 @@ class StatusCollector(Collector):
             "Mapped bytes, less one copy of every distinct blob among them.",
             status.totals.saved_bytes,
         )
+        yield _one(
+            "wooly_private_bytes",
+            "Bytes that readers say they hold for themselves: small tensors, and pages that they wrote to.",
+            sum(client.private_bytes for client in status.clients),
+        )
 
     def _devices(self) -> Iterator[Metric]:
         devices = self._status.devices
         yield _gauge(
             "wooly_resident_bytes",
-            "Memory that the store has allocated.",
+            "Bytes that the store has allocated.",
             ("device",),
             [((device.id,), device.resident_bytes) for device in devices],
         )
         yield _gauge(
             "wooly_limit_bytes",
-            "Most that the store may allocate; absent: no limit.",
+            "Most bytes that the store may allocate; absent: no limit.",
             ("device",),
             [((device.id,), device.limit_bytes) for device in devices if device.limit_bytes is not None],
         )
         yield _gauge(
-            "wooly_segments", "Allocations.", ("device",), [((device.id,), device.segments) for device in devices]
+            "wooly_segments",
+            "Segments allocated.",
+            ("device",),
+            [((device.id,), device.segments) for device in devices],
         )
 
     def _models(self) -> Iterator[Metric]:
@@ -95,6 +107,23 @@ class StatusCollector(Collector):
             labels,
             [((one.key, one.name), one.bytes) for one in models],
         )
+        yield _gauge(
+            "wooly_model_unique_bytes",
+            "Bytes of a model's blobs that no other model has: what removing it frees at most.",
+            labels,
+            [((one.key, one.name), one.unique_bytes) for one in models],
+        )
+
+    def _requests(self) -> Metric:
+        family = HistogramMetricFamily(
+            "wooly_request_duration_seconds",
+            "Time that a client's request took, waiting for other clients included.",
+            labels=("request",),
+        )
+        ends = [*(str(bound) for bound in LATENCY_BOUNDS_S), "+Inf"]
+        for one in self._status.requests:
+            family.add_metric((one.name,), list(zip(ends, accumulate(one.classes), strict=True)), one.total_s)
+        return family
 
 
 def _one(name: str, text: str, value: float) -> Metric:

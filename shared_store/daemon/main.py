@@ -88,7 +88,7 @@ async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[],
     finally:
         mirror.stop()
         await server.stop()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # its directory may be gone by now, or read-only
             paths.socket.unlink()
         if endpoint is not None:
             await asyncio.to_thread(endpoint.stop)

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable
 from typing import assert_never
 
@@ -25,7 +26,7 @@ from shared_store.errors import (
     TooManyClientsError,
     WoolyError,
 )
-from shared_store.paths import RuntimePaths
+from shared_store.paths import RuntimePaths, writing
 from shared_store.protocol import messages
 from shared_store.protocol.peers import peer_of
 from shared_store.status import Status
@@ -42,7 +43,8 @@ def claim(paths: RuntimePaths) -> int:
     Raises:
         StoreRunningError: another store has it.
     """
-    fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with writing(paths.directory):
+        fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -67,7 +69,8 @@ def listen(paths: RuntimePaths, options: ServeOptions) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     before = os.umask(0o177)
     try:
-        sock.bind(os.fspath(paths.socket))
+        with writing(paths.directory):
+            sock.bind(os.fspath(paths.socket))
     finally:
         os.umask(before)
     if options.socket_group is not None:
@@ -224,11 +227,13 @@ class Server:
             return
         if isinstance(message, messages.Hello):
             raise ProtocolError("a second greeting")
+        began = time.monotonic()
         try:
             reply, fds = await self._carry_out(client, message)
         except WoolyError as error:
             self._store.counts.protocol_errors += isinstance(error, ProtocolError)
             reply, fds = failure(error, message.id), ()
+        self._store.times.add(message, time.monotonic() - began)
         connection.send(reply, fds)
 
     async def _carry_out(  # noqa: C901, PLR0912 - one arm for each request

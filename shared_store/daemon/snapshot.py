@@ -15,6 +15,7 @@ from shared_store import status
 from shared_store.catalog import schema
 from shared_store.daemon.models import State
 from shared_store.daemon.store import Store
+from shared_store.paths import name_node
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ class Identity:
 
 def identify(runtime_dir: Path, node_file: Path) -> Identity:
     """The identity of a store that starts now; the node's is kept in a file beside the socket."""
-    if not node_file.exists():
-        node_file.write_text(os.urandom(8).hex() + "\n", encoding="ascii")
-    node = f"{socket.gethostname()}-{node_file.read_text(encoding='ascii').strip()}"
+    node = name_node(node_file)
     return Identity(node, os.urandom(8).hex(), socket.gethostname(), runtime_dir, time.time(), time.monotonic())
 
 
@@ -75,6 +74,7 @@ def take_status(
             store.counts.fallbacks,
             store.counts.protocol_errors,
         ),
+        requests=store.times.status(),
     )
 
 

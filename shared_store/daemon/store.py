@@ -18,6 +18,7 @@ from shared_store.checkpoint import FileId
 from shared_store.daemon.leases import Leases
 from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused
 from shared_store.daemon.segments import PublishPlan, Segments
+from shared_store.daemon.timing import RequestTimes
 from shared_store.digest import SIZE
 from shared_store.errors import (
     ConnectionLostError,
@@ -98,6 +99,7 @@ class Store:
         self.clients: dict[int, Client] = {}
         self.committed: dict[str, Committed] = {}
         self.counts = Counts()
+        self.times = RequestTimes()
         self.changed: Callable[[], None] = lambda: None
         self.event: Callable[..., None] = lambda *_, **__: None
         self._plans: dict[str, PublishPlan] = {}

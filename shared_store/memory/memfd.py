@@ -19,6 +19,7 @@ from pathlib import Path
 
 from shared_store.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.memory.room import group_free, machine_free
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PROT_NONE = 0
@@ -135,7 +136,7 @@ class MemfdBackend(Backend):
 
     def free_bytes(self) -> int:
         """Memory that the machine and this process's control group could still give, less a little headroom."""
-        return max(0, min(_machine_free(), _group_free()) - _HEADROOM)
+        return max(0, min(machine_free(), group_free()) - _HEADROOM)
 
     @staticmethod
     def _fd(segment: Segment) -> int:
@@ -160,34 +161,3 @@ def _duplicate(fd: int) -> int:
 def _refused(what: str, error: OSError) -> MemoryBackendError:
     advice = "; raise the limit of open files (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
     return MemoryBackendError(f"{what}: {error.strerror}{advice}")
-
-
-def _machine_free() -> int:
-    return _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
-
-
-def _field(path: Path, name: str) -> int:
-    """The number behind a name, in a file of "name number" lines."""
-    with path.open(encoding="ascii") as lines:
-        for line in lines:
-            found, number = line.split()[:2]
-            if found == name:
-                return int(number)
-    raise MemoryBackendError(f"{path} has no {name}")
-
-
-def _group_free() -> int:
-    """Room under the nearest limit of this process's cgroup (version 2); unlimited where there is none."""
-    unlimited = 1 << 62
-    try:
-        line = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
-    except OSError:
-        return unlimited  # no cgroups here
-    group, room = Path("/sys/fs/cgroup") / line.lstrip("/"), unlimited
-    while group != Path("/sys/fs"):
-        limit, used = group / "memory.max", group / "memory.current"
-        if limit.exists() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-            cache = _field(group / "memory.stat", "inactive_file")  # counted as used, given up when asked for
-            room = min(room, int(text) - int(used.read_text(encoding="ascii")) + cache)
-        group = group.parent
-    return room

@@ -20,6 +20,7 @@ from shared_store.status import (
     DeviceStatus,
     ModelStatus,
     NodeStatus,
+    RequestStatus,
     Status,
     StoreStatus,
     Totals,
@@ -102,4 +103,5 @@ def status():
         clients=clients,
         totals=Totals((4 << 30) + (1 << 20), 6 << 30, 3 << 30),
         counters=Counters(attaches=7, publishes=2, aborted_publishes=1, fallbacks=3, protocol_errors=4),
+        requests=(RequestStatus("open", 6, 12.5, (1, 2, 0, 0, 0, 0, 2, 0, 0, 0, 1)),),
     )

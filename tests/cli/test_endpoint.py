@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import re
 import socket
 import threading
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from support.scraping import LOCAL, get, metrics_port, scrape
 from support.waiting import wait_until
 
 from shared_store.daemon import endpoint as module
 from shared_store.daemon.endpoint import MAX_REQUESTS, Endpoint, parse_address
 from shared_store.errors import ConfigError
-
-LOCAL = "127.0.0.1"
 
 
 @pytest.fixture
@@ -36,23 +33,8 @@ def serve():
         one.stop()
 
 
-def get(port, path, method="GET"):
-    connection = http.client.HTTPConnection(LOCAL, port, timeout=10)
-    with contextlib.closing(connection):
-        connection.request(method, path)
-        response = connection.getresponse()
-        return response.status, response.headers["Content-Type"], response.read().decode()
-
-
 def samples(port):
-    code, kind, text = get(port, "/metrics")
-    assert code == 200
-    assert kind.startswith("text/plain")
-    return {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    return {(sample.name, *sample.labels.values()): sample.value for sample in scrape(port)}
 
 
 def connect(port):
@@ -61,7 +43,7 @@ def connect(port):
 
 def test_metrics_say_what_the_status_says(serve, status):
     """Every number of the snapshot is there, under its labels, with odd names escaped."""
-    found = samples(serve(lambda: status).port)
+    found = {name: value for name, value in samples(serve(lambda: status).port).items() if "process_" not in name[0]}
     base, odd = ("a1" * 32, "base"), ("b2" * 32, 'odd "name"\\')
     assert found == {
         ("wooly_build_info", "1.2.3"): 1,
@@ -86,6 +68,19 @@ def test_metrics_say_what_the_status_says(serve, status):
         ("wooly_model_readers", *odd): 0,
         ("wooly_model_bytes", *base): 3 << 30,
         ("wooly_model_bytes", *odd): 0,
+        ("wooly_private_bytes",): 2 * ((3 << 30) // 100),
+        ("wooly_model_unique_bytes", *base): 3 << 29,
+        ("wooly_model_unique_bytes", *odd): 0,
+        **{
+            ("wooly_request_duration_seconds_bucket", end, "open"): count
+            for end, count in zip(
+                ("0.0005", "0.001", "0.005", "0.025", "0.1", "0.5", "2.5", "10.0", "60.0", "600.0", "+Inf"),
+                (1, 3, 3, 3, 3, 3, 5, 5, 5, 5, 6),
+                strict=True,
+            )
+        },
+        ("wooly_request_duration_seconds_count", "open"): 6,
+        ("wooly_request_duration_seconds_sum", "open"): 12.5,
         ("wooly_attaches_total",): 7,
         ("wooly_publishes_total",): 2,
         ("wooly_aborted_publishes_total",): 1,
@@ -211,13 +206,16 @@ def test_port_in_use(serve, status):
 def test_real_store(wooly, directory, actor):
     """`wooly serve --metrics` counts a real model and its reader, and is gone with the store."""
     assert wooly("serve", "--detach", "--metrics", f"{LOCAL}:0").returncode == 0
-    port = int(re.search(r"health at http://127\.0\.0\.1:(\d+)", (directory / "store.log").read_text())[1])
+    port = metrics_port(directory / "store.log")
     key = f"{1:064x}"
     actor().publish(key=key, model=[[1, 100_000]])
     found = samples(port)
     assert found["wooly_model_readers", key, "model"] == 1
     assert found["wooly_model_bytes", key, "model"] == 100_000
     assert found["wooly_publishes_total",] == 1
+    assert found["wooly_request_duration_seconds_count", "commit"] == 1
+    assert found["wooly_request_duration_seconds_bucket", "+Inf", "commit"] == 1
+    assert found["process_open_fds",] > 3
     assert found["wooly_resident_bytes", "cpu"] >= 100_000
     assert get(port, "/readyz")[0] == 200
     assert tcp_sockets(json.loads(wooly("status", "--json").stdout)["store"]["pid"])

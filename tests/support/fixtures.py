@@ -26,12 +26,12 @@ def directory(monkeypatch):
 
 @pytest.fixture
 def start_store(directory):
-    """Start a store in the directory, with options; all are ended with the test."""
+    """Start a store in the directory, with options (`popen`: of its process); all are ended with the test."""
     started = []
 
-    def start(**options):
+    def start(*, popen=None, **options):
         started.append(StoreProcess(directory, **options))
-        return started[-1].start()
+        return started[-1].start(**(popen or {}))
 
     yield start
     for one in reversed(started):

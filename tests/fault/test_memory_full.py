@@ -1,0 +1,48 @@
+"""Memory runs out in the middle of publishing: an error with numbers, and a store that is as before."""
+
+from __future__ import annotations
+
+import pytest
+from support.content import key
+from support.groups import MemoryGroup
+from support.stores import resident
+from support.waiting import open_segments
+
+from shared_store.errors import OutOfMemoryError
+
+MIB = 1 << 20
+HEADROOM = 256 * MIB  # what the store leaves to the machine, and to its control group
+
+
+@pytest.fixture
+def group():
+    made = MemoryGroup()
+    yield made
+    made.remove()
+
+
+def test_the_control_group_is_full_in_the_middle_of_publishing(group, start_store, actor):
+    """Where the kernel would kill the store, it refuses: others go on, and room that is made is used."""
+    store = start_store()
+    group.limit(HEADROOM + 96 * MIB)
+    group.add(store.pid)
+    reader, publisher, client = actor(), actor(), store.client()
+    reader.publish(key=key(1), model=[[1, 40 * MIB]])
+    publisher.open(key=key(2))
+    publisher.plan(key=key(2), model=[[2, 60 * MIB]])
+    with pytest.raises(OutOfMemoryError, match=r"no room for a segment of \d+ bytes on cpu: \d+ bytes are free"):
+        publisher.fill(key=key(2))
+    assert resident(client) == 40 * MIB
+    late = actor()
+    assert late.open(key=key(1)) == "attached"
+    assert reader.digests() == reader.expected()
+
+    reader.leave(key=key(1))
+    late.leave(key=key(1))
+    client.remove(key(1))
+    publisher.fill(key=key(2))
+    publisher.unmap()
+    publisher.commit(key=key(2))
+    assert publisher.digests() == publisher.expected()
+    assert open_segments(store.pid) == 1
+    store.kill()
