@@ -171,6 +171,20 @@ class CommitFailedError(WoolyError):
     exit_code = 15
 
 
+class OfferRefusedError(WoolyError):
+    """What a client offered to a restarted store is not what it says it is, or is not wanted."""
+
+    code = "offer_refused"
+    exit_code = 17
+
+
+class UpgradeError(WoolyError):
+    """The store was not replaced by another version; it goes on as it was."""
+
+    code = "upgrade"
+    exit_code = 18
+
+
 class SharedWriteError(WoolyError):
     """Something would write to weights that other processes read, where memory is mapped read-only."""
 

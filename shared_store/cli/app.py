@@ -11,6 +11,7 @@ from shared_store.cli.rm import command as rm
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.upgrade import command as upgrade
 from shared_store.cli.version import command as version
 from shared_store.errors import WoolyError
 
@@ -26,6 +27,7 @@ app.command("stop")(stop)
 app.command("status")(status)
 app.command("models")(models)
 app.command("rm")(rm)
+app.command("upgrade")(upgrade)
 app.command("doctor")(doctor)
 app.command("version")(version)
 
