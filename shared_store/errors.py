@@ -192,6 +192,20 @@ class DiskError(WoolyError):
     exit_code = 18
 
 
+class OfferRefusedError(WoolyError):
+    """What a client offered to a restarted store is not what it says it is, or is not wanted."""
+
+    code = "offer_refused"
+    exit_code = 19
+
+
+class UpgradeError(WoolyError):
+    """The store was not replaced by another version; it goes on as it was."""
+
+    code = "upgrade"
+    exit_code = 20
+
+
 class CatalogUnavailableError(WoolyError):
     """The Redis or Valkey server with the catalog does not answer, or nobody knows where it is."""
 

@@ -44,6 +44,11 @@ class RuntimePaths:
         return self.directory / "store.log"
 
     @property
+    def journal(self) -> Path:
+        """What a keeper writes down of what it holds."""
+        return self.directory / "journal"
+
+    @property
     def node_id(self) -> Path:
         """The node's identity where the machine has none of its own."""
         return self.directory / "node-id"

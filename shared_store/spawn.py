@@ -1,7 +1,7 @@
 """Starting a store that outlives the process that starts it.
 
-Used by ``wooly serve --detach`` and by clients that find no store. It runs ``python -m shared_store.daemon`` by name,
-and imports nothing of it, so an engine pays for none of the daemon's imports.
+Used by ``wooly serve --detach`` and by clients that find no store. It runs ``python -m shared_store.keeper`` by name,
+which starts the store, and imports nothing of it, so an engine pays for none of the imports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from shared_store.errors import StoreUnavailableError
 from shared_store.paths import RuntimePaths, prepare, writing
 
-_READY, _OTHER = b"1", b"0"  # what a store says to its starter: see shared_store.daemon.__main__
+_READY, _OTHER = b"1", b"0"  # what a keeper says to its starter: see shared_store.keeper.__main__
 _PATIENCE_S = 1.0  # from a store's claim of its directory until it listens, many times over
 _POLL_S = 0.01
 
@@ -45,7 +45,7 @@ def start(directory: Path, options: str = "", *, mode: int = 0o700, timeout_s: f
         timeout_s: how long it may take.
 
     Returns:
-        The pid of the store; 0 when another one was there first.
+        The pid of its keeper; 0 when another one was there first.
 
     Raises:
         StoreUnavailableError: it did not come up; the message has the end of its log.
@@ -75,7 +75,7 @@ def _start_one(paths: RuntimePaths, options: str, timeout_s: float) -> tuple[int
     """Fork a store off. Returns its pid and what it said; nothing (empty) when it ended, None after the time-out."""
     told, tell = os.pipe()
     try:
-        command = [sys.executable, "-m", "shared_store.daemon", os.fspath(paths.directory), str(tell), options]
+        command = [sys.executable, "-m", "shared_store.keeper", os.fspath(paths.directory), str(tell), options]
         shell = ["/bin/sh", "-c", _FORK_OFF, "wooly", os.fspath(paths.log), *command]
         try:
             forked = subprocess.run(

@@ -25,13 +25,26 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
-    """The store's process. ``degraded``: it serves, but something beside it (the catalog) does not."""
+    """The store's process. ``degraded``: it serves, but something beside it (the catalog, the keeper) does not.
+
+    ``recovering``: it was restarted a moment ago, and its clients are coming back.
+    """
 
     pid: int
     version: str
     uptime_s: float
     state: Literal["ok", "degraded"]
     reasons: tuple[str, ...] = ()
+    recovering: bool = False
+
+
+class KeeperStatus(msgspec.Struct, frozen=True):
+    """The store's parent. ``restarts``: how often it started the store again; ``journal``: whether it is written."""
+
+    pid: int
+    state: Literal["ok", "gone"]
+    restarts: int
+    journal: Literal["ok", "degraded"]
 
 
 class CatalogStatus(msgspec.Struct, frozen=True):
@@ -125,3 +138,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     totals: Totals
     counters: Counters
     requests: tuple[RequestStatus, ...] = ()
+    keeper: KeeperStatus | None = None

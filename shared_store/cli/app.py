@@ -14,6 +14,7 @@ from shared_store.cli.save import command as save
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.upgrade import command as upgrade
 from shared_store.cli.verify import command as verify
 from shared_store.cli.version import command as version
 from shared_store.errors import WoolyError
@@ -34,6 +35,7 @@ app.command("verify")(verify)
 app.command("save")(save)
 app.command("restore")(restore)
 app.command("events")(events)
+app.command("upgrade")(upgrade)
 app.command("doctor")(doctor)
 app.command("version")(version)
 

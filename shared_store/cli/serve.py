@@ -51,6 +51,12 @@ def command(
         list[int] | None,
         typer.Option("--allow-uid", metavar="UID", min=0, help="Let this user connect too. May be repeated."),
     ] = None,
+    watchdog: Annotated[
+        float,
+        typer.Option(
+            "--watchdog", metavar="SECONDS", min=0, help="Restart a store that shows no life for so long; 0: never."
+        ),
+    ] = 30.0,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -60,9 +66,10 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Run this node's store, in the foreground until Ctrl-C or SIGTERM.
+    """Run this node's store and its keeper, in the foreground until Ctrl-C or SIGTERM.
 
-    Clients start one by themselves (unless WOOLY_AUTOSTART=0); run it by hand to give it options.
+    The keeper starts the store again when it dies, with all models. Clients start one by themselves (unless
+    WOOLY_AUTOSTART=0); run it by hand to give it options.
 
     \b
     Examples:
@@ -81,6 +88,7 @@ def command(
         "max_resident": dict(parse_limit(limit) for limit in max_resident or ()),
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),
+        "watchdog_s": watchdog,
         "log_level": None if log_level is None else _log_level(log_level),
     }
     options = dataclasses.replace(
@@ -104,9 +112,9 @@ def command(
         from shared_store.daemon.launch import start_detached
 
         pid = start_detached(options, timeout_s=DETACHED_WITHIN_S)
-        print(f"started a store (pid {pid}) in {options.runtime_dir}")
+        print(f"started a store (its keeper is pid {pid}) in {options.runtime_dir}")
     else:
-        from shared_store.daemon.main import run
+        from shared_store.keeper.main import run
 
         raise typer.Exit(run(options))
 

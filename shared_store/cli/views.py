@@ -28,9 +28,12 @@ def _summary(status: Status) -> list[str]:
     mapped, resident, saved = map(size, (totals.mapped_bytes, totals.resident_bytes, totals.saved_bytes))
     published = f"{counters.publishes} publishes ({counters.aborted_publishes} aborted)"
     refused = f"{counters.fallbacks} fallbacks, {counters.protocol_errors} protocol errors"
+    keeper = status.keeper
+    kept = "none" if keeper is None else f"{keeper.state}, pid {keeper.pid}, {keeper.restarts} restarts of the store"
     return [
         f"store    {store.state}{reasons}, pid {store.pid}, wooly {store.version}, up {duration(store.uptime_s)}",
         f"at       {status.node.runtime_dir} on {status.node.hostname}",
+        f"keeper   {kept}",
         f"catalog  {status.catalog.state}, {status.catalog.url}",
         f"shared   {mapped} mapped out of {resident} resident: {saved} saved",
         f"events   {published}, {counters.attaches} attaches, {refused}",

@@ -13,7 +13,7 @@ import msgspec
 from shared_store import digest
 from shared_store.checkpoint import SETTLED_S, FileId, HashedFile, checkpoint_digest, file_id, hash_files
 from shared_store.client.session import Session
-from shared_store.errors import CheckpointError
+from shared_store.errors import CheckpointError, StoreUnavailableError
 
 
 class Checkpoint:
@@ -71,7 +71,7 @@ class Checkpoint:
                     yield self._combine(known)
                 finally:
                     # Told only now: whoever asked meanwhile waits for the lease, and so comes after the block.
-                    if session.alive:
+                    with contextlib.suppress(StoreUnavailableError):  # the next one who needs it hashes again
                         session.remember_files([(found.file, found.digest) for found in hashed if found.settled])
                 return
         yield self._combine(known)

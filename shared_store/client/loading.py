@@ -32,8 +32,7 @@ def report_fallback(session: Session | None, name: str, error: WoolyError, log: 
     if session is None:
         return
     try:
-        if session.alive:
-            session.report_fallback(name, f"{error.code}: {error}")
+        session.report_fallback(name, f"{error.code}: {error}")
     except WoolyError as report_error:
         log.warning("wooly: the store could not be told: %s", report_error)
     finally:

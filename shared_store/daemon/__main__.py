@@ -1,8 +1,9 @@
-"""``python -m shared_store.daemon [RUNTIME_DIR [READY_FD [OPTIONS]]]``: a store in the foreground.
+"""``python -m shared_store.daemon [RUNTIME_DIR [READY_FD [OPTIONS [CONTROL_FD]]]]``: a store in the foreground.
 
-:mod:`shared_store.spawn` runs it so. OPTIONS is a ``ServeOptions`` as JSON; without it the environment's settings hold.
-One byte is written to READY_FD: "1" once clients can connect, "0" when the directory has a store already. The command
-line's imports are left out: they cost time.
+Its keeper runs it so, and says all the rest over the socket CONTROL_FD; the directory is for people who look at
+processes. Without CONTROL_FD it is a store without a keeper: OPTIONS is a ``ServeOptions`` as JSON, or the
+environment's settings hold, and one byte is written to READY_FD: "1" once clients can connect, "0" when the directory
+has a store already. The command line's imports are left out: they cost time.
 """
 
 from __future__ import annotations
@@ -11,27 +12,19 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from shared_store.daemon.main import run
+from shared_store.daemon.main import run, run_kept
 from shared_store.daemon.options import ServeOptions
 from shared_store.errors import StoreRunningError, WoolyError
 
 
-def _path(kind: type, value: Any) -> Any:
-    return kind(value) if kind is Path else value
-
-
 def main() -> int:
     """Run the store; one line on stderr and the error's exit code when it cannot."""
-    directory, ready_fd, given = [*sys.argv[1:], "", "", ""][:3]
+    directory, ready_fd, given, control_fd = [*sys.argv[1:], "", "", "", ""][:4]
     try:
-        if given:
-            options = msgspec.json.decode(given, type=ServeOptions, dec_hook=_path)
-        else:
-            options = ServeOptions.from_environment()
+        if control_fd:
+            return run_kept(int(control_fd))
+        options = ServeOptions.from_json(given)
         if directory:
             options = dataclasses.replace(options, runtime_dir=Path(directory))
         return run(options, ready=lambda: _tell(ready_fd, b"1"))

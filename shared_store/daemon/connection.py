@@ -21,6 +21,7 @@ MAX_BEFORE_HELLO = 4 << 10
 MAX_FROM_CLIENT = 16 << 20
 MAX_REQUESTS_WAITING = 64
 MAX_UNREAD = 64 << 20
+MAX_OFFERED_FDS = 1024
 
 
 class Connection:
@@ -37,7 +38,7 @@ class Connection:
         self._sock = sock
         self._decoder = wire.Decoder(MAX_BEFORE_HELLO, max_fds=0)
         self._outbox = wire.Outbox()
-        self._frames: deque[bytes] = deque()
+        self._frames: deque[wire.Frame] = deque()
         self._arrived = asyncio.Event()
         self._writing = False
         self._loop = asyncio.get_running_loop()
@@ -50,8 +51,12 @@ class Connection:
         """The client introduced itself: larger messages are welcome now."""
         self._decoder.limit = MAX_FROM_CLIENT
 
-    async def receive(self) -> bytes | None:
-        """The next payload; None once the client is gone or was cut off."""
+    def expect_fds(self, count: int) -> None:
+        """Let the client's next messages bring this many fds, within reason. Otherwise they may bring none."""
+        self._decoder.max_fds = min(count, MAX_OFFERED_FDS)
+
+    async def receive(self) -> wire.Frame | None:
+        """The next frame, whose fds are the caller's; None once the client is gone or was cut off."""
         while not self._frames:
             if self.closed.is_set():
                 return None
@@ -95,13 +100,18 @@ class Connection:
         self._decoder.close()
         self._sock.close()
 
+    def drop_frames(self) -> None:
+        """Close the fds of what arrived and nobody took."""
+        while self._frames:
+            wire.close_fds(self._frames.popleft().fds)
+
     def _read(self) -> None:
         try:
             data, fds = wire.receive(self._sock)
             if not data:
                 self.close("cut off in the middle of a message" if self._decoder.in_frame else "closed by the client")
                 return
-            self._frames.extend(frame.payload for frame in self._decoder.feed(data, fds))
+            self._frames.extend(self._decoder.feed(data, fds))
             if len(self._frames) > MAX_REQUESTS_WAITING:
                 raise ProtocolError(f"more than {MAX_REQUESTS_WAITING} requests wait for an answer")
         except BlockingIOError:

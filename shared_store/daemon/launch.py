@@ -1,8 +1,8 @@
-"""Starting a detached store with given options."""
+"""Starting a detached store, and its keeper, with given options."""
 
 from __future__ import annotations
 
-import msgspec
+import dataclasses
 
 from shared_store import spawn
 from shared_store.daemon.options import ServeOptions
@@ -11,7 +11,7 @@ from shared_store.paths import prepare
 
 
 def start_detached(options: ServeOptions, timeout_s: float = 10.0) -> int:
-    """Start a store that outlives this process; returns its pid once clients can connect.
+    """Start a store that outlives this process; returns its keeper's pid once clients can connect.
 
     Raises:
         StoreRunningError: the runtime directory has a store.
@@ -21,9 +21,8 @@ def start_detached(options: ServeOptions, timeout_s: float = 10.0) -> int:
     running = StoreRunningError(f"a store runs already in {paths.directory}; `wooly status` shows it")
     if spawn.answers(paths):
         raise running
-    data = {**msgspec.to_builtins(options, enc_hook=str), "runtime_dir": str(paths.directory)}
-    text, mode = msgspec.json.encode(data).decode(), options.directory_mode
-    pid = spawn.start(paths.directory, text, mode=mode, timeout_s=timeout_s)
+    text = dataclasses.replace(options, runtime_dir=paths.directory).to_json()
+    pid = spawn.start(paths.directory, text, mode=options.directory_mode, timeout_s=timeout_s)
     if not pid:
         raise running
     return pid

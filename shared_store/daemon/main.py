@@ -6,19 +6,25 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from shared_store.catalog import Catalog, EmbeddedServer
+from shared_store.daemon.channel import ControlChannel
+from shared_store.daemon.keeping import Inheritance, Keeping, inherit
+from shared_store.daemon.listening import claim, listen, raise_file_limit
 from shared_store.daemon.mirror import Mirror
 from shared_store.daemon.options import ServeOptions
-from shared_store.daemon.server import Server, claim, listen
+from shared_store.daemon.recovery import GRACE_S
+from shared_store.daemon.returns import end_grace, restore
+from shared_store.daemon.server import Server
 from shared_store.daemon.snapshot import identify, take_catalog, take_status
 from shared_store.daemon.store import Store
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.paths import RuntimePaths, prepare
+from shared_store.protocol.holdings import Holdings
 from shared_store.status import Status
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> int:
-    """Run a store in this process until SIGTERM, SIGINT or a client's shutdown request.
+    """Run a store without a keeper in this process until SIGTERM, SIGINT or a client's shutdown request.
 
     Args:
         options: its settings.
@@ -41,24 +47,42 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
         StoreRunningError: the runtime directory has a store.
         ConfigError: something in the options cannot be used.
     """
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    _raise_file_limit()
+    _begin(options)
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
-    held = claim(paths)
+    lock = claim(paths)
     try:
-        asyncio.run(_serve(paths, options, ready))
+        asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, Holdings()), None, ready))
     finally:
-        os.close(held)
+        os.close(lock)
     return 0
 
 
-async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[], None]) -> None:
+def run_kept(control_fd: int) -> int:
+    """Run a store for the keeper at the other end of an inherited socket. As :func:`run` otherwise."""
+    os.set_inheritable(control_fd, False)
+    channel = ControlChannel(socket.socket(fileno=control_fd))
+    inheritance = inherit(channel)
+    _begin(inheritance.options)
+    paths = RuntimePaths(inheritance.options.runtime_dir)
+    asyncio.run(_serve(paths, inheritance, channel, lambda: None))
+    return 0
+
+
+def _begin(options: ServeOptions) -> None:
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    raise_file_limit()
+
+
+async def _serve(
+    paths: RuntimePaths, inheritance: Inheritance, channel: ControlChannel | None, ready: Callable[[], None]
+) -> None:
+    options = inheritance.options
+    keeping = Keeping(inheritance, channel)
     loop = asyncio.get_running_loop()
-    store = Store({"cpu": MemfdBackend()}, options.max_resident)
-    for device in options.max_resident:
-        if device not in store.segments.backends:
-            store.segments.add_device(backend_for(device))
+    store = Store({"cpu": MemfdBackend()}, options.max_resident, keeping=keeping)
+    for device in set(options.max_resident) - set(store.segments.backends):
+        store.segments.add_device(backend_for(device))
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
@@ -69,15 +93,19 @@ async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[],
 
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
-    server = Server(store, listen(paths, options), options, status)
+    server = Server(store, inheritance.listen, options, status)
     mirror = Mirror(catalog, lambda: take_catalog(store, identity))
     store.changed, store.event = mirror.changed, catalog.event
+    keeping.event = catalog.event
+    restore(store, inheritance.held)
+    loop.call_later(GRACE_S, end_grace, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stopping.set)
     try:
         if endpoint is not None:
             endpoint.start()
         server.start()
+        keeping.start()
         log.info("ready at %s", paths.socket)
         ready()
         if embedded is not None:
@@ -87,9 +115,11 @@ async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[],
         log.info("stopping")
     finally:
         mirror.stop()
+        await keeping.stop()
         await server.stop()
-        with contextlib.suppress(OSError):  # its directory may be gone by now, or read-only
-            paths.socket.unlink()
+        if not inheritance.supervised:  # a service manager keeps it for the next start
+            with contextlib.suppress(OSError):  # its directory may be gone by now, or read-only
+                paths.socket.unlink()
         if endpoint is not None:
             await asyncio.to_thread(endpoint.stop)
         await asyncio.to_thread(catalog.stop)
@@ -111,10 +141,3 @@ def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Status]) 
         return status()
 
     return asyncio.run_coroutine_threadsafe(take(), loop).result(timeout=5.0)
-
-
-def _raise_file_limit() -> None:
-    """A segment or a client is an fd each: take as many as the system lets this user have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

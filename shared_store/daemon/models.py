@@ -29,6 +29,7 @@ class Event(enum.Enum):
     GIVE_UP = "give up"  # the publisher abandons, or its connection is lost
     REMOVE = "remove"
     QUARANTINE = "quarantine"  # some of its bytes are wrong; those who read them go on
+    RETURN = "return"  # a store before this one had it committed, and its memory is here
 
 
 class Action(enum.Enum):
@@ -40,6 +41,7 @@ class Action(enum.Enum):
     ADMIT = "admit"  # the publisher and all who wait read
     PASS_ON = "pass on"  # noqa: S105 - no password; what was written is dropped; the next who may publish does, or nobody does
     DROP = "drop"  # the model is forgotten
+    KEEP = "keep"  # nobody is told: its readers say themselves that they are
 
 
 TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
@@ -50,6 +52,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
     (State.PUBLISHING, Event.GIVE_UP): (State.PUBLISHING, Action.PASS_ON),
     (State.COMMITTED, Event.REMOVE): (State.ABSENT, Action.DROP),
     (State.COMMITTED, Event.QUARANTINE): (State.ABSENT, Action.DROP),
+    (State.ABSENT, Event.RETURN): (State.COMMITTED, Action.KEEP),
 }
 """Pairs that are not in it are refused."""
 
@@ -230,6 +233,12 @@ class Models:
         self._step(self._models[key], Event.QUARANTINE)
         del self._models[key]
         return [Dropped(key)]
+
+    def returned(self, key: str, *, name: str, engine: str, device: str) -> None:
+        """A model of a store before this one is here again, without readers."""
+        model = self._models.get(key) or Model(key, name, engine, device)
+        self._step(model, Event.RETURN)
+        self._models[key] = model
 
     @staticmethod
     def _step(model: Model, event: Event) -> Action:

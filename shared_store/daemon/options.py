@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from shared_store import envs
 
 
@@ -22,6 +24,7 @@ class ServeOptions:
         socket_group: name of a group whose members may connect too.
         allow_uids: uids beside the store's own whose processes may connect.
         log_level: least severe message that is logged.
+        watchdog_s: seconds of silence after which the keeper kills the store and starts another; 0: never.
     """
 
     runtime_dir: Path
@@ -32,6 +35,18 @@ class ServeOptions:
     socket_group: str | None = None
     allow_uids: tuple[int, ...] = ()
     log_level: str = "INFO"
+    watchdog_s: float = 30.0
+
+    @staticmethod
+    def from_json(text: str) -> ServeOptions:
+        """Options as a starter passes them on; without text, the environment's."""
+        if not text:
+            return ServeOptions.from_environment()
+        return msgspec.json.decode(text, type=ServeOptions, dec_hook=lambda kind, value: kind(value))
+
+    def to_json(self) -> str:
+        """The form for :meth:`from_json`."""
+        return msgspec.json.encode(self, enc_hook=str).decode()
 
     @property
     def directory_mode(self) -> int:

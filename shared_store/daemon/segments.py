@@ -3,12 +3,15 @@
 A blob is held by the models that name it: a committed one by its key, one that is being published by its publisher's
 token, from the moment a plan counts on the blob. A segment is released when no blob in it is held any more. Only
 committed blobs are shared: what a publisher is still writing is nobody else's.
+
+A segment's id is a random number of 53 bits (exact in every JSON reader): no other segment has it, also not of a store
+that ran before this one or after it.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +19,7 @@ from shared_store.digest import digest_at
 from shared_store.errors import DigestMismatchError, OutOfMemoryError, ProtocolError, UnknownDeviceError
 from shared_store.layout import pack
 from shared_store.manifest import Blob
-from shared_store.memory import Access, Backend
+from shared_store.memory import Access, Backend, KeptSegment
 from shared_store.memory import Mapping as MemoryMapping
 from shared_store.memory.backend import Segment
 
@@ -66,6 +69,11 @@ class PublishPlan:
     segments: tuple[int, ...]
 
 
+def new_id() -> int:
+    """An id for a segment; see the module."""
+    return 1 + secrets.randbelow((1 << 53) - 1)
+
+
 class Segments:
     """The memory of all devices of a store."""
 
@@ -74,7 +82,8 @@ class Segments:
         self.limits = dict(limits)
         self._segments: dict[int, HeldSegment] = {}
         self._blobs: dict[tuple[str, bytes], HeldBlob] = {}
-        self._ids = itertools.count(1)
+        self.released: Callable[[int], None] = lambda _: None
+        """Told the id of each segment that is held no more."""
 
     def add_device(self, backend: Backend) -> None:
         """Take in a device that a client asked for first."""
@@ -99,6 +108,46 @@ class Segments:
     def held_by(self, device: str, digests: Iterable[bytes]) -> dict[bytes, HeldBlob]:
         """Those of the digests that are committed on the device."""
         return {digest: blob for digest in digests if (blob := self._blobs.get((device, digest)))}
+
+    def all(self) -> list[HeldSegment]:
+        """Every segment, promised ones too."""
+        return list(self._segments.values())
+
+    def has(self, segment: int) -> bool:
+        """Whether this segment is held or promised."""
+        return segment in self._segments
+
+    def export(self, segment: int) -> int:
+        """A new fd of an allocated segment; the caller's."""
+        held = self._segments[segment]
+        assert held.memory is not None  # noqa: S101 - promised segments have no fd yet
+        if isinstance(held.memory, KeptSegment):
+            return held.memory.export()
+        return self.backend(held.device).export(held.memory)
+
+    def take_back(self, segment: int, device: str, memory: KeptSegment) -> None:
+        """Hold a segment that a store before this one allocated. :meth:`adopt` says what is in it."""
+        self._segments[segment] = HeldSegment(segment, device, memory.nbytes, writer=None, memory=memory)
+
+    def adopt(self, key: str, device: str, blobs: Sequence[Blob], places: Sequence[tuple[int, int]]) -> None:
+        """Have a model that was committed before hold its blobs, at places (segment id, first byte) in held segments.
+
+        Where another model has a blob elsewhere, that copy counts for both.
+        """
+        for blob, (segment, offset) in zip(blobs, places, strict=True):
+            known = self._blobs.get((device, blob.digest))
+            if known is None:
+                known = self._blobs[device, blob.digest] = HeldBlob(blob.nbytes, segment, offset)
+                self._segments[segment].blobs.add(blob.digest)
+            known.holders.add(key)
+
+    def sweep(self) -> None:
+        """Release every segment in which nothing is held."""
+        self._sweep(self._segments)
+
+    def devices(self) -> list[str]:
+        """Devices that are known, and those that only segments name."""
+        return list(dict.fromkeys([*self.backends, *(held.device for held in self._segments.values())]))
 
     def resident_bytes(self, device: str) -> int:
         """Bytes allocated on a device."""
@@ -126,7 +175,7 @@ class Segments:
                 raise ProtocolError(f"blob {blob.digest.hex()[:16]} has {expected} bytes, not {blob.nbytes}")
         layout = pack(list(sizes.values()))
         self._check_limit(device, sum(layout.sizes))
-        ids = [next(self._ids) for _ in layout.sizes]
+        ids = [new_id() for _ in layout.sizes]
         for segment, nbytes in zip(ids, layout.sizes, strict=True):
             self._segments[segment] = HeldSegment(segment, device, nbytes, writer=token)
         fresh = dict(zip(sizes, layout.placements, strict=True))
@@ -165,7 +214,7 @@ class Segments:
 
         What it raises: :class:`DigestMismatchError` when bytes are not those of their digest.
         """
-        parts: list[_Part] = []
+        parts: list[Part] = []
         try:
             for segment in plan.segments:
                 held = self._segments[segment]
@@ -182,7 +231,7 @@ class Segments:
         except BaseException:
             _close(parts)
             raise
-        return lambda: _verify(parts)
+        return lambda: verify(parts)
 
     def commit(self, key: str, plan: PublishPlan) -> None:
         """Make the plan's blobs shared. Where another model brought a blob meanwhile, that copy counts for both."""
@@ -225,9 +274,12 @@ class Segments:
             if held is not None and not held.blobs and held.writer is None:
                 self._release(held)
                 del self._segments[segment]
+                self.released(segment)
 
     def _release(self, held: HeldSegment) -> None:
-        if held.memory is not None:
+        if isinstance(held.memory, KeptSegment):
+            held.memory.release()
+        elif held.memory is not None:
             self.backend(held.device).release(held.memory)
 
     def _check_limit(self, device: str, nbytes: int) -> None:
@@ -241,10 +293,12 @@ class Segments:
             )
 
 
-_Part = tuple[MemoryMapping, list[tuple[Blob, int]]]  # a segment, and the blobs in it that are to be digested
+Part = tuple[MemoryMapping, list[tuple[Blob, int]]]
+"""A segment, and the blobs in it (with their first bytes) that are to be digested."""
 
 
-def _verify(parts: Sequence[_Part]) -> None:
+def verify(parts: Sequence[Part]) -> None:
+    """Digest what lies in segments, and close the mappings. Raises :class:`DigestMismatchError`."""
     try:
         for mapping, blobs in parts:
             mapping.map(Access.READ)
@@ -258,6 +312,6 @@ def _verify(parts: Sequence[_Part]) -> None:
         _close(parts)
 
 
-def _close(parts: Sequence[_Part]) -> None:
+def _close(parts: Sequence[Part]) -> None:
     for mapping, _ in parts:
         mapping.close()

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import itertools
 import logging
 import os
 import socket
-import stat
 import time
 from collections.abc import Callable
 from typing import assert_never
 
 import shared_store
+from shared_store.daemon import returns
 from shared_store.daemon.connection import Connection
 from shared_store.daemon.options import ServeOptions
 from shared_store.daemon.store import Attachment, Client, Store, failure
 from shared_store.errors import (
-    ConfigError,
+    ModelNotFoundError,
     PermissionDeniedError,
     ProtocolError,
     ProtocolVersionError,
-    StoreRunningError,
     TooManyClientsError,
     WoolyError,
 )
-from shared_store.paths import RuntimePaths, writing
-from shared_store.protocol import messages
+from shared_store.protocol import messages, wire
 from shared_store.protocol.peers import peer_of
 from shared_store.status import Status
 
@@ -35,60 +32,6 @@ log = logging.getLogger(__name__)
 
 HELLO_WITHIN_S = 5.0
 ACCEPT_AGAIN_S = 0.5
-
-
-def claim(paths: RuntimePaths) -> int:
-    """Become the one store of a runtime directory; the returned fd holds the claim until it is closed.
-
-    Raises:
-        StoreRunningError: another store has it.
-    """
-    with writing(paths.directory):
-        fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise StoreRunningError(f"a store runs already in {paths.directory}; `wooly status` shows it") from error
-    return fd
-
-
-def listen(paths: RuntimePaths, options: ServeOptions) -> socket.socket:
-    """A listening socket for those who may connect, in place of a dead store's. Needs :func:`claim`.
-
-    Raises:
-        ConfigError: the path is taken by something else, or the group does not exist or is not this user's to give.
-    """
-    if options.socket_group is not None:
-        _give_to_group(paths, options.socket_group)
-    paths.directory.chmod(options.directory_mode)  # it may be older than the wish to share it
-    if paths.socket.exists() or paths.socket.is_symlink():
-        if not stat.S_ISSOCK(paths.socket.lstat().st_mode):
-            raise ConfigError(f"{paths.socket} is in the way and is not a socket; remove it")
-        paths.socket.unlink()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    before = os.umask(0o177)
-    try:
-        with writing(paths.directory):
-            sock.bind(os.fspath(paths.socket))
-    finally:
-        os.umask(before)
-    if options.socket_group is not None:
-        os.chown(paths.socket, -1, paths.directory.stat().st_gid)
-    paths.socket.chmod(options.socket_mode)
-    sock.listen(512)
-    return sock
-
-
-def _give_to_group(paths: RuntimePaths, group: str) -> None:
-    import grp
-
-    try:
-        os.chown(paths.directory, -1, grp.getgrnam(group).gr_gid)
-    except KeyError as error:
-        raise ConfigError(f"there is no group {group!r}") from error
-    except PermissionError as error:
-        raise ConfigError(f"only members of group {group!r} (and root) can let it in") from error
 
 
 class Server:
@@ -177,8 +120,8 @@ class Server:
             client = await self._greet(connection)
             if client is not None:
                 self._store.join(client)
-                while (payload := await connection.receive()) is not None:
-                    await self._answer(connection, client, payload)
+                while (frame := await connection.receive()) is not None:
+                    await self._answer(connection, client, frame)
         except WoolyError as error:
             connection.refuse(error)
         except Exception:
@@ -190,17 +133,18 @@ class Server:
             if client is not None:
                 self._store.lost(client)
             self._connections.pop(connection.number, None)
+            connection.drop_frames()
 
     async def _greet(self, connection: Connection) -> Client | None:
         try:
             async with asyncio.timeout(HELLO_WITHIN_S):
-                payload = await connection.receive()
+                frame = await connection.receive()
         except TimeoutError:
             connection.cut(f"no greeting within {HELLO_WITHIN_S:.0f} s")
             return None
-        if payload is None:
+        if frame is None:
             return None
-        hello = messages.decode_from_client(payload)
+        hello = messages.decode_from_client(frame.payload)
         if not isinstance(hello, messages.Hello):
             raise ProtocolError("a connection begins with a greeting")
         if hello.protocol != messages.VERSION:
@@ -221,23 +165,31 @@ class Server:
             lambda kind, detail: connection.send(messages.Push(next(self._pushes), kind, detail)),
         )
 
-    async def _answer(self, connection: Connection, client: Client, payload: bytes) -> None:
-        message = messages.decode_from_client(payload)
-        if isinstance(message, messages.Unsupported):
-            return
-        if isinstance(message, messages.Hello):
-            raise ProtocolError("a second greeting")
+    async def _answer(self, connection: Connection, client: Client, frame: wire.Frame) -> None:
         began = time.monotonic()
         try:
-            reply, fds = await self._carry_out(client, message)
-        except WoolyError as error:
-            self._store.counts.protocol_errors += isinstance(error, ProtocolError)
-            reply, fds = failure(error, message.id), ()
+            message = messages.decode_from_client(frame.payload)
+            if isinstance(message, messages.Unsupported):
+                return
+            if isinstance(message, messages.Hello):
+                raise ProtocolError("a second greeting")
+            if frame.fds and not isinstance(message, messages.Offer):
+                raise ProtocolError("fds with a message that has none")
+            connection.expect_fds(0)
+            try:
+                reply, fds = await self._carry_out(client, message, frame.fds)
+            except WoolyError as error:
+                self._store.counts.protocol_errors += isinstance(error, ProtocolError)
+                reply, fds = failure(error, message.id), ()
+                if isinstance(message, messages.Rejoin) and isinstance(error, ModelNotFoundError):
+                    connection.expect_fds(len(message.segments))
+        finally:
+            wire.close_fds(frame.fds)
         self._store.times.add(message, time.monotonic() - began)
         connection.send(reply, fds)
 
     async def _carry_out(  # noqa: C901, PLR0912 - one arm for each request
-        self, client: Client, message: messages.Request
+        self, client: Client, message: messages.Request, offered: tuple[int, ...]
     ) -> tuple[messages.Reply, tuple[int, ...]]:
         store, number = self._store, message.id
         match message:
@@ -253,7 +205,7 @@ class Server:
             case messages.Commit():
                 return _attached(number, await store.commit(client, message))
             case messages.Acquire():
-                await store.acquire(client, message.lease)
+                await store.acquire(client, message.lease, wait=message.wait)
                 return messages.Granted(number), ()
             case messages.RecallFiles():
                 return messages.FileDigests(number, store.recall(client, message.files)), ()
@@ -267,6 +219,14 @@ class Server:
                 store.remember(client, message.files)
             case messages.Abandon():
                 store.abandon(client, message.key, message.reason)
+            case messages.Rejoin():
+                returns.rejoin(store, client, message, set(message.segments))
+            case messages.Offer():
+                await returns.take_offer(store, client, message, offered)
+            case messages.Upgrade():
+                if client.uid not in {os.getuid(), 0}:
+                    raise PermissionDeniedError(f"only uid {os.getuid()} may replace its store")
+                await store.keeping.upgrade(message.python, message.environment)
             case messages.Leave():
                 store.leave(client, message.key)
             case messages.Report():

@@ -49,18 +49,19 @@ def take_status(
             store.segments.limits.get(device),
             store.segments.count(device),
         )
-        for device in store.segments.backends
+        for device in store.segments.devices()
     )
     mapped = sum(client.mapped_bytes for client in clients)
-    degraded = catalog_state != "ok"
+    reasons = (*(("the catalog does not answer",) if catalog_state != "ok" else ()), *store.keeping.reasons)
     return status.Status(
         node=status.NodeStatus(identity.node, identity.hostname, str(identity.runtime_dir)),
         store=status.StoreStatus(
             os.getpid(),
             shared_store.__version__,
             round(time.monotonic() - identity.started_monotonic, 3),
-            "degraded" if degraded else "ok",
-            ("the catalog does not answer",) if degraded else (),
+            "degraded" if reasons else "ok",
+            reasons,
+            store.recovery.active,
         ),
         catalog=status.CatalogStatus(catalog_url, catalog_state),
         devices=devices,
@@ -75,6 +76,7 @@ def take_status(
             store.counts.protocol_errors,
         ),
         requests=store.times.status(),
+        keeper=store.keeping.status(),
     )
 
 
@@ -109,7 +111,7 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
             "resident_bytes": store.segments.resident_bytes(device),
             "limit_bytes": store.segments.limits.get(device),
         }
-        for device in store.segments.backends
+        for device in store.segments.devices()
     }
     node = schema.NodeDoc(
         node=identity.node,

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shared_store import manifest as manifests
 from shared_store.checkpoint import FileId
+from shared_store.daemon.keeping import Keeping
 from shared_store.daemon.leases import Leases
 from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused
+from shared_store.daemon.recovery import Recovery
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.daemon.timing import RequestTimes
 from shared_store.digest import SIZE
@@ -31,12 +34,12 @@ from shared_store.errors import (
 from shared_store.keys import KEY_LENGTH, is_key
 from shared_store.manifest import Manifest
 from shared_store.memory import Backend, backend_for
-from shared_store.protocol import messages, wire
+from shared_store.protocol import control, messages, wire
+from shared_store.protocol.holdings import MAX_FILES, HeldFd, Holdings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_REMEMBERED_FILES = 100_000
 MAX_NAME = 500
 
 
@@ -90,9 +93,13 @@ class Store:
         backends: Mapping[str, Backend],
         limits: Mapping[str, int],
         find_backend: Callable[[str], Backend] = backend_for,
+        keeping: Keeping | None = None,
     ) -> None:
         """Begin with some devices; others are looked up, in a thread, when a client names them."""
         self._find_backend = find_backend
+        self.keeping = keeping or Keeping()
+        self.recovery = Recovery()
+        self.offers: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.segments = Segments(backends, limits)
         self.models = Models()
         self.leases = Leases()
@@ -105,6 +112,8 @@ class Store:
         self._plans: dict[str, PublishPlan] = {}
         self._waiting: dict[tuple[str, int], asyncio.Future[Effect]] = {}
         self._files: OrderedDict[tuple[int, FileId], bytes] = OrderedDict()
+        self.segments.released = self.keeping.release
+        self.keeping.holdings = self._holdings
 
     # Clients come and go.
 
@@ -131,13 +140,13 @@ class Store:
 
     # Named leases.
 
-    async def acquire(self, client: Client, name: str) -> None:
-        """Wait until the lease is the client's."""
+    async def acquire(self, client: Client, name: str, *, wait: bool = True) -> None:
+        """Wait until the lease is the client's; or only get in line."""
         try:
             at_once = self.leases.acquire(name, client.number)
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        if not at_once:
+        if wait and not at_once:
             await self._wait(client, "lease:" + name, self._holder_of(name))
 
     def give_back(self, client: Client, name: str) -> None:
@@ -156,9 +165,13 @@ class Store:
         """Keep digests of files, dropping the oldest when there are very many."""
         if any(len(digest) != SIZE for _, digest in files):
             raise ProtocolError(f"a digest has {SIZE} bytes")
-        for file, digest in files:
-            self._files[client.uid, file] = digest
-        while len(self._files) > MAX_REMEMBERED_FILES:
+        self.recall_all({(client.uid, file): digest for file, digest in files})
+        self.keeping.tell(control.NoteFiles(tuple((client.uid, file, digest) for file, digest in files)))
+
+    def recall_all(self, files: Mapping[tuple[int, FileId], bytes]) -> None:
+        """Keep digests that were told to this store or to one before it."""
+        self._files.update(files)
+        while len(self._files) > MAX_FILES:
             self._files.popitem(last=False)
 
     # Models.
@@ -167,8 +180,8 @@ class Store:
         """Attach to a model; None: the client is to publish it."""
         if not is_key(request.key):
             raise ProtocolError(f"a weight key has {KEY_LENGTH} hexadecimal digits")
-        if request.device not in self.segments.backends:
-            self.segments.add_device(await asyncio.to_thread(self._find_backend, request.device))
+        await self.device(request.device)
+        await self.recovery.wait(request.key, client.gone)
         effects = self.models.open(
             request.key,
             Asker(client.number, request.publish),
@@ -261,7 +274,10 @@ class Store:
         self.event("published", key=request.key, name=manifest.name, bytes=manifest.nbytes, pid=client.pid)
         self._carry_out(effects)
         self.changed()
-        return self._attachment(client, request.key)
+        self.note(request.key)
+        attachment = self._attachment(client, request.key)
+        await self.keeping.flushed()  # what the client is told from here on must be true of the next store too
+        return attachment
 
     def abandon(self, client: Client, key: str, reason: str) -> None:
         """The publisher gives up; the next in line gets its chance."""
@@ -270,6 +286,13 @@ class Store:
         self.event("publish_abandoned", key=key, reason=reason, pid=client.pid)
         self._carry_out(effects)
         self.changed()
+
+    def read_again(self, client: Client, key: str, private_bytes: int) -> None:
+        """The client reads a committed model, and has since before this store began."""
+        model = self.committed[key].manifest
+        asker = Asker(client.number, publish=False)
+        self.models.open(key, asker, name=model.name, engine=model.engine, device=model.device)
+        self.report(client, key, private_bytes)
 
     def leave(self, client: Client, key: str) -> None:
         """The client wants the model no more."""
@@ -319,6 +342,47 @@ class Store:
                 self._carry_out(self.models.quarantine(other))
         self.changed()
 
+    async def device(self, name: str) -> Backend:
+        """The backend of a device; one that is new is looked for. Raises :class:`UnknownDeviceError`."""
+        if name not in self.segments.backends:
+            self.segments.add_device(await asyncio.to_thread(self._find_backend, name))
+        return self.segments.backend(name)
+
+    def segments_of(self, key: str) -> tuple[int, ...]:
+        """Ids of the segments that a committed model lies in."""
+        manifest = self.committed[key].manifest
+        return tuple(dict.fromkeys(self.segments.blob(manifest.device, blob.digest).segment for blob in manifest.blobs))
+
+    # What the keeper holds.
+
+    def note(self, key: str) -> None:
+        """Have the keeper hold a committed model as it is now: to be called whenever that changes."""
+        record = self._record(key)
+        for segment in record.segments:
+            held = self.segments.segment(segment)
+            found = control.SegmentRecord(segment, held.device, held.nbytes)
+            self.keeping.hold(found, lambda segment=segment: self.segments.export(segment))  # type: ignore[misc]
+        self.keeping.tell(control.NoteModel(record))
+
+    def _record(self, key: str) -> control.ModelRecord:
+        committed = self.committed[key]
+        blobs = (self.segments.blob(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs)
+        places = tuple((blob.segment, blob.offset) for blob in blobs)
+        return control.ModelRecord(key, committed.data, places, last_used=time.time())
+
+    def _holdings(self) -> Holdings:
+        """All that a keeper should hold, with fds of their own."""
+        held = Holdings(models={key: self._record(key) for key in self.committed}, files=self._files.copy())
+        try:
+            for number in {segment for model in held.models.values() for segment in model.segments}:
+                segment = self.segments.segment(number)
+                record = control.SegmentRecord(number, segment.device, segment.nbytes)
+                held.segments[number] = HeldFd(record, self.segments.export(number))
+        except BaseException:
+            held.close()
+            raise
+        return held
+
     # Inside.
 
     def _attachment(self, client: Client, key: str) -> Attachment:
@@ -344,7 +408,7 @@ class Store:
             for segment in segments:
                 held = self.segments.segment(segment)
                 if held.memory is not None:
-                    fds.append(self.segments.backend(held.device).export(held.memory))
+                    fds.append(self.segments.export(segment))
         except BaseException:
             wire.close_fds(fds)
             raise
@@ -384,6 +448,7 @@ class Store:
                 if plan is not None:
                     self.segments.drop(plan.token)
                 if self.committed.pop(effect.key, None) is not None:
+                    self.keeping.tell(control.ForgetModel(effect.key))
                     self.segments.drop(effect.key)
             else:
                 self._resolve((effect.key, effect.client), effect)

@@ -70,6 +70,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def sealed(self, segment: Segment) -> bool:
+        """Whether all that :meth:`seal` would do has been done."""
+
+    @abstractmethod
     def reserve(self, nbytes: int) -> int:
         """An address range of this process that nothing else will use, and that faults until it is mapped."""
 

@@ -95,6 +95,10 @@ class CudaBackend(Backend):
     def seal(self, segment: Segment) -> None:
         """Nothing: a GPU has no seals. Readers map read-only, and the publisher digests what it published."""
 
+    def sealed(self, segment: Segment) -> bool:  # noqa: ARG002 - the interface's
+        """Always: there is nothing that could be missing."""
+        return True
+
     def reserve(self, nbytes: int) -> int:  # noqa: D102 - the interface's
         return int(_check("cuMemAddressReserve", nbytes, 0, 0, 0))
 

@@ -77,7 +77,7 @@ class MemfdBackend(Backend):
         return MemfdSegment(fd, nbytes)
 
     def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
-        return _duplicate(self._fd(segment))
+        return duplicate(self._fd(segment))
 
     def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
         try:
@@ -87,7 +87,7 @@ class MemfdBackend(Backend):
             raise MemoryBackendError(f"fd {fd} is not a segment in host memory: {error.strerror}") from error
         if size < nbytes:
             raise MemoryBackendError(f"a segment of {size} bytes, where {nbytes} were announced")
-        return MemfdSegment(_duplicate(fd), nbytes)
+        return MemfdSegment(duplicate(fd), nbytes)
 
     def seal(self, segment: Segment) -> None:  # noqa: D102 - the interface's
         fd = self._fd(segment)
@@ -99,6 +99,9 @@ class MemfdBackend(Backend):
             if error.errno == errno.EBUSY:
                 raise MemoryBackendError("the segment is still mapped for writing; unmap it before commit") from error
             raise MemoryBackendError(f"cannot seal the segment: {error.strerror}") from error
+
+    def sealed(self, segment: Segment) -> bool:  # noqa: D102 - the interface's
+        return fcntl.fcntl(self._fd(segment), fcntl.F_GET_SEALS) & _SEALS == _SEALS
 
     def reserve(self, nbytes: int) -> int:  # noqa: D102 - the interface's
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -151,7 +154,8 @@ class MemfdBackend(Backend):
         return int(result)
 
 
-def _duplicate(fd: int) -> int:
+def duplicate(fd: int) -> int:
+    """A copy of a segment's fd, close-on-exec. Raises :class:`MemoryBackendError`."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError as error:

@@ -41,9 +41,14 @@ class Request(Message, frozen=True):
 
 
 class Acquire(Request, frozen=True, tag="acquire"):
-    """Wait for a named lease, in the order of asking; :class:`Granted` answers. It ends with the connection."""
+    """Wait for a named lease, in the order of asking; :class:`Granted` answers. It ends with the connection.
+
+    Without ``wait`` it is answered at once: a client that had the lease from a store before this one gets in line, and
+    goes on with what it began.
+    """
 
     lease: str
+    wait: bool = True
 
 
 class Yield(Request, frozen=True, tag="yield"):
@@ -108,6 +113,18 @@ class Abandon(Request, frozen=True, tag="abandon"):
     reason: str
 
 
+class Rejoin(Request, frozen=True, tag="rejoin"):
+    """Read a model again that this client has had since before the store was restarted, in these segments (ids).
+
+    :class:`Done` answers, or :class:`Failed` (``model_not_found``) when the store has not got it there; the client may
+    then send an :class:`Offer`.
+    """
+
+    key: str
+    segments: tuple[int, ...]
+    private_bytes: int = 0
+
+
 class Leave(Request, frozen=True, tag="leave"):
     """Stop reading a model: nothing of it is mapped any more."""
 
@@ -147,6 +164,17 @@ class Quarantine(Request, frozen=True, tag="quarantine"):
 
 class Shutdown(Request, frozen=True, tag="shutdown"):
     """Ask the store to end. Engines keep what they have mapped."""
+
+
+class Upgrade(Request, frozen=True, tag="upgrade"):
+    """Ask for a store of another installation in place of this one; for the store's own user alone.
+
+    ``python`` is its interpreter, ``environment`` that one's ``PYTHON...`` variables. The connection ends when it is
+    done; else :class:`Failed` says why the store goes on as it was.
+    """
+
+    python: str
+    environment: dict[str, str]
 
 
 class Unsupported(Message, frozen=True, tag="unsupported"):
@@ -212,6 +240,20 @@ class BlobPlace(msgspec.Struct, frozen=True, array_like=True):
     new: bool = False
 
 
+class Offer(Request, frozen=True, tag="offer"):
+    """Give a model back to a store that lost it: what :class:`Attached` said once, with the fds of the segments.
+
+    The one message of a client that has fds; they are accepted right after a :class:`Rejoin` of that key was refused.
+    The client reads the model once :class:`Done` answers.
+    """
+
+    key: str
+    manifest: bytes
+    places: tuple[BlobPlace, ...]
+    segments: tuple[SegmentInfo, ...]
+    private_bytes: int = 0
+
+
 class Planned(Reply, frozen=True, tag="planned"):
     """Places for the plan's blobs, in its order, in segments that exist and in promised ones."""
 
@@ -256,6 +298,8 @@ ClientMessage = (
     | Fill
     | Commit
     | Abandon
+    | Rejoin
+    | Offer
     | Leave
     | Report
     | ReportFallback
@@ -263,6 +307,7 @@ ClientMessage = (
     | Remove
     | Quarantine
     | Shutdown
+    | Upgrade
     | Unsupported
 )
 StoreMessage = Welcome | Done | Failed | Granted | FileDigests | Planned | Filled | Attached | StatusReply | Push

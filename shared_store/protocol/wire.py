@@ -98,6 +98,11 @@ class Decoder:
         if not self._data and self._fds:
             raise ProtocolError("fds without a message")
 
+    @property
+    def rest(self) -> tuple[bytes, tuple[int, ...]]:
+        """What has arrived of an incomplete frame, and its fds."""
+        return bytes(self._data), tuple(self._fds)
+
     def close(self) -> None:
         """Close fds of frames that never became complete."""
         while self._fds:
@@ -122,6 +127,19 @@ def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(fds)
 
 
+def _pieces(payload: bytes, fds: Sequence[int]) -> list[tuple[memoryview, tuple[int, ...]]]:
+    """A frame as what goes out with one ``sendmsg`` each: bytes, and the fds that come with their first."""
+    data = memoryview(header(payload, len(fds)) + payload)
+    groups = [tuple(fds[i : i + FDS_AT_ONCE]) for i in range(0, len(fds), FDS_AT_ONCE)] or [()]
+    # All groups of fds go out before the last byte, so that the frame is never complete without them.
+    pieces = [(data[i : i + 1], group) for i, group in enumerate(groups[:-1])]
+    return [*pieces, (data[len(pieces) :], groups[-1])]
+
+
+def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
 class Outbox:
     """Frames on their way out of a socket that may not take them at once. Owns the fds until they are sent."""
 
@@ -131,22 +149,15 @@ class Outbox:
 
     def put(self, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Queue a frame; its fds are closed once they are sent, or by :meth:`close`."""
-        data = memoryview(header(payload, len(fds)) + payload)
-        groups = [tuple(fds[i : i + FDS_AT_ONCE]) for i in range(0, len(fds), FDS_AT_ONCE)] or [()]
-        # All groups of fds go out before the last byte, so that the frame is never complete without them.
-        for group in groups[:-1]:
-            self._chunks.append((data[:1], group))
-            data = data[1:]
-        self._chunks.append((data, groups[-1]))
+        self._chunks.extend(_pieces(payload, fds))
         self.pending_bytes += len(payload)
 
     def send(self, sock: socket.socket) -> bool:
         """Send what the socket takes; return whether everything is out. Raises ``OSError`` when the peer is gone."""
         while self._chunks:
             data, fds = self._chunks[0]
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                sent = sock.sendmsg([data], ancillary)
+                sent = sock.sendmsg([data], _ancillary(fds))
             except BlockingIOError:
                 return False
             close_fds(fds)
@@ -174,10 +185,12 @@ class BlockingChannel:
         self._decoder = Decoder(limit)
         self._ready: deque[Frame] = deque()
 
-    def send(self, payload: bytes) -> None:
-        """Send a frame without fds. Raises :class:`ConnectionLostError`."""
+    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a frame; the fds stay the caller's. Raises :class:`ConnectionLostError`."""
         try:
-            self.sock.sendall(header(payload, 0) + payload)
+            for data, group in _pieces(payload, fds):
+                sent = self.sock.sendmsg([data], _ancillary(group)) if group else 0
+                self.sock.sendall(data[sent:])
         except OSError as error:
             raise ConnectionLostError(f"the store is gone: {error.strerror or error}") from error
 

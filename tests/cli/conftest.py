@@ -18,6 +18,7 @@ from shared_store.status import (
     ClientStatus,
     Counters,
     DeviceStatus,
+    KeeperStatus,
     ModelStatus,
     NodeStatus,
     RequestStatus,
@@ -47,8 +48,10 @@ def wooly(directory):
 
     yield run
     with contextlib.suppress(StoreUnavailableError), Session.connect(directory, autostart=False) as session:
+        keeper = session.status().keeper
+        pids = [session.store_pid, *([keeper.pid] if keeper is not None else [])]
         session.shutdown_store()
-        wait_until(lambda: process_state(session.store_pid) in {"", "Z"}, "the store to end")
+        wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in pids), "store and keeper to end")
 
 
 @pytest.fixture
@@ -104,4 +107,5 @@ def status():
         totals=Totals((4 << 30) + (1 << 20), 6 << 30, 3 << 30),
         counters=Counters(attaches=7, publishes=2, aborted_publishes=1, fallbacks=3, protocol_errors=4),
         requests=(RequestStatus("open", 6, 12.5, (1, 2, 0, 0, 0, 0, 2, 0, 0, 0, 1)),),
+        keeper=KeeperStatus(41, "ok", 3, "ok"),
     )

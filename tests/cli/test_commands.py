@@ -28,11 +28,12 @@ def gone(pid):
 
 
 def test_store_from_start_to_end(wooly, directory):
-    """A detached store answers when `serve` returns, a second is refused, and `stop` returns when it is gone."""
+    """A detached store answers when `serve` returns, a second is refused, and `stop` returns when all is gone."""
     started = wooly("serve", "--detach")
     assert started.returncode == 0, started.stderr
-    pid = json.loads(wooly("status", "--json").stdout)["store"]["pid"]
-    assert started.stdout == f"started a store (pid {pid}) in {directory}\n"
+    status = json.loads(wooly("status", "--json").stdout)
+    pid, keeper = status["store"]["pid"], status["keeper"]["pid"]
+    assert started.stdout == f"started a store (its keeper is pid {keeper}) in {directory}\n"
     second = wooly("serve", "--detach")
     assert (second.returncode, second.stdout) == (3, "")
     assert "a store runs already" in second.stderr
@@ -40,6 +41,7 @@ def test_store_from_start_to_end(wooly, directory):
     stopped = wooly("stop")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, f"stopped the store (pid {pid})\n", "")
     assert gone(pid)
+    assert gone(keeper)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -190,7 +192,7 @@ def test_watch_ends_with_the_store(background, store):
     store.kill()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 3
-    assert errors.endswith("[connection_lost]\n")
+    assert errors.endswith("[store_unavailable]\n")
     assert "Traceback" not in errors
 
 

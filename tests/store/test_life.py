@@ -128,7 +128,7 @@ def test_the_socket_of_a_killed_store_is_replaced(start_store, directory):
     assert new.client().store_pid() == new.pid != old.pid
 
 
-def test_when_a_store_is_killed_its_clients_keep_what_they_have(start_store, actor):
+def test_when_a_store_is_killed_its_clients_keep_what_they_have_and_bring_it_to_the_next(start_store, actor):
     old = start_store()
     publisher, reader = actor(), actor()
     publisher.publish(key=key(1), model=MODEL)
@@ -140,10 +140,13 @@ def test_when_a_store_is_killed_its_clients_keep_what_they_have(start_store, act
         with pytest.raises(StoreUnavailableError):
             process.status()
     new = start_store()
+    for process in (publisher, reader):
+        wait_until(process.alive, "the session to come back")
+        assert process.store_pid() == new.pid
     newcomer = actor()
-    assert newcomer.store_pid() == new.pid
-    assert newcomer.publish(key=key(1), model=MODEL) == "granted"
+    assert newcomer.publish(key=key(1), model=MODEL) == "attached"
     assert newcomer.digests() == reader.digests() == reader.expected()
+    assert new.client().status()["models"][0]["readers"] == 3
 
 
 def test_a_waiting_client_is_told_when_the_store_is_killed(start_store, actor):

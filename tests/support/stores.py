@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,14 +13,21 @@ from pathlib import Path
 from support.client import Client
 from support.waiting import open_fds, process_state, readable, wait_until
 
+from shared_store.client.session import Session
+from shared_store.errors import StoreUnavailableError
 from shared_store.paths import RuntimePaths
 
 
 class StoreProcess:
-    """`python -m shared_store.daemon`, or another `program`. Options are those of `ServeOptions`."""
+    """`python -m shared_store.daemon`: a store without a keeper. Options are those of `ServeOptions`.
 
-    def __init__(self, directory, *, program=("-m", "shared_store.daemon"), **options):
-        self._program = program
+    `program`: what is run instead.
+    """
+
+    PROGRAM = ("-m", "shared_store.daemon")
+
+    def __init__(self, directory, *, program=None, **options):
+        self._program = program or self.PROGRAM
         self.directory = Path(directory)
         self.paths = RuntimePaths(self.directory)
         self._options = {"runtime_dir": str(directory), **options}
@@ -52,7 +60,7 @@ class StoreProcess:
 
     def refused(self, **popen):
         """Start it where it must refuse: its exit code, and what it says."""
-        command = [sys.executable, "-m", "shared_store.daemon", str(self.directory), "", json.dumps(self._options)]
+        command = [sys.executable, *self._program, str(self.directory), "", json.dumps(self._options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, **popen)
         return done.returncode, done.stderr
 
@@ -101,6 +109,49 @@ class StoreProcess:
         if self._process is not None and self._process.poll() is None:
             if process_state(self.pid) == "T":
                 os.kill(self.pid, signal.SIGCONT)
+            self.kill()
+
+
+class KeptStore(StoreProcess):
+    """`python -m shared_store.keeper`: a keeper, which this object's process is, and the store that it starts."""
+
+    PROGRAM = ("-m", "shared_store.keeper")
+
+    @property
+    def store_pid(self):
+        """The store that serves now; waits for one."""
+        return self.status().store.pid
+
+    def status(self):
+        with Session.connect(self.directory, name="test", autostart=False) as session:
+            return session.status()
+
+    def kill_store(self):
+        """SIGKILL the store; its pid."""
+        pid = self.store_pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def kill_both(self):
+        """SIGKILL keeper and store, and wait until they are gone."""
+        status = self.status()
+        both = status.keeper.pid, status.store.pid
+        os.kill(both[0], signal.SIGSTOP)  # or it would start another store
+        for pid in reversed(both):
+            os.kill(pid, signal.SIGKILL)
+        if both[0] == self.pid:
+            self._process.wait()
+        wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in both), "keeper and store to be gone")
+
+    def clean_up(self):
+        for client in self._clients:
+            client.unmap_all()
+            client.close()
+        with contextlib.suppress(StoreUnavailableError), Session.connect(self.directory, autostart=False) as session:
+            keeper = session.status().keeper.pid
+            session.shutdown_store()
+            wait_until(lambda: process_state(keeper) in {"", "Z"}, "the keeper to end")
+        if self._process is not None and self._process.poll() is None:
             self.kill()
 
 

@@ -1,0 +1,130 @@
+"""What a store has of the one before it: models whose memory its keeper held, and models that are still awaited.
+
+Awaited is a model that only the journal knows: keeper and store were killed together, and the memory lives on in
+clients. For a grace time an open of such a model waits for one of them to offer it, instead of loading it again.
+
+Nothing is believed that does not agree: a model whose manifest, places and segments contradict each other is dropped,
+and so is memory that is not what its record says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shared_store import manifest as manifests
+from shared_store.errors import MemoryBackendError, OfferRefusedError, ProtocolError
+from shared_store.manifest import Manifest
+from shared_store.memory import Backend
+from shared_store.protocol import control
+from shared_store.protocol.holdings import Holdings
+
+GRACE_S = 5.0
+"""Seconds that clients have to come back after a restart. They try again within one second."""
+
+
+class Recovery:
+    """The time after a restart. One that recovers from nothing is over at once."""
+
+    def __init__(self, held: Holdings | None = None) -> None:
+        """``held``: what there was of an earlier store."""
+        self._records = dict(held.models) if held else {}
+        self._segments = {number: found.record for number, found in held.segments.items()} if held else {}
+        self._coming: dict[str, asyncio.Event] = {}
+        self.until = time.monotonic() + GRACE_S if self._records else 0.0
+        """When the grace time ends, on the monotonic clock."""
+
+    @property
+    def active(self) -> bool:
+        """Whether readers may still come back: nothing that seems unused should be given up yet."""
+        return time.monotonic() < self.until
+
+    def expect(self, key: str) -> None:
+        """Let whoever opens the model wait until it is :meth:`settled`."""
+        self._coming.setdefault(key, asyncio.Event())
+
+    def settled(self, key: str) -> None:
+        """The model is here, or will not come."""
+        coming = self._coming.pop(key, None)
+        if coming is not None:
+            coming.set()
+
+    def end(self) -> list[str]:
+        """The grace time is over; returns the keys that were waited for in vain."""
+        missed = [key for key in self._coming if key in self._records]
+        for key in missed:
+            self.settled(key)
+        return missed
+
+    async def wait(self, key: str, gone: asyncio.Event) -> None:
+        """Wait while the model is expected, or until the client that asks is gone."""
+        coming = self._coming.get(key)
+        if coming is None:
+            return
+        waits = [asyncio.ensure_future(event.wait()) for event in (coming, gone)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+
+    def agree(self, offered: OfferedModel) -> None:
+        """Raise :class:`OfferRefusedError` where an offer contradicts what the journal says of the model."""
+        known = self._records.get(offered.manifest.key)
+        if known is not None and (known.manifest != offered.data or known.places != offered.places):
+            raise OfferRefusedError(f"{offered.manifest.key} was another model: the journal disagrees")
+        for number, nbytes in offered.segments.items():
+            record = self._segments.get(number)
+            if record is not None and (record.device, record.nbytes) != (offered.manifest.device, nbytes):
+                raise OfferRefusedError(f"segment {number} was another segment: the journal disagrees")
+
+
+@dataclass(frozen=True)
+class OfferedModel:
+    """A model as it lay in an earlier store: ``places`` are (segment id, first byte), ``segments`` sizes by id."""
+
+    data: bytes
+    manifest: Manifest
+    places: tuple[tuple[int, int], ...]
+    segments: Mapping[int, int]
+
+    @staticmethod
+    def read(key: str, data: bytes, places: tuple[tuple[int, int], ...], segments: Mapping[int, int]) -> OfferedModel:
+        """Check that the parts agree. Raises :class:`OfferRefusedError`."""
+        try:
+            manifest = manifests.decode(data)
+        except ProtocolError as error:
+            raise OfferRefusedError(str(error)) from error
+        if manifest.key != key:
+            raise OfferRefusedError(f"the manifest of {key} is that of {manifest.key}")
+        if len(places) != len(manifest.blobs):
+            raise OfferRefusedError(f"{key} has {len(manifest.blobs)} blobs and {len(places)} places")
+        for blob, (segment, offset) in zip(manifest.blobs, places, strict=True):
+            if segment not in segments or offset < 0 or offset + blob.nbytes > segments[segment]:
+                raise OfferRefusedError(f"{key}: blob {blob.digest.hex()[:16]} does not lie in segment {segment}")
+        return OfferedModel(data, manifest, places, segments)
+
+    @staticmethod
+    def noted(record: control.ModelRecord, segments: Mapping[int, control.SegmentRecord]) -> OfferedModel:
+        """The same of a keeper's record. Raises :class:`OfferRefusedError`."""
+        own = {number: segments[number].nbytes for number in record.segments if number in segments}
+        found = OfferedModel.read(record.key, record.manifest, record.places, own)
+        for number in own:
+            if segments[number].device != found.manifest.device:
+                raise OfferRefusedError(f"{record.key} is on {found.manifest.device}, its segment {number} is not")
+        return found
+
+
+def check_memory(backend: Backend, fd: int, nbytes: int) -> None:
+    """Raise :class:`MemoryBackendError` where an fd is no finished segment of this size."""
+    segment = backend.import_fd(fd, nbytes)
+    try:
+        if os.fstat(fd).st_size not in {0, nbytes}:  # 0: not a file with a size
+            raise MemoryBackendError(f"a segment of {os.fstat(fd).st_size} bytes, where {nbytes} were announced")
+        if not backend.sealed(segment):
+            raise MemoryBackendError("it can still be written to")
+    finally:
+        backend.release(segment)

@@ -1,0 +1,27 @@
+"""Real keepers, stores and clients."""
+
+import pytest
+from support.fixtures import actor, directory
+from support.stores import KeptStore
+
+__all__ = ["actor", "directory", "start_kept"]
+
+
+@pytest.fixture
+def start_kept(directory):
+    """Start a keeper and its store, with options; they are ended with the test."""
+    started = []
+
+    def start(**options):
+        started.append(KeptStore(directory, **options))
+        return started[-1].start()
+
+    yield start
+    for one in started:
+        one.clean_up()
+
+
+@pytest.fixture
+def kept(start_kept):
+    """A keeper and its store."""
+    return start_kept()
