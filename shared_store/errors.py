@@ -182,14 +182,14 @@ class SavedModelError(WoolyError):
     """A saved model cannot be taken back: it is incomplete, was changed, or is not wooly's or not of this version."""
 
     code = "saved_model"
-    exit_code = 17
+    exit_code = 19
 
 
 class DiskError(WoolyError):
     """A model could not be written to disk: no room, or the file system refuses."""
 
     code = "disk"
-    exit_code = 18
+    exit_code = 20
 
 
 def _all_subclasses(cls: type[WoolyError]) -> list[type[WoolyError]]:
