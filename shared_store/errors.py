@@ -182,28 +182,28 @@ class SavedModelError(WoolyError):
     """A saved model cannot be taken back: it is incomplete, was changed, or is not wooly's or not of this version."""
 
     code = "saved_model"
-    exit_code = 17
+    exit_code = 19
 
 
 class DiskError(WoolyError):
     """A model could not be written to disk: no room, or the file system refuses."""
 
     code = "disk"
-    exit_code = 18
+    exit_code = 20
 
 
 class OfferRefusedError(WoolyError):
     """What a client offered to a restarted store is not what it says it is, or is not wanted."""
 
     code = "offer_refused"
-    exit_code = 19
+    exit_code = 17
 
 
 class UpgradeError(WoolyError):
     """The store was not replaced by another version; it goes on as it was."""
 
     code = "upgrade"
-    exit_code = 20
+    exit_code = 18
 
 
 class CatalogUnavailableError(WoolyError):

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from shared_store import envs
 from shared_store.client.session import Session
-from shared_store.errors import ConfigError, SavedModelError, WoolyError
+from shared_store.errors import ConfigError, DigestMismatchError, SavedModelError, WoolyError
 from shared_store.memory import Backend
 from shared_store.protocol import messages, wire
 from shared_store.transfer.cache import Cache, configured
@@ -25,9 +25,12 @@ from shared_store.transfer.holding import duplicated, mapped
 from shared_store.transfer.restore import restore
 from shared_store.transfer.saved import SavedModel
 from shared_store.transfer.saver import save_later
-from shared_store.transfer.verify import mismatched
+from shared_store.transfer.verify import mismatched, quarantine
 
 log = logging.getLogger(__name__)
+
+_TRIES: Final = 4
+"""Answers of the store that are looked at. What is wrong is quarantined or refused each time: more are not needed."""
 
 Opened: TypeAlias = tuple[messages.Attached, tuple[int, ...]]
 """The store's description of a model, and the fds of its segments (the caller's)."""
@@ -72,10 +75,11 @@ def obtain(
             logged and counted; an entry of the cache that is refused is removed.
         ModelNotFoundError: the store does not have it, nothing is saved, and this engine would not load it.
         TimedOutError: another client publishes it, and is not done in time.
+        DigestMismatchError: the store goes on offering bytes that this process finds wrong.
     """
     cache = _cache()
     source = need.restore_from or (cache.find(need.key) if cache else None)
-    while True:
+    for _ in range(_TRIES):
         opened = session.open(
             need.key,
             name=need.name,
@@ -100,6 +104,7 @@ def obtain(
         if cache:
             cache.used(need.key)
         return opened
+    raise DigestMismatchError(f"{need.name} in the store is not what its digests say, again and again; see its log")
 
 
 def published(key: str, runtime_dir: Path | None = None) -> None:
@@ -165,5 +170,6 @@ def _sound(session: Session, need: Need, backend: Backend, opened: Opened) -> bo
         len(wrong),
         need.name,
     )
-    session.quarantine(need.key, wrong)
+    quarantine(session, need.key, wrong)
+    session.leave(need.key)
     return False

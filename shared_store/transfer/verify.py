@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -15,8 +15,6 @@ from shared_store.memory import backend_for
 from shared_store.status import ModelStatus
 from shared_store.transfer.copier import Copier, Progress, copier_for, unheard
 from shared_store.transfer.holding import Holding, reading
-
-log = logging.getLogger(__name__)
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -42,6 +40,12 @@ def mismatched(holding: Holding, copier: Copier, progress: Progress = unheard) -
     return tuple(digest for digest, actual in zip(holding.spans, found, strict=True) if digest != actual)
 
 
+def quarantine(session: Session, key: str, wrong: Sequence[bytes]) -> None:
+    """Have the store take blobs of a model out of service; somebody else may have been first."""
+    with contextlib.suppress(ModelNotFoundError):
+        session.quarantine(key, wrong)
+
+
 def check(session: Session, holding: Holding, copier: Copier) -> None:
     """Digest all of a model; have the store take out of service what is wrong.
 
@@ -50,7 +54,7 @@ def check(session: Session, holding: Holding, copier: Copier) -> None:
     """
     wrong = mismatched(holding, copier)
     if wrong:
-        session.quarantine(holding.manifest.key, wrong)
+        quarantine(session, holding.manifest.key, wrong)
         raise DigestMismatchError(
             f"{len(wrong)} blobs of {holding.manifest.name} are not what their digests say; the model is out of "
             "service, and the next engine that needs it loads it again"
@@ -83,7 +87,7 @@ def verify(session: Session, models: Sequence[ModelStatus], progress: Progress =
                 sound |= new.keys() - set(wrong)
                 seconds = time.perf_counter() - began
                 if wrong:
-                    session.quarantine(model.key, wrong)
+                    quarantine(session, model.key, wrong)
                 yield Verified(
                     model.key,
                     model.name,

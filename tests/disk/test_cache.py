@@ -147,7 +147,7 @@ def test_a_saver_makes_room(cache, model, session):
 def test_a_saver_says_why_it_saved_nothing(cache, model, monkeypatch):
     """In its log: the model is larger than the cache may be, or is not there."""
     monkeypatch.setenv("WOOLY_CACHE_MAX_BYTES", "1MiB")
-    for argument, code in ((model.key, 18), (key(99), 9)):
+    for argument, code in ((model.key, 20), (key(99), 9)):
         program = f"from shared_store.transfer import saver\nsys.argv[1:] = [{argument!r}]\nsys.exit(saver.main())"
         process = start_program(program)
         _, said = process.communicate(timeout=30)

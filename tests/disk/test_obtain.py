@@ -10,11 +10,14 @@ from disk.conftest import CONTENTS, KEY, MANIFEST
 from support.content import key
 from support.saved import UNSEALED, publish, resident, turn_a_bit
 
+from shared_store.client.session import Session
 from shared_store.errors import ModelNotFoundError, SavedModelError
 from shared_store.memory import MemfdBackend
 from shared_store.protocol import wire
 from shared_store.transfer.cache import configured
+from shared_store.transfer.holding import committed, reading
 from shared_store.transfer.obtain import Need, obtain
+from shared_store.transfer.verify import quarantine
 
 NAME = "model.safetensors"
 
@@ -176,3 +179,12 @@ class TestVerifiedOnAttaching:
         monkeypatch.setenv("WOOLY_VERIFY", "never")
         turn_a_bit(directory, model.key)
         assert ask(session, model.key) == "attached"
+
+    def test_two_engines_find_it_at_once(self, session, model, directory):
+        """The second one's quarantine comes too late, and it waits for the first one, who publishes."""
+        turn_a_bit(directory, model.key)
+        with Session.connect(directory, autostart=False) as other:
+            with reading(other, committed(other.status().models, model.key), MemfdBackend()):
+                assert ask(session, model.key) == "loads"
+                quarantine(other, model.key, [model.blobs[0].digest])
+            assert [one.state for one in session.status().models] == ["publishing"]

@@ -9,6 +9,8 @@ from support.content import key
 from support.saved import UNSEALED, turn_a_bit
 from support.waiting import wait_until
 
+from shared_store.errors import WoolyError
+
 ONE, OTHER, THIRD = key(1), key(2), key(3)
 BASE = [[1, 3 << 20], [2, 1000]]
 
@@ -88,7 +90,7 @@ def test_a_publisher_that_counted_on_it_plans_anew(store, wooly, directory):
     publisher.unmap()
     turn_a_bit(directory, ONE)
     assert wooly("verify", ONE).returncode == 11
-    with pytest.raises(Exception, match="was not planned"):
+    with pytest.raises(WoolyError):
         publisher.commit(OTHER)
     assert publisher.plan(OTHER, [*BASE, [3, 5000]]) == [True, True, True]
     publisher.fill(OTHER)
