@@ -17,7 +17,7 @@ GPU_TESTS ?= tests/memory tests/gpu
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench gpu hf-versions clean
+.PHONY: help install demo test lint wheel bench soak gpu hf-versions clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,10 @@ bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/re
 	$(VENV)/bin/python benchmarks/bench_disk.py
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
+
+soak: install ## 200 clients that publish, read and die at random for two minutes, then an exact count (results/soak.json)
+	$(VENV)/bin/python benchmarks/soak.py
+	$(VENV)/bin/python benchmarks/summary.py
 
 hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
