@@ -68,7 +68,8 @@ def command(
 ) -> None:
     """Run this node's store and its keeper, in the foreground until Ctrl-C or SIGTERM.
 
-    The keeper starts the store again when it dies, with all models. Clients start one by themselves (unless WOOLY_AUTOSTART=0); run it by hand to give it options.
+    The keeper starts the store again when it dies, with all models. Clients start both by themselves (unless
+    WOOLY_AUTOSTART=0); run it by hand to give options.
 
     \b
     Examples:
