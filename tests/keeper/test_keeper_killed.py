@@ -9,12 +9,23 @@ import pytest
 from support.stores import KeptStore
 from support.waiting import open_segments, wait_until
 
+from shared_store.keeper.journal import read
+from shared_store.protocol.holdings import Holdings
+
 ONE, OTHER = "a" * 64, "b" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]
 
 
 def readers(kept, key=ONE):
     return {model.key: model.readers for model in kept.status().models}.get(key)
+
+
+def journal_state(kept):
+    """Segments and models as the journal has them."""
+    held = Holdings()
+    for change in read(kept.paths.journal)[0]:
+        held.apply(change)
+    return held.segments, held.models
 
 
 @pytest.fixture
@@ -116,3 +127,4 @@ def test_nobody_has_the_model_any_more(kept, start_again, actor):
     late = actor()
     assert late.open(key=ONE) == "granted"
     assert again.status().totals.resident_bytes == 0
+    wait_until(lambda: journal_state(again) == ({}, {}), "the journal to know nothing of it")
