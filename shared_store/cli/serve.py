@@ -68,8 +68,8 @@ def command(
 ) -> None:
     """Run this node's store and its keeper, in the foreground until Ctrl-C or SIGTERM.
 
-    The keeper starts the store again when it dies, with all models. Clients start one by themselves (unless
-    WOOLY_AUTOSTART=0); run it by hand to give it options.
+    The keeper starts the store again when it dies, with all models. Clients start both by themselves (unless
+    WOOLY_AUTOSTART=0); run it by hand to give options.
 
     \b
     Examples:
@@ -121,7 +121,7 @@ def command(
 
 def parse_limit(text: str) -> tuple[str, int]:
     """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
-    from shared_store.sizes import parse_size
+    from shared_store.cli.render import parse_size
 
     device, equals, size = text.partition("=")
     nbytes = parse_size(size)

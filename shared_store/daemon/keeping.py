@@ -79,6 +79,7 @@ class Keeping:
         self._child: subprocess.Popen[bytes] | None = None
         held = inheritance.held.segments if inheritance else {}
         self._told = {number for number, found in held.items() if found.fd is not None}
+        self._lost_fds = set(held) - self._told
         self._journal = ""
         self._gone = ""
         self._slow = ""
@@ -136,8 +137,9 @@ class Keeping:
 
     def release(self, segment: int) -> None:
         """A segment is needed no more."""
-        if segment in self._told:
+        if segment in self._told or segment in self._lost_fds:
             self._told.discard(segment)
+            self._lost_fds.discard(segment)
             self._tell(control.Release(segment))
 
     def tell(self, *changes: control.NoteModel | control.ForgetModel | control.NoteFiles) -> None:
@@ -203,6 +205,7 @@ class Keeping:
         """The keeper is gone. Engines go on, and so does this store."""
         self._channel = None
         self._told.clear()
+        self._lost_fds.clear()
         self._gone = f"the keeper (pid {self._pid}) is gone"
         self._not_upgraded("the new keeper ended; the store's log says why")
         self.event("keeper_lost", detail=self._gone)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from shared_store import manifest as manifests
@@ -33,6 +33,7 @@ class Recovery:
         """``held``: what there was of an earlier store."""
         self._records = dict(held.models) if held else {}
         self._segments = {number: found.record for number, found in held.segments.items()} if held else {}
+        self._awaited: set[str] = set()
         self._coming: dict[str, asyncio.Event] = {}
         self.until = time.monotonic() + GRACE_S if self._records else 0.0
         """When the grace time ends, on the monotonic clock."""
@@ -42,22 +43,41 @@ class Recovery:
         """Whether readers may still come back: nothing that seems unused should be given up yet."""
         return time.monotonic() < self.until
 
+    def await_clients(self, key: str) -> None:
+        """Only clients have the model: let whoever opens it wait for them."""
+        self._awaited.add(key)
+        self.expect(key)
+
     def expect(self, key: str) -> None:
         """Let whoever opens the model wait until it is :meth:`settled`."""
         self._coming.setdefault(key, asyncio.Event())
 
     def settled(self, key: str) -> None:
-        """The model is here, or will not come."""
+        """The model is here, or what was offered is not it."""
         coming = self._coming.pop(key, None)
         if coming is not None:
             coming.set()
 
-    def end(self) -> list[str]:
-        """The grace time is over; returns the keys that were waited for in vain."""
-        missed = [key for key in self._coming if key in self._records]
-        for key in missed:
+    def end(self, busy: Container[str]) -> list[str]:
+        """The grace time is over: nobody waits any more for models that clients have, but for the ``busy`` ones.
+
+        Returns the keys of those that were waited for; some of them may have come.
+        """
+        over = sorted(key for key in self._awaited if key not in busy)
+        for key in over:
+            self._awaited.discard(key)
             self.settled(key)
-        return missed
+        return over
+
+    @property
+    def awaited(self) -> bool:
+        """Whether clients may still bring models."""
+        return bool(self._awaited)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Ids of the segments that there were."""
+        return tuple(self._segments)
 
     async def wait(self, key: str, gone: asyncio.Event) -> None:
         """Wait while the model is expected, or until the client that asks is gone."""

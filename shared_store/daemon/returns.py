@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from shared_store.daemon.recovery import OfferedModel, Recovery, check_memory
+from shared_store.daemon.recovery import GRACE_S, OfferedModel, Recovery, check_memory
 from shared_store.daemon.segments import Part, verify
 from shared_store.daemon.store import Client, Committed, Store
 from shared_store.errors import (
@@ -58,17 +58,25 @@ def restore(store: Store, held: Holdings) -> None:
             _admit(store, model)
             log.info("%s is here again: %d tensors", model.manifest.name, len(model.manifest.tensors))
         else:
-            store.recovery.expect(record.key)
+            store.recovery.await_clients(record.key)
             log.info("%s may come back with a client that has it", model.manifest.name)
     store.segments.sweep()
     store.recall_all(held.files)
 
 
 def end_grace(store: Store) -> None:
-    """The clients had time to come back: what nobody brought is forgotten."""
-    for key in store.recovery.end():
-        store.keeping.tell(control.ForgetModel(key))
-        _dropped(store, "model_lost", f"{key}: no client had it any more")
+    """The clients had time to come back: what nobody brought is forgotten, unless somebody is just bringing it."""
+    busy = {key for key, lock in store.offers.items() if lock.locked()}
+    for key in store.recovery.end(busy):
+        if key not in store.committed:
+            store.keeping.tell(control.ForgetModel(key))
+            _dropped(store, "model_lost", f"{key}: no client had it any more")
+    if store.recovery.awaited:
+        asyncio.get_running_loop().call_later(GRACE_S, end_grace, store)
+        return
+    for number in store.recovery.segments:
+        if not store.segments.has(number):
+            store.keeping.release(number)
     store.changed()
 
 

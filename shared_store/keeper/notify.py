@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 """Meant for this process alone: not for those that it starts."""
 
+_TAKES_WITHIN_S = 1.0  # a manager that reads nothing must not stop a keeper
 _FIRST_FD = 3
 
 
@@ -46,10 +47,11 @@ class ServiceManager:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(_TAKES_WITHIN_S)
             try:
                 sock.sendmsg(["\n".join(lines).encode()], ancillary, 0, address)
             except OSError as error:
-                log.warning("the service manager at %s cannot be told: %s", self._address, error.strerror)
+                log.warning("the service manager at %s cannot be told: %s", self._address, error)
 
     def keep(self, name: str, fd: int) -> None:
         """Have an fd kept. It is not watched: a segment's fd has no news."""

@@ -190,7 +190,8 @@ class BlockingChannel:
         try:
             for data, group in _pieces(payload, fds):
                 sent = self.sock.sendmsg([data], _ancillary(group)) if group else 0
-                self.sock.sendall(data[sent:])
+                if rest := data[sent:]:  # sending nothing fails, too, when the peer has gone after a whole message
+                    self.sock.sendall(rest)
         except OSError as error:
             raise ConnectionLostError(f"the store is gone: {error.strerror or error}") from error
 

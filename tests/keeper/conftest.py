@@ -1,10 +1,10 @@
 """Real keepers, stores and clients."""
 
 import pytest
-from support.fixtures import actor, directory
+from support.fixtures import actor, directory, start_store, store
 from support.stores import KeptStore
 
-__all__ = ["actor", "directory", "start_kept"]
+__all__ = ["actor", "directory", "start_kept", "start_store", "store"]
 
 
 @pytest.fixture

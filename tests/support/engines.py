@@ -106,11 +106,12 @@ def private_store_directory() -> Iterator[Path]:
 def stop_store(directory: Path) -> None:
     try:
         with Session.connect(directory, autostart=False) as session:
-            pid = session.store_pid
+            keeper = session.status().keeper
+            pids = [session.store_pid, *([keeper.pid] if keeper is not None else [])]
             session.shutdown_store()
     except StoreUnavailableError:
         return
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the store ends")
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "store and keeper end")
 
 
 def status_of(directory: Path) -> Status:

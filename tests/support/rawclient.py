@@ -27,9 +27,8 @@ class RawClient:
     def __exit__(self, *_):
         self.channel.close()
 
-    def send(self, message):
-        payload = messages.encode(message)
-        self.send_bytes(wire.header(payload, 0) + payload)
+    def send(self, message, fds=()):
+        self.channel.send(messages.encode(message), fds)
 
     def send_for_ever(self, message):
         """Until the socket is closed at the other end, or takes no more for long."""

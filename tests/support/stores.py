@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -38,11 +39,14 @@ class StoreProcess:
     def pid(self):
         return self._process.pid
 
-    def start(self, **popen):
-        """Start it, and wait until clients can connect."""
-        told, tell = os.pipe()
+    def start(self, *, through=(), pass_fds=(), **popen):
+        """Start it, and wait until clients can connect. ``through`` is a command that ends up as the store's."""
+        told, low = os.pipe()
+        tell = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 200)  # out of the way of fds that have their place
+        os.close(low)
         try:
             command = [
+                *through,
                 sys.executable,
                 *self._program,
                 str(self.directory),
@@ -50,7 +54,7 @@ class StoreProcess:
                 json.dumps(self._options),
             ]
             with (self.directory / "test.log").open("ab") as log:
-                self._process = subprocess.Popen(command, pass_fds=(tell,), stdout=log, stderr=log, **popen)
+                self._process = subprocess.Popen(command, pass_fds=(tell, *pass_fds), stdout=log, stderr=log, **popen)
             os.close(tell)
             assert readable(told, 20.0), "the store was not ready within 20 s"
             assert os.read(told, 1) == b"1", self.log()

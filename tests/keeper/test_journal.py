@@ -1,0 +1,195 @@
+"""The journal: what of a damaged one counts, and that a disk without it stops nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.stores import KeptStore
+from support.waiting import wait_until
+
+from shared_store.checkpoint import FileId
+from shared_store.keeper import journal
+from shared_store.keeper.journal import MAGIC, Journal, boot_id, read, record
+from shared_store.protocol import control, handover
+from shared_store.protocol.holdings import Holdings
+
+ONE = "a" * 64
+MODEL = [[1, 300_000], [2, 3 << 20]]
+
+numbers = st.integers(1, 5)
+keys = st.sampled_from(["k1", "k2", "k3"])
+places = st.lists(st.tuples(numbers, st.integers(0, 1 << 40)), max_size=3).map(tuple)
+files = st.tuples(st.integers(0, 3), st.builds(FileId, *[st.integers(0, 9)] * 5), st.binary(min_size=32, max_size=32))
+changes = st.one_of(
+    st.builds(control.Hold, st.builds(control.SegmentRecord, numbers, st.sampled_from(["cpu", "GPU-1"]), numbers)),
+    st.builds(control.Release, numbers),
+    st.builds(control.NoteModel, st.builds(control.ModelRecord, keys, st.binary(max_size=9), places, st.booleans())),
+    st.builds(control.ForgetModel, keys),
+    st.builds(control.NoteFiles, st.lists(files, max_size=3).map(tuple)),
+)
+
+
+def state(held):
+    return {number: one.record for number, one in held.segments.items()}, held.models, dict(held.files)
+
+
+def applied(history):
+    held = Holdings()
+    for change in history:
+        held.apply(change)
+    return held
+
+
+@given(st.lists(st.one_of(changes, st.just("rewrite")), max_size=20))
+def test_what_was_written_is_read(tmp_path_factory, history):
+    """However often it was written anew in between, the journal is the state; and so is a handover."""
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    held, written = Holdings(), Journal(path)
+    written.rewrite([])
+    for change in history:
+        if change == "rewrite":
+            written.rewrite(one for one, _ in held.changes())
+        else:
+            held.apply(change)
+            written.append(change)
+    written.close()
+    found, damage = read(path)
+    assert (state(applied(found)), damage, written.reason) == (state(held), "", "")
+    copied = Holdings()
+    for payload, _ in handover.changes_of(held):
+        copied.apply(control.decode_state(payload))
+    assert state(copied) == state(held)
+
+
+@given(st.lists(changes, min_size=1, max_size=6), st.data())
+def test_torn_tail(tmp_path_factory, history, data):
+    """Cut off anywhere, the whole records before the cut count, and it is told unless the cut is between records."""
+    records = [record(change) for change in history]
+    whole = b"".join(records)
+    cut = data.draw(st.integers(0, len(whole)))
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    path.write_bytes(MAGIC + boot_id() + whole[:cut])
+    found, damage = read(path)
+    ends = [sum(map(len, records[:count])) for count in range(len(records) + 1)]
+    kept = max(count for count, end in enumerate(ends) if end <= cut)
+    assert found == history[:kept]
+    assert bool(damage) == (cut not in ends)
+
+
+@given(st.lists(changes, min_size=1, max_size=6), st.data())
+def test_turned_bit(tmp_path_factory, history, data):
+    """A record with another bit in it does not count, nor does what follows."""
+    records = [record(change) for change in history]
+    which = data.draw(st.integers(0, len(records) - 1))
+    bad = bytearray(records[which])
+    bad[data.draw(st.integers(0, len(bad) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path_factory.mktemp("journal") / "journal"
+    path.write_bytes(MAGIC + boot_id() + b"".join([*records[:which], bytes(bad), *records[which + 1 :]]))
+    found, damage = read(path)
+    assert found == history[:which]
+    assert damage
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"something else", "no journal of this version"),
+        (MAGIC + b"00000000-0000-0000-0000-000000000000\n" + record(control.Release(1)), "another boot"),
+    ],
+    ids=["foreign", "of another boot"],
+)
+def test_no_journal_of_ours(tmp_path, data, why):
+    """Nothing of it counts."""
+    path = tmp_path / "journal"
+    path.write_bytes(data)
+    found, damage = read(path)
+    assert found == []
+    assert why in damage
+
+
+def test_link_in_the_journals_place(tmp_path):
+    """It is not followed, and not written through."""
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    path = tmp_path / "journal"
+    path.symlink_to(target)
+    found, damage = read(path)
+    assert (found, bool(damage)) == ([], True)
+    written = Journal(path)
+    written.rewrite([control.Release(1)])
+    written.close()
+    assert target.read_bytes() == b"precious"
+    assert read(path) == ([control.Release(1)], "")
+
+
+def test_history_is_dropped(tmp_path, monkeypatch):
+    """A file that is mostly history is due to be written anew; one that is all state is not, however large."""
+    monkeypatch.setattr(journal, "COMPACT_FROM", 1000)
+    written = Journal(tmp_path / "journal")
+    model = control.ModelRecord(ONE, b"m" * 500, ())
+    written.rewrite([control.NoteModel(model)] * 4)
+    assert not written.due()
+    for _ in range(5):
+        written.append(control.NoteModel(model))
+    assert written.due()
+    written.rewrite([control.NoteModel(model)])
+    assert not written.due()
+    written.close()
+
+
+def test_disk_full(tmp_path):
+    """What does not fit is not half there for the next reader: writing stops, with a reason, until all fits again."""
+    written = Journal(tmp_path / "journal")
+    written.rewrite([control.Release(1)])
+    full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(full, written._fd, inheritable=False)
+    os.close(full)
+    written.append(control.Release(2))
+    assert "No space left" in written.reason
+    written.append(control.Release(3))
+    assert read(tmp_path / "journal") == ([control.Release(1)], "")
+    written.rewrite([control.Release(3)])
+    assert written.reason == ""
+    assert read(tmp_path / "journal") == ([control.Release(3)], "")
+    written.close()
+
+
+def test_store_without_a_journal(directory, actor):
+    """Where it cannot be written the store serves, says `degraded` with the reason, and `ok` once it can be."""
+    obstacle = directory / "journal.new"
+    obstacle.mkdir()
+    kept = KeptStore(directory).start()
+    try:
+        publisher = actor()
+        publisher.publish(key=ONE, model=MODEL)
+        status = kept.status()
+        assert (status.store.state, status.keeper.journal) == ("degraded", "degraded")
+        assert any("journal" in reason for reason in status.store.reasons)
+        pid = kept.kill_store()  # what the keeper holds needs no journal
+        wait_until(lambda: publisher.alive() and publisher.store_pid() != pid, "the reader to be back")
+        obstacle.rmdir()
+        wait_until(lambda: kept.status().keeper.journal == "ok", "the journal to be whole")
+        assert ONE in {change.model.key for change in read(kept.paths.journal)[0] if hasattr(change, "model")}
+    finally:
+        kept.clean_up()
+
+
+@pytest.mark.parametrize("damage", ["torn", "foreign"])
+def test_damaged_journal_of_a_killed_keeper(directory, actor, damage):
+    """The next keeper says so and goes on; clients bring back what they have."""
+    first = KeptStore(directory).start()
+    publisher = actor()
+    publisher.publish(key=ONE, model=MODEL)
+    first.kill_both()
+    data = first.paths.journal.read_bytes()
+    first.paths.journal.write_bytes(data[:-3] if damage == "torn" else b"no journal")
+    again = KeptStore(directory).start()
+    try:
+        assert "journal damaged" in again.log()
+        wait_until(lambda: any(one.readers == 1 for one in again.status().models), "the reader to be back")
+    finally:
+        again.clean_up()
+        first.clean_up()

@@ -1,0 +1,130 @@
+"""The keeper is killed: alone, and together with the store."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from support.stores import KeptStore
+from support.waiting import open_segments, wait_until
+
+from shared_store.keeper.journal import read
+from shared_store.protocol.holdings import Holdings
+
+ONE, OTHER = "a" * 64, "b" * 64
+MODEL = [[1, 300_000], [2, 3 << 20]]
+
+
+def readers(kept, key=ONE):
+    return {model.key: model.readers for model in kept.status().models}.get(key)
+
+
+def journal_state(kept):
+    """Segments and models as the journal has them."""
+    held = Holdings()
+    for change in read(kept.paths.journal)[0]:
+        held.apply(change)
+    return held.segments, held.models
+
+
+@pytest.fixture
+def start_again(kept):
+    """After :meth:`KeptStore.kill_both`: the next keeper and store in the same directory."""
+    started = []
+
+    def start():
+        started.append(KeptStore(kept.directory))
+        return started[-1].start()
+
+    yield start
+    for one in started:
+        one.clean_up()
+
+
+def test_keeper_killed_alone(kept, actor):
+    """The store serves on, says that it has no keeper, and starts one that holds as much as the first did."""
+    reader = actor()
+    reader.publish(key=ONE, model=MODEL)
+    store, segments = kept.store_pid, open_segments(kept.pid)
+    assert segments > 0
+    os.kill(kept.pid, signal.SIGKILL)
+    kept.wait()
+    wait_until(lambda: kept.status().keeper.pid != kept.pid, "another keeper")
+    wait_until(lambda: kept.status().keeper.state == "ok", "the keeper to have taken over")
+    status = kept.status()
+    assert status.store.pid == store
+    assert open_segments(status.keeper.pid) == segments
+    late = actor()
+    late.open(key=ONE, publish=False)
+    assert late.digests() == late.expected()
+    kept.kill_store()  # the new keeper is as good as the first
+    wait_until(lambda: readers(kept) == 2, "both readers to be back")
+    assert kept.status().keeper.pid == status.keeper.pid
+
+
+def test_what_is_published_without_a_keeper_is_held_by_the_next(kept, actor):
+    """A commit between two keepers reaches the second one."""
+    publisher = actor()
+    os.kill(kept.pid, signal.SIGKILL)
+    kept.wait()
+    publisher.publish(key=ONE, model=MODEL)
+    wait_until(lambda: kept.status().keeper.state == "ok", "the keeper to have taken over")
+    pid = kept.kill_store()
+    wait_until(lambda: publisher.store_pid() != pid and publisher.alive(), "the reader to be back")
+    assert readers(kept) == 1
+
+
+def test_both_killed(kept, start_again, actor):
+    """Living clients give a model back, all at once; it is whole without a load, and held by the new keeper."""
+    first, second = actor(), actor()
+    first.publish(key=ONE, model=MODEL)
+    second.open(key=ONE, publish=False)
+    resident = kept.status().totals.resident_bytes
+    kept.kill_both()
+    assert second.digests() == second.expected()
+    again = start_again()
+    late = actor()
+    assert late.open(key=ONE, publish=True) == "attached"  # it waits for those who have it, and need not load
+    assert late.digests() == late.expected()
+    wait_until(lambda: readers(again) == 3, "all readers to be back")
+    status = again.status()
+    assert (status.totals.resident_bytes, status.counters.publishes) == (resident, 0)
+    assert open_segments(again.pid) == status.devices[0].segments
+    again.kill_store()
+    wait_until(lambda: readers(again) == 3, "all readers to be back after one more restart")
+
+
+def test_both_killed_with_models_that_share(kept, start_again, actor):
+    """A segment that two models lie in comes back once, whoever brings it first."""
+    first, second = actor(), actor()
+    first.publish(key=ONE, model=MODEL)
+    second.publish(key=OTHER, model=[MODEL[1], [3, 200_000]])
+    resident = kept.status().totals.resident_bytes
+    kept.kill_both()
+    again = start_again()
+    wait_until(lambda: (readers(again), readers(again, OTHER)) == (1, 1), "both models to be back")
+    assert again.status().totals.resident_bytes == resident
+
+
+def test_both_killed_without_the_journal(kept, start_again, actor):
+    """What clients offer needs no journal; host memory proves itself by its digests."""
+    reader = actor()
+    reader.publish(key=ONE, model=MODEL)
+    kept.kill_both()
+    kept.paths.journal.unlink()
+    again = start_again()
+    wait_until(lambda: readers(again) == 1, "the reader to be back")
+
+
+def test_nobody_has_the_model_any_more(kept, start_again, actor):
+    """A model of the journal that no client brings is forgotten, and the next who opens it publishes."""
+    publisher = actor()
+    publisher.publish(key=ONE, model=MODEL)
+    kept.kill_both()
+    publisher.kill()
+    again = start_again()
+    late = actor()
+    assert late.open(key=ONE) == "granted"
+    assert again.status().totals.resident_bytes == 0
+    wait_until(lambda: journal_state(again) == ({}, {}), "the journal to know nothing of it")

@@ -1,0 +1,157 @@
+"""A client offers a model to a store that has not got it: what is right is taken, what is not changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+
+import pytest
+from support.content import blob, content, key, manifest_of
+from support.rawclient import RawClient
+from support.waiting import open_segments, wait_until
+
+from shared_store.manifest import encode
+from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.protocol import messages
+
+DATA = content(1, 100_000)
+NBYTES = 2 << 20
+SEGMENT = 77
+
+
+@pytest.fixture
+def segment():
+    """Make a segment that begins with some bytes; its fd. Sealed, unless it is not to be."""
+    backend, fds = MemfdBackend(), []
+
+    def make(data=DATA, *, sealed=True, nbytes=NBYTES):
+        memory = backend.create(nbytes)
+        fds.append(backend.export(memory))
+        with contextlib.closing(Mapping(backend, memory)) as mapping:
+            mapping.map(Access.WRITE)
+            ctypes.memmove(mapping.address, data, len(data))
+            mapping.unmap()
+            if sealed:
+                backend.seal(memory)
+        return fds[-1]
+
+    yield make
+    for fd in fds:
+        os.close(fd)
+
+
+def offer(client, fds, *, number=1, manifest=None, offset=0, nbytes=NBYTES, segments=1):
+    """Rejoin in vain, then offer; the store's answer."""
+    ids = tuple(range(SEGMENT, SEGMENT + segments))
+    client.send(messages.Rejoin(1, key(number), ids))
+    assert client.receive().code == "model_not_found"
+    data = encode(manifest or manifest_of(key(number), [blob(DATA)]))
+    infos = tuple(messages.SegmentInfo(one, nbytes) for one in ids)
+    client.send(messages.Offer(2, key(number), data, (messages.BlobPlace(0, offset),), infos), fds)
+    return client.receive()
+
+
+@pytest.fixture
+def raw(kept):
+    """A client that says what it likes."""
+    with RawClient(kept.paths.socket) as client:
+        yield client
+
+
+def test_right_offer(kept, raw, segment, actor):
+    """The model is there, with its reader, for others to attach to, and over the next restart."""
+    assert isinstance(offer(raw, [segment()]), messages.Done)
+    reader = actor()
+    assert reader.open(key=key(1), publish=False) == "attached"
+    assert reader.digests() == reader.expected() == [blob(DATA).digest.hex()]
+    (model,) = kept.status().models
+    assert model.readers == 2
+    wait_until(lambda: open_segments(kept.pid) == 1, "the keeper to hold it")
+
+
+def other_bytes(raw, segment):
+    return offer(raw, [segment(DATA[:-1] + bytes([DATA[-1] ^ 1]))])
+
+
+def unsealed(raw, segment):
+    return offer(raw, [segment(sealed=False)])
+
+
+def too_small(raw, segment):
+    return offer(raw, [segment()], nbytes=2 * NBYTES)
+
+
+def too_large(raw, segment):
+    return offer(raw, [segment(nbytes=2 * NBYTES)])
+
+
+def no_segment(raw, segment):
+    segment()
+    null = os.open("/dev/null", os.O_RDONLY)
+    try:
+        return offer(raw, [null])
+    finally:
+        os.close(null)
+
+
+def blob_past_the_end(raw, segment):
+    return offer(raw, [segment()], offset=NBYTES - 10)
+
+
+def manifest_of_another_model(raw, segment):
+    return offer(raw, [segment()], manifest=manifest_of(key(2), [blob(DATA)]))
+
+
+def fewer_fds_than_segments(raw, segment):
+    return offer(raw, [segment()], segments=2)
+
+
+LIES = {
+    other_bytes: "digest_mismatch",
+    unsealed: "memory",
+    too_small: "memory",
+    too_large: "memory",
+    no_segment: "memory",
+    blob_past_the_end: "offer_refused",
+    manifest_of_another_model: "offer_refused",
+    fewer_fds_than_segments: "offer_refused",
+}
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_lying_offer(kept, raw, segment, lie):
+    """It is refused with its reason; the store has neither model nor memory of it, and no fd more."""
+    kept.client().session.status()
+    before = open_segments(kept.store_pid)
+    assert lie(raw, segment).code == LIES[lie]
+    status = kept.status()
+    assert status.models == ()
+    assert status.totals.resident_bytes == 0
+    wait_until(lambda: open_segments(kept.store_pid) == before, "the store to have let go of what was offered")
+
+
+def test_offer_of_what_another_model_is_in(kept, raw, segment):
+    """A second offer may not put other bytes under the id of a segment that is in use."""
+    assert isinstance(offer(raw, [segment()]), messages.Done)
+    other = content(2, 100_000)
+    with RawClient(kept.paths.socket) as liar:
+        answer = offer(liar, [segment(other)], number=2, manifest=manifest_of(key(2), [blob(other)]))
+    assert answer.code == "digest_mismatch"
+    assert [model.key for model in kept.status().models] == [key(1)]
+
+
+def test_fds_without_a_rejoin(raw, segment):
+    """They end the connection, as fds from a client always did."""
+    data = encode(manifest_of(key(1), [blob(DATA)]))
+    infos = (messages.SegmentInfo(SEGMENT, NBYTES),)
+    raw.send(messages.Offer(1, key(1), data, (messages.BlobPlace(0, 0),), infos), [segment()])
+    assert raw.refusal() == "protocol"
+
+
+def test_more_fds_than_the_rejoin_named(raw, segment):
+    """They end the connection before anything is looked at."""
+    raw.send(messages.Rejoin(1, key(1), (SEGMENT,)))
+    raw.receive()
+    raw.send(messages.GetStatus(2), [segment()] * 2)
+    assert raw.refusal() == "protocol"

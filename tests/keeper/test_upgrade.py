@@ -1,0 +1,91 @@
+"""`wooly upgrade`: another installation's store takes over, and nobody loads anything again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support.waiting import open_fds, wait_until
+
+import shared_store
+from shared_store.client.session import Session
+from shared_store.errors import UpgradeError
+
+ONE = "a" * 64
+MODEL = [[1, 300_000], [2, 3 << 20]]
+
+
+@pytest.fixture
+def installation(tmp_path):
+    """Another installation of wooly, by its variables: a copy of the package, as version 9.9.9."""
+    package = tmp_path / "shared_store"
+    shutil.copytree(Path(shared_store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    init = package / "__init__.py"
+    text = init.read_text()
+    changed = text + '\n__version__ = "9.9.9"\n'
+    init.write_text(changed)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_upgrade_under_readers(kept, actor, installation):
+    """The other version serves, the keeper is the same process, readers are counted again and had their bytes."""
+    reader = actor()
+    reader.publish(key=ONE, model=MODEL)
+    client = kept.client()
+    before = client.session.status()
+    client.session.upgrade_store(sys.executable, installation)
+    after = client.session.status()
+    assert (before.store.version, after.store.version) == (shared_store.__version__, "9.9.9")
+    assert after.store.pid != before.store.pid
+    assert after.keeper.pid == before.keeper.pid == kept.pid
+    assert after.keeper.restarts == 0
+    assert after.totals.resident_bytes == before.totals.resident_bytes
+    assert reader.digests() == reader.expected()
+    wait_until(lambda: kept.status().models[0].readers == 1, "the reader to be back")
+    late = actor()
+    assert late.open(key=ONE, publish=False) == "attached"
+    kept.kill_store()  # what the new keeper restarts is of its version
+    assert kept.status().store.version == "9.9.9"
+
+
+def test_upgrade_to_the_same_again_and_again(kept, actor):
+    """The keeper and its store have as many fds after the third as after the first."""
+    actor().publish(key=ONE, model=MODEL)
+    client = kept.client()
+    seen = []
+    for _ in range(3):
+        client.session.upgrade_store(sys.executable, {"PYTHONPATH": os.environ["PYTHONPATH"]})
+        wait_until(lambda: kept.status().models[0].readers == 1, "the reader to be back")
+        seen.append(open_fds(kept.pid))
+    assert seen[0] == seen[2]
+
+
+@pytest.mark.parametrize(
+    ("python", "environment"),
+    [
+        ("/nonexistent/python", {}),
+        (sys.executable, {"PYTHONPATH": "/nonexistent", "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}),
+    ],
+    ids=["no interpreter", "no wooly there"],
+)
+def test_upgrade_to_nothing(kept, actor, python, environment):
+    """The store goes on as it was, and the error says why."""
+    reader = actor()
+    reader.publish(key=ONE, model=MODEL)
+    with Session.connect(kept.directory, autostart=False) as session:
+        pid = session.store_pid
+        with pytest.raises(UpgradeError):
+            session.upgrade_store(python, environment)
+        assert session.store_pid == pid
+    wait_until(lambda: kept.status().keeper.state == "ok", "a keeper")
+    assert kept.status().store.pid == pid
+    assert kept.status().models[0].readers == 1
+
+
+def test_upgrade_without_a_keeper(store):
+    """A store that runs alone refuses, and says what to do."""
+    with Session.connect(store.directory, autostart=False) as session, pytest.raises(UpgradeError, match="wooly stop"):
+        session.upgrade_store(sys.executable, {})

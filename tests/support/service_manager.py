@@ -1,0 +1,77 @@
+"""A service manager's side of `sd_notify(3)`: a datagram socket that gathers what it is told and the fds it is to keep.
+
+Run as a program (``NAMES FDS COMMAND...``), it hands fds back as `sd_listen_fds(3)` says, and becomes the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import threading
+
+FIRST_FD = 3
+
+
+class ServiceManager:
+    """Listens in a thread until it is closed. `told`: every line in order; `kept`: fds by name."""
+
+    def __init__(self, path):
+        self.told = []
+        self.kept = {}
+        self._path = str(path)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(self._path)
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    @property
+    def environment(self):
+        return {"NOTIFY_SOCKET": self._path, "WATCHDOG_USEC": "30000000"}
+
+    def through(self):
+        """A command that hands back what was kept, and the fds that it must inherit."""
+        fds = tuple(self.kept.values())
+        return [sys.executable, __file__, ":".join(self.kept), ":".join(map(str, fds))], fds
+
+    def close(self):
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+            sock.sendto(b"", self._path)
+        self._thread.join()
+        self._sock.close()
+        for fd in self.kept.values():
+            os.close(fd)
+
+    def _listen(self):
+        while True:
+            data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 16)
+            if not data:
+                return
+            lines = data.decode().split("\n")
+            values = dict(line.split("=", 1) for line in lines)
+            if "FDSTORE" in values:
+                self._forget(values["FDNAME"])
+                (self.kept[values["FDNAME"]],) = fds
+            elif "FDSTOREREMOVE" in values:
+                self._forget(values["FDNAME"])
+            self.told += lines
+
+    def _forget(self, name):
+        fd = self.kept.pop(name, None)
+        if fd is not None:
+            os.close(fd)
+
+
+def main():
+    names, numbers, *command = sys.argv[1:]
+    aside = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, 100) for number in numbers.split(":") if number]
+    for place, fd in enumerate(aside, FIRST_FD):
+        os.dup2(fd, place)
+    said = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(aside)), "LISTEN_FDNAMES": names}
+    os.execve(command[0], command, {**os.environ, **said})
+
+
+if __name__ == "__main__":
+    main()
