@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from shared_store.cli.compact import command as compact
 from shared_store.cli.doctor import command as doctor
 from shared_store.cli.models import command as models
+from shared_store.cli.pin import command as pin
 from shared_store.cli.rm import command as rm
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.unpin import command as unpin
 from shared_store.cli.version import command as version
 from shared_store.errors import WoolyError
 
@@ -26,6 +29,9 @@ app.command("stop")(stop)
 app.command("status")(status)
 app.command("models")(models)
 app.command("rm")(rm)
+app.command("pin")(pin)
+app.command("unpin")(unpin)
+app.command("compact")(compact)
 app.command("doctor")(doctor)
 app.command("version")(version)
 

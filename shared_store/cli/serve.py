@@ -43,6 +43,16 @@ def command(
             help="Limit of the store's memory on a device, such as cpu=64GiB. May be repeated.",
         ),
     ] = None,
+    compact_share: Annotated[
+        float,
+        typer.Option(
+            "--compact-share",
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help="What of a segment (0 to 1) must be unused for an idle store to pack it anew; 1: it never does.",
+        ),
+    ] = 0.25,
     group: Annotated[
         str | None,
         typer.Option("--group", metavar="GROUP", help="Let members of this group connect.  [default: only this user]"),
@@ -79,6 +89,7 @@ def command(
         "metrics_address": metrics,
         "max_clients": max_clients,
         "max_resident": dict(parse_limit(limit) for limit in max_resident or ()),
+        "compact_share": compact_share,
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),
         "log_level": None if log_level is None else _log_level(log_level),

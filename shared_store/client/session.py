@@ -42,6 +42,9 @@ R = TypeVar("R", bound=messages.Reply)
 CALL_TIMEOUT_S = 60.0
 """Seconds that an answer may take which waits for nobody else."""
 
+COPY_TIMEOUT_S = 600.0
+"""Seconds that an answer may take for which the store allocates or digests much."""
+
 
 class Session:
     """A connected client of the store."""
@@ -215,6 +218,32 @@ class Session:
     def remove(self, key: str) -> str:
         """Drop a model that nobody uses, by its key or an unambiguous beginning; returns the key."""
         return self._call(messages.Remove(self._next(), key), messages.Done)[0].detail
+
+    def pin(self, key: str, *, pinned: bool) -> str:
+        """Keep a model from being evicted, or no longer, by its key or an unambiguous beginning; returns the key."""
+        return self._call(messages.Pin(self._next(), key, pinned), messages.Done)[0].detail
+
+    def compact(self, device: str) -> tuple[messages.Compacting, tuple[int, ...]] | None:
+        """Ask what to copy so that a device's memory holds the same in less, and for its fds (the caller's).
+
+        None when nothing would be gained.
+        """
+        reply, fds = self._call(
+            messages.Compact(self._next(), device), (messages.Compacting, messages.Done), COPY_TIMEOUT_S
+        )
+        return (reply, fds) if isinstance(reply, messages.Compacting) else None
+
+    def compacted(self, segment: int) -> messages.Switched:
+        """Tell that all is copied into the new segment (by its id), which is unmapped.
+
+        Raises:
+            DigestMismatchError: a copy is wrong; everything is as before.
+        """
+        return self._call(messages.Compacted(self._next(), segment), messages.Switched, COPY_TIMEOUT_S)[0]
+
+    def quarantine(self, key: str, digests: Sequence[bytes]) -> None:
+        """Tell that blobs of a model are not what their digests say: their segments go out of service."""
+        self._call(messages.Quarantine(self._next(), key, tuple(digests)), messages.Done, COPY_TIMEOUT_S)
 
     def shutdown_store(self) -> None:
         """Ask the store to end."""

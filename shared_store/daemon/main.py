@@ -17,6 +17,7 @@ from shared_store.daemon.options import ServeOptions
 from shared_store.daemon.server import Server, claim, listen
 from shared_store.daemon.snapshot import identify, take_catalog, take_status
 from shared_store.daemon.store import Store
+from shared_store.daemon.tidy import Tidier
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.paths import RuntimePaths, prepare
 from shared_store.status import Status
@@ -71,7 +72,13 @@ async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[],
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
     server = Server(store, listen(paths, options), options, status)
     mirror = Mirror(catalog, lambda: take_catalog(store, identity))
-    store.changed, store.event = mirror.changed, catalog.event
+    tidier = Tidier(store, options.compact_share)
+
+    def changed() -> None:
+        mirror.changed()
+        tidier.changed()
+
+    store.changed, store.event = changed, catalog.event
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stopping.set)
     try:
@@ -87,6 +94,7 @@ async def _serve(paths: RuntimePaths, options: ServeOptions, ready: Callable[[],
         log.info("stopping")
     finally:
         mirror.stop()
+        await tidier.stop()
         await server.stop()
         with contextlib.suppress(FileNotFoundError):
             paths.socket.unlink()
