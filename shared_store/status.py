@@ -55,16 +55,25 @@ class CatalogStatus(msgspec.Struct, frozen=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """Memory that the store has allocated on one device; ``id`` is ``cpu`` or a GPU's UUID."""
+    """Memory that the store has allocated on one device; ``id`` is ``cpu`` or a GPU's UUID.
+
+    Of the bytes that no blob uses, ``dead_bytes`` had one; ``padding_bytes`` lie between blobs and at the ends of
+    segments, which have whole multiples of 2 MiB.
+    """
 
     id: str
     resident_bytes: int
     limit_bytes: int | None
     segments: int
+    dead_bytes: int = 0
+    padding_bytes: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
-    """One model. ``unique_bytes``: of its blobs, those that no other committed model has."""
+    """One model. ``unique_bytes``: of its blobs, those that no other committed model has.
+
+    ``last_used``: Unix seconds at which a reader came or left last; 0 before the first.
+    """
 
     key: str
     name: str
@@ -76,6 +85,20 @@ class ModelStatus(msgspec.Struct, frozen=True):
     unique_bytes: int
     readers: int
     pinned: bool
+    last_used: float = 0.0
+
+
+class QuarantineStatus(msgspec.Struct, frozen=True):
+    """A segment with wrong bytes, kept for those who map it.
+
+    ``models``: keys that they read under, which are free for new models; ``readers``: how many clients they are.
+    """
+
+    device: str
+    segment: int
+    bytes: int
+    models: tuple[str, ...]
+    readers: int
 
 
 class ClientStatus(msgspec.Struct, frozen=True):
@@ -102,6 +125,9 @@ class Counters(msgspec.Struct, frozen=True):
     aborted_publishes: int = 0
     fallbacks: int = 0
     protocol_errors: int = 0
+    evictions: int = 0
+    compactions: int = 0
+    quarantines: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):
@@ -139,3 +165,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     counters: Counters
     requests: tuple[RequestStatus, ...] = ()
     keeper: KeeperStatus | None = None
+    quarantine: tuple[QuarantineStatus, ...] = ()

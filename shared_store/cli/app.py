@@ -5,15 +5,18 @@ from typing import Annotated
 
 import typer
 
+from shared_store.cli.compact import command as compact
 from shared_store.cli.doctor import command as doctor
 from shared_store.cli.events import command as events
 from shared_store.cli.models import command as models
+from shared_store.cli.pin import command as pin
 from shared_store.cli.restore import command as restore
 from shared_store.cli.rm import command as rm
 from shared_store.cli.save import command as save
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.unpin import command as unpin
 from shared_store.cli.upgrade import command as upgrade
 from shared_store.cli.verify import command as verify
 from shared_store.cli.version import command as version
@@ -36,6 +39,9 @@ app.command("save")(save)
 app.command("restore")(restore)
 app.command("events")(events)
 app.command("upgrade")(upgrade)
+app.command("pin")(pin)
+app.command("unpin")(unpin)
+app.command("compact")(compact)
 app.command("doctor")(doctor)
 app.command("version")(version)
 

@@ -7,7 +7,8 @@ from shared_store.cli.options import Json, RuntimeDir, connect
 def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
     """List the models in the store.
 
-    SIZE is what a model's tensors take; UNIQUE, how much of it no other model has.
+    SIZE is what a model's tensors take; UNIQUE, how much of it no other model has. One that
+    nobody reads leaves when its room is needed, unless it is PINNED.
 
     \b
     Examples:

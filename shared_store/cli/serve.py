@@ -43,6 +43,16 @@ def command(
             help="Limit of the store's memory on a device, such as cpu=64GiB. May be repeated.",
         ),
     ] = None,
+    compact_share: Annotated[
+        float,
+        typer.Option(
+            "--compact-share",
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help="What of a segment (0 to 1) must be unused for an idle store to pack it anew; 1: it never does.",
+        ),
+    ] = 0.25,
     group: Annotated[
         str | None,
         typer.Option("--group", metavar="GROUP", help="Let members of this group connect.  [default: only this user]"),
@@ -86,6 +96,7 @@ def command(
         "metrics_address": metrics,
         "max_clients": max_clients,
         "max_resident": dict(parse_limit(limit) for limit in max_resident or ()),
+        "compact_share": compact_share,
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),
         "watchdog_s": watchdog,
@@ -121,7 +132,7 @@ def command(
 
 def parse_limit(text: str) -> tuple[str, int]:
     """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
-    from shared_store.cli.render import parse_size
+    from shared_store.sizes import parse_size
 
     device, equals, size = text.partition("=")
     nbytes = parse_size(size)

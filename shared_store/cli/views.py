@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared_store.cli.render import duration, plain, short_key, size, table
-from shared_store.status import ClientStatus, DeviceStatus, ModelStatus, Status
+from shared_store.status import ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
 
 
 def report(status: Status, *, hide_client: int | None = None) -> Group:
@@ -16,6 +16,8 @@ def report(status: Status, *, hide_client: int | None = None) -> Group:
     parts += [Text(), devices(status.devices)]
     if status.models:
         parts += [Text(), models(status.models)]
+    if status.quarantine:
+        parts += [Text(), quarantine(status.quarantine)]
     shown = [client for client in status.clients if client.id != hide_client]
     if shown:
         parts += [Text(), clients(shown, {model.key: model.name for model in status.models})]
@@ -27,6 +29,7 @@ def _summary(status: Status) -> list[str]:
     reasons = f" ({', '.join(store.reasons)})" if store.reasons else ""
     mapped, resident, saved = map(size, (totals.mapped_bytes, totals.resident_bytes, totals.saved_bytes))
     published = f"{counters.publishes} publishes ({counters.aborted_publishes} aborted)"
+    left = f"{counters.evictions} evictions"
     refused = f"{counters.fallbacks} fallbacks, {counters.protocol_errors} protocol errors"
     keeper = status.keeper
     kept = "none" if keeper is None else f"{keeper.state}, pid {keeper.pid}, {keeper.restarts} restarts of the store"
@@ -36,20 +39,22 @@ def _summary(status: Status) -> list[str]:
         f"keeper   {kept}",
         f"catalog  {status.catalog.state}, {status.catalog.url}",
         f"shared   {mapped} mapped out of {resident} resident: {saved} saved",
-        f"events   {published}, {counters.attaches} attaches, {refused}",
+        f"events   {published}, {counters.attaches} attaches, {left}, {refused}",
     ]
 
 
 def devices(rows: Sequence[DeviceStatus]) -> Table:
     """Memory by device."""
     return table(
-        ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS"),
+        ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS", ">DEAD", ">PADDING"),
         [
             (
                 row.id,
                 size(row.resident_bytes),
                 "none" if row.limit_bytes is None else size(row.limit_bytes),
                 str(row.segments),
+                size(row.dead_bytes),
+                size(row.padding_bytes),
             )
             for row in rows
         ],
@@ -59,12 +64,24 @@ def devices(rows: Sequence[DeviceStatus]) -> Table:
 def models(rows: Sequence[ModelStatus]) -> Table:
     """One model a row."""
     return table(
-        ("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE", ">READERS"),
+        ("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE", ">READERS", "PINNED"),
         [
             (
                 *(short_key(row.key), row.name, row.engine, row.device, row.state),
                 *(str(row.tensors), size(row.bytes), size(row.unique_bytes), str(row.readers)),
+                "yes" if row.pinned else "no",
             )
+            for row in rows
+        ],
+    )
+
+
+def quarantine(rows: Sequence[QuarantineStatus]) -> Table:
+    """One segment with wrong bytes a row."""
+    return table(
+        ("QUARANTINED", ">SEGMENT", ">SIZE", "MODELS", ">READERS"),
+        [
+            (row.device, str(row.segment), size(row.bytes), ", ".join(map(short_key, row.models)), str(row.readers))
             for row in rows
         ],
     )

@@ -53,6 +53,9 @@ OFFER_TIMEOUT_S = 600.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.02, 1.0
 """Between two tries to come back, doubling."""
 
+COPY_TIMEOUT_S = 600.0
+"""Seconds that an answer may take for which the store allocates or digests much."""
+
 
 class Session:
     """A client of the store."""
@@ -242,9 +245,31 @@ class Session:
         """Drop a model that nobody uses, by its key or an unambiguous beginning; returns the key."""
         return self._call(messages.Remove(self._next(), key), messages.Done)[0].detail
 
+    def pin(self, key: str, *, pinned: bool) -> str:
+        """Keep a model from being evicted, or no longer, by its key or an unambiguous beginning; returns the key."""
+        return self._call(messages.Pin(self._next(), key, pinned), messages.Done)[0].detail
+
+    def compact(self, device: str) -> tuple[messages.Compacting, tuple[int, ...]] | None:
+        """Ask what to copy so that a device's memory holds the same in less, and for its fds (the caller's).
+
+        None when nothing would be gained.
+        """
+        reply, fds = self._call(
+            messages.Compact(self._next(), device), (messages.Compacting, messages.Done), COPY_TIMEOUT_S
+        )
+        return (reply, fds) if isinstance(reply, messages.Compacting) else None
+
+    def compacted(self, segment: int) -> messages.Switched:
+        """Tell that all is copied into the new segment (by its id), which is unmapped.
+
+        Raises:
+            DigestMismatchError: a copy is wrong; everything is as before.
+        """
+        return self._call(messages.Compacted(self._next(), segment), messages.Switched, COPY_TIMEOUT_S)[0]
+
     def quarantine(self, key: str, digests: Sequence[bytes]) -> None:
         """Tell that blobs of a model are not what their digests say: their segments go out of service."""
-        self._call(messages.Quarantine(self._next(), key, tuple(digests)), messages.Done)
+        self._call(messages.Quarantine(self._next(), key, tuple(digests)), messages.Done, COPY_TIMEOUT_S)
 
     def shutdown_store(self) -> None:
         """Ask the store to end."""

@@ -85,6 +85,27 @@ class StatusCollector(Collector):
             ("device",),
             [((device.id,), device.segments) for device in devices],
         )
+        yield _gauge(
+            "wooly_dead_bytes",
+            "Resident bytes that a blob had which is gone.",
+            ("device",),
+            [((device.id,), device.dead_bytes) for device in devices],
+        )
+        yield _gauge(
+            "wooly_padding_bytes",
+            "Resident bytes between blobs and at the ends of segments.",
+            ("device",),
+            [((device.id,), device.padding_bytes) for device in devices],
+        )
+        quarantined = Counter[str]()
+        for held in self._status.quarantine:
+            quarantined[held.device] += held.bytes
+        yield _gauge(
+            "wooly_quarantined_bytes",
+            "Resident bytes of segments with wrong bytes, which their readers keep.",
+            ("device",),
+            [((device.id,), quarantined[device.id]) for device in devices],
+        )
 
     def _models(self) -> Iterator[Metric]:
         models = self._status.models

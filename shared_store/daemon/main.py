@@ -22,6 +22,7 @@ from shared_store.daemon.returns import end_grace, restore
 from shared_store.daemon.server import Server
 from shared_store.daemon.snapshot import identify, take_catalog, take_status
 from shared_store.daemon.store import Store
+from shared_store.daemon.tidy import Tidier
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.paths import RuntimePaths, prepare
 from shared_store.protocol.holdings import Holdings
@@ -95,7 +96,13 @@ async def _serve(
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
     server = Server(store, inheritance.listen, options, status)
     mirror = Mirror(catalog, lambda: take_catalog(store, identity))
-    store.changed, store.event = mirror.changed, catalog.event
+    tidier = Tidier(store, options.compact_share)
+
+    def changed() -> None:
+        mirror.changed()
+        tidier.changed()
+
+    store.changed, store.event = changed, catalog.event
     keeping.event = catalog.event
     restore(store, inheritance.held)
     loop.call_later(GRACE_S, end_grace, store)
@@ -115,6 +122,7 @@ async def _serve(
         log.info("stopping")
     finally:
         mirror.stop()
+        await tidier.stop()
         await keeping.stop()
         await server.stop()
         if not inheritance.supervised:  # a service manager keeps it for the next start

@@ -1,13 +1,17 @@
 """Who publishes a model, who waits for it, who reads it: a state table, and nothing but state.
 
-A model is absent, being published, or committed. :data:`TRANSITIONS` is the whole of it; :class:`Models` applies it
-and returns what has to be done as effects, which the server carries out.
+A model is absent, being published, or committed. One whose bytes turned out wrong is withdrawn: its key is free again,
+and what its readers map is held for them until the last has left. :data:`TRANSITIONS` is the whole of it;
+:class:`Models` applies it and returns what has to be done as effects, which the server carries out.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared_store.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError, WoolyError
@@ -19,6 +23,7 @@ class State(enum.Enum):
     ABSENT = "absent"
     PUBLISHING = "publishing"
     COMMITTED = "committed"
+    WITHDRAWN = "withdrawn"  # no longer under its key, so nobody can open it
 
 
 class Event(enum.Enum):
@@ -27,8 +32,9 @@ class Event(enum.Enum):
     OPEN = "open"
     COMMIT = "commit"
     GIVE_UP = "give up"  # the publisher abandons, or its connection is lost
-    REMOVE = "remove"
-    QUARANTINE = "quarantine"  # some of its bytes are wrong; those who read them go on
+    REMOVE = "remove"  # by hand, or to make room
+    QUARANTINE = "quarantine"  # bytes that it has are not those of their digests
+    LAST_LEFT = "last left"  # no reader is left
     RETURN = "return"  # a store before this one had it committed, and its memory is here
 
 
@@ -42,6 +48,7 @@ class Action(enum.Enum):
     PASS_ON = "pass on"  # noqa: S105 - no password; what was written is dropped; the next who may publish does, or nobody does
     DROP = "drop"  # the model is forgotten
     KEEP = "keep"  # nobody is told: its readers say themselves that they are
+    WITHDRAW = "withdraw"  # the key is forgotten; what is mapped is held for those who map it
 
 
 TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
@@ -51,7 +58,8 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
     (State.PUBLISHING, Event.COMMIT): (State.COMMITTED, Action.ADMIT),
     (State.PUBLISHING, Event.GIVE_UP): (State.PUBLISHING, Action.PASS_ON),
     (State.COMMITTED, Event.REMOVE): (State.ABSENT, Action.DROP),
-    (State.COMMITTED, Event.QUARANTINE): (State.ABSENT, Action.DROP),
+    (State.COMMITTED, Event.QUARANTINE): (State.WITHDRAWN, Action.WITHDRAW),
+    (State.WITHDRAWN, Event.LAST_LEFT): (State.ABSENT, Action.DROP),
     (State.ABSENT, Event.RETURN): (State.COMMITTED, Action.KEEP),
 }
 """Pairs that are not in it are refused."""
@@ -92,17 +100,25 @@ class Refused:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Nothing that was written or held for ``key`` is needed any more."""
+    """Nothing that was written or held for ``key`` (or a withdrawn model's token) is needed any more."""
 
     key: str
 
 
-Effect = Granted | Attach | Refused | Dropped
+@dataclass(frozen=True)
+class Withdrawn:
+    """What was held for ``key`` is held for ``token`` from now on."""
+
+    key: str
+    token: str
+
+
+Effect = Granted | Attach | Refused | Dropped | Withdrawn
 
 
 @dataclass
 class Model:
-    """One model's state."""
+    """One model's state. ``last_used``: when a reader came or left last, in Unix seconds."""
 
     key: str
     name: str
@@ -112,17 +128,28 @@ class Model:
     publisher: int | None = None
     waiters: deque[Asker] = field(default_factory=deque)
     readers: set[int] = field(default_factory=set)
+    pinned: bool = False
+    last_used: float = 0.0
 
 
 class Models:
     """All models of a store."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """``clock`` tells Unix seconds; that it may be set back does not disturb the order of last uses."""
         self._models: dict[str, Model] = {}
+        self._withdrawn: dict[str, Model] = {}
+        self._tokens = itertools.count(1)
+        self._clock = clock
+        self._latest = 0.0
 
     def all(self) -> list[Model]:
         """Every model that is being published or committed, in the order of their first mention."""
         return list(self._models.values())
+
+    def withdrawn(self) -> dict[str, Model]:
+        """Withdrawn models that have readers, by their tokens."""
+        return dict(self._withdrawn)
 
     def get(self, key: str) -> Model | None:
         """The model with exactly this key."""
@@ -158,6 +185,7 @@ class Models:
             return []
         if action is Action.ATTACH:
             model.readers.add(asker.client)
+            self._use(model)
             return [Attach(key, asker.client)]
         model.publisher = asker.client
         return [Granted(key, asker.client)]
@@ -181,6 +209,7 @@ class Models:
         model.publisher = None
         model.waiters.clear()
         model.readers.update(readers)
+        self._use(model)
         return [Attach(key, reader) for reader in readers]
 
     def give_up(self, key: str, client: int) -> list[Effect]:
@@ -198,19 +227,37 @@ class Models:
         return [*effects, *(Refused(key, waiter.client, error) for waiter in model.waiters)]
 
     def leave(self, key: str, client: int) -> list[Effect]:
-        """A reader or waiter wants the model no more; a publisher gives up."""
+        """A reader or waiter wants the model no more; a publisher gives up.
+
+        Whoever read a model under this key that was withdrawn has let go of that as well.
+        """
+        effects = [
+            effect
+            for token, model in list(self._withdrawn.items())
+            if model.key == key and client in model.readers
+            for effect in self._leave_withdrawn(token, client)
+        ]
         model = self._models.get(key)
         if model is None:
-            return []
+            return effects
         if model.publisher == client:
-            return self.give_up(key, client)
-        model.readers.discard(client)
+            return effects + self.give_up(key, client)
+        if client in model.readers:
+            model.readers.discard(client)
+            self._use(model)
         model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
-        return []
+        return effects
 
     def lost(self, client: int) -> list[Effect]:
         """A connection is gone, and with it all that the client had or waited for."""
-        return [effect for key in list(self._models) for effect in self.leave(key, client)]
+        keys = {**self._models, **{model.key: model for model in self._withdrawn.values()}}
+        return [effect for key in keys for effect in self.leave(key, client)]
+
+    def pin(self, prefix: str, *, pinned: bool) -> str:
+        """Keep a model from being evicted, or no longer; one that is being published, too. Returns its key."""
+        model = self.find(prefix)
+        model.pinned = pinned
+        return model.key
 
     def remove(self, prefix: str) -> tuple[str, list[Effect]]:
         """Drop a model that nobody uses.
@@ -228,17 +275,39 @@ class Models:
         del self._models[model.key]
         return model.key, [Dropped(model.key)]
 
-    def quarantine(self, key: str) -> list[Effect]:
-        """Forget a committed model, whoever reads it."""
-        self._step(self._models[key], Event.QUARANTINE)
-        del self._models[key]
-        return [Dropped(key)]
-
-    def returned(self, key: str, *, name: str, engine: str, device: str) -> None:
+    def returned(
+        self, key: str, *, name: str, engine: str, device: str, pinned: bool = False, last_used: float = 0.0
+    ) -> None:
         """A model of a store before this one is here again, without readers."""
         model = self._models.get(key) or Model(key, name, engine, device)
         self._step(model, Event.RETURN)
+        model.pinned, model.last_used = pinned, last_used
         self._models[key] = model
+
+    def withdraw(self, key: str) -> list[Effect]:
+        """A committed model has wrong bytes: its key is free, and its readers go on with what they map."""
+        model = self._models[key]
+        self._step(model, Event.QUARANTINE)
+        del self._models[key]
+        token = f"{key}/withdrawn {next(self._tokens)}"
+        self._withdrawn[token] = model
+        return [Withdrawn(key, token), *self._drop_unread(token)]
+
+    def _leave_withdrawn(self, token: str, client: int) -> list[Effect]:
+        self._withdrawn[token].readers.discard(client)
+        return self._drop_unread(token)
+
+    def _drop_unread(self, token: str) -> list[Effect]:
+        model = self._withdrawn[token]
+        if model.readers:
+            return []
+        self._step(model, Event.LAST_LEFT)
+        del self._withdrawn[token]
+        return [Dropped(token)]
+
+    def _use(self, model: Model) -> None:
+        # A step of a microsecond is what a float tells apart in this century.
+        self._latest = model.last_used = max(self._clock(), self._latest + 1e-6)
 
     @staticmethod
     def _step(model: Model, event: Event) -> Action:

@@ -21,6 +21,7 @@ class ServeOptions:
         metrics_address: ``HOST:PORT`` for metrics and health; None: off.
         max_clients: connections at a time.
         max_resident: limit in bytes by device (``cpu`` or a GPU's UUID).
+        compact_share: what of a segment (0 to 1) must be unused for an idle store to pack it anew; 1: it never does.
         socket_group: name of a group whose members may connect too.
         allow_uids: uids beside the store's own whose processes may connect.
         log_level: least severe message that is logged.
@@ -32,6 +33,7 @@ class ServeOptions:
     metrics_address: str | None = None
     max_clients: int = 1024
     max_resident: Mapping[str, int] = field(default_factory=dict)
+    compact_share: float = 0.25
     socket_group: str | None = None
     allow_uids: tuple[int, ...] = ()
     log_level: str = "INFO"

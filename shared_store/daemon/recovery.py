@@ -38,6 +38,17 @@ class Recovery:
         self.until = time.monotonic() + GRACE_S if self._records else 0.0
         """When the grace time ends, on the monotonic clock."""
 
+    def pinned(self, key: str) -> bool:
+        """Whether the model was pinned."""
+        return key in self._records and self._records[key].pinned
+
+    def forgotten(self, key: str) -> bool:
+        """Whether the store before this one had other models or memory, and this model no more.
+
+        Who still reads it then read it when it was quarantined.
+        """
+        return bool(self._records or self._segments) and key not in self._records
+
     @property
     def active(self) -> bool:
         """Whether readers may still come back: nothing that seems unused should be given up yet."""

@@ -8,14 +8,16 @@ own user is believed, and only as far as the journal does not say otherwise.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
 
+from shared_store.daemon.checking import Check, Part
 from shared_store.daemon.recovery import GRACE_S, OfferedModel, Recovery, check_memory
-from shared_store.daemon.segments import Part, verify
 from shared_store.daemon.store import Client, Committed, Store
 from shared_store.errors import (
+    DigestMismatchError,
     MemoryBackendError,
     ModelNotFoundError,
     OfferRefusedError,
@@ -24,7 +26,6 @@ from shared_store.errors import (
 )
 from shared_store.manifest import Blob
 from shared_store.memory import Backend, KeptSegment, Segment
-from shared_store.memory import Mapping as MemoryMapping
 from shared_store.protocol import control, messages, wire
 from shared_store.protocol.holdings import HeldFd, Holdings
 
@@ -55,7 +56,7 @@ def restore(store: Store, held: Holdings) -> None:
             _dropped(store, "model_dropped", f"{record.key}: {error}")
             continue
         if record.segments <= here:
-            _admit(store, model)
+            _admit(store, model, pinned=record.pinned, last_used=record.last_used)
             log.info("%s is here again: %d tensors", model.manifest.name, len(model.manifest.tensors))
         else:
             store.recovery.await_clients(record.key)
@@ -133,7 +134,7 @@ async def _take(store: Store, client: Client, request: messages.Offer, fds: tupl
                 if not store.segments.has(number):
                     kept = KeptSegment(os.dup(fd), sizes[number])
                     store.segments.take_back(number, offered.manifest.device, kept)
-            _admit(store, offered)
+            _admit(store, offered, pinned=store.recovery.pinned(request.key))
         finally:
             store.recovery.settled(request.key)
         store.note(request.key)
@@ -149,6 +150,10 @@ async def _check(store: Store, client: Client, offered: OfferedModel, fds: Mappi
     backend = await store.device(device)
     if not backend.host_readable and client.uid not in {os.getuid(), 0}:
         raise PermissionDeniedError(f"memory of {device} cannot be checked, so only uid {os.getuid()} may offer it")
+    if not backend.host_readable and store.recovery.forgotten(offered.manifest.key):
+        raise OfferRefusedError(
+            f"{offered.manifest.key} was out of service before the restart, and its memory cannot be checked"
+        )
     checked = None
     while checked != (here := _here(store, offered)):  # other offers may have changed that meanwhile
         checked = here
@@ -174,27 +179,34 @@ def _here(store: Store, offered: OfferedModel) -> dict[int, Segment | None]:
 def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> None:
     parts: list[Part] = []
     placed = list(zip(offered.manifest.blobs, offered.places, strict=True))
-    try:
+    with contextlib.ExitStack() as held:
         for number, nbytes in offered.segments.items():
-            fd = fds[number]
-            check_memory(backend, fd, nbytes)
+            check_memory(backend, fds[number], nbytes)
             if backend.host_readable:
+                memory = KeptSegment(os.dup(fds[number]), nbytes)
+                held.callback(memory.release)
                 blobs = {(blob, at) for blob, (segment, at) in placed if segment == number}
-                parts.append((MemoryMapping(backend, backend.import_fd(fd, nbytes)), sorted(blobs, key=_offset)))
-    except BaseException:
-        for mapping, _ in parts:
-            mapping.close()
-        raise
-    verify(parts)
+                parts.append((backend, memory, sorted(blobs, key=_offset)))
+        wrong = Check(parts).wrong()
+    if wrong:
+        blob, found = wrong[0]
+        raise DigestMismatchError(f"bytes offered as {blob.digest.hex()[:16]} are {found.hex()[:16]}: not accepted")
 
 
 def _offset(placed: tuple[Blob, int]) -> int:
     return placed[1]
 
 
-def _admit(store: Store, model: OfferedModel) -> None:
+def _admit(store: Store, model: OfferedModel, *, pinned: bool = False, last_used: float = 0.0) -> None:
     manifest = model.manifest
-    store.models.returned(manifest.key, name=manifest.name, engine=manifest.engine, device=manifest.device)
+    store.models.returned(
+        manifest.key,
+        name=manifest.name,
+        engine=manifest.engine,
+        device=manifest.device,
+        pinned=pinned,
+        last_used=last_used,
+    )
     store.segments.adopt(manifest.key, manifest.device, manifest.blobs, model.places)
     store.committed[manifest.key] = Committed(model.data, manifest)
     store.changed()

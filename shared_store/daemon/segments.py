@@ -1,8 +1,9 @@
 """Segments and the blobs in them: what is allocated, where each digest lies, and which models hold on to it.
 
 A blob is held by the models that name it: a committed one by its key, one that is being published by its publisher's
-token, from the moment a plan counts on the blob. A segment is released when no blob in it is held any more. Only
-committed blobs are shared: what a publisher is still writing is nobody else's.
+token, from the moment a plan counts on the blob. A segment is released when no blob in it is held any more, and nobody
+keeps it as a whole. Only committed blobs are shared: what a publisher is still writing is nobody else's, and what lies
+in a quarantined segment is nobody else's any more.
 
 A segment's id is a random number of 53 bits (exact in every JSON reader): no other segment has it, also not of a store
 that ran before this one or after it.
@@ -10,17 +11,17 @@ that ran before this one or after it.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shared_store.digest import digest_at
-from shared_store.errors import DigestMismatchError, OutOfMemoryError, ProtocolError, UnknownDeviceError
+from shared_store.daemon.checking import Check, Part
+from shared_store.daemon.compaction import CompactionPlan, Source
+from shared_store.daemon.policy import OccupiedSegment
+from shared_store.errors import ProtocolError, UnknownDeviceError
 from shared_store.layout import pack
 from shared_store.manifest import Blob
-from shared_store.memory import Access, Backend, KeptSegment
-from shared_store.memory import Mapping as MemoryMapping
+from shared_store.memory import Backend, KeptSegment
 from shared_store.memory.backend import Segment
 
 
@@ -28,8 +29,13 @@ from shared_store.memory.backend import Segment
 class HeldSegment:
     """A segment that the store holds, or has promised.
 
-    ``memory``: None until its publisher is ready to fill it; ``writer``: token of that publisher; ``blobs``: digests of
-    the live blobs in it.
+    Attributes:
+        writer: token of who fills it: a publisher, or a compaction.
+        memory: None until its writer is ready to fill it.
+        blobs: digests of the live blobs in it.
+        placed: bytes of the blobs that were ever put there; what is more is padding, what of it is not live is dead.
+        keepers: who keeps it as a whole: compactions that read it; when it is quarantined, those who map it.
+        quarantined: it has bytes that are wrong; none of its blobs is shared any more.
     """
 
     id: int
@@ -38,6 +44,14 @@ class HeldSegment:
     writer: str | None
     memory: Segment | None = None
     blobs: set[bytes] = field(default_factory=set)
+    placed: int = 0
+    keepers: set[str] = field(default_factory=set)
+    quarantined: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is allocated, and what is in it was committed."""
+        return self.memory is not None and self.writer is None
 
 
 @dataclass
@@ -97,6 +111,10 @@ class Segments:
             known = ", ".join(sorted(self.backends))
             raise UnknownDeviceError(f"this store has no device {device!r}; it has: {known}") from None
 
+    def has(self, segment: int) -> bool:
+        """Whether there is a segment with this id."""
+        return segment in self._segments
+
     def segment(self, segment: int) -> HeldSegment:
         """The segment with this id."""
         return self._segments[segment]
@@ -113,15 +131,11 @@ class Segments:
         """Every segment, promised ones too."""
         return list(self._segments.values())
 
-    def has(self, segment: int) -> bool:
-        """Whether this segment is held or promised."""
-        return segment in self._segments
-
     def export(self, segment: int) -> int:
         """A new fd of an allocated segment; the caller's."""
         held = self._segments[segment]
         assert held.memory is not None  # noqa: S101 - promised segments have no fd yet
-        if isinstance(held.memory, KeptSegment):
+        if isinstance(held.memory, KeptSegment):  # its device's driver may not have started
             return held.memory.export()
         return self.backend(held.device).export(held.memory)
 
@@ -139,6 +153,7 @@ class Segments:
             if known is None:
                 known = self._blobs[device, blob.digest] = HeldBlob(blob.nbytes, segment, offset)
                 self._segments[segment].blobs.add(blob.digest)
+                self._segments[segment].placed += blob.nbytes  # what was there and is dead counts as padding now
             known.holders.add(key)
 
     def sweep(self) -> None:
@@ -157,15 +172,54 @@ class Segments:
         """Segments that are allocated on a device."""
         return sum(held.device == device and held.memory is not None for held in self._segments.values())
 
-    def plan(self, device: str, token: str, blobs: Sequence[Blob]) -> PublishPlan:
+    def used(self, device: str) -> int:
+        """Bytes that count for the device's limit: allocated and promised."""
+        return sum(held.nbytes for held in self._segments.values() if held.device == device)
+
+    def unused(self, device: str) -> tuple[int, int]:
+        """Bytes of a device's settled segments that no blob uses: dead ones, where there was one, and padding."""
+        dead = padding = 0
+        for held in self._segments.values():
+            if held.device == device and held.settled and not held.quarantined:
+                dead += held.placed - sum(self._blobs[device, digest].nbytes for digest in held.blobs)
+                padding += held.nbytes - held.placed
+        return dead, padding
+
+    def quarantined(self) -> list[HeldSegment]:
+        """Segments that are kept only for those who map them."""
+        return [held for held in self._segments.values() if held.quarantined]
+
+    def holders(self, segment: int) -> set[str]:
+        """Who keeps a segment, or a blob in it."""
+        held = self._segments[segment]
+        return held.keepers.union(*(self._blobs[held.device, digest].holders for digest in held.blobs))
+
+    def occupied(self, device: str) -> list[OccupiedSegment]:
+        """A device's settled segments, and who must go before each is freed."""
+        return [
+            OccupiedSegment(held.nbytes, frozenset(self.holders(held.id)))
+            for held in self._segments.values()
+            if held.device == device and held.settled
+        ]
+
+    def needed(self, device: str, blobs: Iterable[Blob]) -> int:
+        """Bytes of the segments that a plan for these blobs would take."""
+        sizes = {blob.digest: blob.nbytes for blob in blobs if (device, blob.digest) not in self._blobs}
+        return sum(pack(list(sizes.values())).sizes)
+
+    def plan(
+        self, device: str, token: str, blobs: Sequence[Blob], make_room: Callable[[int], None] = lambda _: None
+    ) -> PublishPlan:
         """Say where each blob of a publisher goes: blobs that are here already stay, the others get new segments.
 
         The new segments are promised (and count for the limit), but not allocated: that happens one at a time, when
         the publisher is ready to fill them, so that it can free originals in between.
 
+        ``make_room`` is called with the bytes that they take. It may drop models, whose blobs stay here if the plan
+        counts on them, and it raises what there is to raise when there is no room.
+
         Raises:
             ProtocolError: a digest comes with another size than the store knows for it.
-            OutOfMemoryError: the limit of the device has no room for them.
         """
         sizes: dict[bytes, int] = {}
         for blob in blobs:
@@ -174,16 +228,21 @@ class Segments:
             if expected != blob.nbytes:
                 raise ProtocolError(f"blob {blob.digest.hex()[:16]} has {expected} bytes, not {blob.nbytes}")
         layout = pack(list(sizes.values()))
-        self._check_limit(device, sum(layout.sizes))
-        ids = [new_id() for _ in layout.sizes]
-        for segment, nbytes in zip(ids, layout.sizes, strict=True):
-            self._segments[segment] = HeldSegment(segment, device, nbytes, writer=token)
+        for known in self.held_by(device, (blob.digest for blob in blobs)).values():
+            known.holders.add(token)
+        try:
+            make_room(sum(layout.sizes))
+        except BaseException:
+            self.drop(token)
+            raise
+        ids = [self._promise(device, nbytes, token) for nbytes in layout.sizes]
         fresh = dict(zip(sizes, layout.placements, strict=True))
+        for digest, spot in fresh.items():
+            self._segments[ids[spot.segment]].placed += sizes[digest]
         places: list[Place] = []
         for blob in blobs:
             known = self._blobs.get((device, blob.digest))
             if known is not None:
-                known.holders.add(token)
                 places.append(Place(known.segment, known.offset, new=False))
             else:
                 spot = fresh[blob.digest]
@@ -199,39 +258,37 @@ class Segments:
         """Whether all of a plan's segments are allocated."""
         return all(self._segments[segment].memory is not None for segment in plan.segments)
 
-    def seal(self, plan: PublishPlan) -> None:
+    def seal(self, segments: Iterable[int]) -> None:
         """Make what was written immutable. Raises :class:`MemoryBackendError` while it is mapped for writing."""
-        for segment in plan.segments:
+        for segment in segments:
             held = self._segments[segment]
             if held.memory is not None:
                 self.backend(held.device).seal(held.memory)
 
-    def verification(self, plan: PublishPlan) -> Callable[[], None]:
-        """What digests the bytes that were written, where the host can read them.
+    def check(self, plan: PublishPlan) -> Check:
+        """What digests the bytes that were written, where the host can read them. Call it after :meth:`seal`."""
+        placed = list(zip(plan.blobs, plan.places, strict=True))
+        return Check(
+            part
+            for segment in plan.segments
+            for part in self._part(
+                segment, [(blob, at.offset) for blob, at in placed if at.new and at.segment == segment]
+            )
+        )
 
-        To be called in a thread, after :meth:`seal`. It has a hold of its own on the segments, so that they may be
-        dropped meanwhile.
+    def recheck(self, device: str, digests: Iterable[bytes]) -> Check:
+        """What digests committed blobs again. The host must be able to read the device."""
+        found: dict[int, list[tuple[Blob, int]]] = {}
+        for digest, held in self.held_by(device, digests).items():
+            found.setdefault(held.segment, []).append((Blob(digest, held.nbytes), held.offset))
+        return Check(part for segment, blobs in found.items() for part in self._part(segment, blobs))
 
-        What it raises: :class:`DigestMismatchError` when bytes are not those of their digest.
-        """
-        parts: list[Part] = []
-        try:
-            for segment in plan.segments:
-                held = self._segments[segment]
-                backend = self.backend(held.device)
-                if held.memory is None or not backend.host_readable:
-                    continue  # where the host cannot read, the publisher digests its copy where it lies
-                fd = backend.export(held.memory)
-                try:
-                    mapping = MemoryMapping(backend, backend.import_fd(fd, held.nbytes))
-                finally:
-                    os.close(fd)
-                placed = zip(plan.blobs, plan.places, strict=True)
-                parts.append((mapping, [(blob, at.offset) for blob, at in placed if at.new and at.segment == segment]))
-        except BaseException:
-            _close(parts)
-            raise
-        return lambda: verify(parts)
+    def _part(self, segment: int, blobs: Sequence[tuple[Blob, int]]) -> list[Part]:
+        held = self._segments[segment]
+        backend = self.backend(held.device)
+        if held.memory is None or not backend.host_readable:
+            return []  # where the host cannot read, who wrote it digests its copy where it lies
+        return [(backend, held.memory, blobs)]
 
     def commit(self, key: str, plan: PublishPlan) -> None:
         """Make the plan's blobs shared. Where another model brought a blob meanwhile, that copy counts for both."""
@@ -248,10 +305,13 @@ class Segments:
         self._sweep(plan.segments)
 
     def drop(self, holder: str) -> None:
-        """Forget a model's key or a publisher's token: blobs that only it held, and segments that it was writing."""
-        touched: set[int] = {segment for segment, held in self._segments.items() if held.writer == holder}
-        for segment in touched:
-            self._segments[segment].writer = None
+        """Forget a key or a token: blobs that only it held, and segments that it was writing or kept."""
+        touched: set[int] = set()
+        for segment, held in self._segments.items():
+            if held.writer == holder or holder in held.keepers:
+                touched.add(segment)
+                held.keepers.discard(holder)
+                held.writer = None if held.writer == holder else held.writer
         for (device, digest), blob in list(self._blobs.items()):
             if holder in blob.holders:
                 blob.holders.discard(holder)
@@ -260,6 +320,98 @@ class Segments:
                     self._segments[blob.segment].blobs.discard(digest)
                     touched.add(blob.segment)
         self._sweep(touched)
+
+    def rename(self, holder: str, token: str) -> None:
+        """What one held is held by another name."""
+        for names in (
+            *(blob.holders for blob in self._blobs.values()),
+            *(one.keepers for one in self._segments.values()),
+        ):
+            if holder in names:
+                names.discard(holder)
+                names.add(token)
+
+    # Compaction: blobs move to a new segment.
+
+    def sources(self, device: str, unmapped: Callable[[str], bool]) -> list[Source]:
+        """Segments of a device that may be emptied: all who hold something there are ``unmapped``."""
+        return [
+            Source(held.id, held.nbytes, tuple(self._contents(held)))
+            for held in self._segments.values()
+            if held.device == device and held.settled and held.blobs and all(map(unmapped, self.holders(held.id)))
+        ]
+
+    def begin_compaction(self, device: str, token: str, plan: CompactionPlan) -> int:
+        """Promise the new segment, and keep the old ones until the token is dropped; returns the new one's id."""
+        for segment in plan.sources:
+            self._segments[segment].keepers.add(token)
+        return self._promise(device, plan.nbytes, token)
+
+    def check_moves(self, segment: int, plan: CompactionPlan) -> Check:
+        """What digests a compaction's copies, where the host can read them. Call it once they are sealed."""
+        return Check(self._part(segment, [(move.blob, move.offset) for move in plan.moves]))
+
+    def end_compaction(
+        self,
+        segment: int,
+        plan: CompactionPlan,
+        unmapped: Callable[[str], bool],
+        moved: Callable[[set[str]], None] = lambda _: None,
+    ) -> tuple[int, int]:
+        """Put blobs where their checked copies are, and let go of what that empties; returns bytes moved and freed.
+
+        ``moved`` is told whose blobs moved, before the old segments are let go.
+
+        Meanwhile blobs may have gone, and segments may have got a reader or been quarantined: those stay as they are.
+        When too few are left for a gain, nothing moves.
+        """
+        new = self._segments[segment]
+        token = new.writer or ""
+        still = {
+            source
+            for source in plan.sources
+            if all(unmapped(holder) for holder in self.holders(source) - {token}) and self._segments[source].blobs
+        }
+        freed = sum(self._segments[source].nbytes for source in still) - new.nbytes
+        moves = [
+            move
+            for move in plan.moves
+            if move.source in still and move.blob.digest in self._segments[move.source].blobs
+        ]
+        if freed <= 0:
+            self.drop(token)
+            return 0, 0
+        for move in moves:
+            blob = self._blobs[new.device, move.blob.digest]
+            self._segments[blob.segment].blobs.discard(move.blob.digest)
+            new.blobs.add(move.blob.digest)
+            blob.segment, blob.offset = segment, move.offset
+        new.writer = None
+        new.placed = sum(move.blob.nbytes for move in moves)
+        moved(set().union(*(self._blobs[new.device, move.blob.digest].holders for move in moves)))
+        self.drop(token)
+        return new.placed, freed
+
+    def _contents(self, held: HeldSegment) -> list[tuple[Blob, int]]:
+        """A segment's live blobs by their first bytes."""
+        blobs = [
+            (Blob(digest, blob.nbytes), blob.offset) for digest, blob in self.held_by(held.device, held.blobs).items()
+        ]
+        return sorted(blobs, key=lambda found: (found[1], found[0].nbytes, found[0].digest))
+
+    # Quarantine: what is wrong is shared with nobody new.
+
+    def condemn(self, segments: Iterable[int]) -> None:
+        """Stop sharing what lies in segments; who holds something there keeps the segment instead."""
+        present = [segment for segment in segments if segment in self._segments]
+        for segment in present:
+            held = self._segments[segment]
+            held.keepers = self.holders(segment)
+            held.quarantined = True
+            for digest in held.blobs:
+                del self._blobs[held.device, digest]
+            held.blobs.clear()
+        self._sweep(present)
 
     def close(self) -> None:
         """Release everything."""
@@ -271,7 +423,7 @@ class Segments:
     def _sweep(self, segments: Iterable[int]) -> None:
         for segment in list(segments):
             held = self._segments.get(segment)
-            if held is not None and not held.blobs and held.writer is None:
+            if held is not None and not held.blobs and not held.keepers and held.writer is None:
                 self._release(held)
                 del self._segments[segment]
                 self.released(segment)
@@ -282,36 +434,7 @@ class Segments:
         elif held.memory is not None:
             self.backend(held.device).release(held.memory)
 
-    def _check_limit(self, device: str, nbytes: int) -> None:
-        limit = self.limits.get(device)
-        used = sum(held.nbytes for held in self._segments.values() if held.device == device)
-        if limit is not None and used + nbytes > limit:
-            raise OutOfMemoryError(
-                f"no room on {device}: {nbytes} bytes are needed, {max(0, limit - used)} of the limit of {limit} are "
-                "free; "
-                "remove models that nobody uses (`wooly models`, `wooly rm KEY`) or raise --max-resident"
-            )
-
-
-Part = tuple[MemoryMapping, list[tuple[Blob, int]]]
-"""A segment, and the blobs in it (with their first bytes) that are to be digested."""
-
-
-def verify(parts: Sequence[Part]) -> None:
-    """Digest what lies in segments, and close the mappings. Raises :class:`DigestMismatchError`."""
-    try:
-        for mapping, blobs in parts:
-            mapping.map(Access.READ)
-            for blob, offset in blobs:
-                found = digest_at(mapping.address + offset, blob.nbytes)
-                if found != blob.digest:
-                    raise DigestMismatchError(
-                        f"bytes published as {blob.digest.hex()[:16]} are {found.hex()[:16]}: not accepted"
-                    )
-    finally:
-        _close(parts)
-
-
-def _close(parts: Sequence[Part]) -> None:
-    for mapping, _ in parts:
-        mapping.close()
+    def _promise(self, device: str, nbytes: int, writer: str) -> int:
+        segment = new_id()
+        self._segments[segment] = HeldSegment(segment, device, nbytes, writer)
+        return segment

@@ -199,7 +199,7 @@ class Server:
                     return messages.Granted(number), ()
                 return _attached(number, attachment)
             case messages.Plan():
-                return store.plan(client, message)
+                return await store.plan(client, message)
             case messages.Fill():
                 return messages.Filled(number), (await store.fill(client, message),)
             case messages.Commit():
@@ -213,6 +213,14 @@ class Server:
                 return messages.StatusReply(number, self._status()), ()
             case messages.Remove():
                 return messages.Done(number, store.remove(message.key)), ()
+            case messages.Pin():
+                return messages.Done(number, store.pin(message.key, pinned=message.pinned)), ()
+            case messages.Compact():
+                return await store.compact(client, message)
+            case messages.Compacted():
+                return await store.compacted(client, message), ()
+            case messages.Quarantine():
+                await store.quarantine(client, message)
             case messages.Yield():
                 store.give_back(client, message.lease)
             case messages.RememberFiles():
@@ -233,8 +241,6 @@ class Server:
                 store.report(client, message.key, message.private_bytes)
             case messages.ReportFallback():
                 store.fallback(client, message.name, message.reason)
-            case messages.Quarantine():
-                store.quarantine(client, message.key, message.digests)
             case messages.Shutdown():
                 self.stopping.set()
             case _:

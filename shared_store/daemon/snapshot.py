@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
@@ -48,6 +49,7 @@ def take_status(
             store.segments.resident_bytes(device),
             store.segments.limits.get(device),
             store.segments.count(device),
+            *store.segments.unused(device),
         )
         for device in store.segments.devices()
     )
@@ -68,13 +70,8 @@ def take_status(
         models=models,
         clients=clients,
         totals=status.Totals(sum(device.resident_bytes for device in devices), mapped, mapped - _mapped_once(store)),
-        counters=status.Counters(
-            store.counts.attaches,
-            store.counts.publishes,
-            store.counts.aborted_publishes,
-            store.counts.fallbacks,
-            store.counts.protocol_errors,
-        ),
+        counters=status.Counters(**dataclasses.asdict(store.counts)),
+        quarantine=_quarantine(store),
         requests=store.times.status(),
         keeper=store.keeping.status(),
     )
@@ -144,7 +141,8 @@ def _models(store: Store) -> tuple[status.ModelStatus, ...]:
                 bytes=known.manifest.nbytes if known else 0,
                 unique_bytes=sum(size for digest, size in distinct.items() if named_by[model.device, digest] == 1),
                 readers=len(model.readers),
-                pinned=False,
+                pinned=model.pinned,
+                last_used=model.last_used,
             )
         )
     return tuple(shown)
@@ -157,6 +155,10 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
             held.append((model.publisher, model.key, "publisher"))
         held += [(reader, model.key, "reader") for reader in sorted(model.readers)]
         held += [(waiter.client, model.key, "waiting") for waiter in model.waiters]
+    sizes = {key: known.manifest.nbytes for key, known in store.committed.items()}
+    for token, model in store.models.withdrawn().items():
+        held += [(reader, token, "reader") for reader in sorted(model.readers)]
+        sizes[token] = store.withdrawn[token].manifest.nbytes
     busy = {number for number, _, _ in held}
     held += [(number, "", "idle") for number in store.clients if number not in busy]
     shown = []
@@ -164,8 +166,9 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
         client = store.clients.get(number)
         if client is None:
             continue  # its connection ended; what it held goes with the same turn of the loop
+        mapped = sizes[key] if role == "reader" else 0
+        key = key.partition("/")[0]  # of a withdrawn model's token  # noqa: PLW2901
         private = client.private_bytes.get(key, 0)
-        mapped = store.committed[key].manifest.nbytes if role == "reader" else 0
         shown.append(
             status.ClientStatus(
                 number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private
@@ -175,11 +178,25 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
 
 
 def _mapped_once(store: Store) -> int:
-    """Bytes of one copy of every distinct blob that somebody reads."""
+    """Bytes of one copy of every distinct blob that somebody reads; what a withdrawn model has is a copy of its own."""
     blobs = {
         (model.device, blob.digest): blob.nbytes
         for model in store.models.all()
         if model.readers
         for blob in store.committed[model.key].manifest.blobs
     }
+    blobs.update(
+        {(token, blob.digest): blob.nbytes for token, known in store.withdrawn.items() for blob in known.manifest.blobs}
+    )
     return sum(blobs.values())
+
+
+def _quarantine(store: Store) -> tuple[status.QuarantineStatus, ...]:
+    withdrawn = store.models.withdrawn()
+    shown = []
+    for held in store.segments.quarantined():
+        models = [withdrawn[token] for token in held.keepers if token in withdrawn]
+        readers = set[int]().union(*(model.readers for model in models))
+        keys = tuple(sorted({model.key for model in models}))
+        shown.append(status.QuarantineStatus(held.device, held.id, held.nbytes, keys, len(readers)))
+    return tuple(shown)

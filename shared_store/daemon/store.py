@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +17,12 @@ from typing import TypeVar
 
 from shared_store import manifest as manifests
 from shared_store.checkpoint import FileId
+from shared_store.daemon.compactor import Compaction, Compactor
 from shared_store.daemon.keeping import Keeping
 from shared_store.daemon.leases import Leases
-from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused
+from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused, State, Withdrawn
 from shared_store.daemon.recovery import Recovery
+from shared_store.daemon.room import Room
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.daemon.timing import RequestTimes
 from shared_store.digest import SIZE
@@ -28,6 +31,7 @@ from shared_store.errors import (
     DigestMismatchError,
     ModelNotFoundError,
     NotPublisherError,
+    PermissionDeniedError,
     ProtocolError,
     WoolyError,
 )
@@ -73,6 +77,9 @@ class Counts:
     aborted_publishes: int = 0
     fallbacks: int = 0
     protocol_errors: int = 0
+    evictions: int = 0
+    compactions: int = 0
+    quarantines: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,17 +101,24 @@ class Store:
         limits: Mapping[str, int],
         find_backend: Callable[[str], Backend] = backend_for,
         keeping: Keeping | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Begin with some devices; others are looked up, in a thread, when a client names them."""
+        """Begin with some devices; others are looked up, in a thread, when a client names them.
+
+        ``clock`` tells Unix seconds.
+        """
         self._find_backend = find_backend
         self.keeping = keeping or Keeping()
         self.recovery = Recovery()
         self.offers: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.segments = Segments(backends, limits)
-        self.models = Models()
+        self.models = Models(clock)
         self.leases = Leases()
         self.clients: dict[int, Client] = {}
         self.committed: dict[str, Committed] = {}
+        self.withdrawn: dict[str, Committed] = {}  # by the tokens of `models`
+        self.compactor = Compactor(self)
+        self.room = Room(self)
         self.counts = Counts()
         self.times = RequestTimes()
         self.changed: Callable[[], None] = lambda: None
@@ -136,6 +150,7 @@ class Store:
             )
             self.event("publish_aborted", key=model.key, name=model.name, pid=client.pid)
         self._carry_out(self.models.lost(client.number))
+        self.compactor.lost(client.number)
         self.changed()
 
     # Named leases.
@@ -199,14 +214,19 @@ class Store:
             return None
         return self._attachment(client, request.key)
 
-    def plan(self, client: Client, request: messages.Plan) -> tuple[messages.Planned, tuple[int, ...]]:
+    async def plan(self, client: Client, request: messages.Plan) -> tuple[messages.Planned, tuple[int, ...]]:
         """Say where a model's blobs go; returns the reply and the fds of existing segments, which are the caller's."""
-        model = self.models.publishing(request.key, client.number)
+        device = self.models.publishing(request.key, client.number).device
         if request.key in self._plans:
             raise ProtocolError(f"{request.key} has a plan already")
         if any(len(blob.digest) != SIZE or blob.nbytes < 0 for blob in request.blobs):
             raise ProtocolError("a plan with a malformed blob")
-        plan = self.segments.plan(model.device, f"{request.key}/{client.number}", request.blobs)
+        await self.room.pack(device, self.segments.needed(device, request.blobs))
+        self.models.publishing(request.key, client.number)  # it may have gone meanwhile
+        token = f"{request.key}/{client.number}"
+        plan = self.segments.plan(
+            device, token, request.blobs, lambda needed: self.room.make(device, needed, request.key)
+        )
         used = list(dict.fromkeys([*plan.segments, *(place.segment for place in plan.places)]))
         try:
             fds = self._export([segment for segment in used if segment not in plan.segments])
@@ -229,7 +249,7 @@ class Store:
         if held.memory is not None:
             raise ProtocolError(f"segment {request.segment} is allocated already")
         backend = self.segments.backend(held.device)
-        memory = await asyncio.to_thread(backend.create, held.nbytes)  # pages are allocated now, which takes time
+        memory = await self.room.allocate(held.device, held.nbytes, request.key)
         if self._plans.get(request.key) is not plan:
             backend.release(memory)
             raise NotPublisherError(f"client {client.number} no longer publishes {request.key}")
@@ -253,19 +273,20 @@ class Store:
         manifest = manifests.decode(request.manifest)
         if manifest.key != request.key or manifest.device != model.device or manifest.blobs != plan.blobs:
             raise ProtocolError(f"the manifest of {request.key} is not that of its plan")
-        self.segments.seal(plan)
-        try:
-            await asyncio.to_thread(self.segments.verification(plan))
-        except DigestMismatchError:
+        self.segments.seal(plan.segments)
+        wrong = await asyncio.to_thread(self.segments.check(plan).wrong)
+        self.models.publishing(request.key, client.number)  # it may have gone meanwhile
+        if self._plans.get(request.key) is not plan:
+            raise DigestMismatchError(f"blobs that {request.key} counts on were quarantined meanwhile; plan anew")
+        if wrong:
             # Sealed, so it can never become right. Whoever publishes may plan anew.
-            if self._plans.get(request.key) is plan:
-                del self._plans[request.key]
-                self.segments.drop(plan.token)
-                self.changed()
-            raise
-        if self._plans.get(request.key) is not plan:  # it counted on blobs that were quarantined meanwhile
-            raise NotPublisherError(f"the plan for {request.key} holds no longer; plan anew")
-        effects = self.models.commit(request.key, client.number)  # raises when the publisher is gone by now
+            self._drop_plan(request.key)
+            self.changed()
+            blob, found = wrong[0]
+            raise DigestMismatchError(
+                f"bytes published as {blob.digest.hex()[:16]} are {found.hex()[:16]}: not accepted"
+            )
+        effects = self.models.commit(request.key, client.number)
         del self._plans[request.key]
         self.segments.commit(request.key, plan)
         self.committed[request.key] = Committed(request.manifest, manifest)
@@ -322,26 +343,6 @@ class Store:
         self.changed()
         return key
 
-    def quarantine(self, client: Client, key: str, digests: tuple[bytes, ...]) -> None:
-        """A client found blobs that are not what their digests say: nobody gets their segments any more."""
-        known = self.committed.get(key)
-        if known is None:
-            raise ModelNotFoundError(f"no model with key {key}; `wooly models` lists them")
-        device = known.manifest.device
-        bad = {blob.segment for blob in self.segments.held_by(device, digests).values()}
-        for publishing, plan in list(self._plans.items()):
-            if bad.intersection(place.segment for place in plan.places):
-                del self._plans[publishing]
-                self.segments.drop(plan.token)
-        for other, committed in list(self.committed.items()):
-            named = (blob.digest for blob in committed.manifest.blobs)
-            held = self.segments.held_by(committed.manifest.device, named).values()
-            if committed.manifest.device == device and any(blob.segment in bad for blob in held):
-                log.error("%s has wrong bytes (client %d, pid %d): quarantined", other, client.number, client.pid)
-                self.event("quarantined", key=other, name=committed.manifest.name, pid=client.pid)
-                self._carry_out(self.models.quarantine(other))
-        self.changed()
-
     async def device(self, name: str) -> Backend:
         """The backend of a device; one that is new is looked for. Raises :class:`UnknownDeviceError`."""
         if name not in self.segments.backends:
@@ -352,6 +353,11 @@ class Store:
         """Ids of the segments that a committed model lies in."""
         manifest = self.committed[key].manifest
         return tuple(dict.fromkeys(self.segments.blob(manifest.device, blob.digest).segment for blob in manifest.blobs))
+
+    @property
+    def recovering(self) -> bool:
+        """Whether readers may be on their way back, so that nothing is evicted or compacted."""
+        return self.recovery.active
 
     # What the keeper holds.
 
@@ -364,11 +370,18 @@ class Store:
             self.keeping.hold(found, lambda segment=segment: self.segments.export(segment))  # type: ignore[misc]
         self.keeping.tell(control.NoteModel(record))
 
+    def _note_all(self, holders: Iterable[str]) -> None:
+        for key in holders:
+            if key in self.committed:
+                self.note(key)
+
     def _record(self, key: str) -> control.ModelRecord:
         committed = self.committed[key]
         blobs = (self.segments.blob(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs)
         places = tuple((blob.segment, blob.offset) for blob in blobs)
-        return control.ModelRecord(key, committed.data, places, last_used=time.time())
+        model = self.models.get(key)
+        assert model is not None  # noqa: S101 - it is committed
+        return control.ModelRecord(key, committed.data, places, pinned=model.pinned, last_used=model.last_used)
 
     def _holdings(self) -> Holdings:
         """All that a keeper should hold, with fds of their own."""
@@ -382,6 +395,111 @@ class Store:
             held.close()
             raise
         return held
+
+    def pin(self, prefix: str, *, pinned: bool) -> str:
+        """Keep a model from being evicted, or no longer; returns its key."""
+        key = self.models.pin(prefix, pinned=pinned)
+        if key in self.committed:
+            self.note(key)
+        self.event("pinned" if pinned else "unpinned", key=key)
+        self.changed()
+        return key
+
+    def evict(self, keys: Iterable[str], reason: str) -> None:
+        """Drop models that nobody reads, because room is needed."""
+        for key in keys:
+            manifest = self.committed[key].manifest
+            self._carry_out(self.models.remove(key)[1])
+            self.counts.evictions += 1
+            log.info("%s is evicted: %s", manifest.name or key, reason)
+            self.event("evicted", key=key, name=manifest.name, bytes=manifest.nbytes, reason=reason)
+        self.changed()
+
+    # Compaction.
+
+    async def compact(
+        self, client: Client, request: messages.Compact
+    ) -> tuple[messages.Compacting | messages.Done, tuple[int, ...]]:
+        """Let a client copy blobs to a new segment: its fd, then those of the old ones (the caller's)."""
+        compaction = await self.compactor.begin(request.device, client)
+        if compaction is None:
+            return messages.Done(request.id), ()
+        try:
+            fds = self._export([compaction.segment, *compaction.plan.sources])
+        except BaseException:
+            self.compactor.cancel(compaction)
+            raise
+        index = {segment: number for number, segment in enumerate(compaction.plan.sources)}
+        moves = tuple(
+            messages.Move(index[move.source], move.start, move.offset, move.blob.nbytes, move.blob.digest)
+            for move in compaction.plan.moves
+        )
+        target, *sources = self._describe([compaction.segment, *compaction.plan.sources])
+        return messages.Compacting(request.id, target, tuple(sources), moves), fds
+
+    async def compacted(self, client: Client, request: messages.Compacted) -> messages.Switched:
+        """What a client copied is complete."""
+        moved, freed = await self.compactor.end(self.compactor.of(client, request.segment))
+        return messages.Switched(request.id, moved, freed)
+
+    def switch(self, compaction: Compaction) -> tuple[int, int]:
+        """From now on blobs are where they were copied to; returns bytes moved and freed."""
+        moved, freed = self.segments.end_compaction(compaction.segment, compaction.plan, self.unmapped, self._note_all)
+        if freed:
+            self.counts.compactions += 1
+            log.info("%s: %d bytes moved together, %d freed", compaction.device, moved, freed)
+            self.event("compacted", device=compaction.device, moved_bytes=moved, freed_bytes=freed)
+        self.changed()
+        return moved, freed
+
+    def unmapped(self, holder: str) -> bool:
+        """Whether who holds a blob is a committed model that nobody reads."""
+        model = self.models.get(holder)
+        return model is not None and model.state is State.COMMITTED and not model.readers
+
+    # Quarantine.
+
+    async def quarantine(self, client: Client, request: messages.Quarantine) -> None:
+        """Take segments out of service that have wrong bytes, as a client says.
+
+        Where the host reads the memory, only what is wrong indeed; elsewhere a client of the store's uid is believed.
+
+        Raises:
+            ModelNotFoundError: there is no such model (any more).
+            PermissionDeniedError: it cannot be checked, and the client is another user's.
+        """
+        known = self.committed.get(request.key)
+        if known is None:
+            raise ModelNotFoundError(f"no model with key {request.key}; `wooly models` lists them")
+        device = known.manifest.device
+        named = {blob.digest for blob in known.manifest.blobs}.intersection(request.digests)
+        suspects = {digest: blob.segment for digest, blob in self.segments.held_by(device, named).items()}
+        if (await self.device(device)).host_readable:
+            wrong = await asyncio.to_thread(self.segments.recheck(device, suspects).wrong)
+            bad = {suspects[blob.digest] for blob, _ in wrong}
+        else:
+            self.own_uid_only(client, "quarantine GPU memory")
+            bad = set(suspects.values())
+        if not bad:
+            log.warning("client %d (pid %d): its claim against %s is wrong", client.number, client.pid, request.key)
+            return
+        self.withdraw(device, bad, pid=client.pid)
+
+    def withdraw(self, device: str, segments: set[int], *, pid: int) -> None:
+        """Share segments with nobody new: models that have blobs there are forgotten, who reads them goes on."""
+        present = [segment for segment in sorted(segments) if self.segments.has(segment)]
+        holders = set[str]().union(*(self.segments.holders(segment) for segment in present))
+        for segment in present:
+            self.counts.quarantines += 1
+            log.error("segment %d of %s has wrong bytes: quarantined", segment, device)
+            self.event("quarantined", device=device, segment=segment, pid=pid)
+        for key in [key for key, plan in self._plans.items() if plan.token in holders]:
+            self._drop_plan(key)
+        for key in [key for key in self.committed if key in holders]:
+            self.event("withdrawn", key=key, name=self.committed[key].manifest.name)
+            self._carry_out(self.models.withdraw(key))
+        self.segments.condemn(present)
+        self.changed()
 
     # Inside.
 
@@ -444,14 +562,31 @@ class Store:
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Dropped):
-                plan = self._plans.pop(effect.key, None)
-                if plan is not None:
-                    self.segments.drop(plan.token)
+                self._drop_plan(effect.key)
                 if self.committed.pop(effect.key, None) is not None:
                     self.keeping.tell(control.ForgetModel(effect.key))
                     self.segments.drop(effect.key)
+                elif self.withdrawn.pop(effect.key, None) is not None:
+                    self.segments.drop(effect.key)
+            elif isinstance(effect, Withdrawn):
+                self.withdrawn[effect.token] = self.committed.pop(effect.key)
+                self.keeping.tell(control.ForgetModel(effect.key))
+                self.segments.rename(effect.key, effect.token)
             else:
                 self._resolve((effect.key, effect.client), effect)
+
+    def _drop_plan(self, key: str) -> None:
+        plan = self._plans.pop(key, None)
+        if plan is not None:
+            self.segments.drop(plan.token)
+
+    @staticmethod
+    def own_uid_only(client: Client, what: str) -> None:
+        """Raises :class:`PermissionDeniedError` for another user's client, where the store could not check its word."""
+        if client.uid != os.getuid():
+            raise PermissionDeniedError(
+                f"uid {client.uid} may not {what} of the store of uid {os.getuid()}; ask its owner"
+            )
 
     def _publisher_of(self, key: str) -> Client | None:
         model = self.models.get(key)

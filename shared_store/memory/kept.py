@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from shared_store.memory.backend import Segment
+from shared_store.memory.backend import Backend, Segment
 from shared_store.memory.memfd import duplicate
 
 
@@ -29,3 +29,8 @@ class KeptSegment(Segment):
         if not self.released:
             self.released = True
             os.close(self.fd)
+
+
+def export(backend: Backend, segment: Segment) -> int:
+    """A new fd of a segment that the store holds, however it came by it; the caller's."""
+    return segment.export() if isinstance(segment, KeptSegment) else backend.export(segment)

@@ -155,6 +155,25 @@ class Remove(Request, frozen=True, tag="remove"):
     key: str
 
 
+class Pin(Request, frozen=True, tag="pin"):
+    """Keep a model from being evicted, or (``pinned`` false) no longer; by an unambiguous beginning of its key."""
+
+    key: str
+    pinned: bool
+
+
+class Compact(Request, frozen=True, tag="compact"):
+    """Offer to copy blobs so that less memory holds them; :class:`Compacting` answers, :class:`Done` if none would."""
+
+    device: str
+
+
+class Compacted(Request, frozen=True, tag="compacted"):
+    """All moves into the segment (by its id) are made, and it is not mapped for writing; :class:`Switched` answers."""
+
+    segment: int
+
+
 class Quarantine(Request, frozen=True, tag="quarantine"):
     """Tell that resident blobs of a model are not what their digests say; their segments get no new readers."""
 
@@ -273,6 +292,31 @@ class Attached(Reply, frozen=True, tag="attached"):
     segments: tuple[SegmentInfo, ...]
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """A blob to be copied: index of its segment in ``sources``, first byte there, and in the new segment."""
+
+    source: int
+    start: int
+    offset: int
+    nbytes: int
+    digest: bytes
+
+
+class Compacting(Reply, frozen=True, tag="compacting"):
+    """What to copy. The fds: the new segment's (``target``), to be mapped for writing, then those of ``sources``."""
+
+    target: SegmentInfo
+    sources: tuple[SegmentInfo, ...]
+    moves: tuple[Move, ...]
+
+
+class Switched(Reply, frozen=True, tag="switched"):
+    """Blobs are served from where they were copied to. None moved when too many got readers meanwhile."""
+
+    moved_bytes: int
+    freed_bytes: int
+
+
 class StatusReply(Reply, frozen=True, tag="status"):
     """The store's snapshot."""
 
@@ -305,12 +349,28 @@ ClientMessage = (
     | ReportFallback
     | GetStatus
     | Remove
+    | Pin
+    | Compact
+    | Compacted
     | Quarantine
     | Shutdown
     | Upgrade
     | Unsupported
 )
-StoreMessage = Welcome | Done | Failed | Granted | FileDigests | Planned | Filled | Attached | StatusReply | Push
+StoreMessage = (
+    Welcome
+    | Done
+    | Failed
+    | Granted
+    | FileDigests
+    | Planned
+    | Filled
+    | Attached
+    | Compacting
+    | Switched
+    | StatusReply
+    | Push
+)
 
 _M = TypeVar("_M")
 

@@ -58,6 +58,12 @@ def test_metrics_say_what_the_status_says(serve, status):
         ("wooly_limit_bytes", "cpu"): 64 << 30,
         ("wooly_segments", "cpu"): 5,
         ("wooly_segments", "GPU-1"): 1,
+        ("wooly_dead_bytes", "cpu"): 3 << 20,
+        ("wooly_dead_bytes", "GPU-1"): 0,
+        ("wooly_padding_bytes", "cpu"): 2 << 20,
+        ("wooly_padding_bytes", "GPU-1"): 0,
+        ("wooly_quarantined_bytes", "cpu"): 2 << 20,
+        ("wooly_quarantined_bytes", "GPU-1"): 0,
         ("wooly_models", "committed"): 1,
         ("wooly_models", "publishing"): 1,
         ("wooly_clients", "publisher"): 1,
@@ -86,6 +92,9 @@ def test_metrics_say_what_the_status_says(serve, status):
         ("wooly_aborted_publishes_total",): 1,
         ("wooly_fallbacks_total",): 3,
         ("wooly_protocol_errors_total",): 4,
+        ("wooly_evictions_total",): 5,
+        ("wooly_compactions_total",): 6,
+        ("wooly_quarantines_total",): 8,
     }
 
 

@@ -229,7 +229,8 @@ def test_the_store_is_full_by_its_limit(start_store, actor):
         client.plan(key(2), [[2, 5 * MIB]])
     text = str(caught.value)
     assert f"{6 * MIB} bytes are needed, {4 * MIB} of the limit of {8 * MIB} are free" in text
-    assert "wooly rm" in text
+    assert "in use: model (3145728 bytes); stop a reader" in text
+    assert "raise --max-resident" in text
     assert resident(client) == 4 * MIB
     assert reader.digests() == reader.expected()
     reader.leave(key=key(1))

@@ -1,400 +1,349 @@
 """The store's state under any sequence of what clients do and what can fail, against a plain model of it.
 
-Clients do one thing at a time each, as the server has it; opens that wait for a publisher stay under way over many
-steps, and several publishers' allocations or commits run at once. Memory is limited, and
-calls of the backend fail as planned.
+To what `support/store_machine.py` has come pins, evictions when room is short, compaction by clients and by the store,
+and quarantine. What must hold is said at the end: no blob is lost while somebody has it, nothing leaks, counts are
+exact, and what is read or pinned stays.
 """
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import os
+import itertools
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.content import blob, content, key, manifest_of
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from support.hostmemory import peek, poke
+from support.store_machine import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES, StoreMachine
 from support.waiting import open_segments
 
-from shared_store.daemon import segments as segments_module
+from shared_store.daemon import room as room_module
 from shared_store.daemon.models import State
-from shared_store.daemon.store import Client, Store
+from shared_store.daemon.policy import evict
 from shared_store.digest import digest
-from shared_store.errors import (
-    DigestMismatchError,
-    MemoryBackendError,
-    ModelInUseError,
-    ModelNotFoundError,
-    NotPublisherError,
-    OutOfMemoryError,
-    ProtocolError,
-    WoolyError,
-)
-from shared_store.layout import pack
-from shared_store.manifest import encode
-from shared_store.memory import Access, Mapping, MemfdBackend
-from shared_store.memory.fake import FakeBackend, Faults
+from shared_store.errors import DigestMismatchError, MemoryBackendError, ModelNotFoundError, ProtocolError
+from shared_store.memory import Access, Mapping
 from shared_store.protocol import messages, wire
-
-MIB = 1 << 20
-DEVICE = "fake"
-SIZES = (0, 1, 700, 300_000, 2 * MIB + 1, 3 * MIB)
-CONTENTS = tuple(content(seed, nbytes) for seed, nbytes in enumerate(SIZES))
-BLOBS = tuple(blob(data) for data in CONTENTS)
-DATA = dict(zip((one.digest for one in BLOBS), CONTENTS, strict=True))
-KEYS = tuple(key(number) for number in range(1, 5))
-MODELS = st.lists(st.integers(0, len(SIZES) - 1), max_size=5)
-LIMIT = 10 * MIB
-INDEX = st.integers(0, 7)
 
 
 @dataclass
-class Writing:
-    """A plan, as its publisher sees it. `counted_on`: digests that were here before.
+class Copying:
+    """A compaction, as the client sees it that copies. `right`: whether the copies are."""
 
-    `mappings` and `promised` (ids of segments) are by the index of the segment in `planned`.
-    """
-
-    model: tuple[int, ...]
-    planned: messages.Planned
-    mappings: dict[int, Mapping]
-    promised: dict[int, int]
-    counted_on: set[bytes]
+    task: messages.Compacting
+    target: Mapping
+    sources: list[Mapping]
     right: bool = False
 
 
 @dataclass
-class Expected:
-    """What the store should know of a key. `publisher`, `readers`, `waiters` are clients' numbers."""
+class Withdrawn:
+    """A model that was withdrawn, and still has readers.
 
-    publisher: int | None = None
-    waiters: deque[tuple[int, bool]] = field(default_factory=deque)
-    readers: set[int] = field(default_factory=set)
-    committed: tuple[int, ...] | None = None
+    `mapped`: ids of the segments that each reader was given; `shared`: digests of its blobs that are not condemned.
+    """
 
-    @property
-    def involved(self):
-        return {self.publisher, *self.readers, *(number for number, _ in self.waiters)} - {None}
+    name: str
+    readers: set[int]
+    mapped: dict[int, set[int]]
+    shared: set[bytes] = field(default_factory=set)
 
 
-class StoreMachine(RuleBasedStateMachine):
+SMALL = st.lists(st.integers(0, len(SIZES) - 4), max_size=3)
+"""Models that have a segment of 2 MiB between them, once they are packed."""
+
+
+class CacheMachine(StoreMachine):
     """See the module."""
 
     def __init__(self):
         super().__init__()
-        # Segments of a few MiB, so that models of a few blobs have several.
-        segments_module.pack = functools.partial(pack, target=4 * MIB)
-        self.before = open_segments()
-        self.loop = asyncio.new_event_loop()
-        self.backend = FakeBackend(DEVICE, capacity=8 * MIB)
-        self.clients_backend = MemfdBackend()
-        self.store = Store({DEVICE: self.backend}, {DEVICE: LIMIT})
-        self.expected = {}
-        self.clients = {}
-        self.opening = {}  # client number: (key, its open under way)
-        self.writing = {}  # key: Writing
-        self.requests = 0
-        self.number = 0
+        self.copying = {}  # client number: Copying
+        self.withdrawn = {}  # token: Withdrawn
+        room_module.evict = self.evict
 
     def teardown(self):
-        """Nothing is left when all are gone."""
-        try:
-            self._end()
-        finally:
-            segments_module.pack = pack
-            for task in [task for _, task in self.opening.values()]:
-                task.cancel()
-            self._turn()
-            self.loop.run_until_complete(self.loop.shutdown_default_executor())
-            self.loop.close()
-            self.store.segments.close()
-        assert open_segments() == self.before
+        """As for the other machine."""
+        room_module.evict = evict
+        super().teardown()
+        assert self.withdrawn == {}
+        assert self.copying == {}
 
-    def _end(self):
-        self.backend.faults = Faults()
-        for number in list(self.clients):
-            self._lose(number)
-        for name in [name for name, model in self.expected.items() if model.committed is not None]:
-            self.store.remove(name)
-        assert self.opening == {}
-        assert self.store.models.all() == []
-        assert self.backend.held == self.store.segments.resident_bytes(DEVICE) == 0
-        assert self.store.segments._blobs == self.store.segments._segments == {}
-        assert self.store._plans == self.store._waiting == self.store.committed == {}
+    def evict(self, models, segments, needed):
+        """What the policy is asked about is true; what it answers is for its own tests."""
+        asked = {model.key: (model.readers, model.pinned) for model in models}
+        assert asked == {
+            name: (len(model.readers), model.pinned)
+            for name, model in self.expected.items()
+            if model.committed is not None
+        }
+        assert sum(segment.nbytes for segment in segments) <= self.backend.held
+        return evict(models, segments, needed)
 
-    # What may happen.
+    # Chance alone would seldom fill a store with models that nobody reads.
 
-    @initialize()
-    def two_clients(self):
-        self.join()
-        self.join()
+    @initialize(
+        limit=st.sampled_from([6 * MIB, CAPACITY, 10 * MIB]),
+        models=st.lists(SMALL | MODELS, min_size=2, max_size=len(KEYS)),
+    )
+    def there_is_a_cache_and_a_limit(self, limit, models):
+        """Below what the device has, equal to it, or above."""
+        self.store.segments.limits[DEVICE] = limit
+        for name, model in zip(KEYS, models, strict=False):
+            self._cache(name, model)
 
     @precondition(lambda self: len(self.clients) < 5)
-    @rule()
-    def join(self):
-        self.number += 1
-        client = Client(self.number, os.getpid(), os.getuid(), "", asyncio.Event(), lambda *_: None)
-        self.clients[self.number] = client
-        self.store.join(client)
+    @rule(name=st.sampled_from(KEYS), model=SMALL | MODELS)
+    def cache(self, name, model):
+        """A client publishes a model, as far as nothing fails, and goes."""
+        if name not in self.expected:
+            self._cache(name, model)
+
+    def _cache(self, name, model):
+        self.join()
+        number = self.number
+        self.publish(self._idle().index(number), name, model, upto="commit")
+        self._lose(number)
+
+    @precondition(lambda self: self._idle() and self._committed())
+    @rule(which=INDEX, opener=INDEX)
+    def attach(self, which, opener):
+        self.open(opener, self._pick(self._committed(), which), publish=False)
+
+    # Pins, and clocks.
+
+    @rule(name=st.sampled_from(KEYS), pinned=st.booleans())
+    def pin(self, name, pinned):
+        if name not in self.expected:
+            with pytest.raises(ModelNotFoundError):
+                self.store.pin(name, pinned=pinned)
+            return
+        assert self.store.pin(name, pinned=pinned) == name
+        self.expected[name].pinned = pinned
+
+    @rule(seconds=st.sampled_from([-3600.0, 0.5, 60.0]))
+    def clock_moves(self, seconds):
+        self.now += seconds
+
+    # Compaction.
 
     @precondition(lambda self: self._idle())
-    @rule(which=INDEX, name=st.sampled_from(KEYS), publish=st.sampled_from([True, True, False]))
-    def open(self, which, name, publish):
+    @rule(which=INDEX)
+    def begin_to_compact(self, which):
         number = self._pick(self._idle(), which)
-        model = self.expected.get(name, Expected())
-        request = messages.Open(self._request(), name, "", "", DEVICE, publish)
-        task = self.loop.create_task(self.store.open(self.clients[number], request))
-        self._turn()
-        if number in model.involved:
-            assert isinstance(task.exception(), ProtocolError)
+        request = messages.Compact(self._request(), DEVICE)
+        (outcome,) = self._together([self.store.compact(self.clients[number], request)])
+        if number in self.copying:
+            assert isinstance(outcome, ProtocolError)
             return
-        if model.publisher is not None:
-            model.waiters.append((number, publish))
-            self.opening[number] = (name, task)
+        if isinstance(outcome, BaseException):
+            assert isinstance(outcome, MemoryBackendError), repr(outcome)
             return
-        if model.committed is not None:
-            self._admitted(number, name, task)
+        reply, fds = outcome
+        if isinstance(reply, messages.Done):
+            assert fds == ()
             return
-        if not publish:
-            assert isinstance(task.exception(), ModelNotFoundError)
-            return
-        assert task.result() is None
-        model.publisher = number
-        self.expected[name] = model
-
-    @precondition(lambda self: self._idle())
-    @rule(
-        which=INDEX, name=st.sampled_from(KEYS), model=MODELS, upto=st.sampled_from(["plan", "fill", "write", "commit"])
-    )
-    def publish(self, which, name, model, upto):
-        """The steps below in a row, as far as nothing fails: chance alone would seldom put them so."""
-        number = self._pick(self._idle(), which)
-        if name in self.expected:
-            return
-        self.open(self._idle().index(number), name, publish=True)
-        self._plan(name, model)
-        if upto == "plan" or name not in self._publishing(planned=True):
-            return
-        for _ in self.writing[name].planned.segments:
-            if name in self._promised():
-                self._fill_one_each([name])
-        if upto == "fill" or name not in self._filled():
-            return
-        self._write(name, lie=False)
-        if upto == "commit":
-            self._commit_all([name])
-
-    @precondition(lambda self: self._publishing(planned=False))
-    @rule(which=INDEX, model=MODELS)
-    def plan(self, which, model):
-        self._plan(self._pick(self._publishing(planned=False), which), model)
-
-    def _plan(self, name, model):
-        before = set(self._blobs())
-        client = self.clients[self.expected[name].publisher]
-        try:
-            planned, fds = self.store.plan(
-                client, messages.Plan(self._request(), name, tuple(BLOBS[index] for index in model))
-            )
-        except (OutOfMemoryError, MemoryBackendError):
-            return
-        promised = {index: segment.id for index, segment in enumerate(planned.segments) if segment.promised}
-        there = [index for index in range(len(planned.segments)) if index not in promised]
-        mappings = {
-            index: Mapping(self.clients_backend, self.clients_backend.import_fd(fd, planned.segments[index].nbytes))
-            for index, fd in zip(there, fds, strict=True)
-        }
+        target, *sources = [
+            Mapping(self.clients_backend, self.clients_backend.import_fd(fd, segment.nbytes))
+            for fd, segment in zip(fds, (reply.target, *reply.sources), strict=True)
+        ]
         wire.close_fds(fds)
-        digests = [BLOBS[index].digest for index in model]
-        new = {digest for digest, place in zip(digests, planned.places, strict=True) if place.new}
-        assert new == set(digests) - before
-        assert sum(place.new for place in planned.places) == len(new)
-        assert {place.segment for place in planned.places if place.new} == set(promised)
-        self.writing[name] = Writing(tuple(model), planned, mappings, promised, set(digests) & before)
+        assert reply.target.nbytes < sum(segment.nbytes for segment in reply.sources)
+        read = {self._blobs()[digest].segment for digest in self._read()}
+        assert read.isdisjoint(segment.id for segment in reply.sources)
+        self.copying[number] = Copying(reply, target, sources)
 
-    @precondition(lambda self: self._promised())
-    @rule(chosen=st.lists(INDEX, min_size=1, max_size=3))
-    def fill(self, chosen):
-        """Up to three publishers get a segment's memory at once."""
-        self._fill_one_each(list(dict.fromkeys(self._pick(self._promised(), which) for which in chosen)))
-
-    def _fill_one_each(self, names):
-        indexes = [next(iter(self.writing[name].promised)) for name in names]
-        outcomes = self._together([self._fill(name, index) for name, index in zip(names, indexes, strict=True)])
-        for name, index, outcome in zip(names, indexes, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                assert isinstance(outcome, OutOfMemoryError | MemoryBackendError), repr(outcome)
-                continue
-            writing = self.writing[name]
-            del writing.promised[index]
-            nbytes = writing.planned.segments[index].nbytes
-            writing.mappings[index] = Mapping(self.clients_backend, self.clients_backend.import_fd(outcome, nbytes))
-            os.close(outcome)
-
-    @precondition(lambda self: self._promised())
-    @rule(which=INDEX)
-    def abandon_while_memory_is_allocated(self, which):
-        """What comes too late is freed."""
-        name = self._pick(self._promised(), which)
-        may_go_on, create = threading.Event(), self.backend.create
-        self.backend.create = lambda nbytes: may_go_on.wait() and create(nbytes)
-        task = self.loop.create_task(self._fill(name, next(iter(self.writing[name].promised))))
-        self._turn()
-        self.store.abandon(self.clients[self.expected[name].publisher], name, "")
-        may_go_on.set()
-        self.loop.run_until_complete(asyncio.wait([task]))
-        del self.backend.create
-        assert isinstance(task.exception(), NotPublisherError | OutOfMemoryError | MemoryBackendError)
-        self._gave_up(name)
-
-    @precondition(lambda self: self._promised())
-    @rule(which=INDEX)
-    def commit_before_all_is_filled(self, which):
-        (outcome,) = self._together([self._commit(self._pick(self._promised(), which))])
-        assert isinstance(outcome, ProtocolError)
-
-    @precondition(lambda self: self._filled())
+    @precondition(lambda self: self.copying)
     @rule(which=INDEX, lie=st.booleans())
-    def write(self, which, lie):
-        """All that is new; or with one bit turned in the last new blob that has any."""
-        self._write(self._pick(self._filled(), which), lie=lie)
-
-    def _write(self, name, *, lie):
-        writing = self.writing[name]
-        new = [(index, place) for index, place in zip(writing.model, writing.planned.places, strict=True) if place.new]
-        if self._sealed(writing):
-            return
-        for index, place in new:
-            mapping = writing.mappings[place.segment]
-            mapping.map(Access.WRITE)
-            poke(mapping.address + place.offset, CONTENTS[index])
-        writing.right = True
-        liable = [(index, place) for index, place in new if SIZES[index]]
-        if lie and liable:
-            index, place = liable[-1]
-            address = writing.mappings[place.segment].address + place.offset
-            poke(address, bytes([CONTENTS[index][0] ^ 1]))
-            writing.right = False
-        for mapping in writing.mappings.values():
+    def copy(self, which, lie):
+        """All blobs; or with one bit turned in the last that has any."""
+        copying = self.copying[self._pick(sorted(self.copying), which)]
+        try:
+            copying.target.map(Access.WRITE)
+        except MemoryBackendError:
+            return  # sealed by an end that failed
+        for mapping in copying.sources:
+            mapping.map(Access.READ)
+        for move in copying.task.moves:
+            found = peek(copying.sources[move.source].address + move.start, move.nbytes)
+            assert digest(found) == move.digest  # also of what was removed or read meanwhile
+            poke(copying.target.address + move.offset, found)
+        liable = [move for move in copying.task.moves if move.nbytes]
+        copying.right = not (lie and liable)
+        if not copying.right:
+            address = copying.target.address + liable[-1].offset
+            poke(address, bytes([peek(address, 1)[0] ^ 1]))
+        for mapping in (copying.target, *copying.sources):
             mapping.unmap()
 
-    @precondition(lambda self: self._filled())
-    @rule(chosen=st.lists(INDEX, min_size=1, max_size=3))
-    def commit(self, chosen):
-        """Up to three publishers commit at once."""
-        self._commit_all(list(dict.fromkeys(self._pick(self._filled(), which) for which in chosen)))
-
-    def _commit_all(self, names):
-        numbers = [self.expected[name].publisher for name in names]
-        for name, number, outcome in zip(names, numbers, self._together(map(self._commit, names)), strict=True):
-            model, writing = self.expected[name], self.writing[name]
-            must_be_right = any(
-                place.new and SIZES[index] for index, place in zip(writing.model, writing.planned.places, strict=True)
-            )
-            if isinstance(outcome, DigestMismatchError):
-                assert must_be_right
-                assert not writing.right
-                self._forget_plan(name)
-            elif name not in self.store.committed:
-                assert isinstance(outcome, MemoryBackendError), repr(outcome)
-            else:
-                assert writing.right or not must_be_right
-                self._forget_plan(name)
-                model.committed, model.publisher = writing.model, None
-                waiters, model.waiters = model.waiters, deque()
-                if isinstance(outcome, BaseException):
-                    assert isinstance(outcome, MemoryBackendError)
-                else:
-                    model.readers.add(number)
-                    self._check_bytes(name, outcome)
-                for waiter, _ in waiters:
-                    self._admitted(waiter, name, self.opening.pop(waiter)[1])
-
-    @precondition(lambda self: self._filled())
+    @precondition(lambda self: self.copying)
     @rule(which=INDEX)
-    def commit_while_mapped_for_writing(self, which):
-        name = self._pick(self._filled(), which)
-        writing = self.writing[name]
-        written = sorted({place.segment for place in writing.planned.places if place.new})
-        if not written or self._sealed(writing):
+    def end_to_compact(self, which):
+        number = self._pick(sorted(set(self.copying) & set(self._idle())) or [None], which)
+        if number is None:
             return
-        writing.mappings[written[-1]].map(Access.WRITE)
-        (outcome,) = self._together([self._commit(name)])
-        assert isinstance(outcome, MemoryBackendError)
-        writing.mappings[written[-1]].unmap()
-
-    @precondition(lambda self: self._filled())
-    @rule(which=INDEX, other=MODELS)
-    def commit_another_model_than_planned(self, which, other):
-        name = self._pick(self._filled(), which)
-        if tuple(other) == self.writing[name].model:
+        copying, before = self.copying[number], self.backend.held
+        request = messages.Compacted(self._request(), copying.task.target.id)
+        (outcome,) = self._together([self.store.compacted(self.clients[number], request)])
+        if isinstance(outcome, MemoryBackendError):
             return
-        (outcome,) = self._together([self._commit(name, other)])
-        assert isinstance(outcome, ProtocolError)
-
-    @precondition(lambda self: self._publishing())
-    @rule(which=INDEX)
-    def abandon(self, which):
-        name = self._pick(self._publishing(), which)
-        self.store.abandon(self.clients[self.expected[name].publisher], name, "")
-        self._gave_up(name)
+        self._forget_copying(number)
+        if isinstance(outcome, DigestMismatchError):
+            assert not copying.right
+            return
+        assert copying.right or not any(move.nbytes for move in copying.task.moves)
+        if outcome.freed_bytes:
+            assert self.backend.held <= before - outcome.freed_bytes  # sources that had lost all blobs go, too
+        self._check_committed()
 
     @precondition(lambda self: self._idle())
-    @rule(which=INDEX, name=st.sampled_from(KEYS))
-    def leave(self, which, name):
-        """A reader, a publisher, or one that has nothing to do with the model."""
+    @rule(which=INDEX, lie=st.sampled_from([False, False, True]))
+    def compact(self, which, lie):
+        """The steps above in a row, as far as nothing fails."""
         number = self._pick(self._idle(), which)
-        self.store.leave(self.clients[number], name)
-        model = self.expected.get(name)
-        if model is not None:
-            model.readers.discard(number)
-            if model.publisher == number:
-                self._gave_up(name)
+        self.begin_to_compact(self._idle().index(number))
+        if number in self.copying:
+            self.copy(sorted(self.copying).index(number), lie=lie)
+            self.end_to_compact(sorted(set(self.copying) & set(self._idle())).index(number))
 
-    @precondition(lambda self: self.clients)
+    @precondition(lambda self: self.copying)
     @rule(which=INDEX)
-    def lose(self, which):
-        self._lose(self._pick(sorted(self.clients), which))
+    def end_anothers_compaction(self, which):
+        number = self._pick(sorted(self.copying), which)
+        others = [other for other in self._idle() if other != number]
+        if others:
+            request = messages.Compacted(self._request(), self.copying[number].task.target.id)
+            (outcome,) = self._together([self.store.compacted(self.clients[others[0]], request)])
+            assert isinstance(outcome, ProtocolError)
 
-    @rule(name=st.sampled_from(KEYS))
-    def remove(self, name):
-        model = self.expected.get(name)
-        try:
-            assert self.store.remove(name) == name
-        except ModelNotFoundError:
-            assert model is None
-        except ModelInUseError:
-            assert model.readers or model.committed is None
-        else:
-            assert model.committed is not None
-            assert not model.readers
-            del self.expected[name]
+    @rule(share=st.sampled_from([0.0, 0.25, 0.9]))
+    def store_compacts(self, share):
+        before = self.backend.held
+        freed = self.loop.run_until_complete(self.store.compactor.here(DEVICE, share=share))
+        assert self.backend.held == before - freed
+        self._check_committed()
 
-    @rule(call=st.sampled_from(["create", "export", "import_fd", "seal", "map"]), nth=st.integers(1, 3))
-    def fail_at(self, call, nth):
-        self.backend.faults.fail_at(call, nth)
+    @precondition(lambda self: self._idle() and self._committed())
+    @rule(which=INDEX, opener=INDEX, moment=st.sampled_from(["create", "map"]))
+    def reader_comes_while_the_store_compacts(self, which, opener, moment):
+        """While memory is allocated or copied; what the reader gets is right, and stays where it is."""
+        reached, may_go_on, call = threading.Event(), threading.Event(), getattr(self.backend, moment)
 
-    @rule(which=INDEX, name=st.sampled_from(KEYS))
-    def strangers_publish_nothing(self, which, name):
-        """A client that was not granted a model can neither plan, commit nor abandon it."""
-        strangers = [number for number in self._idle() if self.expected.get(name, Expected()).publisher != number]
-        if not strangers:
+        def wait(*arguments):
+            reached.set()
+            may_go_on.wait()
+            return call(*arguments)
+
+        setattr(self.backend, moment, wait)
+        compaction = self.loop.create_task(self.store.compactor.here(DEVICE))
+        while not reached.is_set() and not compaction.done():
+            self._turn()
+        self.attach(which, opener)
+        may_go_on.set()
+        self.loop.run_until_complete(compaction)
+        delattr(self.backend, moment)
+        self._check_committed()
+
+    # Quarantine.
+
+    @precondition(lambda self: self._idle() and self._committed())
+    @rule(which=INDEX, accuser=INDEX, blob=INDEX, believed=st.booleans())
+    def quarantine(self, which, accuser, blob, believed):
+        """Where the host reads the memory, a claim is looked into (all bytes are right here); else it is believed."""
+        name = self._pick(self._committed(), which)
+        model = self.expected[name].committed
+        if not model:
             return
-        client = self.clients[self._pick(strangers, which)]
-        for call in (
-            lambda: self.store.plan(client, messages.Plan(1, name, ())),
-            lambda: self.loop.run_until_complete(self.store.fill(client, messages.Fill(1, name, 1))),
-            lambda: self.loop.run_until_complete(self.store.commit(client, messages.Commit(1, name, b""))),
-            lambda: self.store.abandon(client, name, ""),
-        ):
-            with pytest.raises(NotPublisherError):
-                call()
+        accused = BLOBS[self._pick(model, blob)].digest
+        bad = self._blobs()[accused].segment
+        inside = set(self.store.segments.segment(bad).blobs)
+        hit = [one for one in self._committed() if inside & self._digests(one)]
+        planned = [one for one, writing in self.writing.items() if inside & writing.counted_on]
+        client = self.clients[self._pick(self._idle(), accuser)]
+        self.backend.host_readable = not believed
+        request = messages.Quarantine(self._request(), name, (accused, bytes(32)))
+        (outcome,) = self._together([self.store.quarantine(client, request)])
+        self.backend.host_readable = True
+        if not believed:
+            assert outcome is None or isinstance(outcome, MemoryBackendError)
+            return
+        assert outcome is None
+        for one in planned:
+            self._forget_plan(one)
+        found = self.store.models.withdrawn()
+        for one in self.withdrawn.values():
+            one.shared -= inside
+        for one in hit:
+            gone = self.expected.pop(one)
+            for token in found.keys() - self.withdrawn.keys():
+                if found[token].key == one and gone.readers:
+                    self.withdrawn[token] = Withdrawn(
+                        one,
+                        gone.readers,
+                        {reader: self.mapped[reader, one] for reader in gone.readers},
+                        self._digests_of(gone) - inside,
+                    )
+
+    # What the other machine does, with withdrawn models and compactions in mind.
+
+    def _lose(self, number):
+        if number in self.copying:
+            self._forget_copying(number)
+        for one in self.withdrawn.values():
+            one.readers.discard(number)
+        self._forget_unread()
+        super()._lose(number)
+
+    def _left(self, number, name):
+        for one in self.withdrawn.values():
+            if one.name == name:
+                one.readers.discard(number)
+        self._forget_unread()
+        super()._left(number, name)
+
+    def _forget_unread(self):
+        self.withdrawn = {token: one for token, one in self.withdrawn.items() if one.readers}
+
+    def _forget_copying(self, number):
+        copying = self.copying.pop(number)
+        for mapping in (copying.target, *copying.sources):
+            mapping.close()
+
+    def _committed(self):
+        return [name for name, model in self.expected.items() if model.committed is not None]
+
+    def _cached(self):
+        return [name for name in self._committed() if not self.expected[name].readers]
+
+    def _digests(self, name):
+        return self._digests_of(self.expected[name])
+
+    @staticmethod
+    def _digests_of(model):
+        return {BLOBS[index].digest for index in model.committed}
+
+    def _read(self):
+        """Digests of blobs that somebody maps, or counts on."""
+        read = set().union(*(self._digests(name) for name in self._committed() if self.expected[name].readers))
+        return read.union(
+            *(writing.counted_on for writing in self.writing.values()), *(one.shared for one in self.withdrawn.values())
+        )
+
+    def _check_committed(self):
+        """The bytes of every blob, where the store says that they are."""
+        segments = self.store.segments
+        for segment in {held.segment for held in self._blobs().values()}:
+            memory = segments.segment(segment).memory
+            fd = self.clients_backend.export(memory)
+            mapping = Mapping(self.clients_backend, self.clients_backend.import_fd(fd, memory.nbytes))
+            wire.close_fds((fd,))
+            mapping.map(Access.READ)
+            for found, held in self._blobs().items():
+                if held.segment == segment:
+                    assert peek(mapping.address + held.offset, held.nbytes) == DATA[found]
+            mapping.close()
 
     # What holds after every step.
 
@@ -413,7 +362,19 @@ class StoreMachine(RuleBasedStateMachine):
             assert (model.state is State.COMMITTED) is committed
             assert (model.key in self.store.committed) is committed
             assert (model.publisher is None) is committed
+            assert model.pinned is self.expected[model.key].pinned
         assert set(self.store._plans) == set(self.writing)
+        withdrawn = {token: (model.key, model.readers) for token, model in self.store.models.withdrawn().items()}
+        assert withdrawn == {token: (one.name, one.readers) for token, one in self.withdrawn.items()}
+        assert self.store.withdrawn.keys() == withdrawn.keys()
+
+    @invariant()
+    def last_uses_are_in_order(self):
+        """Whatever the clock does."""
+        told = {model.key: model.last_used for model in self.store.models.all()}
+        by_use = sorted(self._committed(), key=lambda name: self.expected[name].used)
+        for earlier, later in itertools.pairwise(by_use):
+            assert told[earlier] < told[later] or self.expected[earlier].used == self.expected[later].used
 
     @invariant()
     def waiting_clients_wait_for_a_publisher_and_for_nothing_else(self):
@@ -430,151 +391,47 @@ class StoreMachine(RuleBasedStateMachine):
         for name, writing in self.writing.items():
             for known in writing.counted_on:
                 holders.setdefault(known, set()).add(f"{name}/{self.expected[name].publisher}")
+        for token, one in self.withdrawn.items():
+            for shared in one.shared:
+                holders.setdefault(shared, set()).add(token)
         assert {digest: held.holders for digest, held in self._blobs().items()} == holders
+
+    @invariant()
+    def what_is_mapped_is_accounted_for(self):
+        """A segment that a reader was given is held as long as it reads, though blobs may move."""
+        there = self.store.segments._segments.keys()
+        for name in self._committed():
+            for reader in self.expected[name].readers:
+                assert self.mapped[reader, name] <= there
+        for one in self.withdrawn.values():
+            for reader in one.readers:
+                assert one.mapped[reader] <= there
 
     @invariant()
     def segments_have_a_reason_and_are_counted(self):
         segments = self.store.segments
-        writers = {f"{name}/{self.expected[name].publisher}" for name in self.writing}
+        compactions = {one.token: one for one in self.store.compactor._running.values()}
+        assert {one.client for one in compactions.values()} == set(self.copying)
+        writers = {f"{name}/{self.expected[name].publisher}" for name in self.writing} | compactions.keys()
         for held in segments._segments.values():
-            assert held.blobs or held.writer in writers
+            assert held.blobs or held.keepers or held.writer in writers
+            assert held.keepers - self.withdrawn.keys() == {
+                token for token, one in compactions.items() if held.id in one.plan.sources
+            }
+            assert held.quarantined or held.keepers.isdisjoint(self.withdrawn)
+            assert held.placed <= held.nbytes
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
         nbytes = sum(held.nbytes for held in segments._segments.values() if held.memory is not None)
         assert nbytes == segments.resident_bytes(DEVICE) == self.backend.held
         assert nbytes <= self.backend.capacity
-        assert sum(held.nbytes for held in segments._segments.values()) <= LIMIT  # what is promised counts
+        promised = sum(held.nbytes for held in segments._segments.values())
+        assert promised <= segments.limits.get(DEVICE, CAPACITY)
+        assert min(segments.unused(DEVICE)) >= 0
         mapped = sum(len(writing.mappings) for writing in self.writing.values())
+        mapped += sum(1 + len(copying.sources) for copying in self.copying.values())
         assert open_segments() - self.before == segments.count(DEVICE) + mapped
 
-    # Inside.
 
-    def _lose(self, number):
-        client = self.clients.pop(number)
-        client.gone.set()
-        if number in self.opening:
-            name, task = self.opening.pop(number)
-            self.loop.run_until_complete(asyncio.wait([task]))
-            assert isinstance(task.exception(), WoolyError)
-        self.store.lost(client)
-        for name, model in list(self.expected.items()):
-            model.readers.discard(number)
-            model.waiters = deque(waiter for waiter in model.waiters if waiter[0] != number)
-            if model.publisher == number:
-                self._gave_up(name)
-
-    def _gave_up(self, name):
-        """The next that may publish does; else the model is gone, and who waits for it is told."""
-        self._forget_plan(name)
-        self._turn()
-        model = self.expected[name]
-        heir = next((waiter for waiter in model.waiters if waiter[1]), None)
-        if heir is not None:
-            model.waiters.remove(heir)
-            model.publisher = heir[0]
-            assert self.opening.pop(heir[0])[1].result() is None
-            return
-        del self.expected[name]
-        for number, _ in model.waiters:
-            assert isinstance(self.opening.pop(number)[1].exception(), ModelNotFoundError)
-
-    def _forget_plan(self, name):
-        writing = self.writing.pop(name, None)
-        for mapping in writing.mappings.values() if writing else ():
-            mapping.close()
-
-    def _admitted(self, number, name, task):
-        """An open that was to attach: it did, or the backend failed and the client is no reader."""
-        assert task.done()
-        if task.exception() is not None:
-            assert isinstance(task.exception(), MemoryBackendError)
-            return
-        self.expected[name].readers.add(number)
-        self._check_bytes(name, task.result())
-
-    def _check_bytes(self, name, attachment):
-        """What a reader gets are the bytes that the manifest names."""
-        mappings = []
-        for fd, segment in zip(attachment.fds, attachment.segments, strict=True):
-            mappings.append(Mapping(self.clients_backend, self.clients_backend.import_fd(fd, segment.nbytes)))
-            mappings[-1].map(Access.READ)
-        wire.close_fds(attachment.fds)
-        for index, place in zip(self.expected[name].committed, attachment.places, strict=True):
-            found = peek(mappings[place.segment].address + place.offset, SIZES[index])
-            assert digest(found) == BLOBS[index].digest
-        for mapping in mappings:
-            mapping.close()
-
-    def _commit(self, name, model=None):
-        blobs = [BLOBS[index] for index in (self.writing[name].model if model is None else model)]
-        manifest = encode(manifest_of(name, blobs, device=DEVICE))
-        client = self.clients[self.expected[name].publisher]
-        return self.store.commit(client, messages.Commit(self._request(), name, manifest))
-
-    def _fill(self, name, index):
-        client = self.clients[self.expected[name].publisher]
-        return self.store.fill(client, messages.Fill(self._request(), name, self.writing[name].promised[index]))
-
-    def _sealed(self, writing):
-        """Whether a commit that failed got as far as sealing."""
-        for mapping in writing.mappings.values():
-            try:
-                mapping.map(Access.WRITE)
-            except MemoryBackendError:
-                return True
-            finally:
-                mapping.unmap()
-        return False
-
-    def _together(self, calls):
-        async def gather():
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        outcomes = self.loop.run_until_complete(gather())
-        self._turn()
-        return outcomes
-
-    def _turn(self):
-        """Let everything run that can run without anything new happening."""
-
-        async def turns():
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(turns())
-
-    def _blobs(self):
-        return {digest: held for (_, digest), held in self.store.segments._blobs.items()}
-
-    def _idle(self):
-        return [number for number in sorted(self.clients) if number not in self.opening]
-
-    def _publishing(self, *, planned=None):
-        """Keys that have an idle publisher, with or without a plan."""
-        return [
-            name
-            for name, model in self.expected.items()
-            if model.publisher is not None
-            and model.publisher not in self.opening
-            and (planned is None or planned is (name in self.writing))
-        ]
-
-    def _promised(self):
-        """Keys whose plans have segments to be allocated."""
-        return [name for name in self._publishing(planned=True) if self.writing[name].promised]
-
-    def _filled(self):
-        """Keys whose plans have all their segments."""
-        return [name for name in self._publishing(planned=True) if not self.writing[name].promised]
-
-    def _request(self):
-        self.requests += 1
-        return self.requests
-
-    @staticmethod
-    def _pick(options, which):
-        return options[which % len(options)]
-
-
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
-TestStore = StoreMachine.TestCase
+TestStore = CacheMachine.TestCase
+TestStore.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)

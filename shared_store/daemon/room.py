@@ -1,0 +1,127 @@
+"""Making room: for what a publisher plans, under the device's limit, and for what it fills, on the device itself.
+
+First, in host memory, by packing what lies loosely; then by dropping models that nobody reads (see
+:mod:`shared_store.daemon.policy`). A store that was just restarted drops nothing: its readers may be on their way back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from shared_store.daemon.models import Model, State
+from shared_store.daemon.policy import CachedModel, evict
+from shared_store.errors import OutOfMemoryError
+from shared_store.memory.backend import Segment
+
+if TYPE_CHECKING:
+    from shared_store.daemon.store import Store
+
+MAX_NAMED = 5
+
+
+class Room:
+    """What a store does when memory is short."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    async def pack(self, device: str, needed: int) -> None:
+        """Compact host memory until the limit leaves ``needed`` bytes free, if that could be enough."""
+        short = self._short(device, needed)
+        if short > 0 and self._would_do(device, short):
+            await self._store.compactor.here(device, until=lambda: self._short(device, needed) <= 0)
+
+    def make(self, device: str, needed: int, asker: str) -> None:
+        """Drop models until the limit leaves ``needed`` bytes free, for the model with the key ``asker``.
+
+        Raises:
+            OutOfMemoryError: it cannot be done; nothing was dropped.
+        """
+        short = self._short(device, needed)
+        if short > 0 and not self._evict(device, short, "limit"):
+            limit = self._store.segments.limits[device]
+            raise OutOfMemoryError(
+                f"no room on {device}: {needed} bytes are needed, {max(0, limit - self._store.segments.used(device))} "
+                f"of the limit of {limit} are free; {self._kept(device, asker)}, or raise --max-resident"
+            )
+
+    async def allocate(self, device: str, nbytes: int, asker: str) -> Segment:
+        """Allocate a segment for a model, in a thread; dropping others when the device is full.
+
+        Raises:
+            OutOfMemoryError: there is no room, and none can be made.
+        """
+        backend = self._store.segments.backend(device)
+        try:
+            return await asyncio.to_thread(backend.create, nbytes)
+        except OutOfMemoryError:
+            pass
+        async with self._turns.setdefault(device, asyncio.Lock()):  # two would drop models for one shortage
+            if self._would_do(device, nbytes - await asyncio.to_thread(backend.free_bytes)):
+                await self._store.compactor.here(device, until=lambda: backend.free_bytes() >= nbytes)
+            # What is free is an estimate: where it was wrong, the second try makes room for all of the segment.
+            for estimated in (True, False):
+                try:
+                    return await asyncio.to_thread(backend.create, nbytes)
+                except OutOfMemoryError as error:
+                    full = error
+                free = await asyncio.to_thread(backend.free_bytes) if estimated else 0
+                if not self._evict(device, max(1, nbytes - free), "device full"):
+                    break
+            else:
+                return await asyncio.to_thread(backend.create, nbytes)
+            raise OutOfMemoryError(f"{full}; {self._kept(device, asker)}") from full
+
+    def _would_do(self, device: str, needed: int) -> bool:
+        """Whether compaction, which the store can do in host memory alone, could free so many bytes."""
+        segments = self._store.segments
+        return segments.backend(device).host_readable and sum(segments.unused(device)) >= needed
+
+    def _short(self, device: str, needed: int) -> int:
+        """Bytes that are missing under the limit; zero or less where there are enough."""
+        limit = self._store.segments.limits.get(device)
+        return 0 if limit is None else self._store.segments.used(device) + needed - limit
+
+    def _evict(self, device: str, needed: int, reason: str) -> bool:
+        store = self._store
+        if store.recovering:
+            return False
+        models = [
+            CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
+            for model in store.models.all()
+            if model.state is State.COMMITTED and model.device == device
+        ]
+        chosen = evict(models, store.segments.occupied(device), needed)
+        if chosen is None:
+            return False
+        store.evict(chosen, reason)
+        return True
+
+    def _kept(self, device: str, asker: str) -> str:
+        """Why no more can leave, and what to do."""
+        if self._store.recovering:
+            return "the store was just restarted and drops nothing yet: try again in a few seconds"
+        models = [model for model in self._store.models.all() if model.device == device and model.key != asker]
+        idle = [model for model in models if model.state is State.COMMITTED and not model.readers]
+        kinds = {
+            "in use": [model for model in models if model.readers],
+            "being published": [model for model in models if model.state is State.PUBLISHING],
+            "pinned": [model for model in idle if model.pinned],
+            "not enough": [model for model in idle if not model.pinned],
+        }
+        told = "; ".join(f"{kind}: {self._names(found)}" for kind, found in kinds.items() if found)
+        return (
+            f"{told or 'nothing is there to leave'}; stop a reader (`wooly status`), unpin a model (`wooly unpin KEY`)"
+        )
+
+    def _names(self, models: Iterable[Model]) -> str:
+        texts = []
+        for model in models:
+            known = self._store.committed.get(model.key)
+            size = f" ({known.manifest.nbytes} bytes)" if known else ""
+            texts.append(f"{model.name or model.key[:12]}{size}")
+        more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
+        return ", ".join(texts[:MAX_NAMED]) + more
