@@ -31,13 +31,12 @@ def command(
       pip install -U wooly && wooly upgrade
       wooly upgrade --python /opt/wooly-2/bin/python
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
-    # Only what this command itself was given: another interpreter has modules of its own.
-    given = {} if python else {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+    here = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}  # as it would run here
     interpreter = Path.cwd() / (python or sys.executable)  # not resolved: a link is what makes a virtual environment
     with connect(runtime_dir) as session:
         before = session.store_version, session.store_pid
         started = time.monotonic()
-        session.upgrade_store(str(interpreter), given)
+        session.upgrade_store(str(interpreter), here)
         took_s = time.monotonic() - started
         after = session.store_version, session.store_pid
     if as_json:

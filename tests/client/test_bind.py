@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from client.torch_models import attach, mapped_segments, publish_model, read_model
+from client.torch_models import KEY, attach, mapped_segments, publish_model, read_model
 from support.waiting import open_fds, open_segments
 from torch import nn
 
@@ -372,9 +372,11 @@ def test_everything_goes_with_the_model(sessions):
     assert table[1, 1] == 2065
     del table
     gc.collect()
+    reader.leave(KEY)  # until then its session could give the model back to a store that lost it
     assert (mapped_segments(), open_fds(), open_segments()) == published
     del model
     gc.collect()
+    publisher.leave(KEY)
     assert (mapped_segments(), open_fds(), open_segments()) == (ranges, fds, 0)
 
 
@@ -387,4 +389,5 @@ def test_a_failed_binding_leaves_nothing(sessions):
     with pytest.raises(BindingError):
         read_model(reader, Leftover)
     gc.collect()
+    reader.leave(KEY)
     assert (mapped_segments(), open_fds()) == before

@@ -1,0 +1,46 @@
+"""`wooly upgrade` at a real store."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import shared_store
+
+ONE = "a" * 64
+
+
+def test_upgrade(wooly, actor):
+    """It says from what to what and how long it took, as a line and as JSON; models and keeper are those of before."""
+    assert wooly("serve", "--detach").returncode == 0
+    actor().publish(key=ONE, model=[[1, 300_000]])
+    before = json.loads(wooly("status", "--json").stdout)
+    done = wooly("upgrade", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    after = json.loads(wooly("status", "--json").stdout)
+    assert said["from"] == {"version": shared_store.__version__, "pid": before["store"]["pid"]}
+    assert said["to"] == {"version": shared_store.__version__, "pid": after["store"]["pid"]}
+    assert 0 < said["took_s"] < 60
+    assert before["store"]["pid"] != after["store"]["pid"]
+    assert before["keeper"]["pid"] == after["keeper"]["pid"]
+    assert [model["key"] for model in after["models"]] == [ONE]
+    again = wooly("upgrade", "--python", sys.executable)
+    assert again.returncode == 0
+    assert again.stdout.startswith(f"wooly {shared_store.__version__} (pid {after['store']['pid']}) made room for ")
+
+
+def test_upgrade_to_what_is_no_interpreter(wooly):
+    """Exit code 18, one line that says why, and the store goes on."""
+    assert wooly("serve", "--detach").returncode == 0
+    pid = json.loads(wooly("status", "--json").stdout)["store"]["pid"]
+    done = wooly("upgrade", "--python", "/nonexistent/python")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (18, "", 1)
+    assert "/nonexistent/python" in done.stderr
+    assert json.loads(wooly("status", "--json").stdout)["store"]["pid"] == pid
+
+
+def test_upgrade_without_a_store(wooly):
+    """Exit code 3: there is none, and none is started."""
+    done = wooly("upgrade")
+    assert (done.returncode, done.stdout) == (3, "")
