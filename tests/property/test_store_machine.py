@@ -114,7 +114,7 @@ class CacheMachine(StoreMachine):
 
     # Pins, and clocks.
 
-    @rule(name=st.sampled_from(KEYS), pinned=st.booleans())
+    @rule(name=st.sampled_from(KEYS), pinned=st.sampled_from([True, True, False]))
     def pin(self, name, pinned):
         if name not in self.expected:
             with pytest.raises(ModelNotFoundError):
