@@ -187,3 +187,12 @@ def test_a_wrong_blob_is_not_carried_on(directory):
         other = served.client()
         wait_until(lambda: backend.held == 10 * MIB, "the compaction to end with its client")
         assert other.session.status().counters.compactions == 0
+
+
+def test_only_segments_with_enough_that_is_unused_are_packed_by_the_store(directory):
+    """Model 2's are unused by 87 and 99 percent."""
+    with ServedStore(directory, FakeBackend("cpu")) as served:
+        leave_loose(served.client())
+        assert served.run(served.store.compactor.here("cpu", share=1.0)) == 0
+        assert served.backend.held == 10 * MIB
+        assert served.run(served.store.compactor.here("cpu", share=0.87)) == 8 * MIB

@@ -71,7 +71,11 @@ class ServedStore:
         async def run():
             return function()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
+        return self.run(run())
+
+    def run(self, coroutine):
+        """Run something in the store's loop to its end; what it returns."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
     def turn_a_bit(self, digest):
         """Make a committed blob wrong, where the backend does not seal."""
