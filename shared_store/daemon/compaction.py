@@ -68,17 +68,15 @@ class CompactionPlan:
     gain: int
 
 
-def choose(sources: Sequence[Source], *, room: int, share: float = 0.0, target: int = TARGET) -> CompactionPlan | None:
+def choose(sources: Sequence[Source], *, room: int, target: int = TARGET) -> CompactionPlan | None:
     """The next segment worth making, beginning with the emptiest; None when nothing would be gained.
 
     Args:
         sources: segments that may be emptied.
         room: bytes that the new segment may take, while the old ones are still there.
-        share: of a segment's bytes, what must be unused for it to be looked at.
         target: bytes up to which several are packed together.
     """
-    wasteful = [source for source in sources if source.unused >= share]
-    order = sorted(wasteful, key=lambda source: (-source.unused, source.segment))
+    order = sorted(sources, key=lambda source: (-source.unused, source.segment))
     for first in range(len(order)):
         found = _best_from(order[first : first + MAX_SOURCES], room, target)
         if found:

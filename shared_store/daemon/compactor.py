@@ -72,7 +72,7 @@ class Compactor:
             room = min(room, limit - segments.used(device))
         if self._store.recovering or (client is not None and client.gone.is_set()):
             return None
-        plan = choose(segments.sources(device, self._store.unmapped), room=room, share=share)
+        plan = choose(segments.sources(device, self._store.unmapped, share), room=room)
         if plan is None:
             return None
         token = f"compaction {next(self._numbers)}"

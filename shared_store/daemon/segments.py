@@ -32,7 +32,7 @@ class HeldSegment:
     Attributes:
         writer: token of who fills it: a publisher, or a compaction.
         memory: None until its writer is ready to fill it.
-        blobs: digests of the live blobs in it.
+        blobs: digests of the live blobs in it; ``live``: their bytes.
         placed: bytes of the blobs that were ever put there; what is more is padding, what of it is not live is dead.
         keepers: who keeps it as a whole: compactions that read it; when it is quarantined, those who map it.
         quarantined: it has bytes that are wrong; none of its blobs is shared any more.
@@ -44,6 +44,7 @@ class HeldSegment:
     writer: str | None
     memory: Segment | None = None
     blobs: set[bytes] = field(default_factory=set)
+    live: int = 0
     placed: int = 0
     keepers: set[str] = field(default_factory=set)
     quarantined: bool = False
@@ -152,8 +153,10 @@ class Segments:
             known = self._blobs.get((device, blob.digest))
             if known is None:
                 known = self._blobs[device, blob.digest] = HeldBlob(blob.nbytes, segment, offset)
-                self._segments[segment].blobs.add(blob.digest)
-                self._segments[segment].placed += blob.nbytes  # what was there and is dead counts as padding now
+                held = self._segments[segment]
+                held.blobs.add(blob.digest)
+                held.live += blob.nbytes
+                held.placed += blob.nbytes  # what was there and is dead counts as padding now
             known.holders.add(key)
 
     def sweep(self) -> None:
@@ -181,7 +184,7 @@ class Segments:
         dead = padding = 0
         for held in self._segments.values():
             if held.device == device and held.settled and not held.quarantined:
-                dead += held.placed - sum(self._blobs[device, digest].nbytes for digest in held.blobs)
+                dead += held.placed - held.live
                 padding += held.nbytes - held.placed
         return dead, padding
 
@@ -298,6 +301,7 @@ class Segments:
             if known is None:
                 known = self._blobs[device, blob.digest] = HeldBlob(blob.nbytes, place.segment, place.offset)
                 self._segments[place.segment].blobs.add(blob.digest)
+                self._segments[place.segment].live += blob.nbytes
             known.holders.discard(plan.token)
             known.holders.add(key)
         for segment in plan.segments:
@@ -318,6 +322,7 @@ class Segments:
                 if not blob.holders:
                     del self._blobs[device, digest]
                     self._segments[blob.segment].blobs.discard(digest)
+                    self._segments[blob.segment].live -= blob.nbytes
                     touched.add(blob.segment)
         self._sweep(touched)
 
@@ -333,12 +338,19 @@ class Segments:
 
     # Compaction: blobs move to a new segment.
 
-    def sources(self, device: str, unmapped: Callable[[str], bool]) -> list[Source]:
-        """Segments of a device that may be emptied: all who hold something there are ``unmapped``."""
+    def sources(self, device: str, unmapped: Callable[[str], bool], share: float = 0.0) -> list[Source]:
+        """Segments of a device that may be emptied: all who hold something there are ``unmapped``.
+
+        ``share`` of a segment's bytes must be unused.
+        """
         return [
             Source(held.id, held.nbytes, tuple(self._contents(held)))
             for held in self._segments.values()
-            if held.device == device and held.settled and held.blobs and all(map(unmapped, self.holders(held.id)))
+            if held.device == device
+            and held.settled
+            and held.blobs
+            and held.nbytes - held.live >= share * held.nbytes
+            and all(map(unmapped, self.holders(held.id)))
         ]
 
     def begin_compaction(self, device: str, token: str, plan: CompactionPlan) -> int:
@@ -383,14 +395,17 @@ class Segments:
             return 0, 0
         for move in moves:
             blob = self._blobs[new.device, move.blob.digest]
-            self._segments[blob.segment].blobs.discard(move.blob.digest)
+            old = self._segments[blob.segment]
+            old.blobs.discard(move.blob.digest)
+            old.live -= blob.nbytes
             new.blobs.add(move.blob.digest)
+            new.live += blob.nbytes
             blob.segment, blob.offset = segment, move.offset
         new.writer = None
-        new.placed = sum(move.blob.nbytes for move in moves)
+        new.placed = new.live
         moved(set().union(*(self._blobs[new.device, move.blob.digest].holders for move in moves)))
         self.drop(token)
-        return new.placed, freed
+        return new.live, freed
 
     def _contents(self, held: HeldSegment) -> list[tuple[Blob, int]]:
         """A segment's live blobs by their first bytes."""
@@ -411,6 +426,7 @@ class Segments:
             for digest in held.blobs:
                 del self._blobs[held.device, digest]
             held.blobs.clear()
+            held.live = 0
         self._sweep(present)
 
     def close(self) -> None:

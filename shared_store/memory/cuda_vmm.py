@@ -67,7 +67,7 @@ class CudaBackend(Backend):
             raise OutOfMemoryError(
                 f"no room for a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free, "
                 f"{holders(_nvidia_smi('--query-compute-apps=pid,used_memory', self.device))}; "
-                "stop one of its users, or remove models that nobody uses with `wooly rm`"
+                "stop one of its users"
             )
         _raise("cuMemCreate", error)
         return CudaSegment(handle, nbytes, None)

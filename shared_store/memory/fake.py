@@ -35,10 +35,14 @@ class Faults:
 
 
 class FakeBackend(MemfdBackend):
-    """Host memory with a capacity, a count of what is held, and planned faults."""
+    """Host memory with a capacity, a count of what is held, and planned faults.
 
-    def __init__(self, device: str = "fake", capacity: int = 1 << 40) -> None:
+    Without ``seals`` it can be written after it was published, as a GPU's can.
+    """
+
+    def __init__(self, device: str = "fake", capacity: int = 1 << 40, *, seals: bool = True) -> None:
         self.device = device
+        self.seals = seals
         self.capacity = capacity
         self.held = 0
         self.faults = Faults()
@@ -63,7 +67,8 @@ class FakeBackend(MemfdBackend):
 
     def seal(self, segment: Segment) -> None:  # noqa: D102 - the interface's
         self.faults.passing("seal")
-        super().seal(segment)
+        if self.seals:
+            super().seal(segment)
 
     def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - the interface's
         self.faults.passing("map")

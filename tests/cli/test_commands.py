@@ -57,7 +57,7 @@ def test_foreground_store_ends_in_good_order(background, wooly, directory, numbe
     assert not (directory / "store.sock").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "models", "rm x", "stop"])
+@pytest.mark.parametrize("command", ["status", "models", "rm x", "pin x", "unpin x", "compact", "stop"])
 def test_no_store(wooly, directory, command):
     """Exit code 3, nothing on stdout, one line that says what to do or that there is nothing to do; none is started."""
     done = wooly(*command.split())
@@ -144,6 +144,43 @@ def test_models_and_rm(wooly, actor):
     client.leave(key=OTHER)
     assert wooly("rm", "aaa").stdout == f"removed {OTHER}\n"
     assert wooly("models", "--json").stdout == "[]\n"
+
+
+@pytest.mark.usefixtures("store")
+def test_pin_and_unpin(wooly, actor):
+    """By an unambiguous beginning of the key; tables and JSON show it."""
+    client = actor()
+    client.publish(key=ONE, model=[[1, 1000]])
+    client.publish(key=OTHER, model=[[2, 1000]])
+    assert wooly("pin", "aaaa").returncode != 0
+    assert wooly("pin", "f").stderr.endswith("[model_not_found]\n")
+    assert wooly("pin", ONE).stdout == f"pinned {ONE}\n"
+    models = json.loads(wooly("models", "--json").stdout)
+    assert [(model["pinned"], model["last_used"] > 1e9) for model in models] == [(True, True), (False, True)]
+    assert [line.split()[-1] for line in wooly("models").stdout.splitlines()] == ["PINNED", "yes", "no"]
+    assert wooly("unpin", ONE).stdout == f"unpinned {ONE}\n"
+    assert {line.split()[-1] for line in wooly("models").stdout.splitlines()[1:]} == {"no"}
+
+
+def test_compact(wooly, start_store, actor):
+    """What was gained, in both forms; then nothing more. Status shows dead bytes before, and none after."""
+    start_store(compact_share=1.0)
+    client = actor()
+    client.publish(key=ONE, model=[[1, 4 << 20], [2, 1000]])
+    client.leave(key=ONE)
+    client.publish(key=OTHER, model=[[2, 1000]])
+    client.leave(key=OTHER)
+    client.remove(key=ONE)
+    assert json.loads(wooly("status", "--json").stdout)["devices"][0]["dead_bytes"] == 4 << 20
+    assert "DEAD" in wooly("status").stdout
+    done = wooly("compact", "--json")
+    assert json.loads(done.stdout) == [{"device": "cpu", "segments": 1, "moved_bytes": 1000, "freed_bytes": 4 << 20}]
+    assert json.loads(wooly("status", "--json").stdout)["devices"][0]["dead_bytes"] == 0
+    shown = wooly("compact", "--device", "cpu").stdout.splitlines()
+    assert shown[1].split() == ["cpu", "0", "0", "B", "0", "B"]
+    unknown = wooly("compact", "--device", "tpu")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert unknown.stderr.endswith("[unknown_device]\n")
 
 
 @pytest.mark.usefixtures("store")

@@ -75,7 +75,8 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
             assert all(f"pid {pid} (" in text for pid in listed)
         else:
             assert "nvidia-smi names no process" in text
-        assert "wooly rm" in text
+        assert "stop one of its users" in text
+        assert "unpin a model (`wooly unpin KEY`)" in text
         other.kill()
         other.wait()
         os.close(session.fill(KEY, segment.id))

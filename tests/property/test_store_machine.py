@@ -114,7 +114,7 @@ class CacheMachine(StoreMachine):
 
     # Pins, and clocks.
 
-    @rule(name=st.sampled_from(KEYS), pinned=st.booleans())
+    @rule(name=st.sampled_from(KEYS), pinned=st.sampled_from([True, True, False]))
     def pin(self, name, pinned):
         if name not in self.expected:
             with pytest.raises(ModelNotFoundError):
@@ -419,7 +419,8 @@ class CacheMachine(StoreMachine):
                 token for token, one in compactions.items() if held.id in one.plan.sources
             }
             assert held.quarantined or held.keepers.isdisjoint(self.withdrawn)
-            assert held.placed <= held.nbytes
+            assert held.live == sum(self._blobs()[digest].nbytes for digest in held.blobs)
+            assert held.live <= held.placed <= held.nbytes
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
         nbytes = sum(held.nbytes for held in segments._segments.values() if held.memory is not None)

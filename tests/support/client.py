@@ -14,10 +14,12 @@ from pathlib import Path
 import msgspec
 from support.content import blob, content, manifest_of
 
+from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.digest import digest_at
 from shared_store.manifest import decode
 from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.protocol.wire import close_fds
 
 
 class Client:
@@ -135,6 +137,31 @@ class Client:
 
     def remove(self, key):
         return self.session.remove(key)
+
+    def pin(self, key, *, pinned=True):
+        return self.session.pin(key, pinned=pinned)
+
+    def compact(self, device="cpu"):
+        return compact(self.session, device, self.backend)._asdict()
+
+    def begin_to_compact(self, device="cpu", *, copy=False):
+        """Ask what to copy, and do or do not: how many blobs it is; the id of the new segment."""
+        task, fds = self.session.compact(device)
+        if copy:
+            with _worker(self.backend) as work:
+                work.copy(task, fds)
+        else:
+            close_fds(fds)
+        return [len(task.moves), task.target.id]
+
+    def compacted(self, segment):
+        """Say that it was done: bytes moved and freed."""
+        switched = self.session.compacted(segment)
+        return [switched.moved_bytes, switched.freed_bytes]
+
+    def quarantine(self, key, indexes):
+        """Say that blobs of the model that is mapped now are wrong."""
+        self.session.quarantine(key, [self.blobs[index].digest for index in indexes])
 
     def status(self):
         return msgspec.to_builtins(self.session.status())

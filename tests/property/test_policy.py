@@ -1,0 +1,133 @@
+"""Which models leave, and what is packed together: for any snapshot."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_store.daemon.compaction import Source, choose
+from shared_store.daemon.policy import CachedModel, OccupiedSegment, evict
+from shared_store.layout import ALIGNMENT, GRANULARITY, round_up
+from shared_store.manifest import Blob
+
+NAMES = ("a", "b", "c", "d", "e")
+MODELS = st.tuples(
+    *(
+        st.builds(
+            CachedModel,
+            st.just(name),
+            st.integers(0, 3).map(float),
+            st.sampled_from([0, 0, 0, 2]),
+            st.sampled_from([False, False, False, True]),
+        )
+        for name in NAMES
+    )
+)
+SEGMENTS = st.lists(
+    st.builds(
+        OccupiedSegment,
+        st.integers(1, 4),
+        st.frozensets(st.sampled_from([*NAMES, *NAMES, "b/7 publishes"]), min_size=1, max_size=3),
+    ),
+    max_size=8,
+)
+
+
+def freed(segments, gone):
+    return sum(one.nbytes for one in segments if one.holders <= set(gone))
+
+
+@given(MODELS, SEGMENTS, st.integers(-2, 20))
+def test_who_leaves(models, segments, needed):
+    """Enough is freed or nobody leaves; nobody who is used or pinned does, and nobody in vain."""
+    may = {one.key: one for one in models if not one.readers and not one.pinned}
+    chosen = evict(models, segments, needed)
+    if chosen is None:
+        assert freed(segments, may) < needed
+        return
+    assert freed(segments, chosen) >= max(0, needed)
+    assert set(chosen) <= may.keys()
+    assert len(set(chosen)) == len(chosen)
+    for one in chosen:
+        assert freed(segments, set(chosen) - {one}) < freed(segments, chosen)
+
+
+@given(MODELS, SEGMENTS, st.integers(1, 20))
+def test_who_was_used_least_recently_leaves_first(models, segments, needed):
+    """Who stays though it is older than one who leaves would have freed nothing beside it."""
+    chosen = evict(models, segments, needed) or ()
+    by_key = {one.key: one for one in models}
+    assert list(chosen) == sorted(chosen, key=lambda key: (by_key[key].last_used, key))
+    for one in models:
+        if one.key not in chosen and one.evictable and any(by_key[key].last_used > one.last_used for key in chosen):
+            assert freed(segments, {*chosen, one.key}) == freed(segments, chosen)
+
+
+@given(MODELS, SEGMENTS, st.integers(1, 20))
+def test_no_more_leave_than_are_needed(models, segments, needed):
+    """Without the most recently used of them, it would not be enough."""
+    chosen = evict(models, segments, needed)
+    if chosen:
+        assert freed(segments, chosen[:-1]) < needed
+
+
+def test_a_shared_segment_goes_with_the_last_who_has_blobs_there():
+    """Dropping one of two who share all frees nothing, so both leave, or a third that is alone."""
+    segments = [OccupiedSegment(10, frozenset("ab")), OccupiedSegment(10, frozenset("c"))]
+    models = [CachedModel(name, use, 0, pinned=False) for name, use in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    assert evict(models, segments, 10) == ("a", "b")
+    used = [models[0], CachedModel("b", 2.0, 1, pinned=False), models[2]]
+    assert evict(used, segments, 10) == ("c",)
+    assert evict(used, segments, 11) is None
+
+
+@st.composite
+def sources(draw):
+    """Segments with gaps between their blobs, as they are when some have gone."""
+    found = []
+    for segment in range(1, draw(st.integers(0, 6)) + 1):
+        end, blobs = 0, []
+        for number in range(draw(st.integers(1, 4))):
+            start = round_up(end + draw(st.sampled_from([0, 0, 100, GRANULARITY, 3 * GRANULARITY])), ALIGNMENT)
+            nbytes = draw(st.sampled_from([0, 1, 700, 100_000, GRANULARITY, GRANULARITY + 1]))
+            blobs.append((Blob(bytes([segment, number]), nbytes), start))
+            end = start + nbytes
+        size = max(round_up(end, GRANULARITY), GRANULARITY)
+        found.append(Source(segment, size, tuple(blobs)))
+    return found
+
+
+@given(sources(), st.integers(0, 12), st.sampled_from([1, 2, 8]))
+def test_what_is_packed(found, room, target):
+    """All blobs of the chosen segments move to places of their own, in less memory than before, and as was allowed."""
+    by_id = {source.segment: source for source in found}
+    plan = choose(found, room=room * GRANULARITY, target=target * GRANULARITY)
+    if plan is None:
+        return
+    chosen = [by_id[segment] for segment in plan.sources]
+    assert plan.nbytes <= room * GRANULARITY
+    assert len(chosen) == 1 or plan.nbytes <= target * GRANULARITY
+    assert plan.gain == sum(source.nbytes for source in chosen) - plan.nbytes > 0
+    moved = {(move.blob, move.source, move.start) for move in plan.moves}
+    assert moved == {(blob, source.segment, start) for source in chosen for blob, start in source.blobs}
+    end = 0
+    for move in sorted(plan.moves, key=lambda move: (move.offset, move.blob.nbytes)):
+        assert move.offset % ALIGNMENT == 0
+        assert move.offset >= end
+        end = move.offset + move.blob.nbytes
+    assert end <= plan.nbytes
+
+
+@given(sources())
+def test_packing_comes_to_an_end_where_nothing_more_is_gained(found):
+    """Each step leaves less memory, so it ends; what is left would each need all that it has."""
+    left, steps = {source.segment: source for source in found}, 0
+    while plan := choose(list(left.values()), room=1 << 40):
+        steps += 1
+        for segment in plan.sources:
+            del left[segment]
+        left[1000 + steps] = Source(1000 + steps, plan.nbytes, tuple((move.blob, move.offset) for move in plan.moves))
+    assert all(source.nbytes == max(round_up(source.span, GRANULARITY), GRANULARITY) for source in left.values())
+    assert {blob for source in left.values() for blob, _ in source.blobs} == {
+        blob for source in found for blob, _ in source.blobs
+    }

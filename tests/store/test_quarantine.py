@@ -1,0 +1,140 @@
+"""Bytes that turn out wrong: nobody new gets them, those who have them go on, and the model is published anew."""
+
+from __future__ import annotations
+
+import pytest
+from support.content import key
+from support.served import ServedStore
+from support.stores import resident
+from support.waiting import wait_until
+
+from shared_store.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
+from shared_store.memory.fake import FakeBackend
+
+MIB = 1 << 20
+MODEL = [[1, 3 * MIB], [2, 100]]
+
+
+@pytest.fixture
+def served(directory):
+    """A store whose memory can be written after it was published."""
+    with ServedStore(directory, FakeBackend("cpu", seals=False)) as served:
+        yield served
+
+
+def test_a_wrong_blob_is_taken_out_of_service(served):
+    """From the claim to the last reader's end."""
+    reader, client, engine = served.client("reader"), served.client(), served.client()
+    reader.publish(key(1), MODEL)
+    served.turn_a_bit(reader.blobs[0].digest)
+    client.open(key(1))
+    assert client.digests() != client.expected()
+    client.quarantine(key(1), [0])
+    status = client.session.status()
+    assert status.models == ()
+    (held,) = status.quarantine
+    assert (held.device, held.bytes, held.models, held.readers) == ("cpu", 4 * MIB, (key(1),), 2)
+    assert [(one.key, one.role) for one in status.clients if one.name == "reader"] == [(key(1), "reader")]
+    assert status.counters.quarantines == 1
+    assert [kind for kind, _ in served.events][-2:] == ["quarantined", "withdrawn"]
+
+    # None of the old bytes counts for the next engine.
+    assert engine.open(key(1)) == "granted"
+    assert engine.plan(key(1), MODEL) == [True, True]
+    engine.fill(key(1))
+    engine.unmap()
+    engine.commit(key(1))
+    assert engine.digests() == engine.expected()
+    assert resident(client) == 8 * MIB
+
+    client.leave(key(1))
+    assert client.open(key(1)) == "attached"
+    assert client.digests() == client.expected()
+    assert client.session.status().quarantine[0].readers == 1
+    reader.unmap_all()
+    reader.close()
+    wait_until(lambda: served.backend.held == 4 * MIB, "the quarantined segment to go with its last reader")
+    assert client.session.status().quarantine == ()
+
+
+def test_who_found_it_may_publish_it_anew_at_once(served):
+    """Without leaving first: what it read before is its own matter, and ends with the same leave."""
+    client = served.client()
+    client.publish(key(1), MODEL)
+    served.turn_a_bit(client.blobs[1].digest)
+    client.quarantine(key(1), [0, 1])
+    assert client.publish(key(1), MODEL) == "granted"
+    assert client.digests() == client.expected()
+    assert served.backend.held == 8 * MIB
+    client.leave(key(1))
+    assert served.backend.held == 4 * MIB
+    assert client.session.status().models[0].readers == 0
+
+
+def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
+    """A model that shares nothing with it stays; so does what a withdrawn one has elsewhere."""
+    client, reader = served.client(), served.client()
+    client.publish(key(1), MODEL)
+    client.leave(key(1))
+    reader.publish(key(2), [[2, 100], [3, MIB]])  # the first in the segment of model 1
+    client.publish(key(3), [[3, MIB]])  # in the segment of model 2
+    client.publish(key(4), [[4, MIB]])
+    served.turn_a_bit(reader.blobs[0].digest)
+    reader.quarantine(key(2), [0])
+    status = client.session.status()
+    assert {one.key for one in status.models} == {key(3), key(4)}
+    assert [(one.models, one.readers) for one in status.quarantine] == [((key(2),), 1)]
+    client.leave(key(3))
+    client.remove(key(3))
+    assert reader.digests()[1] == reader.expected()[1]
+    assert served.backend.held == 4 * MIB + 2 * MIB + 2 * MIB  # what the reader maps, and model 4
+    reader.leave(key(2))
+    assert served.backend.held == 2 * MIB
+
+
+def test_a_false_claim_changes_nothing(served):
+    client = served.client()
+    client.publish(key(1), MODEL)
+    client.quarantine(key(1), [0, 1])
+    status = client.session.status()
+    assert (status.quarantine, status.counters.quarantines) == ((), 0)
+    assert [one.key for one in status.models] == [key(1)]
+    client.session.quarantine(key(1), [bytes(32)])  # a digest that it does not have
+    assert client.session.status().models
+    with pytest.raises(ModelNotFoundError):
+        client.session.quarantine(key(2), [])
+
+
+def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
+    client = served.client()
+    client.publish(key(1), MODEL)
+    served.backend.host_readable = False
+    (known,) = served.store.clients.values()
+    known.uid += 1
+    with pytest.raises(PermissionDeniedError, match="may not quarantine GPU memory"):
+        client.quarantine(key(1), [0])
+    with pytest.raises(PermissionDeniedError, match="may not compact GPU memory"):
+        client.session.compact("cpu")
+    assert client.session.status().models
+    known.uid -= 1
+    client.quarantine(key(1), [0])
+    assert client.session.status().models == ()
+
+
+def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
+    """It has mapped what is wrong; the commit is refused, and the plan after it counts on nothing of it."""
+    reader, publisher = served.client(), served.client()
+    reader.publish(key(1), MODEL)
+    publisher.open(key(2))
+    assert publisher.plan(key(2), [*MODEL, [5, 100]]) == [False, False, True]
+    publisher.fill(key(2))
+    publisher.unmap()
+    served.turn_a_bit(reader.blobs[0].digest)
+    reader.quarantine(key(1), [0])
+    with pytest.raises(ProtocolError, match="was not planned"):
+        publisher.commit(key(2))
+    assert publisher.plan(key(2), [*MODEL, [5, 100]]) == [True, True, True]
+    publisher.fill(key(2))
+    publisher.unmap()
+    publisher.commit(key(2))
+    assert publisher.digests() == publisher.expected()
