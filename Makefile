@@ -55,6 +55,7 @@ test: lint wheel ## everything that CI runs: lint, build the wheel, install it, 
 bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/bench_hf.py
+	$(VENV)/bin/python benchmarks/bench_store.py
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,7 +84,6 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
     for model in store.models.all():
         committed = store.committed.get(model.key)
         shown = by_key[model.key]
-        blobs = {blob.digest: blob.nbytes for blob in committed.manifest.blobs} if committed else {}
         documents.append(
             schema.ModelDoc(
                 key=model.key,
@@ -96,7 +94,7 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
                 tensors=shown.tensors,
                 nbytes=shown.bytes,
                 manifest=committed.data if committed else b"",
-                blobs=tuple(schema.BlobDoc(digest, nbytes) for digest, nbytes in blobs.items()),
+                blobs=committed.blobs if committed else (),
             )
         )
     leases = tuple(
@@ -124,13 +122,10 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
 
 
 def _models(store: Store) -> tuple[status.ModelStatus, ...]:
-    named_by: Counter[tuple[str, bytes]] = Counter()
-    for committed in store.committed.values():
-        named_by.update({(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs})
+    store.named.update({key: (known.manifest.device, known.manifest) for key, known in store.committed.items()})
     shown = []
     for model in store.models.all():
         known = store.committed.get(model.key)
-        distinct = {blob.digest: blob.nbytes for blob in known.manifest.blobs} if known else {}
         shown.append(
             status.ModelStatus(
                 key=model.key,
@@ -139,8 +134,8 @@ def _models(store: Store) -> tuple[status.ModelStatus, ...]:
                 device=model.device,
                 state="committed" if model.state is State.COMMITTED else "publishing",
                 tensors=len(known.manifest.tensors) if known else 0,
-                bytes=known.manifest.nbytes if known else 0,
-                unique_bytes=sum(size for digest, size in distinct.items() if named_by[model.device, digest] == 1),
+                bytes=known.nbytes if known else 0,
+                unique_bytes=store.named.unique_bytes(model.key),
                 readers=len(model.readers),
                 pinned=False,
             )
@@ -163,7 +158,7 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
         if client is None:
             continue  # its connection ended; what it held goes with the same turn of the loop
         private = client.private_bytes.get(key, 0)
-        mapped = store.committed[key].manifest.nbytes if role == "reader" else 0
+        mapped = store.committed[key].nbytes if role == "reader" else 0
         shown.append(
             status.ClientStatus(
                 number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private
@@ -174,10 +169,6 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
 
 def _mapped_once(store: Store) -> int:
     """Bytes of one copy of every distinct blob that somebody reads."""
-    blobs = {
-        (model.device, blob.digest): blob.nbytes
-        for model in store.models.all()
-        if model.readers
-        for blob in store.committed[model.key].manifest.blobs
-    }
-    return sum(blobs.values())
+    read = {model.key: store.committed[model.key].manifest for model in store.models.all() if model.readers}
+    store.mapped.update({key: (manifest.device, manifest) for key, manifest in read.items()})
+    return store.mapped.nbytes

@@ -11,14 +11,17 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 from shared_store import manifest as manifests
+from shared_store.catalog import BlobDoc
 from shared_store.checkpoint import FileId
 from shared_store.daemon.leases import Leases
 from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.daemon.timing import RequestTimes
+from shared_store.daemon.union import BlobUnion, distinct
 from shared_store.digest import SIZE
 from shared_store.errors import ConnectionLostError, DigestMismatchError, NotPublisherError, ProtocolError, WoolyError
 from shared_store.keys import KEY_LENGTH, is_key
@@ -52,6 +55,16 @@ class Committed:
 
     data: bytes
     manifest: Manifest
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that a private copy of the model's tensors would take."""
+        return self.manifest.nbytes
+
+    @cached_property
+    def blobs(self) -> tuple[BlobDoc, ...]:
+        """The distinct blobs, as the catalog has them."""
+        return tuple(BlobDoc(digest, nbytes) for digest, nbytes in distinct(self.manifest).items())
 
 
 @dataclass
@@ -93,6 +106,8 @@ class Store:
         self.committed: dict[str, Committed] = {}
         self.counts = Counts()
         self.times = RequestTimes()
+        self.named = BlobUnion()  # of all committed models; the snapshot keeps both up to date
+        self.mapped = BlobUnion()  # of those that have readers
         self.changed: Callable[[], None] = lambda: None
         self.event: Callable[..., None] = lambda *_, **__: None
         self._plans: dict[str, PublishPlan] = {}
