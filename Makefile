@@ -57,6 +57,7 @@ bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/re
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/bench_hf.py
 	$(VENV)/bin/python benchmarks/bench_disk.py
+	$(VENV)/bin/python benchmarks/bench_store.py
 	$(VENV)/bin/python benchmarks/summary.py
 	$(VENV)/bin/python benchmarks/plot.py
 

@@ -57,6 +57,7 @@ class Load:
     counts: Counter[str] = field(default_factory=Counter)
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     started: int = 0
+    killed: int = 0
 
     def start(self) -> None:
         """One process more, to run until the deadline."""
@@ -76,7 +77,7 @@ class Load:
         victim.communicate()
         if victim.returncode != -9:
             raise LeftoverError(f"a process of clients ended by itself, with {victim.returncode}")
-        self.counts["processes_killed"] += 1
+        self.killed += 1
 
     def finish(self) -> None:
         """Wait for all, and take in what they counted."""
@@ -144,6 +145,7 @@ def soak(*, seconds: float, processes: int, clients: int, seed: int, growth: int
             "seed": seed,
             "clients_at_a_time": most_clients,
             "processes_started": load.started,
+            "processes_killed": load.killed,
             **figures,
             "store": {
                 "cpu_s": round(busy.cpu_s - before.cpu_s, 2),
@@ -155,7 +157,7 @@ def soak(*, seconds: float, processes: int, clients: int, seed: int, growth: int
                 "fds_after": after.fds,
             },
             "counters": {name: getattr(counters, name) for name in counters.__struct_fields__},
-            "counts": dict(sorted(load.counts.items())),
+            "counts_of_those_not_killed": dict(sorted(load.counts.items())),
         }
 
 

@@ -43,14 +43,14 @@ ITEM_SIZES: dict[str, int] = {
 MAX_DIMENSIONS = 32
 
 
-class Blob(msgspec.Struct, frozen=True, array_like=True):
+class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Immutable bytes: their BLAKE3-256 and how many there are."""
 
     digest: bytes
     nbytes: int
 
 
-class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One named tensor.
 
     Attributes:

@@ -19,7 +19,7 @@ SETTINGS = f"{PREFIX}settings"
 BLOB_PREFIX = f"{PREFIX}blob:"
 
 
-class BlobDoc(msgspec.Struct, frozen=True):
+class BlobDoc(msgspec.Struct, frozen=True, gc=False):
     """One blob: ``digest`` is the 32 bytes of its BLAKE3-256."""
 
     digest: bytes

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,7 +83,6 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
     for model in store.models.all():
         committed = store.committed.get(model.key)
         shown = by_key[model.key]
-        blobs = {blob.digest: blob.nbytes for blob in committed.manifest.blobs} if committed else {}
         documents.append(
             schema.ModelDoc(
                 key=model.key,
@@ -95,7 +93,7 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
                 tensors=shown.tensors,
                 nbytes=shown.bytes,
                 manifest=committed.data if committed else b"",
-                blobs=tuple(schema.BlobDoc(digest, nbytes) for digest, nbytes in blobs.items()),
+                blobs=committed.blobs if committed else (),
             )
         )
     leases = tuple(
@@ -123,13 +121,10 @@ def take_catalog(store: Store, identity: Identity) -> schema.Snapshot:
 
 
 def _models(store: Store) -> tuple[status.ModelStatus, ...]:
-    named_by: Counter[tuple[str, bytes]] = Counter()
-    for committed in store.committed.values():
-        named_by.update({(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs})
+    store.named.update({key: (known.manifest.device, known.manifest) for key, known in store.committed.items()})
     shown = []
     for model in store.models.all():
         known = store.committed.get(model.key)
-        distinct = {blob.digest: blob.nbytes for blob in known.manifest.blobs} if known else {}
         shown.append(
             status.ModelStatus(
                 key=model.key,
@@ -138,8 +133,8 @@ def _models(store: Store) -> tuple[status.ModelStatus, ...]:
                 device=model.device,
                 state="committed" if model.state is State.COMMITTED else "publishing",
                 tensors=len(known.manifest.tensors) if known else 0,
-                bytes=known.manifest.nbytes if known else 0,
-                unique_bytes=sum(size for digest, size in distinct.items() if named_by[model.device, digest] == 1),
+                bytes=known.nbytes if known else 0,
+                unique_bytes=store.named.unique_bytes(model.key),
                 readers=len(model.readers),
                 pinned=model.pinned,
                 last_used=model.last_used,
@@ -155,10 +150,10 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
             held.append((model.publisher, model.key, "publisher"))
         held += [(reader, model.key, "reader") for reader in sorted(model.readers)]
         held += [(waiter.client, model.key, "waiting") for waiter in model.waiters]
-    sizes = {key: known.manifest.nbytes for key, known in store.committed.items()}
+    sizes = {key: known.nbytes for key, known in store.committed.items()}
     for token, model in store.models.withdrawn().items():
         held += [(reader, token, "reader") for reader in sorted(model.readers)]
-        sizes[token] = store.withdrawn[token].manifest.nbytes
+        sizes[token] = store.withdrawn[token].nbytes
     busy = {number for number, _, _ in held}
     held += [(number, "", "idle") for number in store.clients if number not in busy]
     shown = []
@@ -179,16 +174,10 @@ def _clients(store: Store) -> tuple[status.ClientStatus, ...]:
 
 def _mapped_once(store: Store) -> int:
     """Bytes of one copy of every distinct blob that somebody reads; what a withdrawn model has is a copy of its own."""
-    blobs = {
-        (model.device, blob.digest): blob.nbytes
-        for model in store.models.all()
-        if model.readers
-        for blob in store.committed[model.key].manifest.blobs
-    }
-    blobs.update(
-        {(token, blob.digest): blob.nbytes for token, known in store.withdrawn.items() for blob in known.manifest.blobs}
-    )
-    return sum(blobs.values())
+    read = {model.key: store.committed[model.key].manifest for model in store.models.all() if model.readers}
+    once = {key: (manifest.device, manifest) for key, manifest in read.items()}
+    store.mapped.update(once | {token: (token, known.manifest) for token, known in store.withdrawn.items()})
+    return store.mapped.nbytes
 
 
 def _quarantine(store: Store) -> tuple[status.QuarantineStatus, ...]:

@@ -13,9 +13,11 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 from shared_store import manifest as manifests
+from shared_store.catalog import BlobDoc
 from shared_store.checkpoint import FileId
 from shared_store.daemon.compactor import Compaction, Compactor
 from shared_store.daemon.keeping import Keeping
@@ -25,6 +27,7 @@ from shared_store.daemon.recovery import Recovery
 from shared_store.daemon.room import Room
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.daemon.timing import RequestTimes
+from shared_store.daemon.union import BlobUnion, distinct
 from shared_store.digest import SIZE
 from shared_store.errors import (
     ConnectionLostError,
@@ -66,6 +69,16 @@ class Committed:
 
     data: bytes
     manifest: Manifest
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that a private copy of the model's tensors would take."""
+        return self.manifest.nbytes
+
+    @cached_property
+    def blobs(self) -> tuple[BlobDoc, ...]:
+        """The distinct blobs, as the catalog has them."""
+        return tuple(BlobDoc(digest, nbytes) for digest, nbytes in distinct(self.manifest).items())
 
 
 @dataclass
@@ -121,6 +134,8 @@ class Store:
         self.room = Room(self)
         self.counts = Counts()
         self.times = RequestTimes()
+        self.named = BlobUnion()  # of all committed models; the snapshot keeps both up to date
+        self.mapped = BlobUnion()  # of those that have readers
         self.changed: Callable[[], None] = lambda: None
         self.event: Callable[..., None] = lambda *_, **__: None
         self._plans: dict[str, PublishPlan] = {}

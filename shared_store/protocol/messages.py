@@ -243,7 +243,7 @@ class FileDigests(Reply, frozen=True, tag="file_digests"):
     digests: tuple[bytes, ...]
 
 
-class SegmentInfo(msgspec.Struct, frozen=True, array_like=True):
+class SegmentInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A segment. Unless it is only ``promised``, its fd comes with the message: one each, in this order."""
 
     id: int
@@ -251,7 +251,7 @@ class SegmentInfo(msgspec.Struct, frozen=True, array_like=True):
     promised: bool = False
 
 
-class BlobPlace(msgspec.Struct, frozen=True, array_like=True):
+class BlobPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a blob lies: index in the message's ``segments``, first byte; in a plan, whether it must be written."""
 
     segment: int
