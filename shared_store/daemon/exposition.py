@@ -65,6 +65,12 @@ class StatusCollector(Collector):
             sum(client.private_bytes for client in status.clients),
         )
 
+        if (keeper := status.keeper) is not None:
+            yield _one("wooly_keeper_up", "1: a crash of the store loses nothing.", keeper.state == "ok")
+            yield CounterMetricFamily(
+                "wooly_store_restarts", "Stores that this keeper had to replace.", keeper.restarts
+            )
+
     def _devices(self) -> Iterator[Metric]:
         devices = self._status.devices
         yield _gauge(
