@@ -170,7 +170,7 @@ def client(directory: Path, number: int, clients: int, models: int, seconds: flo
     print(json.dumps([latency for one in found for latency in one]), flush=True)
 
 
-def status_ms(session: Session, repeat: int = 20) -> float:
+def status_ms(session: Session, repeat: int = 200) -> float:
     """Median time of asking for the snapshot."""
     seconds = []
     for _ in range(repeat):

@@ -216,4 +216,5 @@ def versions() -> dict[str, Any]:
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "wooly": metadata.version("wooly"),
+        "load_average": os.getloadavg()[0],  # what else the machine did when this was asked
     }
