@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -10,6 +11,9 @@ import torch
 
 from shared_store.digest import digest_at
 from shared_store.memory import Backend, backend_for
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""The C library's, see ``malloc_trim(3)``; only glibc has it."""
 
 
 class DeviceWork(Protocol):
@@ -22,11 +26,11 @@ class DeviceWork(Protocol):
         """Wait until everything that was started has ended: what it uses may be unmapped after that."""
 
     def reclaim(self) -> None:
-        """Give memory that this process freed back, so that the store can allocate it."""
+        """Give memory that this process freed back, so that others can have it."""
 
 
 class HostWork:
-    """Host memory: nothing is in flight, and freed memory is free."""
+    """Host memory: nothing is in flight, but the C library keeps what was freed, often a large part of a model."""
 
     def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:  # noqa: D102 - the protocol's
         with ThreadPoolExecutor(4, thread_name_prefix="wooly-digest") as pool:
@@ -36,7 +40,8 @@ class HostWork:
         return
 
     def reclaim(self) -> None:  # noqa: D102 - the protocol's
-        return
+        if _malloc_trim is not None:
+            _malloc_trim(0)
 
 
 class CudaWork:

@@ -91,6 +91,7 @@ def publish(
         mapped.map_for_reading()  # whatever happened, the model needs what it is bound to
     blobs = source.manifest.blobs
     _follow(mapped, MappedBlobs(backend, blobs, attached.places, attached.segments, attached_fds), moved)
+    source.work.reclaim()
     mapped_bytes = sum(blobs[index].nbytes for index in moved)
     tensors = len({entry.alias for entry in source.manifest.tensors})
     return source.manifest, mapped, Bound(mapped_bytes, source.manifest.nbytes - mapped_bytes, tensors)

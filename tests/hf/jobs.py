@@ -80,6 +80,10 @@ class Job:
         request = json.dumps([textwrap.dedent(code), {name: _plain(value) for name, value in names.items()}])
         self._process.stdin.write(request.encode() + b"\n")
 
+    def answered(self):
+        """Whether what was begun has ended."""
+        return readable(self._process.stdout, 0)
+
     def finish(self, timeout_s=300.0):
         """The `result` of what was begun; an exception there is a `JobError` here."""
         while b"\n" not in self._unread:

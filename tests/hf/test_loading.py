@@ -9,6 +9,7 @@ import struct
 import models
 import pytest
 from hf.jobs import JobError
+from support.mapped import own_bytes, segment_bytes
 from support.waiting import readable
 
 ONE_OF_EACH = [("llama-tied", None), ("mixtral", "float32"), ("bloom", "float16"), ("gpt2", None)]
@@ -199,3 +200,18 @@ def test_a_part_of_a_model_is_not_its_whole(job, checkpoint):
         stock = job("one").run(code, path=path, cls=cls, device_map=None)
         assert job("one").run(code, path=path, cls=cls, device_map="wooly:cpu") == stock
         assert job("two").run(code, path=path, cls=cls, device_map="wooly:cpu") == stock
+
+
+def test_the_peak_of_a_miss_is_not_two_models(job, store, checkpoint):
+    """Loading and publishing SmolLM2 in fp32: this process's own memory and the store's together, and what is left."""
+    one = job("peak")
+    began = own_bytes(one.pid) + segment_bytes(store.pid)
+    one.begin("my_model = load(path, dtype='float32'); result = facts(my_model)", path=checkpoint("smollm2"))
+    peak = 0
+    while not one.answered():
+        peak = max(peak, own_bytes(one.pid) + segment_bytes(store.pid) - began)
+    shared, _, written = one.finish()
+    assert shared > 500 << 20
+    assert written == 0
+    assert shared < peak < 1.4 * shared
+    assert own_bytes(one.pid) + segment_bytes(store.pid) - began < 1.15 * shared

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_store.layout import ALIGNMENT, GRANULARITY, TARGET, pack, round_up
+from shared_store.layout import ALIGNMENT, GRANULARITY, LEAST_TARGET, TARGET, pack, round_up, target_for
 
 SIZES = st.lists(
     st.one_of(
@@ -77,3 +77,17 @@ def test_nothing_to_lay_out_needs_no_segment():
 def test_a_negative_size_is_refused(nbytes):
     with pytest.raises(ValueError, match="bytes"):
         pack([nbytes])
+
+
+@given(st.integers(0, 1 << 44))
+def test_a_segment_is_small_beside_its_model(nbytes):
+    """An eighth of it, but neither so small that mapping takes many calls, nor larger than any model needs."""
+    assert LEAST_TARGET <= target_for(nbytes) <= TARGET
+    assert target_for(nbytes) <= max(nbytes / 8, LEAST_TARGET)
+    assert target_for(nbytes) == TARGET or nbytes < 8 * (target_for(nbytes) + 1)
+
+
+def test_a_small_model_is_divided():
+    """By default: 512 MiB in equal tensors are eight segments, and 32 MiB are one."""
+    assert len(pack([16 << 20] * 32).sizes) == 8
+    assert len(pack([1 << 20] * 32).sizes) == 1

@@ -40,3 +40,9 @@ def segment_bytes(pid: int) -> int:
         except FileNotFoundError:  # closed meanwhile
             continue
     return sum(found.values())
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of a process that is backed by no file (`RssAnon` of `proc_pid_status(5)`)."""
+    lines = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
