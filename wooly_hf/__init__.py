@@ -17,6 +17,7 @@ def _activate() -> None:
     compat.check()
     compat.replace("from_pretrained", loading.wrap_from_pretrained)
     compat.replace("_load_pretrained_model", loading.wrap_load)
+    compat.replace_distributed(loading.wrap_distributed)
     compat.replace_warmup(loading.wrap_warmup)
     guards.install()
 

@@ -114,6 +114,26 @@ def replace_warmup(wrap: Wrapper) -> None:
     modeling_utils.caching_allocator_warmup = wrap(modeling_utils.caching_allocator_warmup)
 
 
+def replace_distributed(wrap: Wrapper) -> None:
+    """Put a wrapper around what loads distributed checkpoints, where transformers has that (since 5.23)."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    name = "_load_and_finalize_distributed_pretrained_model"
+    if stock := getattr(PreTrainedModel, name, None):
+        setattr(PreTrainedModel, name, wrap(stock))
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise :class:`UnsupportedError` for what ``from_pretrained`` is asked for that cannot be shared.
+
+    These are known before transformers does anything; some versions have read all weights when they call the load.
+    """
+    if arguments.get("gguf_file"):
+        raise UnsupportedError("GGUF files are converted while they are read")
+    if arguments.get("state_dict") is not None:
+        raise UnsupportedError("weights that are passed as a state dict have no checkpoint to be known by")
+
+
 def check_supported(state_dict: Any, files: list[str] | None, load_config: Any) -> None:
     """Raise :class:`UnsupportedError` for ways of loading that cannot be shared, before anything is loaded."""
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
@@ -122,18 +142,14 @@ def check_supported(state_dict: Any, files: list[str] | None, load_config: Any) 
     if quantizer is not None:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", type(quantizer).__name__)
         raise UnsupportedError(f"quantized weights ({getattr(method, 'value', method)}) are not shared yet")
-    if state_dict is not None:
-        raise UnsupportedError("weights that are passed as a state dict have no checkpoint to be known by")
-    if not files:
+    if state_dict is not None or not files:
         raise UnsupportedError("there are no checkpoint files")
-    if any(file.endswith(".gguf") for file in files):
-        raise UnsupportedError("GGUF files are converted while they are read")
     if is_deepspeed_zero3_enabled():
         raise UnsupportedError("DeepSpeed ZeRO-3 divides weights among processes")
     if is_fsdp_enabled():
         raise UnsupportedError("FSDP divides weights among processes")
     if load_config.device_mesh is not None:
-        raise UnsupportedError("tensor parallelism divides weights among processes")
+        raise UnsupportedError("a device mesh (tensor, expert, pipeline or data parallelism) divides weights")
 
 
 def device_of(load_config: Any) -> torch.device:

@@ -1,4 +1,4 @@
-"""The two functions that wrap transformers' own: what ``from_pretrained`` was asked for, and how weights are loaded."""
+"""What wraps transformers' own functions: what ``from_pretrained`` was asked for, and how weights are loaded."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ class _Request:
 
     taken: bool = False
 
+    def go_stock(self, name: str, error: UnsupportedError) -> None:
+        """Give up sharing, before there is a connection to a store. Raises where ``WOOLY_STRICT`` says so."""
+        self.taken = True
+        session: Session | None = None
+        try:
+            session = Session.connect(name=f"transformers {name}")
+        except WoolyError as unreachable:
+            log.debug("wooly: no store counts this: %s", unreachable)
+        _tell(session, name, error)
+
 
 _request: ContextVar[_Request | None] = ContextVar("wooly_request", default=None)
 _publishing: ContextVar[bool] = ContextVar("wooly_publishing", default=False)
@@ -56,16 +66,39 @@ def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         elif envs.WEIGHTS_DEDUP.get() and onto_one_device(given):
             wanted = Wanted(given)
         request = _Request() if wanted else None  # also to hide the request of a model that this one is a part of
+        if request is not None:
+            try:
+                compat.check_arguments(kwargs)
+            except UnsupportedError as error:
+                request.go_stock(_asked_for(cls, args, kwargs), error)
         token = _request.set(request)
         try:
             model = stock(cls, *args, **kwargs)
         finally:
             _request.reset(token)
         if request is not None and not request.taken:
-            _tell(None, cls.__name__, UnsupportedError("its weights do not come from plain checkpoint files"))
+            request.go_stock(_asked_for(cls, args, kwargs), UnsupportedError("it has its own way to load weights"))
         return model
 
     return from_pretrained
+
+
+def _asked_for(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What a call of ``from_pretrained`` names: a checkpoint, or else the class."""
+    return str((args[0] if args else kwargs.get("pretrained_model_name_or_path")) or cls.__name__)
+
+
+def wrap_distributed(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What loads distributed checkpoints instead of ``_load_pretrained_model``: it goes the stock way."""
+
+    @functools.wraps(stock)
+    def load(model: nn.Module, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _request.get()
+        if request is not None and not request.taken:
+            request.go_stock(str(folder), UnsupportedError("distributed checkpoints are read in parts"))
+        return stock(model, folder, *args, **kwargs)
+
+    return load
 
 
 def wrap_load(stock: compat.Load) -> compat.Load:

@@ -67,9 +67,7 @@ class StatusCollector(Collector):
 
         if (keeper := status.keeper) is not None:
             yield _one("wooly_keeper_up", "1: a crash of the store loses nothing.", keeper.state == "ok")
-            yield CounterMetricFamily(
-                "wooly_store_restarts", "Stores that the keeper had to replace.", keeper.restarts
-            )
+            yield CounterMetricFamily("wooly_store_restarts", "Stores that the keeper had to replace.", keeper.restarts)
 
     def _devices(self) -> Iterator[Metric]:
         devices = self._status.devices

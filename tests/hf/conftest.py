@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hf.jobs import Job
 from support.engine_fixtures import checkpoint
 from support.stores import StoreProcess
+from support.waiting import readable
 
 __all__ = ["checkpoint"]
 
@@ -83,3 +86,23 @@ def fresh(checkpoint, tmp_path):
         return target
 
     return make
+
+
+IN_ACCESS, IN_OPEN, IN_NONBLOCK = 0x1, 0x20, 0o4000
+
+
+@pytest.fixture
+def opened():
+    """Watch a file: a function that tells how often any process opened or read it since the last call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    watch = libc.inotify_init1(IN_NONBLOCK)
+    assert watch >= 0
+
+    def see(path=None):
+        if path is not None:
+            assert libc.inotify_add_watch(watch, os.fsencode(path), IN_ACCESS | IN_OPEN) >= 0
+        data = os.read(watch, 1 << 16) if readable(watch, 0) else b""
+        return len(data) // struct.calcsize("iIII")
+
+    yield see
+    os.close(watch)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import struct
-
 import models
 import pytest
 from hf.jobs import JobError
 from support.mapped import own_bytes, segment_bytes
-from support.waiting import readable
 
 ONE_OF_EACH = [("llama-tied", None), ("mixtral", "float32"), ("bloom", "float16"), ("gpt2", None)]
 
@@ -60,26 +55,6 @@ def test_the_checkpoint_is_let_go_of(job, fresh):
     job("one").run("del my_model; import gc; gc.collect()")
     assert job("one").run(code, path=path, device_map="wooly:cpu") == 0
     assert job("two").run(code, path=path, device_map="wooly:cpu") == 0
-
-
-IN_ACCESS, IN_OPEN, IN_NONBLOCK = 0x1, 0x20, 0o4000
-
-
-@pytest.fixture
-def opened():
-    """Watch a file: a function that tells how often any process opened or read it since the last call."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    watch = libc.inotify_init1(IN_NONBLOCK)
-    assert watch >= 0
-
-    def see(path=None):
-        if path is not None:
-            assert libc.inotify_add_watch(watch, os.fsencode(path), IN_ACCESS | IN_OPEN) >= 0
-        data = os.read(watch, 1 << 16) if readable(watch, 0) else b""
-        return len(data) // struct.calcsize("iIII")
-
-    yield see
-    os.close(watch)
 
 
 def test_the_checkpoint_is_not_opened_on_a_hit(job, fresh, opened):
