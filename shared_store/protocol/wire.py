@@ -149,8 +149,9 @@ class Outbox:
 
     def put(self, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Queue a frame; its fds are closed once they are sent, or by :meth:`close`."""
-        self._chunks.extend(_pieces(payload, fds))
-        self.pending_bytes += len(payload)
+        pieces = _pieces(payload, fds)
+        self._chunks.extend(pieces)
+        self.pending_bytes += sum(len(data) for data, _ in pieces)
 
     def send(self, sock: socket.socket) -> bool:
         """Send what the socket takes; return whether everything is out. Raises ``OSError`` when the peer is gone."""
@@ -161,12 +162,11 @@ class Outbox:
             except BlockingIOError:
                 return False
             close_fds(fds)
-            self.pending_bytes -= min(sent, self.pending_bytes)
+            self.pending_bytes -= sent
             if sent < len(data):
                 self._chunks[0] = (data[sent:], ())
             else:
                 self._chunks.popleft()
-        self.pending_bytes = 0
         return True
 
     def close(self) -> None:

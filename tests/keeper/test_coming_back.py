@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 
 from support.client import Client
@@ -68,4 +70,5 @@ def test_fork_while_there_is_no_store(kept, actor):
         wait_until(lambda: again.status().models and again.status().models[0].readers == 1, "the parent to be back")
         assert [one.pid for one in again.status().clients if one.role == "reader"] == [parent.pid]
     finally:
+        os.kill(child["pid"], signal.SIGKILL)
         again.clean_up()

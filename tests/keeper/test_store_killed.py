@@ -97,6 +97,21 @@ def test_shared_blob_over_a_restart(kept, actor):
     assert kept.status().totals.resident_bytes == 0
 
 
+def test_many_models_over_a_restart(kept, actor):
+    """What is held may be more than a socket takes at once: the next store is sent all of it."""
+    publisher = actor()
+    keys = [f"{number:064x}" for number in range(20)]
+    for key in keys:
+        publisher.open(key=key)
+        publisher.plan(key=key, model=MODEL)
+        publisher.fill(key=key)
+        publisher.unmap()
+        publisher.commit(key=key, state={"text": "x" * 100_000})
+    pid = kept.kill_store()
+    back(publisher, pid)
+    wait_until(lambda: all(readers(kept, key) == 1 for key in keys), "all models to have their reader")
+
+
 def test_store_killed_while_a_reader_waits(kept, actor):
     """An `Open` that waits for a publisher is asked again; with the publisher cut off, it is granted."""
     publisher, waiter = actor(), actor()

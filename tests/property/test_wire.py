@@ -215,3 +215,26 @@ def test_an_added_field_is_ignored():
     """A newer peer of the same protocol version may say more."""
     fields = msgspec.msgpack.decode(messages.encode(messages.GetStatus(7)))
     assert messages.decode_from_client(msgspec.msgpack.encode({**fields, "new": 1})) == messages.GetStatus(7)
+
+
+def test_pending_until_the_last_byte():
+    """A sender that stops at a full socket has bytes pending as long as any byte is left, headers included."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    outbox, sent, received = wire.Outbox(), 0, 0
+    while outbox.send(ours):
+        outbox.put(b"")
+        sent += 1
+    for _ in range(100):
+        outbox.put(b"")
+        sent += 1
+    while outbox.pending_bytes:
+        received += len(theirs.recv(1 << 20))
+        outbox.send(ours)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            received += len(theirs.recv(1 << 20))
+    assert received == sent * len(wire.header(b"", 0))
+    ours.close()
+    theirs.close()
