@@ -7,8 +7,8 @@ First, in host memory, by packing what lies loosely; then by dropping models tha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
 
 from shared_store.daemon.models import Model, State
 from shared_store.daemon.policy import CachedModel, evict
@@ -18,7 +18,10 @@ from shared_store.memory.backend import Segment
 if TYPE_CHECKING:
     from shared_store.daemon.store import Store
 
-MAX_NAMED = 5
+MAX_NAMED: Final = 5
+
+PACK_WITHIN_S: Final = 20.0
+"""Seconds after which no further segment is packed for a publisher, who waits for an answer meanwhile."""
 
 
 class Room:
@@ -30,9 +33,7 @@ class Room:
 
     async def pack(self, device: str, needed: int) -> None:
         """Compact host memory until the limit leaves ``needed`` bytes free, if that could be enough."""
-        short = self._short(device, needed)
-        if short > 0 and self._would_do(device, short):
-            await self._store.compactor.here(device, until=lambda: self._short(device, needed) <= 0)
+        await self._pack(device, lambda: self._short(device, needed))
 
     def make(self, device: str, needed: int, asker: str) -> None:
         """Drop models until the limit leaves ``needed`` bytes free, for the model with the key ``asker``.
@@ -60,8 +61,7 @@ class Room:
         except OutOfMemoryError:
             pass
         async with self._turns.setdefault(device, asyncio.Lock()):  # two would drop models for one shortage
-            if self._would_do(device, nbytes - await asyncio.to_thread(backend.free_bytes)):
-                await self._store.compactor.here(device, until=lambda: backend.free_bytes() >= nbytes)
+            await self._pack(device, lambda: nbytes - backend.free_bytes())
             # What is free is an estimate: where it was wrong, the second try makes room for all of the segment.
             for estimated in (True, False):
                 try:
@@ -75,10 +75,12 @@ class Room:
                 return await asyncio.to_thread(backend.create, nbytes)
             raise OutOfMemoryError(f"{full}; {self._kept(device, asker)}") from full
 
-    def _would_do(self, device: str, needed: int) -> bool:
-        """Whether compaction, which the store can do in host memory alone, could free so many bytes."""
-        segments = self._store.segments
-        return segments.backend(device).host_readable and sum(segments.unused(device)) >= needed
+    async def _pack(self, device: str, short: Callable[[], int]) -> None:
+        """Compact host memory while bytes are ``short``, if as many are unused."""
+        segments, now = self._store.segments, asyncio.get_running_loop().time
+        if segments.backend(device).host_readable and 0 < short() <= sum(segments.unused(device)):
+            until = now() + PACK_WITHIN_S
+            await self._store.compactor.here(device, until=lambda: short() <= 0 or now() > until)
 
     def _short(self, device: str, needed: int) -> int:
         """Bytes that are missing under the limit; zero or less where there are enough."""

@@ -227,6 +227,9 @@ class Store:
             log.info("client %d (pid %d) publishes %s", client.number, client.pid, request.name or request.key)
             self.event("publish_started", key=request.key, name=request.name, pid=client.pid)
             return None
+        if request.key not in self.committed:  # withdrawn since this client was admitted: what is there now counts
+            self.leave(client, request.key)
+            return await self.open(client, request)
         return self._attachment(client, request.key)
 
     async def plan(self, client: Client, request: messages.Plan) -> tuple[messages.Planned, tuple[int, ...]]:

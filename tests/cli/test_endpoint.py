@@ -95,6 +95,8 @@ def test_metrics_say_what_the_status_says(serve, status):
         ("wooly_evictions_total",): 5,
         ("wooly_compactions_total",): 6,
         ("wooly_quarantines_total",): 8,
+        ("wooly_keeper_up",): 1,
+        ("wooly_store_restarts_total",): 3,
     }
 
 

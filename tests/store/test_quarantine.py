@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+
 import pytest
-from support.content import key
+from support.content import blob, key, manifest_of
 from support.served import ServedStore
 from support.stores import resident
 from support.waiting import wait_until
 
+from shared_store.daemon.store import Client as StoreClient
+from shared_store.daemon.store import Store
 from shared_store.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
+from shared_store.manifest import encode
 from shared_store.memory.fake import FakeBackend
+from shared_store.protocol import messages, wire
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100]]
@@ -138,3 +145,33 @@ def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
     publisher.unmap()
     publisher.commit(key(2))
     assert publisher.digests() == publisher.expected()
+
+
+def test_a_model_that_is_withdrawn_as_it_is_admitted_is_published_by_who_waited():
+    """Between the commit and the moment when a waiting client takes what it was promised."""
+
+    async def scenario():
+        store = Store({"cpu": FakeBackend("cpu")}, {})
+        publisher, waiter = (
+            StoreClient(number, 1, os.getuid(), "", asyncio.Event(), lambda *_: None) for number in (1, 2)
+        )
+        for client in (publisher, waiter):
+            store.join(client)
+        request = messages.Open(1, key(1), "model", "test", "cpu", publish=True)
+        assert await store.open(publisher, request) is None
+        waiting = asyncio.create_task(store.open(waiter, request))
+        await asyncio.sleep(0)
+        blobs = (blob(b""),)
+        planned, _ = await store.plan(publisher, messages.Plan(2, key(1), blobs))
+        (segment,) = planned.segments
+        os.close(await store.fill(publisher, messages.Fill(3, key(1), segment.id)))
+        manifest = encode(manifest_of(key(1), blobs))
+        wire.close_fds((await store.commit(publisher, messages.Commit(4, key(1), manifest))).fds)
+        assert not waiting.done()
+        store.withdraw("cpu", {segment.id}, pid=0)
+        assert await waiting is None  # granted
+        assert [one.publisher for one in store.models.all()] == [2]
+        assert [one.readers for one in store.models.withdrawn().values()] == [{1}]
+        store.segments.close()
+
+    asyncio.run(scenario())
