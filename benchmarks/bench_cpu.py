@@ -165,9 +165,9 @@ def stop_store(runtime_dir: str) -> None:
     from shared_store.client.session import Session
 
     with Session.connect(Path(runtime_dir), autostart=False) as session:
-        pid = session.store_pid
+        keeper = session.status().keeper
         session.shutdown_store()
-    while Path(f"/proc/{pid}").exists():
+    while keeper is not None and Path(f"/proc/{keeper.pid}").exists():
         time.sleep(0.05)
 
 

@@ -160,14 +160,14 @@ class Node:
     def _stop_store(self) -> None:
         try:
             with Session.connect(self._runtime_dir, autostart=False) as session:
-                pid = session.store_pid
+                keeper = session.status().keeper
                 session.shutdown_store()
         except StoreUnavailableError:  # no process here used one
             return
         deadline = time.monotonic() + 30
-        while Path(f"/proc/{pid}").exists():  # its memory is free when it is gone
+        while keeper is not None and Path(f"/proc/{keeper.pid}").exists():  # memory is free when its keeper is gone
             if time.monotonic() > deadline:
-                raise ChildError(f"the store (pid {pid}) was told to end 30 s ago, and lives")
+                raise ChildError(f"the store was told to end 30 s ago, and its keeper (pid {keeper.pid}) lives")
             time.sleep(0.05)
 
 

@@ -25,6 +25,12 @@ from shared_store.protocol.holdings import Holdings
 GRACE_S = 5.0
 """Seconds that clients have to come back after a restart. They try again within one second."""
 
+MORE_S = 2.0
+"""Seconds that they have at least after a model that one of them brought: it may have others, one after the other."""
+
+LONGEST_S = 60.0
+"""Seconds after which they have had their time in any case."""
+
 
 class Recovery:
     """The time after a restart. One that recovers from nothing is over at once."""
@@ -37,6 +43,7 @@ class Recovery:
         self._coming: dict[str, asyncio.Event] = {}
         self.until = time.monotonic() + GRACE_S if self._records else 0.0
         """When the grace time ends, on the monotonic clock."""
+        self._latest = time.monotonic() + LONGEST_S
 
     def pinned(self, key: str) -> bool:
         """Whether the model was pinned."""
@@ -53,6 +60,11 @@ class Recovery:
     def active(self) -> bool:
         """Whether readers may still come back: nothing that seems unused should be given up yet."""
         return time.monotonic() < self.until
+
+    def came(self) -> None:
+        """A client has brought a model: there may be more to come."""
+        if self._awaited:
+            self.until = min(self._latest, max(self.until, time.monotonic() + MORE_S))
 
     def await_clients(self, key: str) -> None:
         """Only clients have the model: let whoever opens it wait for them."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 from shared_store.daemon.checking import Check, Part
 from shared_store.daemon.recovery import GRACE_S, OfferedModel, Recovery, check_memory
@@ -37,6 +39,22 @@ def restore(store: Store, held: Holdings) -> None:
 
     The fds become the store's.
     """
+    with _without_collections():
+        _restore(store, held)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Look for no garbage while very many objects are made that stay: that takes most of the time otherwise."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _restore(store: Store, held: Holdings) -> None:
     store.recovery = Recovery(held)
     records = {number: found.record for number, found in held.segments.items()}
     for number, found in held.segments.items():
@@ -67,6 +85,10 @@ def restore(store: Store, held: Holdings) -> None:
 
 def end_grace(store: Store) -> None:
     """The clients had time to come back: what nobody brought is forgotten, unless somebody is just bringing it."""
+    if store.recovery.active:  # longer than was thought
+        left = store.recovery.until - time.monotonic()
+        asyncio.get_running_loop().call_later(max(0.0, left), end_grace, store)
+        return
     busy = {key for key, lock in store.offers.items() if lock.locked()}
     for key in store.recovery.end(busy):
         if key not in store.committed:
@@ -138,6 +160,7 @@ async def _take(store: Store, client: Client, request: messages.Offer, fds: tupl
         finally:
             store.recovery.settled(request.key)
         store.note(request.key)
+        store.recovery.came()
         store.event("model_returned", key=request.key, pid=client.pid)
         log.info("client %d (pid %d) brought %s back", client.number, client.pid, offered.manifest.name)
         rejoin(store, client, request, set(store.segments_of(request.key)))

@@ -24,6 +24,7 @@ from shared_store.protocol import control, wire
 log = logging.getLogger(__name__)
 
 GONE_WITHIN_S = 5.0
+ENDING_S = 1.0
 
 Heard = tuple[control.FromStore, tuple[int, ...]]
 
@@ -124,7 +125,12 @@ class StoreProcess:
         return self._decoder.rest
 
     def kill(self) -> None:
-        """Kill it, and wait for its end, but not for ever: in a driver's call it may stay for a while. Idempotent."""
+        """Kill it, and wait for its end, but not for ever: in a driver's call it may stay for a while. Idempotent.
+
+        One that hung up is ending, most likely, and has a moment to do so with its own exit code.
+        """
+        if not self.connected and select.select([self.pidfd], [], [], ENDING_S)[0]:
+            return
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:

@@ -12,6 +12,7 @@ journal is written anew once it can be.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import time
@@ -29,6 +30,7 @@ COMPACT_FROM = 1 << 20
 TRY_AGAIN_S = 5.0
 
 _MAX_RECORD = 64 << 20
+_STEP = 1 << 20
 
 
 def boot_id() -> bytes:
@@ -46,8 +48,10 @@ def read(path: Path) -> tuple[list[control.StateChange], str]:
     """The changes in a file up to the first that is damaged; why what follows does not count, if anything does."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read()
+        try:
+            data = b"".join(iter(lambda: os.read(fd, _STEP), b""))
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return [], ""
     except OSError as error:
@@ -138,7 +142,8 @@ class Journal:
         """Nothing is held any more: no file either."""
         self.close()
         for path in (self._path, self._path.with_name(self._path.name + ".new")):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one that could not be written is not there, or is not ours
+                path.unlink()
 
     def close(self) -> None:
         """Close the file, which stays."""
