@@ -29,8 +29,10 @@ def attach(model: nn.Module, manifest: Manifest, blobs: MappedBlobs, *, min_byte
         if entry.module not in modules or not hasattr(modules[entry.module], entry.name):
             raise BindingError(f"{entry.path}: the model has no such tensor")
     shared = [blobs.shared(index, min_bytes) for index in range(len(manifest.blobs))]
-    copied = blobs.copies([index for index, mapped in enumerate(shared) if not mapped])
-    storages = [blobs.storage(index) if mapped else copied[index] for index, mapped in enumerate(shared)]
+    storages = [
+        blobs.storage(index) if mapped else blobs.bytes(index).clone().untyped_storage()
+        for index, mapped in enumerate(shared)
+    ]
     made: dict[int, torch.Tensor] = {}
     for entry in manifest.tensors:
         tensor = made.get(entry.alias)

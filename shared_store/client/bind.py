@@ -80,10 +80,15 @@ def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
 def _storages(manifest: Manifest, blobs: MappedBlobs, mapped: Collection[int]) -> list[torch.UntypedStorage]:
     """The bytes of each blob: mapped, or copied to the device or to the host. Each is a storage of its own."""
     on_host = {entry.blob for entry in manifest.tensors if entry.host}
-    own = [index for index in range(len(manifest.blobs)) if index not in mapped]
-    copied = blobs.copies([index for index in own if index not in on_host])
-    copied |= blobs.copies([index for index in own if index in on_host], torch.device("cpu"))
-    return [blobs.storage(index) if index in mapped else copied[index] for index in range(len(manifest.blobs))]
+    found = []
+    for index in range(len(manifest.blobs)):
+        if index in mapped:
+            found.append(blobs.storage(index))
+        elif index in on_host:
+            found.append(blobs.bytes(index).to("cpu", copy=True).untyped_storage())
+        else:
+            found.append(blobs.bytes(index).clone().untyped_storage())
+    return found
 
 
 def _bind_named(modules: Mapping[str, nn.Module], manifest: Manifest, storages: Sequence[torch.UntypedStorage]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shared_store.client.views import bytes_in, copies_of, part_of, storage_of
+from shared_store.client.views import bytes_in, part_of, storage_of
 from shared_store.client.where import remember
 from shared_store.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping
@@ -110,12 +110,6 @@ class MappedBlobs:
     def bytes(self, index: int) -> torch.Tensor:
         """The blob's bytes (uint8, shape ``(nbytes,)``)."""
         return bytes_in(self.storage(index))
-
-    def copies(self, indices: Sequence[int], device: torch.device | None = None) -> dict[int, torch.UntypedStorage]:
-        """Copies of some blobs by their indices, on the mappings' device or another; each a storage of its own."""
-        parts = [self.bytes(index) for index in indices]
-        copied = copies_of(parts, device or parts[0].device) if parts else []
-        return dict(zip(indices, copied, strict=True))
 
     def covers(self, address: int) -> bool:
         """Whether an address lies in this model's mappings."""

@@ -7,14 +7,11 @@ must not look like parts of one another.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from shared_store.layout import ALIGNMENT, round_up
 from shared_store.manifest import TensorEntry
 from shared_store.memory import Mapping
 
@@ -41,22 +38,6 @@ def part_of(storage: torch.UntypedStorage, offset: int, nbytes: int) -> torch.Un
 def bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of a storage, as uint8, shape ``(nbytes,)``."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
-
-
-def copies_of(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.UntypedStorage]:
-    """Copies of some bytes (uint8) on a device, each a storage of its own.
-
-    Made together: on a GPU a launch or a transfer for each of hundreds of small ones takes longer than all else.
-    """
-    if not parts:
-        return []
-    sizes = [part.numel() for part in parts]
-    starts = [0, *accumulate(round_up(size, ALIGNMENT) for size in sizes)]
-    together = torch.empty(max(starts[-1], 1), dtype=torch.uint8, device=parts[0].device)
-    places = [together[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    torch._foreach_copy_(places, list(parts))
-    whole = together.to(device).untyped_storage()
-    return [part_of(whole, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
 class _CudaBytes:

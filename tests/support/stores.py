@@ -137,15 +137,20 @@ class KeptStore(StoreProcess):
         return pid
 
     def kill_both(self):
-        """SIGKILL keeper and store, and wait until they are gone."""
+        """SIGKILL keeper and store, and wait until they are gone, with the last of their threads."""
         status = self.status()
-        both = status.keeper.pid, status.store.pid
-        os.kill(both[0], signal.SIGSTOP)  # or it would start another store
-        for pid in reversed(both):
-            os.kill(pid, signal.SIGKILL)
-        if both[0] == self.pid:
+        both = [os.pidfd_open(pid) for pid in (status.keeper.pid, status.store.pid)]
+        try:
+            signal.pidfd_send_signal(both[0], signal.SIGSTOP)  # or it would start another store
+            for process in reversed(both):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            for process in both:
+                assert readable(process, 20.0), "keeper and store are to be gone"
+        finally:
+            for process in both:
+                os.close(process)
+        if status.keeper.pid == self.pid:
             self._process.wait()
-        wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in both), "keeper and store to be gone")
 
     def clean_up(self):
         for client in self._clients:
