@@ -5,6 +5,8 @@ that import first and load one after the other. ``pss_N``: proportional set size
 and read all weights, libraries left out; with wooly, its store's processes and segments that nobody maps are added.
 ``added_N``: the same, less what the processes held before they loaded. ``load_s``: `from_pretrained`, files in the page
 cache; ``publish_s``: of the first process with wooly, which digests the checkpoint, loads, and publishes.
+``peak_added``: the most memory without a file that the first process took while it loaded, its segments in the store
+included, sampled every millisecond or so; with wooly it publishes.
 
 Stock loading of safetensors that needs no conversion maps the file, so that its processes share the page cache: that is
 the baseline of ``smollm2_bf16``, and there is nothing to win there but what is said.
@@ -23,6 +25,7 @@ speed      two live processes in turns: ``generate``, 8 prompts x 128 tokens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -83,6 +86,8 @@ def measure(scenario: Scenario) -> dict[str, Any]:
         for count in COUNTS
         if found["stock"][f"{name}_{count}"] > 0
     }
+    for kind in KINDS:
+        found["ratios"][f"peak_to_weights_{kind}"] = round(found[kind]["peak_added"] / found[kind]["weight_bytes"], 4)
     found["ratios"]["load_ratio"] = round(found["wooly"]["load_s"]["median"] / found["stock"]["load_s"]["median"], 4)
     return found
 
@@ -98,7 +103,12 @@ def chain(scenario: Scenario, model: Path, kind: str) -> tuple[dict[str, Any], l
         ]
         held = [sum_of(process.hear("imported")) for process in processes]
         for count, process in enumerate(processes, 1):
-            loads.append(process.ask("load", "loaded"))
+            if count == 1:
+                process.tell("load")
+                found["peak_added"] = peak_until(process.heard, process.pid)
+                loads.append(process.hear("loaded"))
+            else:
+                loads.append(process.ask("load", "loaded"))
             if count in COUNTS:
                 parts = [each.ask("memory") for each in processes[:count]]
                 total = sum(map(sum_of, parts))
@@ -112,6 +122,28 @@ def chain(scenario: Scenario, model: Path, kind: str) -> tuple[dict[str, Any], l
     found["load_s"] = {"median": statistics.median(seconds), "all": seconds}
     found["weight_bytes"] = loads[0]["weights"]
     return found, [(each["answer"], each["tokens"]) for each in loads]
+
+
+def peak_until(done: Callable[[], bool], pid: int) -> int:
+    """The most memory (bytes) that a process held until something is done, over what it held at first."""
+    first = most = unfiled(pid)
+    while not done():
+        most = max(most, unfiled(pid))
+        time.sleep(0.001)
+    return most - first
+
+
+def unfiled(pid: int) -> int:
+    """Bytes of a process's memory that no file on a disk is behind: its own, and the segments that it has fds of."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    own = next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+    segments: dict[int, int] = {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if fd.readlink().name.startswith("memfd:wooly"):
+                found = fd.stat()
+                segments[found.st_ino] = found.st_blocks * 512
+    return own + sum(segments.values())
 
 
 def sum_of(memory: dict[str, Any]) -> int:

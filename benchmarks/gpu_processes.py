@@ -56,6 +56,15 @@ class Child:
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
+    @property
+    def pid(self) -> int:
+        """The process's."""
+        return self._process.pid
+
+    def heard(self) -> bool:
+        """Whether an event is there to be heard."""
+        return not self._events.empty()
+
     def tell(self, word: str) -> None:
         """Send a word. A process that is gone shows when it is next heard."""
         assert self._process.stdin

@@ -168,6 +168,12 @@ def device_of(load_config: Any) -> torch.device:
     return place
 
 
+def onto_one_device(load_config: Any) -> bool:
+    """Whether all weights go to one place, which is not the disk; settled by now, whatever the device map was."""
+    places = set(map(_torch_device, (load_config.device_map or {"": "cpu"}).values()))
+    return len(places) == 1 and None not in places
+
+
 def _torch_device(place: Any) -> torch.device | None:
     """A device map's value; None for the disk."""
     if place == "disk":

@@ -40,15 +40,6 @@ def parse(device_map: Any) -> Wanted | None:
     return Wanted(None if onto_default else inner)
 
 
-def onto_one_device(device_map: Any) -> bool:
-    """Whether a device map without wooly names one device: nothing at all, a device, or a dict of one entry."""
-    if isinstance(device_map, dict):
-        return len(device_map) == 1 and "" in device_map and onto_one_device(device_map[""])
-    if isinstance(device_map, str):
-        return _is_device(device_map)
-    return device_map is None or isinstance(device_map, (int, torch.device))
-
-
 def _asks(value: Any) -> bool:
     return isinstance(value, str) and (value == _NAME or value.startswith(f"{_NAME}:"))
 

@@ -27,7 +27,7 @@ from shared_store.keys import weight_key
 from shared_store.transfer.obtain import Need, obtain, published
 from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
-from wooly_hf.device_map import Wanted, onto_one_device, parse
+from wooly_hf.device_map import parse
 from wooly_hf.sharing import leave_files
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Request:
-    """A call of ``from_pretrained`` that is to share weights; the first load in it is the model's."""
+    """A call of ``from_pretrained`` that is to share weights; the first load in it is the model's.
 
+    Attributes:
+        asked: by its device map. Otherwise by the environment, for every model that goes onto one device.
+        taken: the model's load has begun.
+    """
+
+    asked: bool
     taken: bool = False
 
     def go_stock(self, name: str, error: UnsupportedError) -> None:
@@ -63,9 +69,9 @@ def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         wanted = parse(given)
         if wanted is not None:
             kwargs["device_map"] = wanted.inner
-        elif envs.WEIGHTS_DEDUP.get() and onto_one_device(given):
-            wanted = Wanted(given)
-        request = _Request() if wanted else None  # also to hide the request of a model that this one is a part of
+        asked = wanted is not None
+        # None also hides the request of a model that this one is a part of.
+        request = _Request(asked) if asked or envs.WEIGHTS_DEDUP.get() else None
         if request is not None:
             try:
                 compat.check_arguments(kwargs)
@@ -114,6 +120,9 @@ def wrap_load(stock: compat.Load) -> compat.Load:
         request = _request.get()
         if request is None or request.taken or expected_keys is not None:
             return load_stock()
+        if not request.asked and not compat.onto_one_device(load_config):
+            request.taken = True
+            return load_stock()  # the environment asks for nothing there, so there is nothing to tell
         request.taken = True  # an adapter that is loaded later in the same call is this process's own
         loading = _Loading(model, checkpoint_files, load_config, load_stock)
         return loading.run(state_dict)

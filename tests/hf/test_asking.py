@@ -107,12 +107,13 @@ def test_everywhere_by_the_environment(job, checkpoint, tmp_path):
     """With the variable on, loading onto one device shares, whatever names it; anything else is stock, and not told."""
     one = job("everywhere", WOOLYAI_WEIGHTS_DEDUP="true")
     code = "my_model = load(path, device_map, **options); result = facts(my_model)[0] > 0"
-    for device_map in (None, "cpu", {"": "cpu"}, "wooly:cpu"):
+    for device_map in (None, "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, "auto", "wooly:cpu"):
         assert one.run(code, path=checkpoint("llama"), device_map=device_map, options={}) is True
     several = {"model": "cpu", "lm_head": "disk"}
     options = {"offload_folder": str(tmp_path)}
     assert one.run(code, path=checkpoint("llama"), device_map=several, options=options) is False
-    assert one.run(code, path=checkpoint("llama"), device_map="auto", options={}) is False
+    nowhere = {"max_memory": {"cpu": 0}, **options}
+    assert one.run(code, path=checkpoint("llama"), device_map="auto", options=nowhere) is False
     assert "the stock way" not in one.log()
 
 
