@@ -19,6 +19,7 @@ from property.test_manifest import JSON, NAMES, entries
 from safetensors import safe_open
 from support.content import blob, content, key, manifest_of
 from support.saved import publish, resident
+from support.waiting import wait_until
 
 from shared_store.manifest import ITEM_SIZES, Manifest
 from shared_store.transfer.holding import committed
@@ -182,6 +183,7 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
 
 def test_saving_and_restoring_hold_nothing_afterwards(saved, wooly, session, store):
     """No reader, no fd and no publication is left."""
+    wait_until(lambda: len(session.status().clients) == 1, "whoever saved to be gone")
     before = store.open_fds()
     assert wooly("restore", saved).returncode == 0
     status = session.status()

@@ -75,9 +75,11 @@ def test_a_changed_byte_is_found_and_its_segment_quarantined(store, wooly, sessi
     assert anew.digests() == anew.expected()
     assert wooly("verify", "--all").returncode == 0
     held = session.status().totals.resident_bytes
+    assert [segment.readers for segment in session.status().quarantine] == [1]
     reader.unmap_all()
     reader.close()
-    wait_until(lambda: session.status().totals.resident_bytes == held, "the reader's end to change nothing")
+    wait_until(lambda: session.status().quarantine == (), "the segment to go with its last reader")
+    assert session.status().totals.resident_bytes < held
 
 
 def test_a_publisher_that_counted_on_it_plans_anew(store, wooly, directory):

@@ -30,7 +30,8 @@ def test_an_auto_engine_shares_with_one_that_asks_for_it(engine: Any, checkpoint
     status = status_of(runtime_dir)
     assert (len(status.models), status.models[0].readers) == (1, 2)
     assert (status.counters.publishes, status.counters.attaches, status.counters.fallbacks) == (1, 2, 0)
-    assert published["mapped_bytes"] == attached["mapped_bytes"] > 6e6
+    stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    assert published["mapped_bytes"] == attached["mapped_bytes"] > 0.99 * stored
     assert published["private_bytes"] < published["mapped_bytes"] / 1000
     assert published["tokens"] == attached["tokens"]
 

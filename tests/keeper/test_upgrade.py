@@ -57,8 +57,9 @@ def test_upgrade_to_the_same_again_and_again(kept, actor):
     actor().publish(key=ONE, model=MODEL)
     client = kept.client()
     seen = []
+    python = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     for _ in range(3):
-        client.session.upgrade_store(sys.executable, {"PYTHONPATH": os.environ["PYTHONPATH"]})
+        client.session.upgrade_store(sys.executable, python)
         wait_until(lambda: kept.status().models[0].readers == 1, "the reader to be back")
         seen.append(open_fds(kept.pid))
     assert seen[0] == seen[2]

@@ -10,8 +10,9 @@ from support.client import Client
 from support.hostmemory import peek, poke
 
 from shared_store.daemon.checking import mapping_of
+from shared_store.daemon.listening import listen
 from shared_store.daemon.options import ServeOptions
-from shared_store.daemon.server import Server, listen
+from shared_store.daemon.server import Server
 from shared_store.daemon.snapshot import identify, take_status
 from shared_store.daemon.store import Store
 from shared_store.memory import Access
