@@ -144,12 +144,12 @@ def test_a_store_that_was_just_restarted_drops_nothing(directory):
     with ServedStore(directory, FakeBackend("cpu"), limit=8 * MIB) as served:
         client = served.client()
         cache(client, 1, 2)
-        served.store.recovering = True
+        served.store.recovery.until = float("inf")
         client.open(key(3))
         with pytest.raises(OutOfMemoryError, match="was just restarted and drops nothing yet: try again"):
             client.plan(key(3), model(3))
         assert there(client) == {key(1), key(2), key(3)}
         assert client.compact()["segments"] == 0
-        served.store.recovering = False
+        served.store.recovery.until = 0.0
         client.plan(key(3), model(3))
         assert there(client) == {key(2), key(3)}
