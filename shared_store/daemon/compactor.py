@@ -28,7 +28,8 @@ from shared_store.memory import Mapping
 from shared_store.memory.copying import Copy, close_all, copy_blobs
 
 if TYPE_CHECKING:
-    from shared_store.daemon.store import Client, Store
+    from shared_store.daemon.facts import Client
+    from shared_store.daemon.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator, Mapping
 
 from shared_store.daemon.checking import Check, Part
+from shared_store.daemon.facts import Client, Committed
 from shared_store.daemon.recovery import GRACE_S, OfferedModel, Recovery, check_memory
-from shared_store.daemon.store import Client, Committed, Store
+from shared_store.daemon.store import Store
 from shared_store.errors import (
     DigestMismatchError,
     MemoryBackendError,

@@ -14,8 +14,9 @@ from typing import assert_never
 import shared_store
 from shared_store.daemon import returns
 from shared_store.daemon.connection import Connection
+from shared_store.daemon.facts import Attachment, Client
 from shared_store.daemon.options import ServeOptions
-from shared_store.daemon.store import Attachment, Client, Store, failure
+from shared_store.daemon.store import Store, failure
 from shared_store.errors import (
     ModelNotFoundError,
     PermissionDeniedError,

@@ -12,14 +12,12 @@ import os
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeVar
 
 from shared_store import manifest as manifests
-from shared_store.catalog import BlobDoc
 from shared_store.checkpoint import FileId
 from shared_store.daemon.compactor import Compaction, Compactor
+from shared_store.daemon.facts import Attachment, Client, Committed, Counts
 from shared_store.daemon.keeping import Keeping
 from shared_store.daemon.leases import Leases
 from shared_store.daemon.models import Asker, Dropped, Effect, Granted, Models, Refused, State, Withdrawn
@@ -27,7 +25,7 @@ from shared_store.daemon.recovery import Recovery
 from shared_store.daemon.room import Room
 from shared_store.daemon.segments import PublishPlan, Segments
 from shared_store.daemon.timing import RequestTimes
-from shared_store.daemon.union import BlobUnion, distinct
+from shared_store.daemon.union import BlobUnion
 from shared_store.digest import SIZE
 from shared_store.errors import (
     ConnectionLostError,
@@ -39,7 +37,6 @@ from shared_store.errors import (
     WoolyError,
 )
 from shared_store.keys import KEY_LENGTH, is_key
-from shared_store.manifest import Manifest
 from shared_store.memory import Backend, backend_for
 from shared_store.protocol import control, messages, wire
 from shared_store.protocol.holdings import MAX_FILES, HeldFd, Holdings
@@ -48,61 +45,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_NAME = 500
-
-
-@dataclass
-class Client:
-    """What the store knows of a connection. ``gone`` is set when it ends."""
-
-    number: int
-    pid: int
-    uid: int
-    name: str
-    gone: asyncio.Event
-    push: Callable[[str, str], None]
-    private_bytes: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Committed:
-    """A committed model's manifest, as it came and as it reads."""
-
-    data: bytes
-    manifest: Manifest
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes that a private copy of the model's tensors would take."""
-        return self.manifest.nbytes
-
-    @cached_property
-    def blobs(self) -> tuple[BlobDoc, ...]:
-        """The distinct blobs, as the catalog has them."""
-        return tuple(BlobDoc(digest, nbytes) for digest, nbytes in distinct(self.manifest).items())
-
-
-@dataclass
-class Counts:
-    """Events since the store started."""
-
-    attaches: int = 0
-    publishes: int = 0
-    aborted_publishes: int = 0
-    fallbacks: int = 0
-    protocol_errors: int = 0
-    evictions: int = 0
-    compactions: int = 0
-    quarantines: int = 0
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What a reader needs: the manifest, a place for each of its blobs, and the fds of the segments (the caller's)."""
-
-    manifest: bytes
-    places: tuple[messages.BlobPlace, ...]
-    segments: tuple[messages.SegmentInfo, ...]
-    fds: tuple[int, ...]
 
 
 class Store:

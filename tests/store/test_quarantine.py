@@ -11,7 +11,7 @@ from support.served import ServedStore
 from support.stores import resident
 from support.waiting import wait_until
 
-from shared_store.daemon.store import Client as StoreClient
+from shared_store.daemon.facts import Client as StoreClient
 from shared_store.daemon.store import Store
 from shared_store.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
 from shared_store.manifest import encode

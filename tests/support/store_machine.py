@@ -22,7 +22,8 @@ from support.hostmemory import peek, poke
 from support.waiting import open_segments
 
 from shared_store.daemon import segments as segments_module
-from shared_store.daemon.store import Client, Store
+from shared_store.daemon.facts import Client
+from shared_store.daemon.store import Store
 from shared_store.digest import digest
 from shared_store.errors import (
     DigestMismatchError,
