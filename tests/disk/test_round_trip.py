@@ -181,15 +181,20 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link"]
 
 
+def steady_fds(store):
+    """How many files the store has open, but for the socket with which it looks for its catalog's server at times."""
+    return min(store.open_fds() for _ in range(200))
+
+
 def test_saving_and_restoring_hold_nothing_afterwards(saved, wooly, session, store):
     """No reader, no fd and no publication is left."""
     wait_until(lambda: len(session.status().clients) == 1, "whoever saved to be gone")
-    before = store.open_fds()
+    before = steady_fds(store)
     assert wooly("restore", saved).returncode == 0
     status = session.status()
     assert [(one.state, one.readers) for one in status.models] == [("committed", 0)]
     assert session.remove(MANIFEST.key) == MANIFEST.key
-    assert store.open_fds() <= before  # fewer where the one who saved was just going
+    assert steady_fds(store) == before
 
 
 def test_nothing_here_imports_torch():
