@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ _LONGEST_PATH: Final = 107
 _MAX_MEMORY: Final = "128mb"
 _STEADY_S: Final = 10.0
 _STOP_S: Final = 2.0
+_POLL_S: Final = 0.01
 _log = logging.getLogger(__name__)
 
 
@@ -67,6 +69,14 @@ class EmbeddedServer:
         """Start to supervise. Returns at once; the server answers a moment later."""
         self._thread = threading.Thread(target=self._supervise, name="wooly-catalog-server", daemon=True)
         self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until something listens at its socket; false if nothing does in time, or it is stopped."""
+        deadline = time.monotonic() + timeout_s
+        while not _listens(self._socket):
+            if time.monotonic() > deadline or self._stopping.wait(_POLL_S):
+                return False
+        return True
 
     def stop(self) -> None:
         """End the server and its supervision, and wait for both."""
@@ -133,3 +143,8 @@ class EmbeddedServer:
         }
         arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
         return [sys.executable, "-P", str(Path(valkey_exec.__file__)), str(os.getpid()), *arguments]
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(os.fspath(path)) == 0

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CATALOG_WITHIN_S = 2.0
+"""Seconds for the store's own catalog server to listen, before it counts as away."""
+
 
 def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> int:
     """Run a store without a keeper in this process until SIGTERM, SIGINT or a client's shutdown request.
@@ -116,7 +119,7 @@ async def _serve(
         log.info("ready at %s", paths.socket)
         ready()
         if embedded is not None:
-            await asyncio.to_thread(embedded.start)
+            await asyncio.to_thread(_start_own, embedded)
         catalog.start(take_catalog(store, identity))
         await server.stopping.wait()
         log.info("stopping")
@@ -134,6 +137,12 @@ async def _serve(
         if embedded is not None:
             await asyncio.to_thread(embedded.stop)
         store.segments.close()
+
+
+def _start_own(server: EmbeddedServer) -> None:
+    """Start the catalog's server, and let it begin to listen: one that only starts was not lost, and is not back."""
+    server.start()
+    server.wait(CATALOG_WITHIN_S)
 
 
 def _endpoint(address: str, status: Callable[[], Status]) -> Endpoint:
