@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -319,12 +319,19 @@ def capacity(bench: Bench) -> Findings:
 
 
 def mps(bench: Bench) -> Findings:
-    """The same with the Multi-Process Service, for wooly's engines."""
+    """As many of wooly's engines with the Multi-Process Service as without it, one after the other."""
     found = Findings()
     deadline = time.monotonic() + bench.budget_s
     with Node() as node, Mps(node.scratch) as service:
-        _put_capacity(found, "wooly_mps", *_fill(bench, node, "wooly", 4, deadline, service.environment))
+        living, ended_by = _fill(bench, node, "wooly_mps", 4, deadline, service.environment)
+        _put_capacity(found, "wooly_mps", living, ended_by)
         node.end_all()  # the service ends when its clients have
+    with Node() as node:
+        alike = replace(bench, max_engines=len(living))
+        living, ended_by = _fill(alike, node, "wooly_without_mps", 4, deadline)
+        _put_capacity(found, "wooly_without_mps", living, ended_by)
+    with_service, without = (found.numbers[f"aggregate_tok_s_wooly_{kind}"] for kind in ("mps", "without_mps"))
+    found.numbers["mps_ratio"] = with_service / without
     return found
 
 
@@ -383,6 +390,10 @@ def _is_ready(child: Child, deadline: float) -> bool:
     return True
 
 
+DECODED_WITHIN_S = 120.0
+"""For a run of one engine among all of them; it takes seconds when they have a GPU to share, and not for ever."""
+
+
 def _all_at_once(living: list[Child]) -> tuple[list[float], list[Child]]:
     """Tokens/s of all together in each of three runs, from the first one's start to the last one's end.
 
@@ -395,7 +406,7 @@ def _all_at_once(living: list[Child]) -> tuple[list[float], list[Child]]:
         runs, still = [], []
         for child in living:
             try:
-                runs.append(child.hear("decode"))
+                runs.append(child.hear("decode", DECODED_WITHIN_S))
                 still.append(child)
             except ChildError as error:
                 print(f"  {str(error).partition(chr(10))[0]}", flush=True)

@@ -153,6 +153,7 @@ def _watch_load(loader: Any, watch: Stopwatch, loaded: dict[str, Any]) -> None:
 
 def _watch_wooly(watch: Stopwatch, loaded: dict[str, Any]) -> None:
     import wooly_vllm
+    from shared_store.client.bind import Binder
     from shared_store.client.identify import Checkpoint
     from shared_store.client.mapped import MappedBlobs
     from shared_store.client.session import Session
@@ -166,7 +167,7 @@ def _watch_wooly(watch: Stopwatch, loaded: dict[str, Any]) -> None:
     watch.watch(MappedBlobs, "map_for_reading", "map")
     watch.watch(compat, "initialize", "build")
     watch.watch(compat, "post_process_bound", "post_process")
-    watch.watch(loader, "bind", "bind")
+    watch.watch(Binder, "bind", "bind")
     watch.watch(loader, "publish", "publish")
     watch.watch(loader.InnerLoader, "load_model", "inner_load")
     _watch_publish_memory(loader, loaded)

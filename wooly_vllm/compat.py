@@ -12,7 +12,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,35 +183,63 @@ def initialize(vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
     return model
 
 
-def post_process_bound(model: nn.Module, model_config: Any, device: torch.device) -> None:
-    """Run the post-processing of a model whose tensors are final already.
+def method_of(layer: nn.Module) -> Any:
+    """The method whose post-processing vLLM runs for a layer, or None."""
+    (base,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")
+    method = getattr(layer, "quant_method", None)
+    return method if isinstance(method, base) else None
 
-    Versions that can are told so (0.31 on). In others only such layers are let through whose post-processing leaves
-    final tensors alone.
 
-    Raises:
-        UnsupportedError: a layer's method is not known to be safe.
+def takes_final_tensors(method: Any) -> bool:
+    """Whether a method can be told that its layer's tensors are final already (from 0.31 on)."""
+    return _declaring_final() is not None and bool(method.supports_pre_processed_weights)
+
+
+def _declaring_final() -> Callable[[], contextlib.AbstractContextManager[None]] | None:
+    return getattr(importlib.import_module("vllm.model_executor.utils"), "weights_already_processed", None)
+
+
+def completes_itself(layer: nn.Module) -> bool:
+    """Whether a layer has post-processing of its own, apart from a method's: attention layers have."""
+    return callable(getattr(layer, "process_weights_after_loading", None))
+
+
+def post_process_layer(method: Any, layer: nn.Module, device: torch.device) -> None:
+    """Run one layer's post-processing as vLLM does after loading."""
+    (moved_there,) = find("vllm.model_executor.model_loader.utils", "device_loading_context")
+    with moved_there(layer, device):
+        method.process_weights_after_loading(layer)
+    update: Any = getattr(layer, "update_param_tp_status", None)
+    if update is not None:
+        update()
+
+
+def post_process_bound(model: nn.Module, model_config: Any, device: torch.device, done: Iterable[nn.Module]) -> None:
+    """Run the post-processing of a model whose tensors are final, but for layers where it is ``done``.
+
+    Versions that can are told that the tensors are final (0.31 on).
     """
     (process,) = find("vllm.model_executor.model_loader.utils", "process_weights_after_loading")
-    utils = importlib.import_module("vllm.model_executor.utils")
-    declared = getattr(utils, "weights_already_processed", None)
-    if declared is None:
-        for path, module in model.named_modules():
-            method = getattr(module, "quant_method", None)
-            if method is not None and not _idempotent(method):
-                raise UnsupportedError(
-                    f"{path}: this vLLM ({version()}) cannot post-process {type(method).__name__} a second time"
-                )
-    with declared() if declared else contextlib.nullcontext():
+    declared = _declaring_final()
+    with contextlib.ExitStack() as stack:
+        for method in {id(method): method for layer in done if (method := method_of(layer)) is not None}.values():
+            stack.enter_context(_doing_nothing(method))
+        if declared:
+            stack.enter_context(declared())
         process(model, model_config, device)
 
 
-def _idempotent(method: Any) -> bool:
-    """Whether a layer's method changes nothing when it post-processes final tensors once more."""
-    kind = type(method).__name__
-    if kind == "UnquantizedFusedMoEMethod":  # other backends permute the experts' weights, each time
-        return getattr(getattr(method, "unquantized_backend", None), "name", "") in ("TRITON", "BATCHED_TRITON")
-    return kind in ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+@contextlib.contextmanager
+def _doing_nothing(method: Any) -> Iterator[None]:
+    """In this context a method leaves its layers alone."""
+    own = vars(method)
+    before = dict(own)
+    own.update(process_weights_after_loading=lambda _: None, supports_pre_processed_weights=True)
+    try:
+        yield
+    finally:
+        own.clear()
+        own.update(before)
 
 
 def parallel_ranks(vllm_config: Any) -> dict[str, int]:

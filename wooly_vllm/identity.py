@@ -19,9 +19,9 @@ from shared_store import manifest
 from shared_store.client.devices import store_device
 from shared_store.errors import UnsupportedError
 from shared_store.keys import without_names
-from wooly_vllm import compat
+from wooly_vllm import compat, methods
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when wooly itself changes what final tensors look like (the CPU's linear layers, say)."""
 
 _KERNEL_VARIABLES = re.compile(
@@ -29,10 +29,12 @@ _KERNEL_VARIABLES = re.compile(
 )
 
 
-def check_supported(vllm_config: Any, model_config: Any, load_config: Any) -> None:
-    """Raise :class:`UnsupportedError` for what is known not to work with shared weights, before anything is loaded."""
-    if model_config.quantization is not None:
-        raise UnsupportedError(f"quantization {model_config.quantization} is not shared yet")
+def check_supported(vllm_config: Any, model_config: Any, load_config: Any, *, unproven: bool = False) -> None:
+    """Raise :class:`UnsupportedError` for what is known not to work with shared weights, before anything is loaded.
+
+    ``unproven``: let quantizations pass of which that is not known.
+    """
+    methods.check_quantization(model_config.quantization, unproven=unproven)
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         raise UnsupportedError("expert load balancing (EPLB) rearranges experts in place")
     if (
@@ -69,7 +71,7 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
         "config": without_names(json.loads(model_config.hf_config.to_json_string(use_diff=False))),
         "load_format": inner_load_format,
         "dtype": str(model_config.dtype),
-        "quantization": model_config.quantization,
+        "quantization": [model_config.quantization, repr(getattr(model_config, "quantization_config", None))],
         "runner": [str(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
         "untied": bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False)),
         "parallel": compat.parallel_ranks(vllm_config),

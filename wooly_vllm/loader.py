@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from shared_store import manifest as manifests
-from shared_store.client.bind import Bound, bind, measure
+from shared_store.client.bind import Binder, Bound, measure
 from shared_store.client.devices import backend_of, store_device
 from shared_store.client.identify import Checkpoint
 from shared_store.client.loading import keep, progress, report_fallback
@@ -33,7 +33,7 @@ from shared_store.keys import weight_key
 from shared_store.memory import Backend
 from shared_store.protocol import messages
 from shared_store.transfer.obtain import Need, obtain, published
-from wooly_vllm import compat, cpu_dispatch, identity, refused_writes, state
+from wooly_vllm import compat, cpu_dispatch, identity, methods, refused_writes, rehearsal, state
 from wooly_vllm.options import Options, parse, split
 
 logger = init_logger("vllm.wooly")
@@ -56,7 +56,8 @@ class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         self.before = state.plain_state(model)
         unnamed = state.Unnamed(model)
         super().load_weights(model, model_config)
-        self.left_behind = unnamed.changed(model)
+        layers = dict(methods.rehearsed_layers(model, unproven=True))
+        self.left_behind = unnamed.changed(model, layers.values())
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_weights(*args, **kwargs)
@@ -123,7 +124,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         request = Request(vllm_config, model_config, prefix)
         session: Session | None = None
         try:
-            identity.check_supported(vllm_config, model_config, self.load_config)
+            identity.check_supported(vllm_config, model_config, self.load_config, unproven=self.options.unproven)
             backend = backend_of(request.device)
             session = Session.connect(self.options.runtime_dir, name=f"vllm {request.name}")
             return self._load_shared(session, request, backend)
@@ -152,7 +153,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         Raises:
             WoolyError: the store or the checkpoint cannot be asked.
         """
-        identity.check_supported(vllm_config, model_config, self.load_config)
+        identity.check_supported(vllm_config, model_config, self.load_config, unproven=self.options.unproven)
         request = Request(vllm_config, model_config, "")
         with (
             Session.connect(self.options.runtime_dir, name=f"vllm {request.name}") as session,
@@ -230,11 +231,17 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         with compat.building(request.vllm_config, request.model_config):
             with request.device, Placeholders(self.options.share_min_bytes) as placeholders:
                 model = compat.initialize(request.vllm_config, request.model_config, request.prefix)
-            bound = bind(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
-            state.restore(model, manifest.state)
+            late = dict(methods.rehearsed_layers(model, unproven=self.options.unproven))
+            binder = Binder(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
+            binder.bind(late.values(), completes_itself=compat.completes_itself)
+            state.restore(model, manifest.state["attributes"])
             with cpu_dispatch.shareable(request.device, bound=True):
-                compat.post_process_bound(model, request.model_config, request.device)
-            state.restore(model, manifest.state)  # post-processing may have set some of it to its defaults
+                rehearsal.rehearse(binder, late.values(), request.device)
+                compat.post_process_bound(model, request.model_config, request.device, late.values())
+            bound = binder.finish()
+            # Post-processing may have set some of it to its defaults.
+            state.restore(model, manifest.state["attributes"])
+            rehearsal.check(model, late.items(), manifest.state["kernels"])
         return model, bound
 
     def _publish(
@@ -254,6 +261,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         loaded = time.perf_counter()
         try:
             checkpoint.unchanged()
+            late = dict(methods.rehearsed_layers(model, unproven=self.options.unproven))
             if inner.left_behind:
                 raise UnsupportedError(
                     f"loading changes tensors that no module names: {', '.join(inner.left_behind[:5])}"
@@ -265,7 +273,10 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 name=request.name,
                 engine=f"vllm {compat.version()}",
                 device=store_device(request.device),
-                state=state.changes(inner.before, state.plain_state(model)),
+                state={
+                    "attributes": state.changes(inner.before, state.plain_state(model)),
+                    "kernels": rehearsal.fingerprints(model, late.items()),
+                },
             )
             with progress("wooly: publishing", 0) as copied:
                 _, blobs, bound = publish(

@@ -31,6 +31,8 @@ class Options:
         runtime_dir: the store's directory, instead of what ``WOOLY_RUNTIME_DIR`` says.
         timeout_s: how long to wait for another process that loads the same model, in seconds.
         share_min_bytes: tensors below this size are copied into the process: engines write to small ones.
+        unproven: also share models whose layers have methods that no comparison with stock vLLM has passed with; for
+            making that comparison.
     """
 
     mode: Literal["auto", "save", "load"] = "auto"
@@ -40,6 +42,7 @@ class Options:
     runtime_dir: Path | None = None
     timeout_s: float = TIMEOUT_S
     share_min_bytes: int = SHARE_MIN_BYTES
+    unproven: bool = False
 
     @property
     def falls_back(self) -> bool:

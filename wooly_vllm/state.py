@@ -6,7 +6,7 @@ weight). A reader runs neither, so what changed at the publisher travels in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,14 +76,19 @@ class Unnamed:
     def __init__(self, model: nn.Module) -> None:
         """Remember them as they are before loading."""
         self._before = _unnamed(model)
-        self._digests = {key: _digest(tensor) for key, (_, tensor) in self._before.items()}
+        self._digests = {key: digest_of(tensor) for key, (_, tensor) in self._before.items()}
 
-    def changed(self, model: nn.Module) -> list[str]:
-        """Paths of those that are new, or have other bytes, since this object was made."""
+    def changed(self, model: nn.Module, remade: Iterable[object] = ()) -> list[str]:
+        """Paths of those that are new, or have other bytes, since this object was made.
+
+        ``remade``: what a reader makes itself, with all that is only reached through it, does not count.
+        """
+        theirs = {id(thing) for thing in remade}
         return [
             step.path
             for key, (step, tensor) in _unnamed(model).items()
-            if key not in self._before or _digest(tensor) != self._digests[key]
+            if (key not in self._before or digest_of(tensor) != self._digests[key])
+            and not any(id(before.thing) in theirs for before in step.way())
         ]
 
 
@@ -96,6 +101,7 @@ def _unnamed(model: nn.Module) -> dict[int, tuple[Step, torch.Tensor]]:
     }
 
 
-def _digest(tensor: torch.Tensor) -> bytes:
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """The digest of a tensor's elements, wherever they lie."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return digest_at(data.data_ptr(), data.numel())

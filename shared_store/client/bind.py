@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,37 +32,174 @@ class Bound:
 def bind(
     model: nn.Module, manifest: Manifest, blobs: MappedBlobs, placeholders: Placeholders, *, min_bytes: int
 ) -> Bound:
-    """Give a model exactly the tensors of a manifest.
-
-    Tensors keep their objects, with subclass and attributes, where the module has one: references to them that engines
-    keep elsewhere stay right, and references to their memory follow. What the manifest does not name goes; what the
-    module lacks appears.
-
-    Args:
-        model: built as the publisher's was, so that its modules have the same paths.
-        manifest: what it is to become.
-        blobs: mapped for reading.
-        placeholders: the register of those that the model was built of; none of them is left in the end.
-        min_bytes: blobs below this size are copied.
+    """Give a model exactly the tensors of a manifest: see :class:`Binder`, all steps at once.
 
     Raises:
         BindingError: a module of the manifest is missing, or something would stay a placeholder; it is named.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # engines' parameters are subclasses that want to see every access
-        modules = dict(model.named_modules(remove_duplicate=False))
-        held = list(tensors_of(modules))
-        origins: dict[StorageKey, list[_Origin]] = defaultdict(list)
-        for named in held:
-            if key := storage_key(named.tensor):
-                origins[key].append(_Origin(named.tensor))
-        mapped = {index for index in range(len(manifest.blobs)) if blobs.shared(index, min_bytes)}
-        mapped -= {entry.blob for entry in manifest.tensors if entry.host}
-        _drop_unnamed(held, modules, manifest)
-        made = _bind_named(modules, manifest, _storages(manifest, blobs, mapped))
-        if _others_hold(placeholders, origins):
-            _bring_along(model, placeholders, origins)
-    mapped_bytes = sum(manifest.blobs[index].nbytes for index in mapped)
-    return Bound(mapped_bytes, manifest.nbytes - mapped_bytes, made)
+    binder = Binder(model, manifest, blobs, placeholders, min_bytes=min_bytes)
+    binder.bind()
+    return binder.finish()
+
+
+class Binder:
+    """Gives a model exactly the tensors of a manifest, in one step or layer by layer.
+
+    Tensors keep their objects, with subclass and attributes, where the module has one: references to them that engines
+    keep elsewhere stay right, and references to their memory follow. What the manifest does not name goes; what the
+    module lacks appears.
+    """
+
+    def __init__(
+        self, model: nn.Module, manifest: Manifest, blobs: MappedBlobs, placeholders: Placeholders, *, min_bytes: int
+    ) -> None:
+        """Nothing is bound yet.
+
+        Args:
+            model: built as the publisher's was, so that its modules have the same paths.
+            manifest: what it is to become.
+            blobs: mapped for reading.
+            placeholders: the register of those that the model was built of; none of them is left in the end.
+            min_bytes: blobs below this size are copied.
+        """
+        self._model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._placeholders = placeholders
+        self._blobs = blobs
+        self._manifest = manifest
+        # Parameters first: a tensor that is also somebody's attribute is a Parameter in both places.
+        self._entries = sorted(manifest.tensors, key=lambda entry: entry.kind != "parameter")
+        self._mapped = {index for index in range(len(manifest.blobs)) if blobs.shared(index, min_bytes)}
+        self._mapped -= {entry.blob for entry in manifest.tensors if entry.host}
+        self._storages: list[torch.UntypedStorage] | None = None
+        self._made: dict[int, torch.Tensor] = {}
+        self._taken: dict[int, int] = {}
+        self._later: list[TensorEntry] = []
+        self._in_steps = False
+
+    def bind(
+        self, but: Iterable[nn.Module] = (), *, completes_itself: Callable[[nn.Module], bool] = lambda _: False
+    ) -> None:
+        """Bind all modules but some.
+
+        Args:
+            but: modules that stay as they are until :meth:`bind_late` is called for each of them.
+            completes_itself: whether a module makes tensors that its constructor did not make when all others are
+                bound; those wait for :meth:`finish`.
+
+        Raises:
+            BindingError: a module of the manifest is missing, or what a reference becomes cannot be told.
+        """
+        late = {id(module) for module in but}
+        self._in_steps = bool(late)
+        with torch._C.DisableTorchFunctionSubclass():  # engines' subclasses want to see every access
+            now = {path: module for path, module in self._modules.items() if id(module) not in late}
+            held = list(tensors_of(now))
+            entries = []
+            for entry in self._entries:
+                module = self._modules.get(entry.module)
+                if module is None:
+                    raise BindingError(f"{entry.path}: the model has no module {entry.module!r}")
+                if id(module) in late:
+                    continue
+                if completes_itself(module) and _groups(module)[entry.kind].get(entry.name) is None:
+                    self._later.append(entry)
+                else:
+                    entries.append(entry)
+            origins = _origins(held)
+            _drop_unnamed(held, self._modules, self._manifest)
+            self._bind_named(entries)
+            if _others_hold(self._placeholders, origins):
+                _bring_along(self._model, self._placeholders, origins, last=not late)
+
+    def materialize(self, module: nn.Module, device: torch.device) -> None:
+        """Give the tensors of a late module memory on a device, filled with zeros, where they have none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for named in tensors_of({"": module}):
+                tensor = named.tensor
+                if tensor.is_meta or self._placeholders.is_one(tensor):
+                    zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                    if tensor.is_meta:  # whose device cannot be changed
+                        _groups(module)[named.kind][named.name] = _twin(tensor, zeros)
+                    else:
+                        tensor.data = zeros
+
+    def bind_late(self, module: nn.Module) -> None:
+        """Bind a late module, whose tensors have come to be like the publisher's in everything but their values.
+
+        Raises:
+            BindingError: they have not; the first difference is named.
+        """
+        self._bind_alike(module, self._entries)
+
+    def finish(self) -> Bound:
+        """Bind what is left, and check that nothing stays a placeholder.
+
+        Raises:
+            BindingError: something would; or a tensor that was to come by itself did not come.
+        """
+        for module in dict.fromkeys(self._modules[entry.module] for entry in self._later):
+            self._bind_alike(module, self._later, strict=False)
+        with torch._C.DisableTorchFunctionSubclass():
+            if self._in_steps and _others_hold(self._placeholders, {}):
+                _bring_along(self._model, self._placeholders, {}, last=True)
+        mapped_bytes = sum(self._manifest.blobs[index].nbytes for index in self._mapped)
+        return Bound(mapped_bytes, self._manifest.nbytes - mapped_bytes, len(self._made))
+
+    def _bind_alike(self, module: nn.Module, entries: Iterable[TensorEntry], *, strict: bool = True) -> None:
+        """Bind a module's tensors that are like the manifest's: all that it has, or (not ``strict``) those entries."""
+        modules = {path: known for path, known in self._modules.items() if known is module}
+        entries = [entry for entry in entries if entry.module in modules]
+        with torch._C.DisableTorchFunctionSubclass():
+            held = list(tensors_of(modules))
+            _check_alike(held, entries, strict=strict)
+            origins = _origins(held)
+            self._bind_named(entries)
+            if _others_hold(None, origins):
+                _bring_along(module, self._placeholders, origins, last=False)
+
+    def _bind_named(self, entries: Iterable[TensorEntry]) -> None:
+        """Give the modules what some entries of the manifest name."""
+        if self._storages is None:
+            self._storages = _storages(self._manifest, self._blobs, self._mapped)
+        for entry in entries:
+            module = self._modules[entry.module]
+            tensor = self._made.get(entry.alias)
+            if tensor is None:
+                old = _groups(module)[entry.kind].get(entry.name)
+                if old is not None and self._taken.setdefault(id(old), entry.alias) != entry.alias:
+                    old = _twin(old, old.data)  # one object here, two at the publisher
+                tensor = self._made[entry.alias] = _become(old, view_of(self._storages[entry.blob], entry), entry)
+            _hold(module, entry, tensor)
+
+
+def _check_alike(held: Iterable[NamedTensor], entries: Iterable[TensorEntry], *, strict: bool) -> None:
+    """Raise :class:`BindingError` unless a module's tensors are those of the manifest in all but place and values."""
+    found = {(named.module, named.name): _look(named) for named in held}
+    wanted = {
+        (entry.module, entry.name): (entry.kind, entry.dtype, tuple(entry.shape), tuple(entry.stride), entry.host)
+        for entry in entries
+    }
+    for key in sorted({*found, *wanted} if strict else wanted):
+        if found.get(key) != wanted.get(key):
+            raise BindingError(
+                f"{'.'.join(key)} came out as {found.get(key, 'nothing')} here, and as {wanted.get(key, 'nothing')} "
+                "where the model was published"
+            )
+
+
+def _look(named: NamedTensor) -> tuple[str, str, tuple[int, ...], tuple[int, ...], bool]:
+    tensor = named.tensor
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return named.kind, dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device.type == "cpu"
+
+
+def _origins(held: Iterable[NamedTensor]) -> dict[StorageKey, list[_Origin]]:
+    origins: dict[StorageKey, list[_Origin]] = defaultdict(list)
+    for named in held:
+        if key := storage_key(named.tensor):
+            origins[key].append(_Origin(named.tensor))
+    return origins
 
 
 def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
@@ -89,25 +226,6 @@ def _storages(manifest: Manifest, blobs: MappedBlobs, mapped: Collection[int]) -
         else:
             found.append(blobs.bytes(index).clone().untyped_storage())
     return found
-
-
-def _bind_named(modules: Mapping[str, nn.Module], manifest: Manifest, storages: Sequence[torch.UntypedStorage]) -> int:
-    """Give the modules what the manifest names; returns how many tensors that made."""
-    made: dict[int, torch.Tensor] = {}
-    taken: dict[int, int] = {}
-    # Parameters first: a tensor that is also somebody's attribute is a Parameter in both places.
-    for entry in sorted(manifest.tensors, key=lambda entry: entry.kind != "parameter"):
-        module = modules.get(entry.module)
-        if module is None:
-            raise BindingError(f"{entry.path}: the model has no module {entry.module!r}")
-        tensor = made.get(entry.alias)
-        if tensor is None:
-            old = _groups(module)[entry.kind].get(entry.name)
-            if old is not None and taken.setdefault(id(old), entry.alias) != entry.alias:
-                old = _twin(old)  # one object here, two at the publisher
-            tensor = made[entry.alias] = _become(old, view_of(storages[entry.blob], entry), entry)
-        _hold(module, entry, tensor)
-    return len(made)
 
 
 class _Origin:
@@ -142,13 +260,13 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _others_hold(placeholders: Placeholders, origins: Mapping[StorageKey, Sequence[_Origin]]) -> bool:
-    """Whether a tensor that no module names is left in memory that named ones lay in, or on a placeholder.
+def _others_hold(placeholders: Placeholders | None, origins: Mapping[StorageKey, Sequence[_Origin]]) -> bool:
+    """Whether a tensor that no module names is left in memory that named ones lay in, or on a placeholder (if given).
 
     Told by the reference counts of the storages, which is quicker than a walk through all that the model reaches.
     """
-    first = ((key, it[0].before, 0) for key, it in origins.items() if key not in placeholders)
-    made = ((key, element, 1) for key, element in placeholders.elements())
+    first = ((key, it[0].before, 0) for key, it in origins.items() if placeholders is None or key not in placeholders)
+    made = ((key, element, 1) for key, element in (placeholders.elements() if placeholders else ()))
     return any(
         torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > len(origins.get(key, ())) + kept + _ASKING
         for key, tensor, kept in chain(first, made)
@@ -159,10 +277,13 @@ _ASKING = 1
 """References to a storage that asking for their number makes."""
 
 
-def _bring_along(model: nn.Module, placeholders: Placeholders, origins: Mapping[StorageKey, list[_Origin]]) -> None:
+def _bring_along(
+    model: nn.Module, placeholders: Placeholders, origins: Mapping[StorageKey, list[_Origin]], *, last: bool
+) -> None:
     """Let references outside of the modules' names follow the tensor that they were made of.
 
-    Real values that no bound tensor accounts for stay: the constructor computed them. Placeholders must not stay.
+    Real values that no bound tensor accounts for stay: the constructor computed them. Placeholders must not stay when
+    it is the ``last`` time.
     """
     for step, tensor in tensors_from(model):
         key = storage_key(tensor)
@@ -177,7 +298,7 @@ def _bring_along(model: nn.Module, placeholders: Placeholders, origins: Mapping[
             tensor.data = found[0]
         elif real is not None:
             tensor.data = real
-        elif placeholder:
+        elif placeholder and last:
             raise BindingError(f"{step.path} was left on a placeholder: binding does not reach what it was made of")
 
 
@@ -190,8 +311,8 @@ def _become(old: torch.Tensor | None, view: torch.Tensor, entry: TensorEntry) ->
     return old.requires_grad_(entry.requires_grad)
 
 
-def _twin(tensor: torch.Tensor) -> torch.Tensor:
-    twin = torch.Tensor._make_subclass(type(tensor), tensor.data, False)
+def _twin(tensor: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    twin = torch.Tensor._make_subclass(type(tensor), data, False)
     twin.__dict__.update(tensor.__dict__)
     return twin
 

@@ -45,12 +45,15 @@ class Step(NamedTuple):
     @property
     def path(self) -> str:
         """The way from the model, as it would be written."""
-        steps: list[str] = []
-        step: Step | None = self
-        while step is not None and step.before is not None:
-            steps.append(step.how.format(step.key))
-            step = step.before
+        steps = [step.how.format(step.key) for step in self.way() if step.before is not None]
         return "".join(reversed(steps)).removeprefix(".")
+
+    def way(self) -> Iterator[Step]:
+        """This step and those before it, back to the model."""
+        step: Step | None = self
+        while step is not None:
+            yield step
+            step = step.before
 
 
 def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:

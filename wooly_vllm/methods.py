@@ -1,0 +1,94 @@
+"""What wooly knows of vLLM's layer methods: how a reader comes to the Python state that post-processing leaves.
+
+A publisher's tensors are final: post-processing has repacked, requantized or padded them. What else it left (kernel
+objects, which refer to those tensors, and flags) a reader needs too, and there are two ways to it:
+
+* *again*: the layer is bound first, and its method, which leaves final tensors alone, runs once more.
+* *rehearsed*: the layer's method runs on memory that holds zeros, layer by layer, and the layer is bound afterwards
+  (see :mod:`wooly_vllm.rehearsal`). This suits methods that change their tensors.
+
+A method is in the tables when publisher and reader gave stock vLLM's tokens with it, by ``benchmarks/parity.py``.
+Models with any other method are loaded the stock way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from shared_store.errors import UnsupportedError
+from wooly_vllm import compat
+
+AGAIN = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
+"""Methods that leave final tensors alone when they run once more."""
+
+SCALES = frozenset({"Fp8KVCacheMethod", "CompressedTensorsKVCacheMethod", "BaseKVCacheMethod"})
+"""Methods of attention layers: they turn loaded scales into buffers, and do nothing where those scales are gone."""
+
+REHEARSED = frozenset(
+    {
+        "AutoAWQLinearMethod",
+        "AutoAWQMoEMethod",
+        "AutoGPTQLinearMethod",
+        "AutoGPTQMoEMethod",
+        "AWQMarlinLinearMethod",
+        "AWQMarlinMoEMethod",
+        "CompressedTensorsLinearMethod",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "CompressedTensorsW8A8Int8MoEMethod",
+        "CompressedTensorsWNA16MarlinMoEMethod",
+        "CompressedTensorsWNA16MoEMethod",
+        "Fp8LinearMethod",
+        "Fp8MoEMethod",
+        "Fp8PerTensorOnlineLinearMethod",
+        "Fp8PerTensorOnlineMoEMethod",
+        "GPTQMarlinLinearMethod",
+        "GPTQMarlinMoEMethod",
+        "Mxfp4MoEMethod",
+    }
+)
+"""Methods that change their layer's tensors, and come to the same Python state whatever values those have."""
+
+
+QUANTIZATIONS = frozenset(
+    {
+        *("fp8", "fp8_per_tensor", "online"),
+        *("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "auto_awq", "compressed-tensors"),
+        *("mxfp4", "gpt_oss_mxfp4"),
+    }
+)
+"""vLLM's names for quantizations whose layers may have methods of the tables."""
+
+
+def check_quantization(name: str | None, *, unproven: bool) -> None:
+    """Raise :class:`UnsupportedError` for a quantization that cannot have methods of the tables."""
+    if name is not None and name not in QUANTIZATIONS and not unproven:
+        raise UnsupportedError(f"quantization {name} is not known to come out right when it is shared")
+
+
+def rehearsed_layers(model: nn.Module, *, unproven: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The layers, with their paths, whose method is to be rehearsed; those with several paths once.
+
+    ``unproven``: rehearse methods that are in no table, too, instead of refusing them.
+
+    Raises:
+        UnsupportedError: a layer's method is in no table.
+    """
+    for path, layer in model.named_modules():
+        method = compat.method_of(layer)
+        if method is None or leaves_final_tensors_alone(method):
+            continue
+        if not unproven and type(method).__name__ not in REHEARSED:
+            raise UnsupportedError(f"{path}: layers of {type(method).__name__} are not known to come out right")
+        yield path, layer
+
+
+def leaves_final_tensors_alone(method: Any) -> bool:
+    """Whether a method can run once more on a layer that is bound."""
+    kind = type(method).__name__
+    if kind == "UnquantizedFusedMoEMethod":  # other backends permute the experts' weights, each time
+        backend = getattr(getattr(method, "unquantized_backend", None), "name", "")
+        return backend in ("TRITON", "BATCHED_TRITON") or compat.takes_final_tensors(method)
+    return kind in AGAIN or kind in SCALES
