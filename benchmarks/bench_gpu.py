@@ -325,7 +325,8 @@ def mps(bench: Bench) -> Findings:
     with Node() as node, Mps(node.scratch) as service:
         living, ended_by = _fill(bench, node, "wooly_mps", 4, deadline, service.environment)
         _put_capacity(found, "wooly_mps", living, ended_by)
-        node.end_all()  # the service ends when its clients have
+        node.end_all()
+        node.stop_store()  # the service ends when its clients have, and the store, which an engine started, is one
     with Node() as node:
         alike = replace(bench, max_engines=len(living))
         living, ended_by = _fill(alike, node, "wooly_without_mps", 4, deadline)

@@ -147,7 +147,7 @@ class Node:
     def close(self) -> None:
         """End all processes and the store. Idempotent."""
         self.end_all()
-        self._stop_store()
+        self.stop_store()
         self._scratch.cleanup()
 
     def end_all(self) -> None:
@@ -166,7 +166,8 @@ class Node:
         with Session.connect(self._runtime_dir, autostart=False) as session:
             return session.status()
 
-    def _stop_store(self) -> None:
+    def stop_store(self) -> None:
+        """End the store, if one was started, and wait until its memory is free."""
         try:
             with Session.connect(self._runtime_dir, autostart=False) as session:
                 keeper = session.status().keeper
