@@ -11,7 +11,7 @@ restore_*   from the page cache into the store, blobs checked (and on a CPU chec
             ``command``: the whole ``wooly restore``, from starting Python to its end.
 save_*      from the store to a file system, blobs checked before, on the disk (``fsync``) in the end.
 verify_*    digests of all that is resident. ``command``: the whole ``wooly verify``.
-attach_*    what an engine does before it binds: asking the store, with ``WOOLY_VERIFY=attach`` (``verified``) and
+open_*      what an engine does before it binds: asking the store, with ``WOOLY_VERIFY=attach`` (``verified``) and
             without; ``first``: in a fresh process, whose check on a GPU begins with importing CuPy and loading kernels.
 pread_*     as many threads read the same bytes of the same files into buffers that they use again.
 pread_new_* the same into memory that is new, as that of any loader is: its pages are made meanwhile.
@@ -332,7 +332,7 @@ def measure(saved: Path, scratch: Path, device: str, repeats: int) -> Rates:
             rates.put("verify", took)
             rates.put("verify_command", [command("verify", "--all")])
             for check in ("never", "attach"):
-                name = "attach_verified" if check == "attach" else "attach"
+                name = "open_verified" if check == "attach" else "open"
                 rates.put_ms(f"{name}_first", [fresh("--attach", "--device", device, WOOLY_VERIFY=check)])
                 os.environ["WOOLY_VERIFY"] = check
                 rates.put_ms(name, [attach_once(device) for _ in range(repeats + 1)][1:])
