@@ -1,0 +1,155 @@
+"""Which of a model's tensors does an engine write to after loading? ``python -m wooly_vllm.canary MODEL``.
+
+Shared tensors are mapped read-only, and small ones are copied, because engines write to some of those (scales, say). A
+large tensor that an engine writes to would stop it. This finds such tensors without sharing anything: the model is
+loaded as vLLM does, every tensor that it reaches is digested, the engine warms up (compiles, captures CUDA graphs) and
+answers a few requests, and all are digested again. The digests are taken on the model's device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared_store.client.devices import work_on
+from shared_store.client.loading import SHARE_MIN_BYTES
+from shared_store.client.reach import Step, tensors_from
+from shared_store.client.views import bytes_in, storage_key
+from wooly_vllm import compat
+from wooly_vllm.loader import InnerLoader
+
+LOAD_FORMAT = "wooly-canary"
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A tensor whose memory an engine wrote to: the first way to it, and what it is. ``nbytes``: of its storage."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def would_be_shared(self) -> bool:
+        """Whether wooly would map it read-only, so that the write would stop the engine."""
+        return self.nbytes >= SHARE_MIN_BYTES
+
+
+class Watch:
+    """The storages of a model's tensors, and their digests at one time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Digest all that the model reaches now. Keeps those tensors alive."""
+        self._found: dict[Any, tuple[Step, torch.Tensor]] = {}
+        for step, tensor in tensors_from(model):
+            if tensor.numel() and (key := storage_key(tensor)) is not None:
+                self._found.setdefault(key, (step, tensor))
+        self._digests = self._now()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def written(self) -> list[Written]:
+        """What has other bytes than when this object was made."""
+        return [
+            Written(step.path, str(tensor.dtype), tuple(tensor.shape), tensor.untyped_storage().nbytes())
+            for (step, tensor), before, now in zip(self._found.values(), self._digests, self._now(), strict=True)
+            if before != now
+        ]
+
+    def _now(self) -> list[bytes]:
+        digests: dict[int, bytes] = {}
+        by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+        for number, (_, tensor) in enumerate(self._found.values()):
+            by_device.setdefault(tensor.device, []).append((number, bytes_in(tensor.untyped_storage())))
+        for device, numbered in by_device.items():
+            work = work_on(device)
+            work.settle()
+            digests.update(
+                zip((number for number, _ in numbered), work.digests([it for _, it in numbered]), strict=True)
+            )
+        return [digests[number] for number in range(len(self._found))]
+
+
+class CanaryLoader(InnerLoader):
+    """vLLM's own loader; it watches what it loads, and shares nothing."""
+
+    watches: list[Watch] = []  # noqa: RUF012 - of this process, on purpose
+    """One for each model that was loaded (a draft model is one, too)."""
+
+    def __init__(self, load_config: Any) -> None:
+        """Load as for the load format ``auto``."""
+        super().__init__(dataclasses.replace(load_config, load_format="auto"))
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Load, and digest."""
+        model = super().load_model(*args, **kwargs)
+        self.watches.append(Watch(model))
+        return model
+
+
+def install() -> None:
+    """Make the load format known to vLLM."""
+    compat.register_loader(LOAD_FORMAT, CanaryLoader)
+
+
+def written() -> list[Written]:
+    """What the engines of this process have written to since they loaded, in all models."""
+    return [found for watch in CanaryLoader.watches for found in watch.written()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Load, warm up, ask, and report. Exit codes: 0 nothing that would be shared was written to, 1 something was."""
+    parser = argparse.ArgumentParser(prog="python -m wooly_vllm.canary", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("model", help="a directory or a name, as for `vllm serve`")
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="keyword arguments of vLLM's LLM"
+    )
+    parser.add_argument("--requests", type=int, default=4, help="how many to answer, with growing prompts (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    given = parser.parse_args(arguments)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model has to be in this process
+    from vllm import LLM, SamplingParams
+
+    install()
+    engine = LLM(given.model, load_format=LOAD_FORMAT, **{"skip_tokenizer_init": True, **given.engine_args})
+    after_warm_up = written()
+    greedy = SamplingParams(temperature=0, max_tokens=16, detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 100 for j in range(8 * (i + 1))]} for i in range(given.requests)]
+    engine.generate(prompts, greedy, use_tqdm=False)
+    found = written()
+    _report(found, {one.path for one in after_warm_up}, sum(map(len, CanaryLoader.watches)), as_json=given.json)
+    return int(any(one.would_be_shared for one in found))
+
+
+def _report(found: Sequence[Written], early: set[str], watched: int, *, as_json: bool) -> None:
+    rows = [
+        {
+            **dataclasses.asdict(one),
+            "would_be_shared": one.would_be_shared,
+            "during": "warm-up" if one.path in early else "requests",
+        }
+        for one in found
+    ]
+    if as_json:
+        sys.stdout.write(json.dumps({"vllm": compat.version(), "watched": watched, "written": rows}) + "\n")
+        return
+    for row in rows:
+        kind = "would be shared" if row["would_be_shared"] else "private, being small"
+        sys.stdout.write(
+            f"{row['path']}: {row['dtype']} {row['shape']}, {row['nbytes']} bytes ({kind}), {row['during']}\n"
+        )
+    sys.stdout.write(f"{len(rows)} of {watched} storages were written to after loading\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
