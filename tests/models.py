@@ -1,8 +1,8 @@
 """The checkpoints that tests load: one tiny random model per family, and copies with one tensor changed.
 
 Each is a few MiB of bf16 safetensors with tensors on both sides of 16 KiB (small ones are copied into a process, large
-ones are mapped). They run in vLLM with ``skip_tokenizer_init=True`` and prompt token ids below ``VOCABULARY``.
-Directories are made once per cache directory and kept; see ``checkpoints.py`` in ``benchmarks``.
+ones are mapped). Directories are made once per cache directory and kept; see ``families.py`` and ``checkpoints.py`` in
+``benchmarks``.
 """
 
 from __future__ import annotations
@@ -14,97 +14,15 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import checkpoints
+from families import VOCABULARY, random_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-VOCABULARY = 2048
-"""Size of every random model's vocabulary; the tokenizer uses the first 259 ids."""
+__all__ = ["FAMILIES", "VOCABULARY", "random_model", "smollm2", "zero_one_norm"]
 
-_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_DECODER: dict[str, Any] = {
-    **_TOKENS,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
-
-
-def _llama(**changes: Any) -> tuple[Any, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM, LlamaConfig(**{**_DECODER, **changes})
-
-
-def _llama_tied() -> tuple[Any, Any]:
-    return _llama(tie_word_embeddings=True)
-
-
-def _qwen2() -> tuple[Any, Any]:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM, Qwen2Config(**_DECODER)
-
-
-def _qwen3() -> tuple[Any, Any]:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM, Qwen3Config(**_DECODER, head_dim=32)
-
-
-def _gemma3() -> tuple[Any, Any]:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    # One sliding and one full layer: each kind has a rotary table of its own.
-    layers = ["sliding_attention", "full_attention"]
-    own = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 128, "layer_types": layers}
-    # Gemma scales embeddings by sqrt(hidden_size) and norms what its layers add. Under 0.2, or with tied embeddings,
-    # the last token drowns all that and is repeated.
-    return Gemma3ForCausalLM, Gemma3TextConfig(**{**_DECODER, **own, "initializer_range": 0.05})
-
-
-def _gpt2() -> tuple[Any, Any]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 512}
-    return GPT2LMHeadModel, GPT2Config(**_TOKENS, **shape, initializer_range=0.2)
-
-
-def _bloom() -> tuple[Any, Any]:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    return BloomForCausalLM, BloomConfig(**_TOKENS, hidden_size=256, n_layer=2, n_head=8, initializer_range=0.2)
-
-
-def _mixtral() -> tuple[Any, Any]:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM, MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
-
-
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "llama": _llama,
-    "llama-tied": _llama_tied,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma3": _gemma3,
-    "gpt2": _gpt2,
-    "bloom": _bloom,
-    "mixtral": _mixtral,
-}
-"""Name of a random model to a function that gives its transformers class and config."""
-
-
-def random_model(family: str, cache: Path) -> Path:
-    """The checkpoint directory of one of ``FAMILIES``, made in ``cache`` if it is not there yet."""
-    model_class, config = FAMILIES[family]()
-    return checkpoints.random_model(cache, family, model_class, config)
+FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma3", "gpt2", "bloom", "mixtral")
+"""Names of the random models that most tests with engines go through; ``families.py`` in ``benchmarks`` has more."""
 
 
 def smollm2(cache: Path) -> Path:

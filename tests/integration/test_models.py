@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import models
 import pytest
 
@@ -10,7 +11,7 @@ def _files(directory):
     return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_random_model_has_the_same_bytes_every_time(family, tmp_path):
     """Two caches, made one after the other, hold the same files; a second call makes nothing."""
     first, second = (models.random_model(family, tmp_path / name) for name in ("one", "two"))
