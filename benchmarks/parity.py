@@ -77,9 +77,12 @@ class Machine:
 class Engines:
     """The processes of one lane: one for each role, as long as the rows are of one kind; and their store."""
 
-    def __init__(self, machine: Machine, device: str, logs: Path | None) -> None:
-        """``device``: what ``CUDA_VISIBLE_DEVICES`` says to them; ``logs``: a folder that keeps what they print."""
-        self._machine, self._device, self._logs = machine, device, logs
+    def __init__(self, machine: Machine, device: str, logs: Path | None, *, unproven: bool) -> None:
+        """``device``: what ``CUDA_VISIBLE_DEVICES`` says to them; ``logs``: a folder that keeps what they print.
+
+        ``unproven``: as the option of wooly's loader.
+        """
+        self._machine, self._device, self._logs, self._unproven = machine, device, logs, unproven
         self._node = Node(ENGINE)
         self._living: dict[str, Child] = {}
         self._sparse: bool | None = None
@@ -142,6 +145,7 @@ class Engines:
         job = {
             "model": str(checkpoint),
             "load_format": ROLES[role],
+            "extra": {"unproven": True} if self._unproven and ROLES[role] == "wooly" else {},
             "settings": row.settings(on_gpu=self._machine.on_gpu),
             "embeds": row.embeds,
         }
@@ -266,7 +270,7 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """Compare rows."""
-        engines = Engines(self._run.machine, self._device, self._run.logs)
+        engines = Engines(self._run.machine, self._device, self._run.logs, unproven=self._run.unproven)
         sparse: bool | None = None
         try:
             while (row := self._run.next(sparse=sparse)) is not None:
@@ -295,6 +299,7 @@ class Run:
 
     def __init__(self, rows: Iterable[Row], results: Results, machine: Machine, arguments: argparse.Namespace) -> None:
         self.machine, self.logs, self.timeout_s = machine, arguments.logs, arguments.timeout_s
+        self.unproven: bool = arguments.unproven
         self._rows, self._results, self._cache = list(rows), results, arguments.models
         self._count = len(self._rows)
         self._ends = time.monotonic() + arguments.budget_s
@@ -354,6 +359,11 @@ def _arguments() -> argparse.Namespace:
         "--devices",
         default=os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
         help="GPUs that the lanes take in turn, as CUDA_VISIBLE_DEVICES names them, which they are by default",
+    )
+    parser.add_argument(
+        "--unproven",
+        action="store_true",
+        help="also share layers whose method is in no table of wooly_vllm/methods.py: to find out what may come in",
     )
     parser.add_argument("--models", type=Path, default=CACHE, help="folder of the checkpoints")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the engines print")

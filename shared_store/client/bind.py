@@ -152,11 +152,32 @@ class Binder:
         entries = [entry for entry in entries if entry.module in modules]
         with torch._C.DisableTorchFunctionSubclass():
             held = list(tensors_of(modules))
-            _check_alike(held, entries, strict=strict)
+            self._check_alike(held, entries, strict=strict)
             origins = _origins(held)
             self._bind_named(entries)
             if _others_hold(None, origins):
                 _bring_along(module, self._placeholders, origins, last=False)
+
+    def _check_alike(self, held: Iterable[NamedTensor], entries: Iterable[TensorEntry], *, strict: bool) -> None:
+        """Raise :class:`BindingError` unless tensors are those of the manifest in all but place and values."""
+        found = {named.path: self._look(named) for named in held}
+        wanted = {
+            entry.path: (entry.kind, entry.dtype, tuple(entry.shape), tuple(entry.stride), entry.host)
+            for entry in entries
+        }
+        for path in sorted({*found, *wanted} if strict else wanted):
+            if found.get(path) != wanted.get(path):
+                raise BindingError(
+                    f"{path} came out as {found.get(path, 'nothing')} here, and as {wanted.get(path, 'nothing')} "
+                    "where the model was published"
+                )
+
+    def _look(self, named: NamedTensor) -> tuple[str, str, tuple[int, ...], tuple[int, ...], bool]:
+        """What a manifest would say of a tensor, but for its place."""
+        tensor = named.tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        host = tensor.device.type == "cpu" and self._manifest.device != "cpu"
+        return named.kind, dtype, tuple(tensor.shape), tuple(tensor.stride()), host
 
     def _bind_named(self, entries: Iterable[TensorEntry]) -> None:
         """Give the modules what some entries of the manifest name."""
@@ -171,27 +192,6 @@ class Binder:
                     old = _twin(old, old.data)  # one object here, two at the publisher
                 tensor = self._made[entry.alias] = _become(old, view_of(self._storages[entry.blob], entry), entry)
             _hold(module, entry, tensor)
-
-
-def _check_alike(held: Iterable[NamedTensor], entries: Iterable[TensorEntry], *, strict: bool) -> None:
-    """Raise :class:`BindingError` unless a module's tensors are those of the manifest in all but place and values."""
-    found = {(named.module, named.name): _look(named) for named in held}
-    wanted = {
-        (entry.module, entry.name): (entry.kind, entry.dtype, tuple(entry.shape), tuple(entry.stride), entry.host)
-        for entry in entries
-    }
-    for key in sorted({*found, *wanted} if strict else wanted):
-        if found.get(key) != wanted.get(key):
-            raise BindingError(
-                f"{'.'.join(key)} came out as {found.get(key, 'nothing')} here, and as {wanted.get(key, 'nothing')} "
-                "where the model was published"
-            )
-
-
-def _look(named: NamedTensor) -> tuple[str, str, tuple[int, ...], tuple[int, ...], bool]:
-    tensor = named.tensor
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return named.kind, dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device.type == "cpu"
 
 
 def _origins(held: Iterable[NamedTensor]) -> dict[StorageKey, list[_Origin]]:
