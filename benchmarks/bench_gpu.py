@@ -337,6 +337,8 @@ def mps(bench: Bench) -> Findings:
 
 
 def _put_capacity(found: Findings, name: str, living: list[Child], ended_by: str) -> None:
+    if not living:
+        raise ChildError(f"no engine started: {ended_by}")
     rates, living = _all_at_once(living)
     bounded = ended_by in ("budget", "max-engines")
     found.numbers[f"replicas_{name}_at_least" if bounded else f"replicas_{name}"] = len(living)

@@ -210,7 +210,8 @@ class Mps:
             capture_output=True,
             text=True,
             timeout=60,
-            env={**os.environ, **self.environment},
+            # With a GPU of its own choice the service would give it another number than its clients know it by.
+            env={**{k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}, **self.environment},
             check=False,
         )
         if result.returncode:

@@ -190,6 +190,13 @@ def method_of(layer: nn.Module) -> Any:
     return method if isinstance(method, base) else None
 
 
+def is_configuration(thing: Any) -> bool:
+    """Whether an object says what an engine is to be: it follows from the weight key, or is about processes."""
+    (quantization,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig")
+    elsewhere = ("vllm.config", "vllm.distributed", "torch.distributed", "transformers.")
+    return isinstance(thing, quantization) or type(thing).__module__.startswith(elsewhere)
+
+
 def takes_final_tensors(method: Any) -> bool:
     """Whether a method can be told that its layer's tensors are final already (from 0.31 on)."""
     return _declaring_final() is not None and bool(method.supports_pre_processed_weights)

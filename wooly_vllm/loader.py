@@ -232,16 +232,17 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             with request.device, Placeholders(self.options.share_min_bytes) as placeholders:
                 model = compat.initialize(request.vllm_config, request.model_config, request.prefix)
             late = dict(methods.rehearsed_layers(model, unproven=self.options.unproven))
+            attributes, kernels = manifest.state["attributes"], manifest.state["kernels"]
             binder = Binder(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
             binder.bind(late.values(), completes_itself=compat.completes_itself)
-            state.restore(model, manifest.state["attributes"])
+            state.restore(model, attributes, but=late.values())
             with cpu_dispatch.shareable(request.device, bound=True):
                 rehearsal.rehearse(binder, late.values(), request.device)
-                compat.post_process_bound(model, request.model_config, request.device, late.values())
+                done = (*late.values(), *methods.finished_layers(model))
+                compat.post_process_bound(model, request.model_config, request.device, done)
             bound = binder.finish()
-            # Post-processing may have set some of it to its defaults.
-            state.restore(model, manifest.state["attributes"])
-            rehearsal.check(model, late.items(), manifest.state["kernels"])
+            state.restore(model, attributes)  # post-processing may have set some of it to its defaults
+            rehearsal.check(model, late.items(), kernels)
         return model, bound
 
     def _publish(

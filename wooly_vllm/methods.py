@@ -25,7 +25,8 @@ AGAIN = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
 """Methods that leave final tensors alone when they run once more."""
 
 SCALES = frozenset({"Fp8KVCacheMethod", "CompressedTensorsKVCacheMethod", "BaseKVCacheMethod"})
-"""Methods of attention layers: they turn loaded scales into buffers, and do nothing where those scales are gone."""
+"""Methods of attention layers that turn loaded scales into buffers and plain numbers, and are done with that: once
+those are bound and set, there is nothing that they should do again."""
 
 REHEARSED = frozenset(
     {
@@ -85,8 +86,13 @@ def rehearsed_layers(model: nn.Module, *, unproven: bool) -> Iterator[tuple[str,
         yield path, layer
 
 
+def finished_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers whose methods must not run once they are bound."""
+    return (layer for layer in model.modules() if type(compat.method_of(layer)).__name__ in SCALES)
+
+
 def leaves_final_tensors_alone(method: Any) -> bool:
-    """Whether a method can run once more on a layer that is bound."""
+    """Whether a method's layer may be bound first: the method can run once more, or need not."""
     kind = type(method).__name__
     if kind == "UnquantizedFusedMoEMethod":  # other backends permute the experts' weights, each time
         backend = getattr(getattr(method, "unquantized_backend", None), "name", "")

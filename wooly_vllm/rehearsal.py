@@ -12,10 +12,12 @@ and all else that the method left must be equal, value by value, to what the pub
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -52,7 +54,8 @@ def rehearse(binder: Binder, layers: Iterable[nn.Module], device: torch.device) 
 def fingerprints(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     """The fingerprints of some layers of a model, by path."""
     named = {key for held in named_tensors(model) if (key := storage_key(held.tensor)) is not None}
-    return {path: _fingerprint(layer, named) for path, layer in layers}
+    modules = {id(module) for module in model.modules()}
+    return {path: _fingerprint(layer, _Known(named, modules)) for path, layer in layers}
 
 
 def check(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], published: Fingerprints) -> None:
@@ -67,70 +70,100 @@ def check(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], published: 
             raise BindingError(f"the kernel of {path} came out in another state than where the model was published")
 
 
-def _fingerprint(layer: nn.Module, named: set[StorageKey]) -> str:
+class _Known(NamedTuple):
+    """What a fingerprint need not look into: the manifest has it."""
+
+    storages: set[StorageKey]
+    modules: set[int]
+
+
+def _fingerprint(layer: nn.Module, known: _Known) -> str:
     """A digest of what a layer's method left beside the layer's named tensors.
 
-    Plain values, enumerations, types, and other tensors by their bytes; of objects, what they hold. Left out: what
-    belongs to a process (devices' numbers, functions, vLLM's configuration, which is part of the weight key).
+    Plain values, enumerations, types, and other tensors by their bytes; of objects, also functions with their closures
+    and modules outside of the model, what they hold. An object that hides what it holds makes a fingerprint that no
+    other process has. Left out: what belongs to a process (devices' numbers), and vLLM's configuration, which is part
+    of the weight key.
     """
     lines = hashlib.sha256()
-    for line in _lines("", _roots(layer), named, set()):
+    own = {name: value for name, value in vars(layer).items() if name not in _EVERY_MODULES}
+    for line in _lines("", own, known, set()):
         lines.update(line.encode() + b"\n")
+        compat.logger().debug("wooly: kernel state: %s", line)  # where two differ, two logs say in what
     return lines.hexdigest()
-
-
-def _roots(layer: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(layer).items() if name not in _EVERY_MODULES}
 
 
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 
 
-def _lines(path: str, thing: Any, named: set[StorageKey], seen: set[int]) -> Iterator[str]:
-    leaf = _leaf(thing, named)
+def _lines(path: str, thing: Any, known: _Known, seen: set[int]) -> Iterator[str]:
+    leaf = _leaf(thing, known)
     if leaf is not None:
         yield f"{path} {leaf}"
     elif id(thing) not in seen:
         seen.add(id(thing))
-        yield f"{path} {_name(type(thing))}"
-        for how, part in _parts(thing):
-            yield from _lines(path + how, part, named, seen)
+        parts = _parts(thing)
+        hidden = "" if parts is not None else f" hides what it holds, process {os.getpid()}"
+        yield f"{path} {_name(type(thing))}{hidden}"
+        for how, part in parts or ():
+            yield from _lines(path + how, part, known, seen)
 
 
-def _leaf(thing: Any, named: set[StorageKey]) -> str | None:
-    """What has no parts, as text; None for what has."""
+def _leaf(thing: Any, known: _Known) -> str | None:
+    """What has no parts, or none to look into, as text; None for everything else."""
     if isinstance(thing, torch.Tensor):
-        return _tensor(thing, named)
+        return _tensor(thing, known)
     if isinstance(thing, (enum.Enum, type)):
         return str(thing)
     if isinstance(thing, (bool, int, float, complex, str, bytes, type(None), torch.dtype)):
         return repr(thing)
     if isinstance(thing, (set, frozenset)):
         return str(sorted(map(repr, thing)))
-    if isinstance(thing, _PROCESS) or type(thing).__module__.startswith(_CONFIGURATION):
+    if isinstance(thing, _PROCESS) or compat.is_configuration(thing) or id(thing) in known.modules:
         return _name(type(thing))
     return None
 
 
-def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
+def _parts(thing: Any) -> list[tuple[str, Any]] | None:
+    """What an object holds, by how it is written; None where that cannot be seen."""
+    if isinstance(thing, types.FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
+        return [("()", thing.__qualname__), ("<>", cells), ("=", [thing.__defaults__, thing.__kwdefaults__])]
+    if isinstance(thing, types.MethodType):
+        return [("()", thing.__qualname__), (".__self__", thing.__self__)]
+    if isinstance(thing, functools.partial):
+        return [(".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)]
+    found: list[tuple[str, Any]] = []
     if isinstance(thing, Mapping):
-        yield from ((f"[{key!r}]", thing[key]) for key in sorted(thing, key=repr))
+        found += ((f"[{key!r}]", thing[key]) for key in sorted(thing, key=repr))
     elif isinstance(thing, (list, tuple)):
-        yield from ((f"[{index}]", part) for index, part in enumerate(thing))
-    yield from ((f".{name}", part) for name, part in sorted(getattr(thing, "__dict__", {}).items()))
+        found += ((f"[{index}]", part) for index, part in enumerate(thing))
+    elif not hasattr(thing, "__dict__") and not any("__slots__" in vars(base) for base in type(thing).__mro__):
+        return None
+    own = dict(getattr(thing, "__dict__", {}))
+    slots = (name for base in type(thing).__mro__ for name in vars(base).get("__slots__", ()))
+    own |= {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+    return found + [(f".{name}", part) for name, part in sorted(own.items())]
+
+
+_PROCESS = (
+    torch.device,
+    torch.Stream,
+    torch.Event,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
 
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-_PROCESS = (torch.device, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, nn.Module)
-_CONFIGURATION = ("vllm.config", "vllm.distributed", "torch.distributed", "transformers.")
-
-
-def _tensor(tensor: torch.Tensor, named: set[StorageKey]) -> str:
+def _tensor(tensor: torch.Tensor, known: _Known) -> str:
     look = f"{tensor.dtype} {tuple(tensor.shape)} {tuple(tensor.stride())}"
     key = storage_key(tensor)
-    if key is None or key in named or not tensor.numel():
+    if key is None or key in known.storages or not tensor.numel():
         return look
     return f"{look} {digest_of(tensor).hex()}"

@@ -43,18 +43,20 @@ def changes(before: Plain, after: Plain) -> Plain:
     return {path: values for path, values in found.items() if values}
 
 
-def restore(model: nn.Module, state: Plain) -> None:
-    """Set attributes to what the publisher had.
+def restore(model: nn.Module, state: Plain, *, but: Iterable[nn.Module] = ()) -> None:
+    """Set attributes to what the publisher had, ``but`` for some modules.
 
     Raises:
         BindingError: a module is missing.
     """
     modules = dict(model.named_modules())
+    left_alone = {id(module) for module in but}
     for path, values in state.items():
         if path not in modules:
             raise BindingError(f"the model has no module {path!r}, which has state in the manifest")
-        for name, value in values.items():
-            setattr(modules[path], name, value)
+        if id(modules[path]) not in left_alone:
+            for name, value in values.items():
+                setattr(modules[path], name, value)
 
 
 def _unset(module: nn.Module) -> Iterator[tuple[str, None]]:
