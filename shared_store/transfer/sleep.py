@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -81,9 +82,10 @@ class _HostCopy:
         """Takes over the fds."""
         self.key = key
         self.manifest = manifests.decode(attached.manifest)
-        self._files = [OpenFile(f"the host copy of {self.manifest.name}", fd) for fd in fds]
+        files = [OpenFile(self.manifest.name, fd) for fd in fds]
+        self._close = weakref.finalize(self, wire.close_fds, tuple(fds))
         self._places = {
-            blob.digest: (self._files[place.segment], place.offset)
+            blob.digest: (files[place.segment], place.offset)
             for blob, place in zip(self.manifest.blobs, attached.places, strict=True)
         }
 
@@ -92,7 +94,7 @@ class _HostCopy:
         return Piece(*self._places[digest], *span)
 
     def close(self) -> None:
-        close_all(self._files)
+        self._close()
 
 
 class Sleeper:
