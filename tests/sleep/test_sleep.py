@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from support.content import key
 from support.devices import DEVICE
 from support.waiting import open_fds, open_segments, wait_until
 
 from shared_store.errors import OutOfMemoryError, UnsupportedError
-from shared_store.keys import host_key
+from shared_store.keys import host_key, is_key
+from shared_store.manifest import Blob
 
 MIB = 1 << 20
 KEY = key(1)
@@ -260,8 +259,24 @@ def test_wrong_bytes_on_the_device(kept, process, directory):
     assert not [one for one in kept.status().models if one.device == "cpu"]
 
 
+def test_a_wish_that_cannot_be(kept):
+    """It is refused, and the publisher may plan without it."""
+    from shared_store.errors import ProtocolError
+    from shared_store.protocol.messages import BlobPlace
+
+    client = kept.client()
+    assert client.open(KEY) == "granted"
+    blobs = [Blob(bytes([number]) * 32, 1000) for number in range(2)]
+    with pytest.raises(ProtocolError, match="wish"):
+        client.session.plan(KEY, blobs, wish=[BlobPlace(0, 0), BlobPlace(0, 512)], sizes=[2 * MIB])
+    with pytest.raises(ProtocolError, match="wish"):
+        client.session.plan(KEY, blobs, wish=[BlobPlace(0, 0)], sizes=[2 * MIB])
+    planned, _ = client.session.plan(KEY, blobs)
+    assert len(planned.segments) == 1
+
+
 def test_the_host_copys_key_is_its_contents():
     """Neither another model's blobs nor another key share it."""
     keys = {host_key(KEY, [b"a" * 32]), host_key(KEY, [b"b" * 32]), host_key(key(2), [b"a" * 32])}
     assert len(keys) == 3
-    assert json.dumps(sorted(keys))
+    assert all(map(is_key, keys))
