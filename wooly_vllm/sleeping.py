@@ -75,6 +75,8 @@ def _refusal(worker: Any, level: int) -> str:
         _prepare(worker, level)
     except WoolyError as error:
         return f"{error} [{error.code}]"
+    except (OSError, RuntimeError) as error:  # the kernel's, torch's
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -116,7 +118,11 @@ def _asking(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def sleep(self: Any, level: int = 1) -> Any:
-        _prepare(self, level)
+        try:
+            _prepare(self, level)
+        except BaseException:
+            _stay_awake(self)
+            raise
         if not _sleepers:
             return stock(self, level)
         torch.cuda.synchronize()  # nothing may use what is unmapped
@@ -137,7 +143,7 @@ def _waking(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def wake_up(self: Any, tags: list[str] | None = None) -> Any:
         if tags is None or "weights" in tags:
-            for sleeper in list(_sleepers.values()):
+            for sleeper in [sleeper for sleeper in _sleepers.values() if sleeper.asleep]:
                 woken = sleeper.wake()
                 compat.logger().info(
                     "wooly: weights are back, %.1f MiB shared, %.1f MiB private",

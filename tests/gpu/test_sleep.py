@@ -170,18 +170,20 @@ def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_di
 
 @pytest.mark.usefixtures("gpu_memory_mib")
 def test_what_the_pool_of_sleep_mode_has(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
-    """A publisher's originals are given back, a reader has none, and both keep little else outside of the store."""
+    """A publisher's originals are given back: it keeps as much for itself as a reader, which never had any."""
     pytest.importorskip("vllm")
+    own = []
     for _ in ("publisher", "reader"):
         process = engine(large, settings=SLEEPY, obey=True, **SHARING)
         process.wait("answered")
         found = process.do("pools")
-        assert resident(runtime_dir, gpu) > 1 << 30
         assert found.get("weights", 0) < 64 << 20
-        assert found["torch"] < 512 << 20
         assert found["kv_cache"] >= KV_BYTES
+        own.append(found["torch"])
         process.tell("stop")
         assert process.finish() == 0
+    assert resident(runtime_dir, gpu) > 1 << 30
+    assert own[0] <= own[1] + (256 << 20), own
 
 
 _POOL = """
