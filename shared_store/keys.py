@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from blake3 import blake3
 from shared_store.errors import UnsupportedError
 
 _CONTEXT = "wooly 2026-11 weight key"
+_HOST_CONTEXT = "wooly 2026-11 host copy"
 
 KEY_LENGTH = 64
 """Characters of a key: BLAKE3-256 in hexadecimal."""
@@ -60,3 +61,9 @@ def weight_key(checkpoint: bytes, facts: Mapping[str, Any]) -> str:
         64 hexadecimal digits.
     """
     return blake3(canonical({"checkpoint": checkpoint.hex(), "facts": facts}), derive_key_context=_CONTEXT).hexdigest()
+
+
+def host_key(key: str, digests: Iterable[bytes]) -> str:
+    """The key of the host copy of a model with this key and blobs of these digests, in its manifest's order."""
+    named = key.encode() + b"".join(digests)
+    return blake3(named, derive_key_context=_HOST_CONTEXT).hexdigest()

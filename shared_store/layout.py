@@ -70,3 +70,35 @@ def pack(sizes: Sequence[int], *, target: int | None = None) -> Layout:
         placements.append(Placement(len(ends) - 1, offset))
         ends[-1] = offset + nbytes
     return Layout(tuple(max(round_up(end, GRANULARITY), GRANULARITY) for end in ends), tuple(placements))
+
+
+def as_wished(wish: Layout, nbytes: Sequence[int], new: Sequence[int]) -> Layout:
+    """The wished layout, of those segments that get something new.
+
+    Args:
+        wish: a place for each blob: somebody has addresses for them there.
+        nbytes: bytes of each blob.
+        new: indexes of the blobs that need a place; the others have one elsewhere.
+
+    Returns:
+        Placements for the new blobs, in the order of ``new``.
+
+    Raises:
+        ValueError: it cannot be: blobs overlap or reach out of their segment, or a segment has no possible size.
+    """
+    if len(wish.placements) != len(nbytes) or any(size <= 0 or size % GRANULARITY for size in wish.sizes):
+        raise ValueError("places for other blobs, or segments of impossible sizes")
+    end: dict[int, int] = {}
+    for index in sorted(new, key=lambda index: (wish.placements[index].offset, nbytes[index])):
+        spot = wish.placements[index]
+        if not 0 <= spot.segment < len(wish.sizes) or spot.offset % ALIGNMENT or spot.offset < end.get(spot.segment, 0):
+            raise ValueError(f"blob {index} lies on another, or in no segment")
+        end[spot.segment] = spot.offset + nbytes[index]
+        if end[spot.segment] > wish.sizes[spot.segment]:
+            raise ValueError(f"blob {index} reaches out of its segment")
+    kept = {segment: number for number, segment in enumerate(sorted(end))}
+    spots = (wish.placements[index] for index in new)
+    return Layout(
+        tuple(wish.sizes[segment] for segment in kept),
+        tuple(Placement(kept[spot.segment], spot.offset) for spot in spots),
+    )

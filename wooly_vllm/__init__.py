@@ -11,13 +11,14 @@ import logging
 def register() -> None:
     """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing."""
     from shared_store import envs
-    from wooly_vllm import accounting, compat, cpu_dispatch
+    from wooly_vllm import accounting, compat, cpu_dispatch, sleeping
     from wooly_vllm.loader import AutoLoader, WoolyLoader
 
     compat.register_loader("wooly", WoolyLoader)
     if envs.WEIGHTS_DEDUP.get():
         compat.register_loader("auto", AutoLoader)
     compat.when_on_gpu(accounting.install)
+    compat.when_on_gpu(sleeping.install_in_engine)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()

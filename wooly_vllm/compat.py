@@ -115,6 +115,68 @@ _WAITING_FOR_THE_GPU = (
 )
 
 
+def models_of(worker: Any) -> list[nn.Module]:
+    """The models that a worker has loaded: its own, and a draft model if there is one."""
+    runner = worker.model_runner
+    found = (runner.get_model() if getattr(runner, "model", None) is not None else None, worker.get_draft_model())
+    return [model for model in found if model is not None]
+
+
+def what_writes_weights(worker: type) -> list[tuple[str, Callable[..., Any]]]:
+    """Methods of a worker's class that write to a loaded model's weights, or begin to."""
+    find(worker.__module__, worker.__name__)
+    if not hasattr(worker, "reload_weights"):
+        raise moved(f"{worker.__name__}.reload_weights", AttributeError("reload_weights"))
+    return [(name, found) for name in _WRITING_WEIGHTS if (found := getattr(worker, name, None)) is not None]
+
+
+_WRITING_WEIGHTS = (
+    "reload_weights",
+    "reset_weights",
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+)
+
+
+@contextlib.contextmanager
+def outside_sleep_pool() -> Iterator[bool]:
+    """In the block, memory does not come from the pool that a worker of an engine with sleep mode loads weights in.
+
+    The block is told whether there is such a pool. What is freed in it is not given back before loading has ended, not
+    even by ``torch.cuda.empty_cache``; and what lies in it is set aside when the engine sleeps, of which wooly looks
+    after itself. A second pool inside of the first would not do: torch takes the first that fits a thread.
+    """
+    pool = _sleep_pool()
+    if pool is None:
+        yield False
+        return
+    device = torch.cuda.current_device()
+    torch._C._cuda_endAllocateToPool(device, pool.id)
+    try:
+        yield True
+    finally:
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool.id)
+        torch._C._cuda_releasePool(device, pool.id)  # counted a user more when begun again
+
+
+def _sleep_pool() -> Any:
+    """The pool that this process allocates from right now, if vLLM's allocator for sleep mode made it."""
+    if _SLEEP_ALLOCATOR not in sys.modules:
+        return None
+    (kind,) = find(_SLEEP_ALLOCATOR, "CuMemAllocator")
+    allocator = kind.instance
+    if allocator is None or allocator.current_tag == kind.default_tag:
+        return None
+    made = allocator.allocator_and_pools[allocator.current_tag]
+    latest = made[-1] if isinstance(made, list) else made  # a list of all from 0.32 on
+    return latest[0]
+
+
+_SLEEP_ALLOCATOR = "vllm.device_allocator.cumem"
+
+
 def weight_files(loader: Any, model_config: Any, model_class: type[nn.Module]) -> list[tuple[str, Path]]:
     """The files that vLLM's default loader will read for a model: name in the checkpoint, and path.
 

@@ -37,6 +37,8 @@ def check_supported(vllm_config: Any, model_config: Any, load_config: Any, *, un
     methods.check_quantization(model_config.quantization, unproven=unproven)
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         raise UnsupportedError("expert load balancing (EPLB) rearranges experts in place")
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise UnsupportedError("weights that a trainer sends (weight transfer) are written in place")
     if (
         getattr(getattr(vllm_config, "offload_config", None), "uva", None)
         and vllm_config.offload_config.uva.cpu_offload_gb

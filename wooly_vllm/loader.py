@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,8 @@ from shared_store.keys import weight_key
 from shared_store.memory import Backend
 from shared_store.protocol import messages
 from shared_store.transfer.obtain import Need, obtain, published
-from wooly_vllm import compat, cpu_dispatch, identity, methods, refused_writes, rehearsal, state
+from shared_store.transfer.sleep import Sleeper
+from wooly_vllm import compat, cpu_dispatch, identity, methods, refused_writes, rehearsal, sleeping, state
 from wooly_vllm.options import Options, parse, split
 
 logger = init_logger("vllm.wooly")
@@ -67,11 +67,12 @@ class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What vLLM asks a loader for."""
+    """What vLLM asks a loader for. ``sleeps``: the engine may sleep."""
 
     vllm_config: Any
     model_config: Any
     prefix: str
+    sleeps: bool = False
 
     @property
     def name(self) -> str:
@@ -107,12 +108,12 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         Raises:
             UnsupportedError: others read this model's weights.
         """
-        _refuse_shared(model)
+        sleeping.refuse_shared([model])
         self._inner().load_weights(model, model_config)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Any:
         """The checkpoint's tensors, for vLLM to reload them in place. Raises as :meth:`load_weights` does."""
-        _refuse_shared(model)
+        sleeping.refuse_shared([model])
         return self._inner().get_all_weights(model_config, model)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
@@ -124,10 +125,12 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         request = Request(vllm_config, model_config, prefix)
         session: Session | None = None
         try:
+            sleeping.install_in_workers()
             identity.check_supported(vllm_config, model_config, self.load_config, unproven=self.options.unproven)
             backend = backend_of(request.device)
             session = Session.connect(self.options.runtime_dir, name=f"vllm {request.name}")
-            return self._load_shared(session, request, backend)
+            with compat.outside_sleep_pool() as sleeps:
+                return self._load_shared(session, dataclasses.replace(request, sleeps=sleeps), backend)
         except WoolyError as error:
             if self.options.falls_back:
                 return self._load_stock(request, session, error)
@@ -213,7 +216,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             raise BindingError(
                 f"the model could not be built of placeholders: {type(error).__name__}: {error}"
             ) from error
-        bound = self._keep(session, request, key, model, bound, blobs)
+        bound = self._keep(session, request, manifest, model, bound, blobs)
         logger.info(
             "wooly: attached %s in %.3f s (%d tensors, %.1f MiB mapped, %.1f MiB private, key %s)",
             request.name,
@@ -280,7 +283,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 },
             )
             with progress("wooly: publishing", 0) as copied:
-                _, blobs, bound = publish(
+                manifest, blobs, bound = publish(
                     session,
                     publication,
                     model,
@@ -291,7 +294,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         except WoolyError as error:
             return self._stay_private(session, request, model, error)
         published(key, self.options.runtime_dir)
-        bound = self._keep(session, request, key, model, bound, blobs)
+        bound = self._keep(session, request, manifest, model, bound, blobs)
         logger.info(
             "wooly: published %s in %.3f s (stock load %.3f s, %d tensors, %.1f MiB shared, %.1f MiB private, key %s)",
             request.name,
@@ -310,6 +313,8 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         if not self.options.falls_back:
             raise error
         self._tell_fallback(session, request, error)
+        if request.sleeps:
+            logger.warning("wooly: the weights of %s stay in GPU memory while this engine sleeps", request.name)
         model.eval()
         return model
 
@@ -330,9 +335,14 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         )
         report_fallback(session, request.name, error, logger)
 
-    @staticmethod
     def _keep(
-        session: Session, request: Request, key: str, model: nn.Module, meant: Bound, blobs: MappedBlobs
+        self,
+        session: Session,
+        request: Request,
+        manifest: manifests.Manifest,
+        model: nn.Module,
+        meant: Bound,
+        blobs: MappedBlobs,
     ) -> Bound:
         """Report what is shared, as it turned out. The connection is the lease: it ends when the model does."""
         found = measure(model, blobs)
@@ -341,10 +351,22 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
             logger.warning(
                 "wooly: %s: %.1f MiB that could be shared became private after binding", request.name, lost / 2**20
             )
-        _shared.add(model)
+        sleeper = None
+        if request.sleeps:
+            sleeper = Sleeper(
+                session,
+                manifest,
+                blobs.places,
+                blobs.segments,
+                blobs.mappings(),
+                backend_of(request.device),
+                private_bytes=found.private_bytes,
+                timeout_s=self.options.timeout_s,
+            )
+        sleeping.share(model, sleeper)
         if request.device.type == "cuda":
             refused_writes.install()
-        session.report(key, found.private_bytes + blobs.private_bytes())
+        session.report(manifest.key, found.private_bytes + blobs.private_bytes())
         keep(session, model)
         return dataclasses.replace(found, tensors=meant.tensors)
 
@@ -355,19 +377,6 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 load_format=self.options.inner_load_format,
                 model_loader_extra_config=self._inner_extra,
             )
-        )
-
-
-_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models of this process whose weights lie in the store."""
-
-
-def _refuse_shared(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedError` for a model whose weights must not be written to."""
-    if model in _shared:
-        raise UnsupportedError(
-            "these weights are shared and cannot be reloaded in place; to update weights, start the engine with "
-            "--load-format auto and without WOOLYAI_WEIGHTS_DEDUP"
         )
 
 

@@ -28,12 +28,15 @@ class MappedBlobs:
         places: Sequence[messages.BlobPlace],
         segments: Sequence[messages.SegmentInfo],
         fds: Sequence[int],
+        before: MappedBlobs | None = None,
     ) -> None:
         """Take over the segments of an answer (its fds are closed here); nothing is mapped yet.
 
-        Promised segments have no fd; :meth:`add` brings them in later.
+        Promised segments have no fd; :meth:`add` brings them in later. Segments that were mapped ``before`` keep their
+        mappings, and so their addresses.
         """
         self._backend = backend
+        self._before = before.mappings_by_id() if before else {}
         self.places = tuple(places)
         self.segments = tuple(segments)
         self._blobs = tuple(blobs)
@@ -52,6 +55,18 @@ class MappedBlobs:
                 self._import(index, fd)
         finally:
             close_fds(fds)
+            self._before = {}
+
+    def mappings(self) -> list[tuple[int, Mapping]]:
+        """Every mapping, with the index of its segment."""
+        again = ((index, mapping) for (index, _), mapping in self._replicas.items())
+        return [*self._mappings.items(), *again]
+
+    def mappings_by_id(self) -> dict[tuple[int, int], Mapping]:
+        """Every mapping, by its segment's id and which repetition of blobs it is for (0: it is the segment's first)."""
+        first = {(self.segments[index].id, 0): mapping for index, mapping in self._mappings.items()}
+        again = {(self.segments[index].id, number): mapping for (index, number), mapping in self._replicas.items()}
+        return first | again
 
     def add(self, index: int, fd: int) -> None:
         """Bring in a promised segment, to be written: by its index, with its fd (closed here)."""
@@ -71,17 +86,21 @@ class MappedBlobs:
             mapping.map(Access.READ)
 
     def _import(self, index: int, fd: int) -> None:
-        nbytes = self.segments[index].nbytes
-        self._mappings[index] = remember(Mapping(self._backend, self._backend.import_fd(fd, nbytes)))
+        self._mappings[index] = self._mapping(index, 0, fd)
         repeated = {
             self.occurrence[number]
             for number, place in enumerate(self.places)
             if place.segment == index and self.occurrence[number] and self._blobs[number].nbytes >= REPLICA_MIN_BYTES
         }
         for occurrence in repeated:
-            again = remember(Mapping(self._backend, self._backend.import_fd(fd, nbytes)))
+            again = self._replicas[index, occurrence] = self._mapping(index, occurrence, fd)
             again.map(Access.READ)
-            self._replicas[index, occurrence] = again
+
+    def _mapping(self, index: int, occurrence: int, fd: int) -> Mapping:
+        """The mapping that there was, or a new one."""
+        found = self.segments[index]
+        known = self._before.get((found.id, occurrence))
+        return known or remember(Mapping(self._backend, self._backend.import_fd(fd, found.nbytes)))
 
     def unmap(self) -> None:
         """Unmap all; addresses stay."""

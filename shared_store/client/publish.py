@@ -90,11 +90,13 @@ def publish(
         source.work.settle()
         mapped.map_for_reading()  # whatever happened, the model needs what it is bound to
     blobs = source.manifest.blobs
-    _follow(mapped, MappedBlobs(backend, blobs, attached.places, attached.segments, attached_fds), moved)
+    kept = MappedBlobs(backend, blobs, attached.places, attached.segments, attached_fds, before=mapped)
+    _follow(mapped, kept, moved)
+    del mapped  # and with it segments that were written in vain
     source.work.reclaim()
     mapped_bytes = sum(blobs[index].nbytes for index in moved)
     tensors = len({entry.alias for entry in source.manifest.tensors})
-    return source.manifest, mapped, Bound(mapped_bytes, source.manifest.nbytes - mapped_bytes, tensors)
+    return source.manifest, kept, Bound(mapped_bytes, source.manifest.nbytes - mapped_bytes, tensors)
 
 
 class _Source:
@@ -167,8 +169,7 @@ def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None
 
 def _follow(planned: MappedBlobs, kept: MappedBlobs, moved: dict[int, list[torch.Tensor]]) -> None:
     """Where another publisher brought the same blob first, the store kept that copy: use it, and free ours."""
-    elsewhere = [index for index in moved if planned.where(index) != kept.where(index)]
-    if elsewhere:
-        kept.map_for_reading()
-    for index in elsewhere:
-        _rebind(moved[index], 0, kept.bytes(index))
+    kept.map_for_reading()
+    for index, tensors in moved.items():
+        if planned.where(index) != kept.where(index):
+            _rebind(tensors, 0, kept.bytes(index))

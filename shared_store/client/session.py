@@ -197,13 +197,22 @@ class Session:
         reply, fds = self._ask(request, (messages.Attached, messages.Granted), timeout_s)
         return self._hold(key, reply, fds) if isinstance(reply, messages.Attached) else None
 
-    def plan(self, key: str, blobs: Sequence[Blob]) -> tuple[messages.Planned, tuple[int, ...]]:
+    def plan(
+        self,
+        key: str,
+        blobs: Sequence[Blob],
+        *,
+        wish: Sequence[messages.BlobPlace] = (),
+        sizes: Sequence[int] = (),
+    ) -> tuple[messages.Planned, tuple[int, ...]]:
         """Ask where blobs go; the fds of the segments that exist are the caller's.
+
+        ``wish``: where they should, in segments of ``sizes`` bytes; the store may do otherwise.
 
         Raises:
             OutOfMemoryError: the limit set for the device has no room for them.
         """
-        return self._call(messages.Plan(self._next(), key, tuple(blobs)), messages.Planned)
+        return self._call(messages.Plan(self._next(), key, tuple(blobs), tuple(wish), tuple(sizes)), messages.Planned)
 
     def fill(self, key: str, segment: int) -> int:
         """Ask for the memory of a promised segment (by its id); the fd is the caller's.
@@ -215,7 +224,9 @@ class Session:
 
     def commit(self, manifest: Manifest) -> tuple[messages.Attached, tuple[int, ...]]:
         """Hand a complete model over, and become its reader; the fds are the caller's."""
-        reply, fds = self._call(messages.Commit(self._next(), manifest.key, encode(manifest)), messages.Attached)
+        reply, fds = self._call(
+            messages.Commit(self._next(), manifest.key, encode(manifest)), messages.Attached, COPY_TIMEOUT_S
+        )
         return self._hold(manifest.key, reply, fds)
 
     def abandon(self, key: str, reason: str) -> None:

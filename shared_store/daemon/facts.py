@@ -9,6 +9,7 @@ from functools import cached_property
 
 from shared_store.catalog import BlobDoc
 from shared_store.daemon.union import distinct
+from shared_store.keys import host_key
 from shared_store.manifest import Manifest
 from shared_store.protocol import messages
 
@@ -37,6 +38,11 @@ class Committed:
     def nbytes(self) -> int:
         """Bytes that a private copy of the model's tensors would take."""
         return self.manifest.nbytes
+
+    @cached_property
+    def host_key(self) -> str:
+        """The key that its host copy has, if there is one."""
+        return host_key(self.manifest.key, (blob.digest for blob in self.manifest.blobs))
 
     @cached_property
     def blobs(self) -> tuple[BlobDoc, ...]:

@@ -101,6 +101,7 @@ def end_grace(store: Store) -> None:
     for number in store.recovery.segments:
         if not store.segments.has(number):
             store.keeping.release(number)
+    store.let_sleep(list(store.committed))
     store.changed()
 
 

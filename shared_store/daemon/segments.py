@@ -19,7 +19,7 @@ from shared_store.daemon.checking import Check, Part
 from shared_store.daemon.compaction import CompactionPlan, Source
 from shared_store.daemon.policy import OccupiedSegment
 from shared_store.errors import ProtocolError, UnknownDeviceError
-from shared_store.layout import pack
+from shared_store.layout import Layout, as_wished, pack
 from shared_store.manifest import Blob
 from shared_store.memory import Backend, KeptSegment
 from shared_store.memory.backend import Segment
@@ -205,13 +205,35 @@ class Segments:
             if held.device == device and held.settled
         ]
 
-    def needed(self, device: str, blobs: Iterable[Blob]) -> int:
-        """Bytes of the segments that a plan for these blobs would take."""
-        sizes = {blob.digest: blob.nbytes for blob in blobs if (device, blob.digest) not in self._blobs}
-        return sum(pack(list(sizes.values())).sizes)
+    def needed(self, device: str, blobs: Sequence[Blob], wish: Layout | None = None) -> int:
+        """Bytes of the segments that a plan for these blobs would take. Raises as :meth:`plan` does."""
+        return sum(self._lay_out(device, blobs, wish)[1].sizes)
+
+    def _lay_out(self, device: str, blobs: Sequence[Blob], wish: Layout | None) -> tuple[dict[bytes, int], Layout]:
+        """Sizes by digest of the blobs that are not here, and a layout for them."""
+        sizes: dict[bytes, int] = {}
+        new: list[int] = []
+        for index, blob in enumerate(blobs):
+            here = self._blobs.get((device, blob.digest))
+            if here is None and blob.digest not in sizes:
+                new.append(index)
+            expected = here.nbytes if here else sizes.setdefault(blob.digest, blob.nbytes)
+            if expected != blob.nbytes:
+                raise ProtocolError(f"blob {blob.digest.hex()[:16]} has {expected} bytes, not {blob.nbytes}")
+        if wish is None:
+            return sizes, pack(list(sizes.values()))
+        try:
+            return sizes, as_wished(wish, [blob.nbytes for blob in blobs], new)
+        except ValueError as error:
+            raise ProtocolError(f"a plan with a wish that cannot be granted: {error}") from error
 
     def plan(
-        self, device: str, token: str, blobs: Sequence[Blob], make_room: Callable[[int], None] = lambda _: None
+        self,
+        device: str,
+        token: str,
+        blobs: Sequence[Blob],
+        make_room: Callable[[int], None] = lambda _: None,
+        wish: Layout | None = None,
     ) -> PublishPlan:
         """Say where each blob of a publisher goes: blobs that are here already stay, the others get new segments.
 
@@ -219,18 +241,12 @@ class Segments:
         the publisher is ready to fill them, so that it can free originals in between.
 
         ``make_room`` is called with the bytes that they take. It may drop models, whose blobs stay here if the plan
-        counts on them, and it raises what there is to raise when there is no room.
+        counts on them, and it raises what there is to raise when there is no room. ``wish``: see :func:`as_wished`.
 
         Raises:
-            ProtocolError: a digest comes with another size than the store knows for it.
+            ProtocolError: a digest comes with another size than the store knows for it, or a wish makes no sense.
         """
-        sizes: dict[bytes, int] = {}
-        for blob in blobs:
-            known = self._blobs.get((device, blob.digest))
-            expected = known.nbytes if known else sizes.setdefault(blob.digest, blob.nbytes)
-            if expected != blob.nbytes:
-                raise ProtocolError(f"blob {blob.digest.hex()[:16]} has {expected} bytes, not {blob.nbytes}")
-        layout = pack(list(sizes.values()))
+        sizes, layout = self._lay_out(device, blobs, wish)
         for known in self.held_by(device, (blob.digest for blob in blobs)).values():
             known.holders.add(token)
         try:
@@ -244,9 +260,9 @@ class Segments:
             self._segments[ids[spot.segment]].placed += sizes[digest]
         places: list[Place] = []
         for blob in blobs:
-            known = self._blobs.get((device, blob.digest))
-            if known is not None:
-                places.append(Place(known.segment, known.offset, new=False))
+            here = self._blobs.get((device, blob.digest))
+            if here is not None:
+                places.append(Place(here.segment, here.offset, new=False))
             else:
                 spot = fresh[blob.digest]
                 places.append(Place(ids[spot.segment], spot.offset, new=blob.digest in sizes))

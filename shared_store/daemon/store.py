@@ -37,6 +37,7 @@ from shared_store.errors import (
     WoolyError,
 )
 from shared_store.keys import KEY_LENGTH, is_key
+from shared_store.layout import Layout, Placement
 from shared_store.memory import Backend, backend_for
 from shared_store.protocol import control, messages, wire
 from shared_store.protocol.holdings import MAX_FILES, HeldFd, Holdings
@@ -106,7 +107,9 @@ class Store:
                 "client %d (pid %d) left while publishing %s", client.number, client.pid, model.name or model.key
             )
             self.event("publish_aborted", key=model.key, name=model.name, pid=client.pid)
+        read = [model.key for model in self.models.all() if client.number in model.readers]
         self._carry_out(self.models.lost(client.number))
+        self.let_sleep(read)
         self.compactor.lost(client.number)
         self.changed()
 
@@ -181,11 +184,12 @@ class Store:
             raise ProtocolError(f"{request.key} has a plan already")
         if any(len(blob.digest) != SIZE or blob.nbytes < 0 for blob in request.blobs):
             raise ProtocolError("a plan with a malformed blob")
-        await self.room.pack(device, self.segments.needed(device, request.blobs))
+        wish = _wish(request)
+        await self.room.pack(device, self.segments.needed(device, request.blobs, wish))
         self.models.publishing(request.key, client.number)  # it may have gone meanwhile
         token = f"{request.key}/{client.number}"
         plan = self.segments.plan(
-            device, token, request.blobs, lambda needed: self.room.make(device, needed, request.key)
+            device, token, request.blobs, lambda needed: self.room.make(device, needed, request.key), wish
         )
         used = list(dict.fromkeys([*plan.segments, *(place.segment for place in plan.places)]))
         try:
@@ -279,7 +283,21 @@ class Store:
         """The client wants the model no more."""
         client.private_bytes.pop(key, None)
         self._carry_out(self.models.leave(key, client.number))
+        self.let_sleep([key])
         self.changed()
+
+    def let_sleep(self, keys: Iterable[str]) -> None:
+        """Drop those of the models that nobody reads while others read their host copies: those sleep, and all do.
+
+        Pinned models stay; so do all while readers may be on their way back.
+        """
+        for key in keys:
+            model, known = self.models.get(key), self.committed.get(key)
+            if model is None or known is None or model.readers or model.pinned or self.recovering:
+                continue
+            copy = self.models.get(known.host_key)
+            if copy is not None and copy.readers:
+                self.evict([key], "its readers sleep")
 
     def report(self, client: Client, key: str, private_bytes: int) -> None:
         """Keep what a reader says of its private bytes."""
@@ -555,6 +573,13 @@ class Store:
     def _holder_of(self, lease: str) -> Client | None:
         holder = self.leases.holder(lease)
         return self.clients.get(holder) if holder is not None else None
+
+
+def _wish(request: messages.Plan) -> Layout | None:
+    """The layout that a publisher asks for, if it does."""
+    if not request.wish:
+        return None
+    return Layout(request.sizes, tuple(Placement(place.segment, place.offset) for place in request.wish))
 
 
 def failure(error: WoolyError, request: int) -> messages.Failed:

@@ -18,7 +18,7 @@ class Mapping:
     def __init__(self, backend: Backend, segment: Segment) -> None:
         """Reserve a range for the segment, which this mapping then owns and releases; nothing is mapped yet."""
         self._backend = backend
-        self._segment = segment
+        self._segment: Segment | None = segment
         self._lock = threading.Lock()
         self._closed = False
         self.access: Access | None = None
@@ -31,6 +31,8 @@ class Mapping:
         with self._lock:
             if self._closed:
                 raise ValueError("the mapping is closed")
+            if self._segment is None:
+                raise ValueError("the mapping has let its segment go")
             if self.access is access:
                 return
             if self.access is not None:
@@ -45,6 +47,23 @@ class Mapping:
             if self.access is not None:
                 self._backend.unmap(self.address, self.nbytes)
                 self.access = None
+
+    def let_go(self) -> None:
+        """Unmap and release the segment: the address stays reserved, and no memory is behind it. Idempotent."""
+        with self._lock:
+            if self.access is not None:
+                self._backend.unmap(self.address, self.nbytes)
+                self.access = None
+            segment, self._segment = self._segment, None
+            if segment is not None:
+                self._backend.release(segment)
+
+    def take(self, segment: Segment) -> None:
+        """Own a segment of the same size in place of one that was let go; nothing is mapped yet."""
+        with self._lock:
+            if self._closed or self._segment is not None or segment.nbytes != self.nbytes:
+                raise ValueError("the mapping is closed, has a segment, or is of another size")
+            self._segment = segment
 
     def private_bytes(self) -> int:
         """Bytes of this mapping that went private because this process wrote to them."""
@@ -61,7 +80,8 @@ class Mapping:
                 self._backend.unmap(self.address, self.nbytes)
                 self.access = None
             self._backend.unreserve(self.address, self.nbytes)
-            self._backend.release(self._segment)
+            if self._segment is not None:
+                self._backend.release(self._segment)
 
     def __del__(self) -> None:
         if hasattr(self, "address") and not sys.is_finalizing():  # the process's end unmaps everything anyway

@@ -83,10 +83,16 @@ class Open(Request, frozen=True, tag="open"):
 
 
 class Plan(Request, frozen=True, tag="plan"):
-    """Ask where the model's blobs go; :class:`Planned` answers, with promised segments for the new ones."""
+    """Ask where the model's blobs go; :class:`Planned` answers, with promised segments for the new ones.
+
+    ``wish``: a :class:`BlobPlace` for each blob, in segments of ``sizes`` bytes. What is new then goes there, because
+    the client has addresses for it there. Without one the store lays it out.
+    """
 
     key: str
     blobs: tuple[Blob, ...]
+    wish: tuple[BlobPlace, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 class Fill(Request, frozen=True, tag="fill"):

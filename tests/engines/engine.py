@@ -165,7 +165,7 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
     }
     if job.get("lease", job.get("load_format") == "wooly"):
         facts |= lease_of_this_process()
-    if settings.get("enable_lora"):
+    if settings.get("enable_lora") and not job.get("obey"):
         facts |= answers_of_adapters(llm, job["adapters"])
     if job.get("scribble"):
         facts["scribbled"] = scribble(llm)
@@ -176,11 +176,77 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
         say("answered after a write", model=model, tokens=tokens_of(llm))
     if job.get("load"):
         say("worked", model=model, **under_load(llm, facts["tokens"]))
+    if job.get("obey"):
+        obey(llm, job)
     if job.get("hold"):
         wait_for("go on")
         say("answered again", model=model, tokens=tokens_of(llm))
     del llm
     gc.collect()
+
+
+def all_answers(llm: Any, adapters: dict[str, str]) -> dict[str, list[list[int]]]:
+    """Tokens of the base and with each adapter, asked one by one."""
+    from vllm.lora.request import LoRARequest
+
+    numbered = enumerate(sorted(adapters), start=1)
+    found = {name: tokens_one_by_one(llm, LoRARequest(name, number, adapters[name])) for number, name in numbered}
+    return {"base": tokens_one_by_one(llm), **found}
+
+
+def obey(llm: Any, job: dict[str, Any]) -> None:
+    """Do what the test says, a line at a time, until it says `stop`; say what came of each (`did`, with its number)."""
+    adapters = job.get("adapters", {})
+    for number, line in enumerate(iter(lambda: sys.stdin.readline().split(), ["stop"]), start=1):
+        facts: dict[str, Any] = {}
+        try:
+            facts = do(llm, adapters, *line)
+        except Exception as error:  # noqa: BLE001 - the test is told of any
+            facts["error"] = f"{type(error).__name__}: {error}"
+        say(f"did {number}", **facts)
+
+
+def do(llm: Any, adapters: dict[str, str], what: str, *words: str) -> dict[str, Any]:
+    """One of a test's commands."""
+    if what == "answer":
+        return {"answers": all_answers(llm, adapters)}
+    if what == "sleep":
+        llm.sleep(level=int(words[0]))
+    elif what == "wake":
+        llm.wake_up(list(words) or None)
+    elif what == "cycles":
+        return cycles(llm, adapters, int(words[0]))
+    elif what == "rpc":
+        llm.collective_rpc(words[0], args=tuple(json.loads(word) for word in words[1:]))
+    elif what == "pools":
+        return pools()
+    else:
+        raise ValueError(what)
+    return lease_of_this_process()
+
+
+def cycles(llm: Any, adapters: dict[str, str], count: int) -> dict[str, Any]:
+    """Sleep, wake and answer again and again: how often not as before; addresses of weights that moved."""
+    right = all_answers(llm, adapters)
+    where = {name: parameter.data_ptr() for name, parameter in model_of(llm).named_parameters()}
+    wrong = 0
+    for _ in range(count):
+        llm.sleep(level=1)
+        llm.wake_up()
+        wrong += all_answers(llm, adapters) != right
+    now = {name: parameter.data_ptr() for name, parameter in model_of(llm).named_parameters()}
+    return {"wrong": wrong, "moved": sum(now[name] != address for name, address in where.items()), "answers": right}
+
+
+def pools() -> dict[str, int]:
+    """Bytes in the pool that vLLM sets aside when it sleeps, by what they are for; and in torch's own."""
+    import torch
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    found: dict[str, int] = {"torch": torch.cuda.memory_reserved()}
+    for data in CuMemAllocator.get_instance().pointer_to_data.values():
+        found[data.tag] = found.get(data.tag, 0) + data.handle[1]
+    return found
 
 
 def bytes_read() -> int:

@@ -250,6 +250,43 @@ def test_closing_a_mapping_is_idempotent_and_final(segment, imported):
         mapping.map(Access.READ)
 
 
+def test_a_mapping_lets_its_segment_go_and_takes_another_at_the_same_address(backend, kind, segment, imported, capable):
+    """In between no memory is behind the range: nothing of it is held here, and nothing else gets it."""
+    capable("host_access")
+    mapping = imported(segment, Access.WRITE)
+    address = mapping.address
+    poke(address, b"first")
+    before = open_fds()
+    mapping.let_go()
+    mapping.let_go()
+    assert (mapping.access, mapping.address) == (None, address)
+    assert open_fds() == before - 1
+    with pytest.raises(ValueError, match="let its segment go"):
+        mapping.map(Access.READ)
+    other = backend.create(segment.nbytes)
+    fd = backend.export(other)
+    with pytest.raises(ValueError, match="another size"):
+        mapping.take(type(segment)(fd, 1) if kind.fd_backed else type(segment)(None, 1, None))
+    mapping.take(backend.import_fd(fd, segment.nbytes))
+    os.close(fd)
+    mapping.map(Access.WRITE)
+    poke(address, b"other")
+    mapping.map(Access.READ)
+    assert peek(address, 5) == b"other"
+    with pytest.raises(ValueError, match="has a segment"):
+        mapping.take(other)
+    mapping.close()
+    backend.release(other)
+
+
+def test_a_mapping_without_a_segment_closes(segment, imported):
+    mapping = imported(segment, Access.READ)
+    mapping.let_go()
+    mapping.close()
+    with pytest.raises(ValueError, match="closed"):
+        mapping.map(Access.READ)
+
+
 def test_a_mapping_that_nobody_refers_to_gives_everything_back(backend, segment, capable):
     capable("fd_backed")  # a driver keeps ranges of its own
     gc.collect()

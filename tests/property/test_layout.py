@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_store.layout import ALIGNMENT, GRANULARITY, LEAST_TARGET, TARGET, pack, round_up, target_for
+from shared_store.layout import (
+    ALIGNMENT,
+    GRANULARITY,
+    LEAST_TARGET,
+    TARGET,
+    Layout,
+    Placement,
+    as_wished,
+    pack,
+    round_up,
+    target_for,
+)
 
 SIZES = st.lists(
     st.one_of(
@@ -91,3 +102,38 @@ def test_a_small_model_is_divided():
     """By default: 512 MiB in equal tensors are eight segments, and 32 MiB are one."""
     assert len(pack([16 << 20] * 32).sizes) == 8
     assert len(pack([1 << 20] * 32).sizes) == 1
+
+
+@given(SIZES, TARGETS, st.data())
+def test_a_wish_is_granted_for_what_is_new(sizes, target, data):
+    """New blobs get the places that they had, in segments of the sizes that those had, and no others are promised."""
+    before = pack(sizes, target=target)
+    new = data.draw(st.lists(st.sampled_from(range(len(sizes))), unique=True)) if sizes else []
+    now = as_wished(before, sizes, new)
+    assert len(now.placements) == len(new)
+    old = sorted({before.placements[index].segment for index in new})
+    assert now.sizes == tuple(before.sizes[segment] for segment in old)
+    for index, spot in zip(new, now.placements, strict=True):
+        assert (old[spot.segment], spot.offset) == (before.placements[index].segment, before.placements[index].offset)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "places", "nbytes"),
+    [
+        ((GRANULARITY,), [(0, 0), (0, 512)], [513, 1]),
+        ((GRANULARITY,), [(0, 0)], [GRANULARITY + 1]),
+        ((GRANULARITY,), [(0, GRANULARITY)], [1]),
+        ((GRANULARITY,), [(1, 0)], [1]),
+        ((GRANULARITY,), [(-1, 0)], [1]),
+        ((GRANULARITY,), [(0, -512)], [1]),
+        ((GRANULARITY,), [(0, 16)], [1]),
+        ((GRANULARITY,), [], [1]),
+        ((GRANULARITY + 512,), [(0, 0)], [1]),
+        ((0,), [(0, 0)], [0]),
+    ],
+)
+def test_a_wish_that_cannot_be_is_refused(sizes, places, nbytes):
+    """Overlapping, outside, unaligned, of no segment, or of segments that cannot be."""
+    wish = Layout(sizes, tuple(Placement(*place) for place in places))
+    with pytest.raises(ValueError, match=r"."):
+        as_wished(wish, nbytes, range(len(nbytes)))

@@ -18,15 +18,17 @@ from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.digest import digest_at
 from shared_store.manifest import decode
-from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.memory import Access, Mapping, backend_for
 from shared_store.protocol.wire import close_fds
+from shared_store.transfer.sleep import Sleeper
 
 
 class Client:
     """One session, and what it has mapped."""
 
-    def __init__(self, directory, name="", *, autostart=False, timeout_s=10.0):
-        self.backend = MemfdBackend()
+    def __init__(self, directory, name="", *, autostart=False, timeout_s=10.0, device="cpu"):
+        self.backend = backend_for(device)
+        self.sleeper = None
         self.session = Session.connect(Path(directory), name=name, autostart=autostart, timeout_s=timeout_s)
         self.mappings = []
         self.promised = []
@@ -45,8 +47,9 @@ class Client:
 
     # Publishing, in the steps that it has.
 
-    def open(self, key, *, publish=True, timeout_s=60.0, name="model", device="cpu"):
+    def open(self, key, *, publish=True, timeout_s=60.0, name="model", device=None):
         """`granted`, or `attached` with the model mapped."""
+        device = device or self.backend.device
         found = self.session.open(key, name=name, engine="test", device=device, publish=publish, timeout_s=timeout_s)
         if found is None:
             return "granted"
@@ -87,7 +90,7 @@ class Client:
             mapping.unmap()
 
     def commit(self, key, *, state=None):
-        attached, fds = self.session.commit(manifest_of(key, self.blobs, state=state))
+        attached, fds = self.session.commit(manifest_of(key, self.blobs, state=state, device=self.backend.device))
         self._take(attached, fds)
         return "attached"
 
@@ -124,6 +127,38 @@ class Client:
 
     def private_bytes(self):
         return sum(mapping.private_bytes() for mapping in self.mappings)
+
+    # Sleeping.
+
+    def sleep(self):
+        """Leave the device; nothing is mapped then."""
+        self._sleeper().sleep()
+
+    def prepare(self):
+        """Read the host copy, awake."""
+        self._sleeper().prepare()
+
+    def wake(self):
+        """Come back: bytes that are shared, and bytes of this process's own."""
+        woken = self._sleeper().wake()
+        return [woken.shared_bytes, woken.private_bytes]
+
+    def mapped(self):
+        """How many of the segments are mapped."""
+        return sum(mapping.access is not None for mapping in self.mappings)
+
+    def _sleeper(self):
+        if self.sleeper is None:
+            self.sleeper = Sleeper(
+                self.session,
+                self.manifest,
+                self.places,
+                self.segments,
+                list(enumerate(self.mappings)),
+                self.backend,
+                timeout_s=60.0,
+            )
+        return self.sleeper
 
     # The rest of a session.
 
@@ -201,7 +236,8 @@ class Client:
 
     def _take(self, attached, fds):
         self.unmap_all()
-        manifest = decode(attached.manifest)
+        manifest = self.manifest = decode(attached.manifest)
+        self.segments = attached.segments
         self.blobs, self.places = manifest.blobs, attached.places
         self.mappings = self._mappings(attached.segments, fds)
         for mapping in self.mappings:

@@ -37,6 +37,7 @@ class EngineProcess:
         )
         self.log: list[str] = []
         self.events: list[dict[str, Any]] = []
+        self._commands = 0
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -75,6 +76,12 @@ class EngineProcess:
         assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
+
+    def do(self, command: str) -> dict[str, Any]:
+        """What came of a command to an engine that obeys (see `engine.obey`)."""
+        self._commands += 1
+        self.tell(command)
+        return self.wait(f"did {self._commands}")
 
     def finish(self) -> int:
         """Wait for its end; returns the exit code."""
