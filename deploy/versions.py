@@ -1,4 +1,4 @@
-"""Run tests over versions of an engine, in an environment for each: what `hf_versions.py` and `vllm_versions.py` share."""
+"""Run tests over versions of an engine, in an environment for each: for `hf_versions.py` and `vllm_versions.py`."""
 
 from __future__ import annotations
 
