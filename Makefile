@@ -17,7 +17,7 @@ GPU_TESTS ?= tests/memory tests/gpu
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench soak gpu hf-versions clean
+.PHONY: help install demo test lint wheel bench soak gpu hf-versions vllm-versions clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -67,6 +67,9 @@ soak: install ## 200 clients that publish, read and die at random for two minute
 
 hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
+
+vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIONS="0.26 0.29"; all that are supported)
+	$(PYTHON) deploy/vllm_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
 
 # GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
 # All of it takes an hour on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:

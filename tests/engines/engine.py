@@ -183,6 +183,18 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
         say("answered again", model=model, tokens=tokens_of(llm))
     del llm
     gc.collect()
+    end_groups()
+
+
+def end_groups() -> None:
+    """End the process groups that 0.26 and 0.29 leave behind, made as the first model of a process wanted them.
+
+    A mixture of experts after a dense model would find none for its experts.
+    """
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 def all_answers(llm: Any, adapters: dict[str, str]) -> dict[str, list[list[int]]]:

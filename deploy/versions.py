@@ -1,0 +1,53 @@
+"""Run tests over versions of an engine, in an environment for each: for `hf_versions.py` and `vllm_versions.py`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from install import ROOT, Environment, InstallError
+
+
+def run(
+    engine: str, versions: Sequence[str], make: Callable[[str], Environment], tests: Sequence[str], about: str
+) -> int:
+    """The command line `[VERSION ...] [-- PYTEST_ARGUMENT ...]`; returns the exit code.
+
+    Args:
+        engine: its name, for people.
+        versions: those that are tested when none is given.
+        make: makes the environment for a version.
+        tests: what pytest is given, besides the command line's arguments for it.
+        about: the script's docstring.
+    """
+    given, pytest_arguments = _split(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=about.partition("\n\n")[0], epilog="Arguments after -- go to pytest.")
+    parser.add_argument("versions", nargs="*", default=versions, metavar="VERSION", help=f"such as {versions[0]}")
+    chosen = parser.parse_args(given).versions
+    results = {version: _test(make, version, [*tests, "-q", *pytest_arguments]) for version in chosen}
+    for version, result in results.items():
+        print(f"{engine} {version}: {result}", flush=True)
+    return int(any(result != "passed" for result in results.values()))
+
+
+def requirement(distribution: str, version: str) -> str:
+    """What pip is asked for: the newest patch of a minor version, or exactly what was given."""
+    return f"{distribution}=={version}" if version.count(".") > 1 else f"{distribution}=={version}.*"
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and what stands after `--`."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _test(make: Callable[[str], Environment], version: str, arguments: list[str]) -> str:
+    """Test one version: `passed`, or what went wrong."""
+    try:
+        environment = make(version)
+    except InstallError as error:
+        return f"not installed: {error}"
+    code = subprocess.run([str(environment.python), "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
+    return "passed" if code == 0 else f"pytest exited with {code}"
