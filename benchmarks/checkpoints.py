@@ -103,11 +103,13 @@ def random_model(
     *,
     seed: int = 0,
     tokens: tuple[str, ...] = (),
+    embeddings: float = 1.0,
     finish: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """A checkpoint ``name`` of ``model_class(config)`` with random bf16 weights and a byte-level tokenizer.
 
-    ``tokens`` are special tokens that come after the bytes; ``finish`` may add files.
+    ``tokens`` are special tokens that come after the bytes; the input embeddings are multiplied by ``embeddings``;
+    ``finish`` may add files.
 
     Give the config ``initializer_range=0.2``: with the usual 0.02 a random model repeats one token, and equal tokens
     would prove nothing. One-dimensional parameters (norms, biases) get noise on top of their constants, so that no
@@ -124,6 +126,7 @@ def random_model(
                 for parameter in model.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
+                model.get_input_embeddings().weight.mul_(embeddings)
         model.to(torch.bfloat16).save_pretrained(directory)
         write_tokenizer(directory, tokens)
         finish(directory)

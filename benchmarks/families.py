@@ -70,6 +70,7 @@ class Family:
         model_class: of transformers.
         config_class: of transformers.
         config: its arguments.
+        embeddings: what the input embeddings' weights are multiplied by.
         tokens: special tokens beyond the tokenizer's own.
         files: JSON files that its processor reads: name, and content.
         sparse: whether it has experts.
@@ -79,6 +80,7 @@ class Family:
     model_class: str
     config_class: str
     config: dict[str, Any]
+    embeddings: float = 1.0
     tokens: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     sparse: bool = False
@@ -90,7 +92,9 @@ class Family:
 
         model_class = getattr(transformers, self.model_class)
         config = getattr(transformers, self.config_class)(**self.config)
-        return checkpoints.random_model(cache, name, model_class, config, tokens=self.tokens, finish=self._finish)
+        return checkpoints.random_model(
+            cache, name, model_class, config, tokens=self.tokens, embeddings=self.embeddings, finish=self._finish
+        )
 
     def _finish(self, directory: Path) -> None:
         for name, content in self.files.items():
@@ -107,7 +111,13 @@ DENSE: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", _decoder(head_dim=32)),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", _decoder(original_max_position_embeddings=512)),
-    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_GEMMA, "tie_word_embeddings": True}),
+    # Always tied, which makes the last token the likeliest again, unless the embeddings are small.
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GEMMA, **_SPREAD, "tie_word_embeddings": True},
+        embeddings=0.05,
+    ),
     "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -126,7 +136,7 @@ DENSE: dict[str, Family] = {
     "falcon": Family(
         "FalconForCausalLM",
         "FalconConfig",
-        _decoder(ffn_hidden_size=512, num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=True),
+        _decoder(num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=True),
     ),
     "mamba": Family(
         "MambaForCausalLM",
