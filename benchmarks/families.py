@@ -269,7 +269,15 @@ SPARSE: dict[str, Family] = {
     "deepseek-v3": Family(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
-        {**_MLA, "q_lora_rank": 256, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0},
+        {
+            **_MLA,
+            "q_lora_rank": 256,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_group": 2,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+        },
         sparse=True,
     ),
     "gpt-oss": Family(

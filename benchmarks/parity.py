@@ -160,7 +160,7 @@ class Engines:
 
         with (
             contextlib.suppress(StoreUnavailableError),  # nothing was shared yet, so no store was started
-            Session.connect(self._node.scratch / "run", autostart=False) as session,
+            Session.connect(self._node.runtime_dir, autostart=False) as session,
         ):
             for model in session.status().models:
                 if model.state == "committed" and not model.readers:
