@@ -10,6 +10,7 @@ Relies on transformers having the classes that are named; what each is made into
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,8 @@ class Family:
         embeddings: what the input embeddings' weights are multiplied by.
         tokens: special tokens beyond the tokenizer's own.
         files: JSON files that its processor reads: name, and content.
+        renamed: a pattern of tensors' names, and what takes its place: real checkpoints may have older names than those
+            that transformers saves, and vLLM reads no others.
         sparse: whether it has experts.
         embeds: whether it answers with embeddings.
     """
@@ -83,6 +86,7 @@ class Family:
     embeddings: float = 1.0
     tokens: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    renamed: tuple[str, str] | None = None
     sparse: bool = False
     embeds: bool = False
 
@@ -99,6 +103,12 @@ class Family:
     def _finish(self, directory: Path) -> None:
         for name, content in self.files.items():
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self.renamed is not None:
+            from safetensors.torch import load_file, save_file
+
+            file = directory / "model.safetensors"
+            tensors = {re.sub(*self.renamed, name): tensor for name, tensor in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _decoder(**changes: Any) -> dict[str, Any]:
@@ -231,6 +241,7 @@ DENSE: dict[str, Family] = {
                 "image_token": "<image>",
             },
         },
+        renamed=(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     ),
     "bert": Family(
         "BertModel",

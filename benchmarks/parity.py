@@ -199,14 +199,17 @@ class Results:
     """The file of results: what rows gave, by machine and vLLM version. Lanes write to it one after the other."""
 
     def __init__(self, file: Path, machine: Machine) -> None:
-        """Read what it has."""
+        """``machine``: where the results come from that are written."""
         self._file, self._machine, self._lock = file, machine, threading.Lock()
-        old = json.loads(file.read_text(encoding="utf-8"))["raw"] if file.exists() else []
-        self._rows = {self._key(each): each for each in old if each["row"] in ROWS}
 
     def has(self, row: Row) -> bool:
         """Whether there is a result of a row on this kind of machine."""
-        return any(device == self._machine.device and name == row.name for device, _, name in self._rows)
+        return any(device == self._machine.device and name == row.name for device, _, name in self._read())
+
+    def _read(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """What the file has, but for rows that there no longer are."""
+        old = json.loads(self._file.read_text(encoding="utf-8"))["raw"] if self._file.exists() else []
+        return {self._key(each): each for each in old if each["row"] in ROWS}
 
     def put(self, row: Row, outcome: Outcome, versions: Mapping[str, str], seconds: float) -> None:
         """Write a row's result, in the place of what there was."""
@@ -226,9 +229,9 @@ class Results:
             "seconds": round(seconds, 1),
         }
         with self._lock:
-            self._rows[self._key(found)] = found
+            have = self._read() | {self._key(found): found}
             order = {name: number for number, name in enumerate(ROWS)}
-            rows = [self._rows[key] for key in sorted(self._rows, key=lambda key: (key[0], key[1], order[key[2]]))]
+            rows = [have[key] for key in sorted(have, key=lambda key: (key[0], key[1], order[key[2]]))]
             self._file.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._file.with_suffix(".new")
             fresh.write_text(json.dumps({**_counts(rows), "raw": rows}, indent=1) + "\n", encoding="utf-8")
