@@ -183,7 +183,8 @@ def judge(answers: Mapping[str, list[dict[str, Any]]], *, embeds: bool) -> Outco
         return Outcome("refused", refused[0])
     lease = answers["reader"][0]
     if lease["role"] != "reader" or not lease["mapped_bytes"]:
-        return Outcome("failed", f"the reader maps nothing, and does not say why: {lease}")
+        said = {name: value for name, value in lease.items() if name in ("role", "mapped_bytes", "store")}
+        return Outcome("failed", f"the reader maps nothing, and does not say why: {said}")
     mapped, private = lease["mapped_bytes"], lease["private_bytes"]
     return Outcome("equal", shared_fraction=round(mapped / (mapped + private), 4))
 

@@ -23,19 +23,27 @@ TOKENS = 24
 _NOT_SHARED = re.compile(r"loaded the stock way, and not shared: (?P<reason>.*?) \[(?P<code>\w+)\]\. ", re.DOTALL)
 
 
-class Refusals(logging.Handler):
-    """Hears why a model is not shared: the reason is what wooly logs when it falls back."""
+class Refusals(logging.Filter):
+    """Hears why a model is not shared: the reason is what wooly logs when it falls back.
+
+    A filter that lets everything through, for vLLM takes handlers away when it sets its logging up again.
+    """
 
     def __init__(self) -> None:
         """Listen to wooly's logger."""
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.reasons: list[str] = []
-        logging.getLogger("vllm.wooly").addHandler(self)
+        logging.getLogger("vllm.wooly").addFilter(self)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         """Keep the reason, if that is what it says."""
         if found := _NOT_SHARED.search(record.getMessage()):
             self.reasons.append(f"{found['reason']} [{found['code']}]")
+        return True
+
+    def stop(self) -> None:
+        """Listen no more."""
+        logging.getLogger("vllm.wooly").removeFilter(self)
 
 
 def ask(llm: Any, *, embeds: bool) -> list[list[float]]:
@@ -102,7 +110,7 @@ def do(job: dict[str, Any], say: Callable[..., None], words: Any) -> bool:
         say("failed", error=last_line(error) + not_shared)
         return False
     finally:
-        logging.getLogger("vllm.wooly").removeHandler(refusals)
+        refusals.stop()
     shut_down = getattr(llm.llm_engine.engine_core, "shutdown", None)
     if shut_down is not None:
         shut_down()
