@@ -14,10 +14,11 @@ GPU_PYTHON ?= $(VENV)/bin/python
 HF_PARTS ?= memory,speed
 DISK ?= yes
 GPU_TESTS ?= tests/memory tests/gpu
+PARITY ?= --lanes 1
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench soak gpu hf-versions vllm-versions clean
+.PHONY: help install demo test lint wheel bench soak parity gpu hf-versions vllm-versions clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -64,6 +65,12 @@ bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/re
 soak: install ## 200 clients that publish, read and die at random for two minutes, then an exact count (results/soak.json)
 	$(VENV)/bin/python benchmarks/soak.py
 	$(VENV)/bin/python benchmarks/summary.py
+
+# With GPU_PYTHON and PARITY="--lanes 4 --budget-s 500 --missing" on a machine with a GPU, until nothing is missing.
+parity: ## stock, publisher and reader compared over models and quantizations (PARITY=options), and docs/parity.md
+	$(GPU_PYTHON) benchmarks/parity.py $(PARITY)
+	$(GPU_PYTHON) benchmarks/parity.py --markdown
+	$(GPU_PYTHON) benchmarks/summary.py
 
 hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)

@@ -103,14 +103,16 @@ def random_model(
     *,
     seed: int = 0,
     tokens: tuple[str, ...] = (),
+    embeddings: float = 1.0,
     finish: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """A checkpoint ``name`` of ``model_class(config)`` with random bf16 weights and a byte-level tokenizer.
 
-    ``tokens`` are special tokens that come after the bytes; ``finish`` may add files.
+    ``tokens`` are special tokens that come after the bytes; the input embeddings are multiplied by ``embeddings``;
+    ``finish`` may add files.
 
     Give the config ``initializer_range=0.2``: with the usual 0.02 a random model repeats one token, and equal tokens
-    would prove nothing. One-dimensional parameters (norms, biases) get noise on top of their constants, so that no
+    would prove nothing. One-dimensional tensors (norms, biases) get noise on top of their constants, so that no
     two are alike and a mix-up of them shows.
     """
 
@@ -121,14 +123,21 @@ def random_model(
             torch.manual_seed(seed)
             model = model_class(config)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() == 1:
-                        parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
+                for tensor in (*model.parameters(), *_stored_buffers(model)):
+                    if tensor.dim() == 1:
+                        tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2))
+                model.get_input_embeddings().weight.mul_(embeddings)
         model.to(torch.bfloat16).save_pretrained(directory)
         write_tokenizer(directory, tokens)
         finish(directory)
 
     return made_once(cache, name, make)
+
+
+def _stored_buffers(model: Any) -> list[Any]:
+    """Buffers of numbers that are in the checkpoint, such as a router's bias."""
+    stored = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in stored and buffer.is_floating_point()]
 
 
 def write_tokenizer(directory: Path, tokens: tuple[str, ...] = ()) -> None:

@@ -10,6 +10,7 @@ Relies on transformers having the classes that are named; what each is made into
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,11 @@ class Family:
         model_class: of transformers.
         config_class: of transformers.
         config: its arguments.
+        embeddings: what the input embeddings' weights are multiplied by.
         tokens: special tokens beyond the tokenizer's own.
         files: JSON files that its processor reads: name, and content.
+        renamed: a pattern of tensors' names, and what takes its place: real checkpoints may have older names than those
+            that transformers saves, and vLLM reads no others.
         sparse: whether it has experts.
         embeds: whether it answers with embeddings.
     """
@@ -79,8 +83,10 @@ class Family:
     model_class: str
     config_class: str
     config: dict[str, Any]
+    embeddings: float = 1.0
     tokens: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    renamed: tuple[str, str] | None = None
     sparse: bool = False
     embeds: bool = False
 
@@ -90,11 +96,19 @@ class Family:
 
         model_class = getattr(transformers, self.model_class)
         config = getattr(transformers, self.config_class)(**self.config)
-        return checkpoints.random_model(cache, name, model_class, config, tokens=self.tokens, finish=self._finish)
+        return checkpoints.random_model(
+            cache, name, model_class, config, tokens=self.tokens, embeddings=self.embeddings, finish=self._finish
+        )
 
     def _finish(self, directory: Path) -> None:
         for name, content in self.files.items():
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if self.renamed is not None:
+            from safetensors.torch import load_file, save_file
+
+            file = directory / "model.safetensors"
+            tensors = {re.sub(*self.renamed, name): tensor for name, tensor in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _decoder(**changes: Any) -> dict[str, Any]:
@@ -107,7 +121,13 @@ DENSE: dict[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
     "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", _decoder(head_dim=32)),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", _decoder(original_max_position_embeddings=512)),
-    "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", {**_GEMMA, "tie_word_embeddings": True}),
+    # Always tied, which makes the last token the likeliest again, unless the embeddings are small.
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GEMMA, **_SPREAD, "tie_word_embeddings": True},
+        embeddings=0.05,
+    ),
     "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -126,7 +146,7 @@ DENSE: dict[str, Family] = {
     "falcon": Family(
         "FalconForCausalLM",
         "FalconConfig",
-        _decoder(ffn_hidden_size=512, num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=True),
+        _decoder(num_kv_heads=2, new_decoder_architecture=True, tie_word_embeddings=True),
     ),
     "mamba": Family(
         "MambaForCausalLM",
@@ -221,6 +241,7 @@ DENSE: dict[str, Family] = {
                 "image_token": "<image>",
             },
         },
+        renamed=(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     ),
     "bert": Family(
         "BertModel",
@@ -259,7 +280,15 @@ SPARSE: dict[str, Family] = {
     "deepseek-v3": Family(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
-        {**_MLA, "q_lora_rank": 256, "n_group": 2, "topk_group": 1, "num_nextn_predict_layers": 0},
+        {
+            **_MLA,
+            "q_lora_rank": 256,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "n_group": 2,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+        },
         sparse=True,
     ),
     "gpt-oss": Family(

@@ -135,7 +135,7 @@ class Node:
         self._command = [sys.executable, str(script)]
         self._scratch = tempfile.TemporaryDirectory(prefix="wooly-", dir="/tmp")  # short: sockets' paths are limited
         self.scratch = Path(self._scratch.name)
-        self._runtime_dir = self.scratch / "run"
+        self.runtime_dir = self.scratch / "run"
         self._children: list[Child] = []
 
     def __enter__(self) -> Self:
@@ -157,19 +157,19 @@ class Node:
     def start(self, name: str, role: str, job: dict[str, Any], **environment: str) -> Child:
         """Start a process."""
         log = self.scratch / f"{len(self._children):03d}-{role}.log"
-        environment |= {"WOOLY_RUNTIME_DIR": str(self._runtime_dir)}
+        environment |= {"WOOLY_RUNTIME_DIR": str(self.runtime_dir)}
         self._children.append(Child(name, self._command, role, job, log, environment))
         return self._children[-1]
 
     def status(self) -> Status:
         """What the store says of itself. Raises :class:`StoreUnavailableError` where none was started yet."""
-        with Session.connect(self._runtime_dir, autostart=False) as session:
+        with Session.connect(self.runtime_dir, autostart=False) as session:
             return session.status()
 
     def stop_store(self) -> None:
         """End the store, if one was started, and wait until its memory is free."""
         try:
-            with Session.connect(self._runtime_dir, autostart=False) as session:
+            with Session.connect(self.runtime_dir, autostart=False) as session:
                 keeper = session.status().keeper
                 session.shutdown_store()
         except StoreUnavailableError:  # no process here used one

@@ -164,7 +164,7 @@ class Engines:
 
         with (
             contextlib.suppress(StoreUnavailableError),  # nothing was shared yet, so no store was started
-            Session.connect(self._node.scratch / "run", autostart=False) as session,
+            Session.connect(self._node.runtime_dir, autostart=False) as session,
         ):
             for model in session.status().models:
                 if model.state == "committed" and not model.readers:
@@ -187,7 +187,8 @@ def judge(answers: Mapping[str, list[dict[str, Any]]], *, embeds: bool) -> Outco
         return Outcome("refused", refused[0])
     lease = answers["reader"][0]
     if lease["role"] != "reader" or not lease["mapped_bytes"]:
-        return Outcome("failed", f"the reader maps nothing, and does not say why: {lease}")
+        said = {name: value for name, value in lease.items() if name in ("role", "mapped_bytes", "store")}
+        return Outcome("failed", f"the reader maps nothing, and does not say why: {said}")
     mapped, private = lease["mapped_bytes"], lease["private_bytes"]
     return Outcome("equal", shared_fraction=round(mapped / (mapped + private), 4))
 
@@ -203,14 +204,17 @@ class Results:
     """The file of results: what rows gave, by machine and vLLM version. Lanes write to it one after the other."""
 
     def __init__(self, file: Path, machine: Machine) -> None:
-        """Read what it has."""
+        """``machine``: where the results come from that are written."""
         self._file, self._machine, self._lock = file, machine, threading.Lock()
-        old = json.loads(file.read_text(encoding="utf-8"))["raw"] if file.exists() else []
-        self._rows = {self._key(each): each for each in old if each["row"] in ROWS}
 
     def has(self, row: Row) -> bool:
         """Whether there is a result of a row on this kind of machine."""
-        return any(device == self._machine.device and name == row.name for device, _, name in self._rows)
+        return any(device == self._machine.device and name == row.name for device, _, name in self._read())
+
+    def _read(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """What the file has, but for rows that there no longer are."""
+        old = json.loads(self._file.read_text(encoding="utf-8"))["raw"] if self._file.exists() else []
+        return {self._key(each): each for each in old if each["row"] in ROWS}
 
     def put(self, row: Row, outcome: Outcome, versions: Mapping[str, str], seconds: float) -> None:
         """Write a row's result, in the place of what there was."""
@@ -230,9 +234,9 @@ class Results:
             "seconds": round(seconds, 1),
         }
         with self._lock:
-            self._rows[self._key(found)] = found
+            have = self._read() | {self._key(found): found}
             order = {name: number for number, name in enumerate(ROWS)}
-            rows = [self._rows[key] for key in sorted(self._rows, key=lambda key: (key[0], key[1], order[key[2]]))]
+            rows = [have[key] for key in sorted(have, key=lambda key: (key[0], key[1], order[key[2]]))]
             self._file.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._file.with_suffix(".new")
             fresh.write_text(json.dumps({**_counts(rows), "raw": rows}, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ _NOT_SHARED = re.compile(r"loaded the stock way, and not shared: (?P<reason>.*?)
 class Refusals(logging.Filter):
     """Hears why a model is not shared: the reason is what wooly logs when it falls back.
 
-    A filter, because vLLM configures its loggers anew when a first engine starts, and that takes handlers away.
+    A filter that lets everything through, for vLLM takes handlers away when it sets its logging up again.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,10 @@ class Refusals(logging.Filter):
         if found := _NOT_SHARED.search(record.getMessage()):
             self.reasons.append(f"{found['reason']} [{found['code']}]")
         return True
+
+    def stop(self) -> None:
+        """Listen no more."""
+        logging.getLogger("vllm.wooly").removeFilter(self)
 
 
 def ask(llm: Any, *, embeds: bool) -> list[list[float]]:
@@ -108,7 +112,7 @@ def do(job: dict[str, Any], say: Callable[..., None], words: Any) -> bool:
         say("failed", error=last_line(error) + not_shared)
         return False
     finally:
-        logging.getLogger("vllm.wooly").removeFilter(refusals)
+        refusals.stop()
     shut_down = getattr(llm.llm_engine.engine_core, "shutdown", None)
     if shut_down is not None:
         shut_down()

@@ -40,9 +40,13 @@ def wait_for(word: str) -> None:
         raise SystemExit(f"expected {word!r} on stdin, got {line!r}")
 
 
-def tokens_of(llm: Any) -> list[list[int]]:
+def tokens_of(llm: Any) -> list[list[float]]:
+    """Greedy tokens of each prompt; of a model that embeds, the embeddings."""
     from vllm import SamplingParams
 
+    if llm.llm_engine.vllm_config.model_config.runner_type == "pooling":
+        prompts = [{"prompt_token_ids": list(p)} for p in PROMPTS]
+        return [list(output.outputs.embedding) for output in llm.embed(prompts, use_tqdm=False)]
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in PROMPTS], greedy, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -108,7 +112,7 @@ def where_weights_lie(llm: Any) -> dict[str, int]:
     }
 
 
-def under_load(llm: Any, right: list[list[int]]) -> dict[str, int]:
+def under_load(llm: Any, right: list[list[float]]) -> dict[str, int]:
     """Answer again and again until the test sends a line; how often, and how often not as at first."""
     rounds = wrong = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
