@@ -47,15 +47,25 @@ def install() -> None:
 
 
 def external_bytes(vllm_config: Any) -> int:
-    """Bytes of the model's weights that the store has already on this engine's device; 0 where that cannot be told."""
+    """Bytes of an engine's models, its draft model too, that the store has already on this engine's device.
+
+    0 where that cannot be told.
+    """
     loader = _loader(vllm_config)
     if loader is None:
         return 0
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     try:
-        return loader.resident_bytes(vllm_config, vllm_config.model_config)
+        models = [vllm_config.model_config, *([draft] if _is_loaded_apart(vllm_config, draft) else [])]
+        return sum(loader.resident_bytes(vllm_config, model) for model in models)
     except WoolyError as error:
         compat.logger().warning("wooly: cannot tell what the store holds of this model: %s", error)
         return 0
+
+
+def _is_loaded_apart(vllm_config: Any, draft: Any) -> bool:
+    """Whether there is a draft model with a checkpoint of its own; n-gram drafts name their target as the model."""
+    return draft is not None and draft.model != vllm_config.model_config.model
 
 
 def charge(external: int, total: int, cache_config: Any) -> int:

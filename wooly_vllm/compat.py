@@ -326,19 +326,33 @@ def _doing_nothing(method: Any) -> Iterator[None]:
         own.update(before)
 
 
-def parallel_ranks(vllm_config: Any) -> dict[str, int]:
+def parallel_ranks(vllm_config: Any, model_config: Any) -> dict[str, int]:
     """Sizes and this process's ranks of every way that weights are divided."""
     tensor_rank, tensor_size = find(
         "vllm.distributed", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"
     )
     (pipeline,) = find("vllm.distributed", "get_pp_group")
-    parallel = vllm_config.parallel_config
     return {
         "tensor_rank": tensor_rank(),
         "tensor_size": tensor_size(),
         "pipeline_rank": pipeline().rank_in_group,
         "pipeline_size": pipeline().world_size,
-        "data_size": parallel.data_parallel_size,
-        "data_rank": parallel.data_parallel_rank if parallel.enable_expert_parallel else 0,
+        **divided_further(vllm_config.parallel_config, experts=bool(getattr(model_config, "is_moe", True))),
+    }
+
+
+def divided_further(parallel: Any, *, experts: bool) -> dict[str, int]:
+    """Sizes and ranks beside those of tensors and pipelines.
+
+    Experts are divided among data parallel ranks, too: as a whole with expert parallelism, in slices without it. A
+    model without experts is the same on all of them.
+    """
+    context = parallel.prefill_context_parallel_size
+    return {
+        "data_size": parallel.data_parallel_size if experts else 1,
+        "data_rank": parallel.data_parallel_rank if experts else 0,
         "expert_parallel": int(parallel.enable_expert_parallel),
+        "context_size": context,
+        "context_rank": parallel.rank if context > 1 else 0,
+        "decode_context_size": parallel.decode_context_parallel_size,
     }

@@ -76,7 +76,7 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
         "quantization": [model_config.quantization, repr(getattr(model_config, "quantization_config", None))],
         "runner": [str(getattr(model_config, name, None)) for name in ("runner_type", "convert_type")],
         "untied": bool(getattr(model_config, "word_embeddings_untied_by_checkpoint", False)),
-        "parallel": compat.parallel_ranks(vllm_config),
+        "parallel": compat.parallel_ranks(vllm_config, model_config),
         "kernels": _plain(getattr(vllm_config, "kernel_config", None)),
         "lora": _lora(vllm_config.lora_config),
         # Some buffers have a row for each position, token or sequence.

@@ -48,3 +48,17 @@ def test_the_same_bytes_under_two_paths_are_one_model(
     assert process.wait("answered", str(original))["tokens"] == process.wait("answered", str(copy))["tokens"]
     status = status_of(runtime_dir)
     assert (len(status.models), status.counters.publishes, status.counters.attaches) == (1, 1, 2)
+
+
+def test_ranks_that_hold_other_experts_have_other_keys() -> None:
+    """Data parallel ranks divide experts, with expert parallelism and without; a dense model is the same on all."""
+    from vllm.config import ParallelConfig
+
+    from wooly_vllm.compat import divided_further
+
+    ranks = [ParallelConfig(data_parallel_size=2, data_parallel_rank=rank) for rank in (0, 1)]
+    alone = ParallelConfig()
+    assert divided_further(ranks[0], experts=True) != divided_further(ranks[1], experts=True)
+    assert divided_further(ranks[0], experts=True) != divided_further(alone, experts=True)
+    assert divided_further(ranks[0], experts=False) == divided_further(ranks[1], experts=False)
+    assert divided_further(ranks[0], experts=False) == divided_further(alone, experts=False)

@@ -1,0 +1,53 @@
+"""Speculative decoding on a GPU: target and draft are both shared, and the tokens are stock vLLM's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.drafts import eagle_head
+from support.engines import status_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+
+SETTINGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 256 << 20,
+    "enable_prefix_caching": False,
+}
+SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
+@pytest.mark.usefixtures("gpu_memory_mib")
+def test_target_and_draft_are_shared(
+    engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir: Path, method: str
+) -> None:
+    """Publisher and reader answer as stock vLLM with the same draft does; every model is there once."""
+    pytest.importorskip("vllm")
+    target = checkpoint("llama")
+    drafts = {
+        "ngram": {"prompt_lookup_max": 3},
+        "draft_model": {"model": str(checkpoint("llama-tied"))},
+        "eagle": {"model": str(eagle_head(target, tmp_path / "eagle"))},
+    }
+    speculative = {"method": method, "num_speculative_tokens": 2, **drafts[method]}
+    settings = {**SETTINGS, "speculative_config": speculative}
+    stock = engine(target, settings=settings, gate=True)
+    sharing = [engine(target, settings=settings, gate=True, hold=True, **SHARING) for _ in range(2)]
+    stock.tell("start")
+    right = stock.wait("answered")["tokens"]
+    assert stock.finish() == 0
+    for process in sharing:
+        process.tell("start")
+        assert process.wait("answered")["tokens"] == right
+    status = status_of(runtime_dir)
+    assert [model.readers for model in status.models] == [2] * (1 if method == "ngram" else 2)
+    models = len(status.models)
+    assert (status.counters.publishes, status.counters.attaches, status.counters.fallbacks) == (models, 2 * models, 0)
+    for process in sharing:
+        process.tell("go on")
+        assert process.wait("answered again")["tokens"] == right
+        assert process.finish() == 0
