@@ -17,6 +17,7 @@ BASE = "llama"
 SPARSE_BASE = "qwen3-moe"
 ONLINE = {"online-fp8": "fp8", "online-bitsandbytes": "bitsandbytes"}
 """Formats that vLLM itself makes of a bf16 checkpoint, and its names for them."""
+_WITH_SLOPES = ("bloom", "mpt")
 _WITH_IMAGES = ("qwen2-vl", "llava")
 _BOTH_WAYS = (BASE, SPARSE_BASE, "mixtral", "deepseek-v2", "deepseek-v3")
 """Models that a GPU runs with and without CUDA graphs; the others with them."""
@@ -84,6 +85,10 @@ class Row:
         }
         if self.graphs:
             settings["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4]}
+            if self.quantization != "none":  # graphs alone: that also compiled code is right the other rows show
+                settings["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        if on_gpu and self.model in _WITH_SLOPES:  # not every build of FlashAttention takes them
+            settings["attention_backend"] = "TRITON_ATTN"
         if on_gpu:
             settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 256 << 20}
         if self.quantization in ONLINE:

@@ -1,0 +1,58 @@
+"""The command of the parity matrix, with real engines: what it writes, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import parity
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+EQUAL, NOT_RUN = "llama/none/bfloat16/eager", "qwen2/none/bfloat16/eager"
+FAILING = "llama/online-bitsandbytes/bfloat16/eager"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a file that had two rows when two were run, one of which it had; vLLM cannot run the other one here.
+
+    One of those that it had is in no table any more.
+    """
+    here = parity.machine()
+    old = {"device": here.device, "driver": "", "versions": {"vllm": "0"}, "status": "failed", "reason": "old"}
+    output = tmp_path_factory.mktemp("parity") / "parity.json"
+    output.write_text(json.dumps({"raw": [{**old, "row": name} for name in (NOT_RUN, "no/such/row")]}))
+    command = [sys.executable, parity.__file__, "--rows", f"^({EQUAL}|{FAILING})$", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads(output.read_text())
+    rows: list[dict[str, Any]] = whole["raw"]
+    assert whole["cpu"] == {"failed": 1, "equal": 1, "stock-failed": 1}
+    return rows
+
+
+def test_a_shared_model_is_equal_and_says_how_much_is_shared(results: Any) -> None:
+    """Stock, publisher and reader answered alike; the facts of the run are with the result."""
+    row = next(row for row in results if row["row"] == EQUAL)
+    assert (row["status"], row["reason"]) == ("equal", "")
+    assert row["shared_fraction"] > 0.99
+    assert set(row["versions"]) == {"vllm", "torch", "transformers"}
+    assert row["commit"]
+    assert row["seconds"] > 0
+
+
+def test_what_stock_vllm_does_not_run_is_a_result(results: Any) -> None:
+    """The row is there, with the end of vLLM's error."""
+    row = next(row for row in results if row["row"] == FAILING)
+    assert row["status"] == "stock-failed"
+    assert "bitsandbytes" in row["reason"]
+
+
+def test_rows_that_did_not_run_keep_what_they_had(results: Any) -> None:
+    """A cut run loses nothing; only what no longer is a row goes."""
+    assert [row["reason"] for row in results if row["row"] == NOT_RUN] == ["old"]
+    assert {row["row"] for row in results} == {EQUAL, FAILING, NOT_RUN}
