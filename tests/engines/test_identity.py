@@ -50,6 +50,7 @@ def test_the_same_bytes_under_two_paths_are_one_model(
     assert (len(status.models), status.counters.publishes, status.counters.attaches) == (1, 1, 2)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing vLLM here, in this process, warns
 def test_ranks_that_hold_other_experts_have_other_keys() -> None:
     """Data parallel ranks divide experts, with expert parallelism and without; a dense model is the same on all."""
     from vllm.config import ParallelConfig

@@ -21,7 +21,7 @@ SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("gpu")
 def test_target_and_draft_are_shared(
     engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir: Path, method: str
 ) -> None:
