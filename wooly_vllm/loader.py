@@ -55,7 +55,7 @@ class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         self.before = state.plain_state(model)
         unnamed = state.Unnamed(model)
         super().load_weights(model, model_config)
-        layers = dict(methods.rehearsed_layers(model, unproven=True))
+        layers = dict(methods.rehearsed_layers(model, torch.device("meta"), unproven=True))
         self.left_behind = unnamed.changed(model, layers.values())
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +234,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         with compat.building(request.vllm_config, request.model_config):
             with request.device, Placeholders(self.options.share_min_bytes) as placeholders:
                 model = compat.initialize(request.vllm_config, request.model_config, request.prefix)
-            late = dict(methods.rehearsed_layers(model, unproven=self.options.unproven))
+            late = dict(methods.rehearsed_layers(model, request.device, unproven=self.options.unproven))
             attributes, kernels = manifest.state["attributes"], manifest.state["kernels"]
             binder = Binder(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
             binder.bind(late.values(), completes_itself=compat.completes_itself)
@@ -265,7 +265,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         loaded = time.perf_counter()
         try:
             checkpoint.unchanged()
-            late = dict(methods.rehearsed_layers(model, unproven=self.options.unproven))
+            late = dict(methods.rehearsed_layers(model, request.device, unproven=self.options.unproven))
             if inner.left_behind:
                 raise UnsupportedError(
                     f"loading changes tensors that no module names: {', '.join(inner.left_behind[:5])}"

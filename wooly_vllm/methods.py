@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from shared_store.errors import UnsupportedError
@@ -28,36 +29,23 @@ SCALES = frozenset({"Fp8KVCacheMethod", "CompressedTensorsKVCacheMethod", "BaseK
 """Methods of attention layers that turn loaded scales into buffers and plain numbers, and are done with that: once
 those are bound and set, there is nothing that they should do again."""
 
-REHEARSED = frozenset(
-    {
-        "AutoAWQLinearMethod",
-        "AutoAWQMoEMethod",
-        "AutoGPTQLinearMethod",
-        "AutoGPTQMoEMethod",
-        "AWQMarlinLinearMethod",
-        "AWQMarlinMoEMethod",
-        "CompressedTensorsLinearMethod",
-        "CompressedTensorsW8A8Fp8MoEMethod",
-        "CompressedTensorsW8A8Int8MoEMethod",
-        "CompressedTensorsWNA16MarlinMoEMethod",
-        "CompressedTensorsWNA16MoEMethod",
-        "Fp8LinearMethod",
-        "Fp8MoEMethod",
-        "Fp8PerTensorOnlineLinearMethod",
-        "Fp8PerTensorOnlineMoEMethod",
-        "GPTQMarlinLinearMethod",
-        "GPTQMarlinMoEMethod",
-        "Mxfp4MoEMethod",
-    }
-)
-"""Methods that change their layer's tensors, and come to the same Python state whatever values those have."""
-
+REHEARSED: dict[str, tuple[str, ...]] = {
+    "AutoAWQMarlinLinearMethod": ("cpu", "cuda"),
+    "AutoAWQMoEMethod": ("cuda",),
+    "AutoGPTQLinearMethod": ("cpu", "cuda"),
+    "AutoGPTQMoEMethod": ("cuda",),
+    "CompressedTensorsLinearMethod": ("cpu",),
+    "Fp8LinearMethod": ("cuda",),
+    "Fp8MoEMethod": ("cuda",),
+    "Fp8PerTensorOnlineLinearMethod": ("cuda",),
+}
+"""Methods that change their layer's tensors, and come to the same Python state whatever values those have; and the
+kinds of devices on which that was seen: each has kernels of its own."""
 
 QUANTIZATIONS = frozenset(
     {
         *("fp8", "fp8_per_tensor", "online"),
         *("gptq", "gptq_marlin", "auto_gptq", "awq", "awq_marlin", "auto_awq", "compressed-tensors"),
-        *("mxfp4", "gpt_oss_mxfp4"),
     }
 )
 """vLLM's names for quantizations whose layers may have methods of the tables."""
@@ -69,7 +57,7 @@ def check_quantization(name: str | None, *, unproven: bool) -> None:
         raise UnsupportedError(f"quantization {name} is not known to come out right when it is shared")
 
 
-def rehearsed_layers(model: nn.Module, *, unproven: bool) -> Iterator[tuple[str, nn.Module]]:
+def rehearsed_layers(model: nn.Module, device: torch.device, *, unproven: bool) -> Iterator[tuple[str, nn.Module]]:
     """The layers, with their paths, whose method is to be rehearsed; those with several paths once.
 
     ``unproven``: rehearse methods that are in no table, too, instead of refusing them.
@@ -81,9 +69,16 @@ def rehearsed_layers(model: nn.Module, *, unproven: bool) -> Iterator[tuple[str,
         method = compat.method_of(layer)
         if method is None or leaves_final_tensors_alone(method):
             continue
-        if not unproven and type(method).__name__ not in REHEARSED:
-            raise UnsupportedError(f"{path}: layers of {type(method).__name__} are not known to come out right")
+        kind = type(method).__name__
+        if not unproven and device.type not in REHEARSED.get(kind, ()):
+            raise UnsupportedError(f"{path}: layers of {kind} are not known to come out right on {device.type}")
+        if not unproven and path.endswith(_LATENT):
+            raise UnsupportedError(f"{path}: quantized latent attention is not known to come out right")
         yield path, layer
+
+
+_LATENT = ".kv_b_proj"
+"""Of this layer, multi-head latent attention makes tensors of its own when loading has ended."""
 
 
 def finished_layers(model: nn.Module) -> Iterator[nn.Module]:

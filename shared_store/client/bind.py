@@ -102,7 +102,7 @@ class Binder:
                     raise BindingError(f"{entry.path}: the model has no module {entry.module!r}")
                 if id(module) in late:
                     continue
-                if completes_itself(module) and _groups(module)[entry.kind].get(entry.name) is None:
+                if completes_itself(module) and not any(entry.name in group for group in _groups(module).values()):
                     self._later.append(entry)
                 else:
                     entries.append(entry)

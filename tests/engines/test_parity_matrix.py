@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-EQUAL, NOT_RUN = "llama/none/bfloat16/eager", "qwen2/none/bfloat16/eager"
+EQUAL, NOT_RUN = "llama/gptq/bfloat16/eager", "qwen2/none/bfloat16/eager"
 FAILING = "llama/online-bitsandbytes/bfloat16/eager"
 
 

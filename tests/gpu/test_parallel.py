@@ -1,13 +1,12 @@
-"""Tensor parallel and data parallel engines: each rank shares with its like, and with nobody else."""
+"""Tensor parallel engines: each rank shares with the same rank of another engine, and with nobody else."""
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import EngineProcess, status_of
+from support.engines import status_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -54,51 +53,3 @@ def test_ranks_share_with_the_same_rank_of_another_engine(
         process.tell("go on")
         assert process.wait("answered again")["tokens"] == right
         assert process.finish() == 0
-
-
-def replicas(runtime_dir: Path, model: Path, local_ranks: tuple[int, int]) -> list[EngineProcess]:
-    """Two data parallel replicas, as vLLM's offline launcher starts them; the GPU of each by its local rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = {"models": [str(model)], "settings": SETTINGS, "hold": True, "lease": False, **SHARING}
-    return [
-        EngineProcess(
-            runtime_dir,
-            job,
-            VLLM_DP_RANK=str(rank),
-            VLLM_DP_RANK_LOCAL=str(local_rank),
-            VLLM_DP_SIZE="2",
-            VLLM_DP_MASTER_IP="127.0.0.1",
-            VLLM_DP_MASTER_PORT=str(port),
-        )
-        for rank, local_rank in enumerate(local_ranks)
-    ]
-
-
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_data_parallel_replicas_share_on_a_gpu(
-    request: Any, engine: Any, checkpoint: Any, runtime_dir: Path, gpus: int
-) -> None:
-    """On one GPU the replicas read one copy; on two GPUs each reads its own, and the one of other engines there."""
-    if gpus == 2:
-        request.getfixturevalue("two_gpus")
-    pytest.importorskip("vllm")
-    model = checkpoint("llama")
-    alone = engine(model, settings=SETTINGS, lease=False, **SHARING)
-    right = alone.wait("answered")["tokens"]
-    assert alone.finish() == 0
-    both = replicas(runtime_dir, model, (0, gpus - 1))
-    try:
-        assert [replica.wait("answered")["tokens"] for replica in both] == [right, right]
-        status = status_of(runtime_dir)
-        assert sorted(found.readers for found in status.models) == ([2] if gpus == 1 else [1, 1])
-        assert status.counters.fallbacks == 0
-        for replica in both:
-            replica.tell("go on")
-        for replica in both:
-            assert replica.wait("answered again")["tokens"] == right
-            assert replica.finish() == 0
-    finally:
-        for replica in both:
-            replica.close()

@@ -23,7 +23,7 @@ def eagle_head(target: Path, directory: Path, *, seed: int = 3) -> Path:
     layer = {
         name.removeprefix("model."): tensor
         for name, tensor in load_file(target / "model.safetensors").items()
-        if name.startswith("model.layers.0.")
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name  # EAGLE has none before its first layer
     }
     generator = torch.Generator().manual_seed(seed)
     width = config["hidden_size"]
