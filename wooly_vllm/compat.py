@@ -87,6 +87,11 @@ def when_on_gpu(then: Callable[[], None]) -> None:
         then()
 
 
+def packs_small_weights() -> bool:
+    """Whether this vLLM has the kernel for small packed weights as a function that we know (from 0.29 on)."""
+    return hasattr(importlib.import_module("vllm._custom_ops"), "weight_packed_linear_cpu")
+
+
 def replace_function(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put a wrapper in the place of a module's function."""
     (stock,) = find(module, name)

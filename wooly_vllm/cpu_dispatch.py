@@ -5,6 +5,7 @@ knows, larger ones into a oneDNN handle in private memory. Neither can be mapped
 use the same kernel, with the packed tensor held by the layer, and larger ones keep their plain weight, multiplied by
 ``torch.nn.functional.linear``. Results equal those of stock vLLM bit by bit where the kernel is the same; where it is
 not, they equal those of stock vLLM with ``WOOLY_CPU_DISPATCH=1``, which uses this module whatever the load format.
+Before 0.29 all weights stay plain: the kernel for small ones took other arguments.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _prepare(layer: Any, *, remove_weight: bool, stock: Callable[..., None]) -> 
         return
     (small_enough,) = compat.find(_MODULE, "check_cpu_sgl_kernel")
     rows, columns = layer.weight.shape
-    if not small_enough(rows, columns, layer.weight.dtype):
+    if not compat.packs_small_weights() or not small_enough(rows, columns, layer.weight.dtype):
         layer.cpu_linear = nn.functional.linear
         return
     setattr(layer, PACKED, torch.ops._C.convert_weight_packed(layer.weight))

@@ -50,6 +50,8 @@ def test_every_hook_is_where_it_is_looked_for(compat: Any) -> None:
     hooks = set(_hooks(Path(compat.__file__).parent))
     assert ("vllm.v1.worker.gpu_worker", "request_memory") in hooks
     assert len(hooks) > 10
+    if not compat.packs_small_weights():
+        hooks -= {("vllm._custom_ops", "weight_packed_linear_cpu")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module, *names in sorted(hooks):
@@ -91,6 +93,25 @@ def test_attributes_that_are_gone(compat: Any, advice: str, monkeypatch: pytest.
     config = SimpleNamespace(model="some/where", revision=None)
     with pytest.raises(ConfigError, match=advice):
         compat.weight_files(object.__new__(DefaultModelLoader), config, object)
+
+
+def test_small_weights_stay_plain_where_their_kernel_takes_other_arguments(
+    compat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before 0.29, on a CPU whose weights would be packed."""
+    import torch
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    from wooly_vllm import cpu_dispatch
+
+    monkeypatch.delattr(_custom_ops, "weight_packed_linear_cpu", raising=False)
+    monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: True)
+    assert not compat.packs_small_weights()
+    layer = torch.nn.Linear(32, 16, dtype=torch.bfloat16)
+    cpu_dispatch._prepare(layer, remove_weight=True, stock=lambda *_: pytest.fail("packed by vLLM"))
+    assert layer.cpu_linear is torch.nn.functional.linear
+    assert layer.weight.shape == (16, 32)
 
 
 def test_no_engine_starts_where_the_loader_cannot_be_made() -> None:

@@ -7,12 +7,15 @@ stock vLLM under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 from support.engines import EngineProcess, status_of
+
+from shared_store.supported import Range
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -25,7 +28,11 @@ TAUGHT_BY = {
 }
 """Families that show what others do not, and what that is."""
 
-SMALL = [*models.FAMILIES, *TAUGHT_BY]
+
+TOLD_OF_FINAL = Range("vllm", "0.30", "1").has(importlib.metadata.version("vllm"))
+"""Whether this vLLM can be told that a layer's tensors are final. On a CPU, others pack experts each time."""
+SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
+SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if TOLD_OF_FINAL or name not in SPARSE]
 FAMILIES = [*SMALL, "smollm2"]
 SETTINGS: dict[str, dict[str, Any]] = {"bert": {"runner": "pooling", "skip_tokenizer_init": False}}
 
@@ -102,3 +109,19 @@ def test_each_model_was_published_once(runs: Any, module_runtime_dir: Path) -> N
     counters = status_of(module_runtime_dir).counters
     assert runs
     assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), 3 * len(FAMILIES), 0)
+
+
+@pytest.mark.skipif(TOLD_OF_FINAL, reason="this vLLM can be told that experts are packed already")
+def test_experts_that_would_be_packed_twice_are_loaded_the_stock_way(
+    engine: Any, checkpoint: Any, runtime_dir: Path
+) -> None:
+    """A reader has no use for them; it says why, and answers as stock does."""
+    path = checkpoint("mixtral")
+    stock = engine(path)
+    assert stock.finish() == 0, stock.log[-20:]
+    process = engine(path, path, load_format="wooly")
+    assert process.finish() == 0, process.log[-20:]
+    assert status_of(runtime_dir).counters.fallbacks >= 1
+    assert any("is loaded the stock way, and not shared: model.layers.0." in line for line in process.log)
+    answers = [event["tokens"] for event in process.events if event["event"] == "answered"]
+    assert answers == [stock.wait("answered")["tokens"]] * 2
