@@ -124,6 +124,21 @@ class Server:
             raise ServerError(f"{self.name} did not answer: {error!r}\n{self.log_tail()}") from error
         return Answer(choice["message"]["content"], tuple(choice["token_ids"]))
 
+    def complete(self, prompt: Sequence[int], *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:
+        """What follows a prompt of token ids, greedy: for models without a chat template. As :meth:`ask`."""
+        request = {
+            "model": "model",
+            "prompt": list(prompt),
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+        }
+        try:
+            choice = self._post("/v1/completions", request, timeout_s)["choices"][0]
+        except (OSError, ValueError, LookupError) as error:
+            raise ServerError(f"{self.name} did not answer: {error!r}\n{self.log_tail()}") from error
+        return Answer(choice["text"], tuple(choice["token_ids"]))
+
     def pids(self) -> set[int]:
         """The process ids of the server: its own and those of everything that it started."""
         session = self._process.pid

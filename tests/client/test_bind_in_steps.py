@@ -88,7 +88,7 @@ def test_a_layer_that_comes_out_otherwise_is_named(sessions) -> None:
     binder.bind([model.packing])
     binder.materialize(model.packing, torch.device("cpu"))
     model.packing.pack(rows=SIDE // 4)
-    with pytest.raises(BindingError, match="again.weight came out as"):
+    with pytest.raises(BindingError, match=r"again\.weight came out as"):
         binder.bind_late(model.packing)
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallel engines on a CPU: each rank shares with the same rank of another engine, and with nobody else."""
+"""Tensor and data parallel engines on a CPU: each rank shares with its like, and with nobody else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.engines import status_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -38,3 +39,21 @@ def test_ranks_share_with_the_same_rank_of_another_engine(engine: Any, checkpoin
     for process in sharing:
         assert process.wait("answered again")["tokens"] == right
         assert process.finish() == 0
+
+
+def test_replicas_of_a_server_read_one_copy(checkpoint: Any, tmp_path: Path, runtime_dir: Path) -> None:
+    """One server with two data parallel ranks: one model, two readers, and the same answer from whichever is asked."""
+    arguments = [*SMALL_ARGUMENTS, "--load-format", "wooly", "--data-parallel-size", "2"]
+    arguments += ["--model-loader-extra-config", '{"fallback": false}']
+    environment = {**CPU_ENVIRONMENT, "WOOLY_RUNTIME_DIR": str(runtime_dir)}
+    path = str(checkpoint("llama"))
+    with Server("replicas", path, tmp_path / "log", arguments=arguments, environment=environment) as server:
+        server.wait_ready(600)
+        answers = {server.complete([5, 9, 100, 7], max_tokens=8).token_ids for _ in range(4)}
+        status = status_of(runtime_dir)
+        log = server.log.read_text(errors="replace")
+    assert len(answers) == 1
+    assert [model.readers for model in status.models] == [2]
+    assert (status.counters.publishes, status.counters.attaches, status.counters.fallbacks) == (1, 2, 0)
+    assert "EngineCore_DP0" in log
+    assert "EngineCore_DP1" in log
