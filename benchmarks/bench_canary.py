@@ -1,4 +1,4 @@
-"""The canary over all random models: what do engines write to after loading? (`results/canary.json`)
+"""The canary over all random models: what engines write to after loading, in `results/canary.json`.
 
     python benchmarks/bench_canary.py [--families REGEX]
 
