@@ -280,7 +280,7 @@ def is_configuration(thing: Any) -> bool:
 
 
 def takes_final_tensors(method: Any) -> bool:
-    """Whether a method can be told that its layer's tensors are final already (from 0.31 on)."""
+    """Whether a method can be told that its layer's tensors are final already (from 0.30 on)."""
     return _declaring_final() is not None and bool(method.supports_pre_processed_weights)
 
 
@@ -306,7 +306,7 @@ def post_process_layer(method: Any, layer: nn.Module, device: torch.device) -> N
 def post_process_bound(model: nn.Module, model_config: Any, device: torch.device, done: Iterable[nn.Module]) -> None:
     """Run the post-processing of a model whose tensors are final, but for layers where it is ``done``.
 
-    Versions that can are told that the tensors are final (0.31 on).
+    Versions that can are told that the tensors are final (0.30 on).
     """
     (process,) = find("vllm.model_executor.model_loader.utils", "process_weights_after_loading")
     declared = _declaring_final()
