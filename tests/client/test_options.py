@@ -19,6 +19,7 @@ VALID = {
     "runtime_dir": "/tmp/somewhere",
     "timeout_s": 12.5,
     "share_min_bytes": 1,
+    "unproven": True,
 }
 PATHS = ("restore_from", "runtime_dir")
 

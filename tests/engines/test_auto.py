@@ -89,11 +89,13 @@ def test_only_shared_weights_cannot_be_reloaded(loading: Any, monkeypatch: pytes
     """What was loaded the stock way is reloaded the stock way; what others read is refused, with a way out."""
     import torch
 
+    from wooly_vllm import sleeping
+
     reached = []
     monkeypatch.setattr(loading.DefaultModelLoader, "load_weights", lambda *arguments: reached.append(arguments[1]))
     loader = loading.ours.AutoLoader(loading.LoadConfig())
     private, shared = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    loading.ours._shared.add(shared)
+    sleeping.share(shared)
     loader.load_weights(private, None)
     with pytest.raises(UnsupportedError, match="without WOOLYAI_WEIGHTS_DEDUP"):
         loader.load_weights(shared, None)
