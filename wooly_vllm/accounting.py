@@ -55,11 +55,15 @@ def external_bytes(vllm_config: Any) -> int:
     if loader is None:
         return 0
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    models = [vllm_config.model_config, *([draft] if _is_loaded_apart(vllm_config, draft) else [])]
+    return sum(_resident_bytes(loader, vllm_config, model) for model in models)
+
+
+def _resident_bytes(loader: WoolyLoader, vllm_config: Any, model_config: Any) -> int:
     try:
-        models = [vllm_config.model_config, *([draft] if _is_loaded_apart(vllm_config, draft) else [])]
-        return sum(loader.resident_bytes(vllm_config, model) for model in models)
+        return loader.resident_bytes(vllm_config, model_config)
     except WoolyError as error:
-        compat.logger().warning("wooly: cannot tell what the store holds of this model: %s", error)
+        compat.logger().warning("wooly: cannot tell what the store holds of %s: %s", model_config.model, error)
         return 0
 
 

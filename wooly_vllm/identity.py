@@ -34,7 +34,8 @@ def check_supported(vllm_config: Any, model_config: Any, load_config: Any, *, un
 
     ``unproven``: let quantizations pass of which that is not known.
     """
-    methods.check_quantization(model_config.quantization, unproven=unproven)
+    if not unproven:
+        methods.check_quantization(model_config.quantization)
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         raise UnsupportedError("expert load balancing (EPLB) rearranges experts in place")
     if getattr(vllm_config, "weight_transfer_config", None) is not None:

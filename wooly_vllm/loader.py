@@ -55,8 +55,7 @@ class InnerLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not type
         self.before = state.plain_state(model)
         unnamed = state.Unnamed(model)
         super().load_weights(model, model_config)
-        layers = dict(methods.rehearsed_layers(model, torch.device("meta"), unproven=True))
-        self.left_behind = unnamed.changed(model, layers.values())
+        self.left_behind = unnamed.changed(model, methods.rehearsed_layers(model).values())
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_weights(*args, **kwargs)
@@ -234,7 +233,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         with compat.building(request.vllm_config, request.model_config):
             with request.device, Placeholders(self.options.share_min_bytes) as placeholders:
                 model = compat.initialize(request.vllm_config, request.model_config, request.prefix)
-            late = dict(methods.rehearsed_layers(model, request.device, unproven=self.options.unproven))
+            late = self._rehearsed(request, model)
             attributes, kernels = manifest.state["attributes"], manifest.state["kernels"]
             binder = Binder(model, manifest, blobs, placeholders, min_bytes=self.options.share_min_bytes)
             binder.bind(late.values(), completes_itself=compat.completes_itself)
@@ -245,8 +244,15 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 compat.post_process_bound(model, request.model_config, request.device, done)
             bound = binder.finish()
             state.restore(model, attributes)  # post-processing may have set some of it to its defaults
-            rehearsal.check(model, late.items(), kernels)
+            rehearsal.check(model, late, kernels)
         return model, bound
+
+    def _rehearsed(self, request: Request, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers of a model to rehearse. Raises :class:`UnsupportedError` for one that may not be."""
+        layers = methods.rehearsed_layers(model)
+        if not self.options.unproven:
+            methods.check_proven(layers, request.device)
+        return layers
 
     def _publish(
         self,
@@ -265,7 +271,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
         loaded = time.perf_counter()
         try:
             checkpoint.unchanged()
-            late = dict(methods.rehearsed_layers(model, request.device, unproven=self.options.unproven))
+            late = self._rehearsed(request, model)
             if inner.left_behind:
                 raise UnsupportedError(
                     f"loading changes tensors that no module names: {', '.join(inner.left_behind[:5])}"
@@ -279,7 +285,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 device=store_device(request.device),
                 state={
                     "attributes": state.changes(inner.before, state.plain_state(model)),
-                    "kernels": rehearsal.fingerprints(model, late.items()),
+                    "kernels": rehearsal.fingerprints(model, late),
                 },
             )
             with progress("wooly: publishing", 0) as copied:

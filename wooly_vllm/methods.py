@@ -13,7 +13,7 @@ Models with any other method are loaded the stock way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,30 +51,28 @@ QUANTIZATIONS = frozenset(
 """vLLM's names for quantizations whose layers may have methods of the tables."""
 
 
-def check_quantization(name: str | None, *, unproven: bool) -> None:
+def check_quantization(name: str | None) -> None:
     """Raise :class:`UnsupportedError` for a quantization that cannot have methods of the tables."""
-    if name is not None and name not in QUANTIZATIONS and not unproven:
+    if name is not None and name not in QUANTIZATIONS:
         raise UnsupportedError(f"quantization {name} is not known to come out right when it is shared")
 
 
-def rehearsed_layers(model: nn.Module, device: torch.device, *, unproven: bool) -> Iterator[tuple[str, nn.Module]]:
-    """The layers, with their paths, whose method is to be rehearsed; those with several paths once.
+def rehearsed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by their paths whose method changes final tensors; those with several paths once."""
+    found = ((path, layer, compat.method_of(layer)) for path, layer in model.named_modules())
+    return {
+        path: layer for path, layer, method in found if method is not None and not leaves_final_tensors_alone(method)
+    }
 
-    ``unproven``: rehearse methods that are in no table, too, instead of refusing them.
 
-    Raises:
-        UnsupportedError: a layer's method is in no table.
-    """
-    for path, layer in model.named_modules():
-        method = compat.method_of(layer)
-        if method is None or leaves_final_tensors_alone(method):
-            continue
-        kind = type(method).__name__
-        if not unproven and device.type not in REHEARSED.get(kind, ()):
+def check_proven(layers: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Raise :class:`UnsupportedError` for a layer whose method is in no table for a kind of device."""
+    for path, layer in layers.items():
+        kind = type(compat.method_of(layer)).__name__
+        if device.type not in REHEARSED.get(kind, ()):
             raise UnsupportedError(f"{path}: layers of {kind} are not known to come out right on {device.type}")
-        if not unproven and path.endswith(_LATENT):
+        if path.endswith(_LATENT):
             raise UnsupportedError(f"{path}: quantized latent attention is not known to come out right")
-        yield path, layer
 
 
 _LATENT = ".kv_b_proj"

@@ -12,9 +12,10 @@ and all else that the method left must be equal, value by value, to what the pub
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
+import logging
 import os
+import secrets
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from shared_store.client.bind import Binder
+from shared_store.client.reach import Slots, contents, hides, parts
 from shared_store.client.tensors import named_tensors
 from shared_store.client.views import StorageKey, storage_key
 from shared_store.errors import BindingError
@@ -51,14 +53,16 @@ def rehearse(binder: Binder, layers: Iterable[nn.Module], device: torch.device) 
         binder.bind_late(layer)
 
 
-def fingerprints(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
+def fingerprints(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """The fingerprints of some layers of a model, by path."""
+    if not layers:  # of most models there is nothing to look at
+        return {}
     named = {key for held in named_tensors(model) if (key := storage_key(held.tensor)) is not None}
-    modules = {id(module) for module in model.modules()}
-    return {path: _fingerprint(layer, _Known(named, modules)) for path, layer in layers}
+    known = _Known(named, {id(module) for module in model.modules()})
+    return {path: _fingerprint(layer, known) for path, layer in layers.items()}
 
 
-def check(model: nn.Module, layers: Iterable[tuple[str, nn.Module]], published: Fingerprints) -> None:
+def check(model: nn.Module, layers: Mapping[str, nn.Module], published: Fingerprints) -> None:
     """Compare layers with the publisher's.
 
     Raises:
@@ -81,69 +85,71 @@ def _fingerprint(layer: nn.Module, known: _Known) -> str:
     """A digest of what a layer's method left beside the layer's named tensors.
 
     Plain values, enumerations, types, and other tensors by their bytes; of objects, also functions with their closures
-    and modules outside of the model, what they hold. An object that hides what it holds makes a fingerprint that no
-    other process has. Left out: what belongs to a process (devices' numbers), and vLLM's configuration, which is part
-    of the weight key.
+    and modules outside of the model, what they hold. An object that hides what it holds makes a fingerprint like no
+    other. Left out: what belongs to a process (devices' numbers), and vLLM's configuration, which is part of the weight
+    key.
     """
-    lines = hashlib.sha256()
     own = {name: value for name, value in vars(layer).items() if name not in _EVERY_MODULES}
-    for line in _lines("", own, known, set()):
-        lines.update(line.encode() + b"\n")
-        compat.logger().debug("wooly: kernel state: %s", line)  # where two differ, two logs say in what
-    return lines.hexdigest()
+    logger = compat.logger()
+    tell = logger.isEnabledFor(logging.DEBUG)
+    digest = hashlib.sha256()
+    for line in _Reading(known).lines("", own):
+        digest.update(line.encode() + b"\n")
+        if tell:  # where two differ, two logs say in what
+            logger.debug("wooly: kernel state: %s", line)
+    return digest.hexdigest()
 
 
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 
 
-def _lines(path: str, thing: Any, known: _Known, seen: set[int]) -> Iterator[str]:
-    leaf = _leaf(thing, known)
-    if leaf is not None:
-        yield f"{path} {leaf}"
-    elif id(thing) not in seen:
-        seen.add(id(thing))
-        parts = _parts(thing)
-        hidden = "" if parts is not None else f" hides what it holds, process {os.getpid()}"
-        yield f"{path} {_name(type(thing))}{hidden}"
-        for how, part in parts or ():
-            yield from _lines(path + how, part, known, seen)
+class _Reading:
+    """One walk through what a layer holds."""
 
+    def __init__(self, known: _Known) -> None:
+        self._known = known
+        self._seen: dict[int, Any] = {}  # with the things: one made on the way must not leave its id to the next
+        self._slots: Slots = {}
 
-def _leaf(thing: Any, known: _Known) -> str | None:
-    """What has no parts, or none to look into, as text; None for everything else."""
-    if isinstance(thing, torch.Tensor):
-        return _tensor(thing, known)
-    if isinstance(thing, (enum.Enum, type)):
-        return str(thing)
-    if isinstance(thing, (bool, int, float, complex, str, bytes, type(None), torch.dtype)):
-        return repr(thing)
-    if isinstance(thing, (set, frozenset)):
-        return str(sorted(map(repr, thing)))
-    if isinstance(thing, _PROCESS) or compat.is_configuration(thing) or id(thing) in known.modules:
-        return _name(type(thing))
-    return None
+    def lines(self, path: str, thing: Any) -> Iterator[str]:
+        """A line for each thing that is reached, with the way to it."""
+        leaf = self._leaf(thing)
+        if leaf is not None:
+            yield f"{path} {leaf}"
+        elif id(thing) not in self._seen:
+            self._seen[id(thing)] = thing
+            hidden = f" hides what it holds, process {os.getpid()} {secrets.token_hex()}" if hides(thing) else ""
+            yield f"{path} {_name(type(thing))} {getattr(thing, '__qualname__', '')}{hidden}"
+            for how, part in self._parts(thing):
+                yield from self.lines(path + how, part)
 
-
-def _parts(thing: Any) -> list[tuple[str, Any]] | None:
-    """What an object holds, by how it is written; None where that cannot be seen."""
-    if isinstance(thing, types.FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != types.CellType()]
-        return [("()", thing.__qualname__), ("<>", cells), ("=", [thing.__defaults__, thing.__kwdefaults__])]
-    if isinstance(thing, types.MethodType):
-        return [("()", thing.__qualname__), (".__self__", thing.__self__)]
-    if isinstance(thing, functools.partial):
-        return [(".func", thing.func), (".args", thing.args), (".keywords", thing.keywords)]
-    found: list[tuple[str, Any]] = []
-    if isinstance(thing, Mapping):
-        found += ((f"[{key!r}]", thing[key]) for key in sorted(thing, key=repr))
-    elif isinstance(thing, (list, tuple)):
-        found += ((f"[{index}]", part) for index, part in enumerate(thing))
-    elif not hasattr(thing, "__dict__") and not any("__slots__" in vars(base) for base in type(thing).__mro__):
+    def _leaf(self, thing: Any) -> str | None:
+        """What has no parts, or none to look into, as text; None for everything else."""
+        if isinstance(thing, torch.Tensor):
+            return self._tensor(thing)
+        if isinstance(thing, (enum.Enum, type)):
+            return str(thing)
+        if isinstance(thing, (bool, int, float, complex, str, bytes, type(None), torch.dtype)):
+            return repr(thing)
+        if isinstance(thing, (set, frozenset)):
+            return str(sorted(map(repr, thing)))
+        if isinstance(thing, _PROCESS) or compat.is_configuration(thing) or id(thing) in self._known.modules:
+            return _name(type(thing))
         return None
-    own = dict(getattr(thing, "__dict__", {}))
-    slots = (name for base in type(thing).__mro__ for name in vars(base).get("__slots__", ()))
-    own |= {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
-    return found + [(f".{name}", part) for name, part in sorted(own.items())]
+
+    def _parts(self, thing: Any) -> list[tuple[str, Any]]:
+        """By how they are written. What decorators note on a function is about its code."""
+        code = isinstance(thing, (types.FunctionType, types.MethodType))
+        groups = contents(thing) if code else parts(thing, self._slots)
+        found = ((how.format(key), part) for how, group in groups for key, part in group)
+        return sorted(found, key=lambda pair: pair[0])
+
+    def _tensor(self, tensor: torch.Tensor) -> str:
+        look = f"{tensor.dtype} {tuple(tensor.shape)} {tuple(tensor.stride())}"
+        key = storage_key(tensor)
+        if key is None or key in self._known.storages or not tensor.numel():
+            return look
+        return f"{look} {digest_of(tensor).hex()}"
 
 
 _PROCESS = (
@@ -159,11 +165,3 @@ _PROCESS = (
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _tensor(tensor: torch.Tensor, known: _Known) -> str:
-    look = f"{tensor.dtype} {tuple(tensor.shape)} {tuple(tensor.stride())}"
-    key = storage_key(tensor)
-    if key is None or key in known.storages or not tensor.numel():
-        return look
-    return f"{look} {digest_of(tensor).hex()}"

@@ -67,15 +67,16 @@ class Binder:
         self._placeholders = placeholders
         self._blobs = blobs
         self._manifest = manifest
-        # Parameters first: a tensor that is also somebody's attribute is a Parameter in both places.
-        self._entries = sorted(manifest.tensors, key=lambda entry: entry.kind != "parameter")
+        self._paths: dict[nn.Module, list[str]] = defaultdict(list)
+        for path, module in self._modules.items():
+            self._paths[module].append(path)
         self._mapped = {index for index in range(len(manifest.blobs)) if blobs.shared(index, min_bytes)}
         self._mapped -= {entry.blob for entry in manifest.tensors if entry.host}
         self._storages: list[torch.UntypedStorage] | None = None
         self._made: dict[int, torch.Tensor] = {}
         self._taken: dict[int, int] = {}
-        self._later: list[TensorEntry] = []
-        self._in_steps = False
+        self._late: dict[nn.Module, list[TensorEntry]] = {}
+        self._last: dict[nn.Module, list[TensorEntry]] = defaultdict(list)
 
     def bind(
         self, but: Iterable[nn.Module] = (), *, completes_itself: Callable[[nn.Module], bool] = lambda _: False
@@ -90,27 +91,26 @@ class Binder:
         Raises:
             BindingError: a module of the manifest is missing, or what a reference becomes cannot be told.
         """
-        late = {id(module) for module in but}
-        self._in_steps = bool(late)
+        self._late = {module: [] for module in but}
         with torch._C.DisableTorchFunctionSubclass():  # engines' subclasses want to see every access
-            now = {path: module for path, module in self._modules.items() if id(module) not in late}
-            held = list(tensors_of(now))
-            entries = []
-            for entry in self._entries:
+            held = list(tensors_of({path: it for path, it in self._modules.items() if it not in self._late}))
+            now = []
+            # Parameters first: a tensor that is also somebody's attribute is a Parameter in both places.
+            for entry in sorted(self._manifest.tensors, key=lambda entry: entry.kind != "parameter"):
                 module = self._modules.get(entry.module)
                 if module is None:
                     raise BindingError(f"{entry.path}: the model has no module {entry.module!r}")
-                if id(module) in late:
-                    continue
-                if completes_itself(module) and not any(entry.name in group for group in _groups(module).values()):
-                    self._later.append(entry)
+                if module in self._late:
+                    self._late[module].append(entry)
+                elif completes_itself(module) and not any(entry.name in group for group in _groups(module).values()):
+                    self._last[module].append(entry)
                 else:
-                    entries.append(entry)
+                    now.append(entry)
             origins = _origins(held)
             _drop_unnamed(held, self._modules, self._manifest)
-            self._bind_named(entries)
+            self._bind_named(now)
             if _others_hold(self._placeholders, origins):
-                _bring_along(self._model, self._placeholders, origins, last=not late)
+                _bring_along(self._model, self._placeholders, origins, last=not self._late)
 
     def materialize(self, module: nn.Module, device: torch.device) -> None:
         """Give the tensors of a late module memory on a device, filled with zeros, where they have none."""
@@ -130,7 +130,7 @@ class Binder:
         Raises:
             BindingError: they have not; the first difference is named.
         """
-        self._bind_alike(module, self._entries)
+        self._bind_alike(module, self._late[module])
 
     def finish(self) -> Bound:
         """Bind what is left, and check that nothing stays a placeholder.
@@ -138,20 +138,18 @@ class Binder:
         Raises:
             BindingError: something would; or a tensor that was to come by itself did not come.
         """
-        for module in dict.fromkeys(self._modules[entry.module] for entry in self._later):
-            self._bind_alike(module, self._later, strict=False)
+        for module, entries in self._last.items():
+            self._bind_alike(module, entries, strict=False)
         with torch._C.DisableTorchFunctionSubclass():
-            if self._in_steps and _others_hold(self._placeholders, {}):
+            if self._late and _others_hold(self._placeholders, {}):
                 _bring_along(self._model, self._placeholders, {}, last=True)
         mapped_bytes = sum(self._manifest.blobs[index].nbytes for index in self._mapped)
         return Bound(mapped_bytes, self._manifest.nbytes - mapped_bytes, len(self._made))
 
-    def _bind_alike(self, module: nn.Module, entries: Iterable[TensorEntry], *, strict: bool = True) -> None:
+    def _bind_alike(self, module: nn.Module, entries: Sequence[TensorEntry], *, strict: bool = True) -> None:
         """Bind a module's tensors that are like the manifest's: all that it has, or (not ``strict``) those entries."""
-        modules = {path: known for path, known in self._modules.items() if known is module}
-        entries = [entry for entry in entries if entry.module in modules]
         with torch._C.DisableTorchFunctionSubclass():
-            held = list(tensors_of(modules))
+            held = list(tensors_of(dict.fromkeys(self._paths[module], module)))
             self._check_alike(held, entries, strict=strict)
             origins = _origins(held)
             self._bind_named(entries)

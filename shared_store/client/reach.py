@@ -10,7 +10,7 @@ import functools
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -64,13 +64,13 @@ def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
     """
     steps = [Step(None, "", None, root)]  # keeps all alive: a part made on the way must not leave its id to the next
     seen: set[int] = {id(root)}
-    slots: dict[type, list[tuple[str, str]]] = {}
+    slots: Slots = {}
     for step in steps:  # grows on the way
         thing = step.thing
         if isinstance(thing, torch.Tensor):
             yield step, thing
-        for how, parts in _parts(thing, slots):
-            for key, part in parts:
+        for how, group in parts(thing, slots):
+            for key, part in group:
                 kind = type(part)
                 if kind in EXACT_LEAVES or id(part) in seen or (not part if kind in _CONTAINERS else False):
                     continue
@@ -79,12 +79,16 @@ def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
                     steps.append(Step(step, how, key, part))
 
 
-_Groups = Iterator[tuple[str, Iterable[tuple[Any, Any]]]]
+Groups: TypeAlias = Iterator[tuple[str, Iterable[tuple[Any, Any]]]]
 """What a thing is made of: pairs of a key and a part, in groups that are written in the same way."""
 
+Slots: TypeAlias = dict[type, list[tuple[str, str]]]
+"""Slots of types: the name as written, and the attribute that it became."""
 
-def _parts(thing: Any, slots: dict[type, list[tuple[str, str]]]) -> _Groups:
-    yield from _contents(thing)
+
+def parts(thing: Any, slots: Slots) -> Groups:
+    """What a thing is made of, its attributes included. ``slots``: what is known of types, kept between calls."""
+    yield from contents(thing)
     # Also of a list, a dict or a function: subclasses and decorators set attributes.
     own = getattr(thing, "__dict__", None)
     if own and isinstance(thing, torch.nn.Module):
@@ -100,7 +104,7 @@ def _parts(thing: Any, slots: dict[type, list[tuple[str, str]]]) -> _Groups:
         yield ".{}", [(name, getattr(thing, attribute, None)) for name, attribute in names]
 
 
-def _contents(thing: Any) -> _Groups:
+def contents(thing: Any) -> Groups:
     """The parts of a thing of Python's own types."""
     if isinstance(thing, dict):
         yield "[{!r}]", list(thing.items())
@@ -117,6 +121,18 @@ def _contents(thing: Any) -> _Groups:
         yield "<{}>", [(name, _in_cell(cell)) for name, cell in cells]
         yield ".{}", (("__defaults__", thing.__defaults__), ("__kwdefaults__", thing.__kwdefaults__))
 
+
+def hides(thing: Any) -> bool:
+    """Whether a thing may have parts that :func:`parts` cannot see, because C code keeps them."""
+    shown = isinstance(thing, _PYTHONS_OWN) or hasattr(thing, "__dict__")
+    return not shown and not any("__slots__" in vars(base) for base in type(thing).__mro__)
+
+
+_PYTHONS_OWN = (
+    *(dict, list, tuple, set, frozenset, deque, functools.partial),
+    *(types.MethodType, types.BuiltinMethodType, types.MethodWrapperType, types.FunctionType),
+)
+"""Types whose parts :func:`contents` knows."""
 
 _MODULE_GROUPS = frozenset({"_parameters", "_buffers", "_modules"})
 

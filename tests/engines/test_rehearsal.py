@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def model(values: float = 0.0, **other: Any) -> nn.Module:
 
 
 def prints(made: nn.Module) -> dict[str, str]:
-    return rehearsal.fingerprints(made, [("0", made[0])])
+    return rehearsal.fingerprints(made, {"0": made[0]})
 
 
 def closing_over(thing: Any) -> Any:
@@ -73,22 +74,49 @@ def test_everything_else_does(here: dict[str, Any], there: dict[str, Any]) -> No
         here, there = {"packed": (here["packed"],)}, {"packed": (there["packed"],)}
     published = prints(model(**here))
     same, other = model(**here), model(**there)
-    rehearsal.check(same, [("0", same[0])], published)
+    rehearsal.check(same, {"0": same[0]}, published)
     with pytest.raises(BindingError, match="the kernel of 0 came out in another state"):
-        rehearsal.check(other, [("0", other[0])], published)
+        rehearsal.check(other, {"0": other[0]}, published)
 
 
 def test_a_layer_more_or_less_is_a_difference() -> None:
     """A publisher whose layer needed no rehearsal, and a reader whose layer does, are not alike."""
     made = model()
     with pytest.raises(BindingError):
-        rehearsal.check(made, [("0", made[0])], {})
+        rehearsal.check(made, {"0": made[0]}, {})
     with pytest.raises(BindingError):
-        rehearsal.check(made, [], prints(made))
+        rehearsal.check(made, {}, prints(made))
 
 
 def test_what_hides_its_contents_is_never_equal_to_that_of_another_process() -> None:
     """An object of C code may hold weights that were packed: nobody can tell, so it is not shared."""
     hidden = torch.Generator()
-    lines = list(rehearsal._lines("", {"handle": hidden}, rehearsal._Known(set(), set()), set()))
-    assert any("hides what it holds, process" in line for line in lines)
+    reading = rehearsal._Reading(rehearsal._Known(set(), set()))
+    assert any("hides what it holds, process" in line for line in reading.lines("", {"handle": hidden}))
+    # Not even the same object is equal to itself: processes in containers may have the same number.
+    assert prints(model(handle=hidden)) != prints(model(handle=hidden))
+
+
+class Private:
+    """Keeps what it was given under names that are easily overlooked."""
+
+    __slots__ = "__kept"  # noqa: PLC0205 - one name, not in a tuple
+
+    def __init__(self, kept: Any) -> None:
+        self.__kept = kept
+
+
+@pytest.mark.parametrize("wrap", [Private, lambda tensor: types.MethodType(closing_over(tensor), "bound to")])
+def test_tensors_in_out_of_the_way_places_count(wrap: Any) -> None:
+    """In private slots, in closures of bound methods."""
+    assert prints(model(call=wrap(torch.zeros(2)))) == prints(model(call=wrap(torch.zeros(2))))
+    assert prints(model(call=wrap(torch.zeros(2)))) != prints(model(call=wrap(torch.ones(2))))
+
+
+def test_every_one_of_many_closures_counts() -> None:
+    """What is made on the way through one of them must not stand for what is in the next."""
+    calls = [closing_over(torch.zeros(2)) for _ in range(50)]
+    published = prints(model(calls=calls))
+    for number in range(50):
+        changed = [closing_over(torch.ones(2)) if index == number else call for index, call in enumerate(calls)]
+        assert prints(model(calls=changed)) != published
