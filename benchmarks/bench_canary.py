@@ -19,12 +19,12 @@ from typing import Any
 
 import families
 from bench_gpu import commit
+from checkpoints import CACHE
 from parity_rows import ROWS
+from servers import CPU_ENVIRONMENT
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".cache" / "checkpoints"
 OUTPUT = HERE / "results" / "canary.json"
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def run(family: str, timeout_s: float) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def run(family: str, timeout_s: float) -> dict[str, Any]:
         text=True,
         timeout=timeout_s,
         check=False,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **CPU_ENVIRONMENT},
     )
     reports = [line for line in done.stdout.splitlines() if line.startswith('{"vllm"')]
     if not reports:

@@ -26,7 +26,6 @@ from typing import Any
 import checkpoints
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".cache" / "checkpoints"
 ROLES = ("stock", "stock_dispatch", "publisher", "reader")
 DECODE_SEQUENCES, DECODE_TOKENS = 4, 64
 
@@ -202,7 +201,7 @@ def main() -> None:
     if arguments.engine:
         engine(json.loads(arguments.engine))
         return
-    model = arguments.model or checkpoints.smollm2(CACHE)
+    model = arguments.model or checkpoints.smollm2(checkpoints.CACHE)
     rounds = []
     for number in range(arguments.rounds):
         print(f"round {number + 1} of {arguments.rounds} ...", flush=True)

@@ -42,11 +42,11 @@ from typing import Any
 import bench_gpu
 import gpu_model
 from bench_gpu import Findings
+from checkpoints import CACHE
 from gpu_processes import MIB, Child, ChildError, Node, used_mib
 from hf_models import SCENARIOS, Scenario
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parent / ".cache" / "checkpoints"
 COUNTS = (1, 2, 4, 8)
 KINDS = ("stock", "wooly")
 BATCH, TOKENS, PAIRS = 8, 128, 5

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
+"""Where scripts and tests keep what they make, unless they are told otherwise."""
+
 VERSION = 1
 """Part of every cached directory's name: raised when what is written here changes."""
 

@@ -51,7 +51,6 @@ QUESTIONS = (
     "Name the three primary colours.",
     "Write one sentence about the sea.",
 )
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "checkpoints"
 START_TIMEOUT_S = 240.0
 SHIPPED = "stock as shipped"
 LARGE = ("--layers", "20", "--vocabulary", "320")  # a token a byte, and the special ones: any answer is text
@@ -302,7 +301,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print the last line only")
     parser.add_argument("--keep", action="store_true", help="keep the servers' logs, and say where they are")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the checkpoint that it makes is kept")
+    parser.add_argument(
+        "--cache", type=Path, default=checkpoints.CACHE, help="where the checkpoint that it makes is kept"
+    )
     parser.add_argument("--model", help="a directory or a name for `vllm serve`, instead of that checkpoint")
     arguments = parser.parse_args()
     console = Console(quiet=arguments.json)

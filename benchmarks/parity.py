@@ -40,12 +40,12 @@ from typing import Any
 
 import parity_page
 from bench_gpu import commit
+from checkpoints import CACHE
 from gpu_processes import MIB, Child, ChildError, Node, end_all, nvidia_smi
 from parity_rows import ROWS, Row
 
 HERE = Path(__file__).resolve().parent
 ENGINE = HERE / "parity_engine.py"
-CACHE = HERE.parent / ".cache" / "checkpoints"
 OUTPUT = HERE / "results" / "parity.json"
 PAGE = HERE.parent / "docs" / "parity.md"
 ROLES = {"stock": "auto", "publisher": "wooly", "reader": "wooly"}

@@ -111,33 +111,21 @@ class Server:
 
     def ask(self, question: str, *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:
         """One question over the chat API, greedy. Raises :class:`ServerError`."""
-        request = {
-            "model": "model",
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "return_token_ids": True,
-        }
-        try:
-            choice = self._post("/v1/chat/completions", request, timeout_s)["choices"][0]
-        except (OSError, ValueError, LookupError) as error:
-            raise ServerError(f"{self.name} did not answer: {error!r}\n{self.log_tail()}") from error
+        messages = [{"role": "user", "content": question}]
+        choice = self._choice("/v1/chat/completions", {"messages": messages}, max_tokens, timeout_s)
         return Answer(choice["message"]["content"], tuple(choice["token_ids"]))
 
     def complete(self, prompt: Sequence[int], *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:
         """What follows a prompt of token ids, greedy: for models without a chat template. As :meth:`ask`."""
-        request = {
-            "model": "model",
-            "prompt": list(prompt),
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "return_token_ids": True,
-        }
+        choice = self._choice("/v1/completions", {"prompt": list(prompt)}, max_tokens, timeout_s)
+        return Answer(choice["text"], tuple(choice["token_ids"]))
+
+    def _choice(self, path: str, asked: dict[str, Any], max_tokens: int, timeout_s: float) -> Any:
+        request = {**asked, "model": "model", "temperature": 0, "max_tokens": max_tokens, "return_token_ids": True}
         try:
-            choice = self._post("/v1/completions", request, timeout_s)["choices"][0]
+            return self._post(path, request, timeout_s)["choices"][0]
         except (OSError, ValueError, LookupError) as error:
             raise ServerError(f"{self.name} did not answer: {error!r}\n{self.log_tail()}") from error
-        return Answer(choice["text"], tuple(choice["token_ids"]))
 
     def pids(self) -> set[int]:
         """The process ids of the server: its own and those of everything that it started."""

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.engines import status_of
+from support.ranks import ranks_share
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 SETTINGS: dict[str, Any] = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 def test_ranks_share_with_the_same_rank_of_another_engine(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
@@ -21,24 +21,7 @@ def test_ranks_share_with_the_same_rank_of_another_engine(engine: Any, checkpoin
     cpus = sorted(os.sched_getaffinity(0))
     # vLLM wants to be told which processors its ranks use where there are fewer NUMA nodes than ranks.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}"}
-    path = checkpoint("llama")
-    stock = engine(path, settings=SETTINGS, environment=environment)
-    right = stock.wait("answered")["tokens"]
-    assert stock.finish() == 0
-    sharing = [
-        engine(path, settings=SETTINGS, environment=environment, hold=True, lease=False, **SHARING) for _ in range(2)
-    ]
-    for process in sharing:
-        assert process.wait("answered")["tokens"] == right
-    status = status_of(runtime_dir)
-    assert [model.readers for model in status.models] == [2, 2]
-    assert len({model.key for model in status.models}) == 2
-    assert (status.counters.publishes, status.counters.attaches, status.counters.fallbacks) == (2, 4, 0)
-    for process in sharing:
-        process.tell("go on")
-    for process in sharing:
-        assert process.wait("answered again")["tokens"] == right
-        assert process.finish() == 0
+    ranks_share(engine, checkpoint("llama"), runtime_dir, settings=SETTINGS, environment=environment)
 
 
 def test_replicas_of_a_server_read_one_copy(checkpoint: Any, tmp_path: Path, runtime_dir: Path) -> None:

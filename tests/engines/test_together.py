@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import status_of
+from support.engines import SHARING, status_of
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 def test_four_engines_at_once_read_the_checkpoint_once(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
 from support.waiting import wait_until
 
 __all__ = ["checkpoint", "engine", "gpu", "gpu_memory_mib", "module_runtime_dir", "runtime_dir"]
+
+BESIDE_OTHERS: dict[str, Any] = {
+    "enforce_eager": True,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 256 << 20,
+    "enable_prefix_caching": False,
+}
+"""Settings of engines that take little of a GPU."""
 
 
 @pytest.fixture(scope="session")

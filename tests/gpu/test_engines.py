@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import EngineProcess, status_of
+from support.engines import SHARING, EngineProcess, status_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -19,7 +19,6 @@ DENSE, SPARSE = ("llama", "llama-tied", "qwen3", "gemma3"), ("mixtral",)
 GROUPS = (DENSE, SPARSE)
 FAMILIES = (*DENSE, *SPARSE)
 GRAPHS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.15}
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 ROLES: dict[str, dict[str, Any]] = {"stock": {}, "publisher": SHARING, "reader": SHARING}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.adapters import random_adapter
-from support.engines import EngineProcess, status_of
+from support.engines import SHARING, EngineProcess, status_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -16,7 +16,6 @@ NAMES = ("one", "two")
 GRAPHS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.15}
 LORA: dict[str, Any] = {**GRAPHS, "enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 MORE_ROOM: dict[str, Any] = {**LORA, "max_loras": 3, "max_lora_rank": 16}
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.engines import SHARING
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
 EAGER: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.15}
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}, "settings": EAGER}
 
 
 @pytest.mark.usefixtures("gpu_memory_mib")
@@ -17,9 +17,9 @@ def test_an_engine_whose_model_writes_ends_with_a_pointer_and_others_go_on(engin
     """The illegal access is told with wooly's note, in the traceback and once in vLLM's log."""
     pytest.importorskip("vllm")
     path = checkpoint("llama")
-    staying = engine(path, hold=True, **SHARING)
+    staying = engine(path, settings=EAGER, hold=True, **SHARING)
     before = staying.wait("answered")["tokens"]
-    writer = engine(path, writes=True, **SHARING)
+    writer = engine(path, settings=EAGER, writes=True, **SHARING)
     assert writer.wait("answered")["tokens"] == before
     assert writer.finish() != 0
     assert not [event for event in writer.events if event["event"] == "answered after a write"]

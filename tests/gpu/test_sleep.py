@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gpu.conftest import used_mib
 from support.adapters import random_adapter
-from support.engines import status_of
+from support.engines import SHARING, status_of
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -24,7 +24,6 @@ SLEEPY: dict[str, Any] = {
     "enable_prefix_caching": False,
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]},
 }
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 TOLERATED_MIB = 64
 """What may be in use more or less than before: torch's caches, the driver's."""
 
@@ -41,6 +40,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = [sys.executable, gpu_model.__file__, "make", str(directory), "--layers", "4"]
     subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
     return directory
+
+
+def awake(engine: Any, model: Path) -> tuple[Any, Any]:
+    """A sharing engine that may sleep, and its answers."""
+    process = engine(model, settings=SLEEPY, obey=True, **SHARING)
+    process.wait("answered")
+    return process, process.do("answer")["answers"]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
@@ -118,9 +124,7 @@ def test_the_kv_cache_alone_does_not_bring_the_weights(
 ) -> None:
     """Tags mean what they mean in stock vLLM."""
     pytest.importorskip("vllm")
-    process = engine(checkpoint("llama"), settings=SLEEPY, obey=True, **SHARING)
-    process.wait("answered")
-    right = process.do("answer")["answers"]
+    process, right = awake(engine, checkpoint("llama"))
     process.do("sleep 1")
     assert process.do("wake kv_cache").get("error") is None
     assert resident(runtime_dir, gpu) == 0
@@ -137,9 +141,7 @@ def test_what_would_write_is_refused_and_the_engine_goes_on(
 ) -> None:
     """Level 2 and reloading: a clear error, nothing changed, and answers without waking up first."""
     pytest.importorskip("vllm")
-    process = engine(checkpoint("llama"), settings=SLEEPY, obey=True, **SHARING)
-    process.wait("answered")
-    right = process.do("answer")["answers"]
+    process, right = awake(engine, checkpoint("llama"))
     before = resident(runtime_dir, gpu)
     assert "sleep level 2" in process.do("sleep 2")["error"]
     assert process.do("answer")["answers"] == right
@@ -158,9 +160,7 @@ def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_di
     from support.engines import stop_store
 
     pytest.importorskip("vllm")
-    process = engine(checkpoint("llama"), settings=SLEEPY, obey=True, **SHARING)
-    process.wait("answered")
-    right = process.do("answer")["answers"]
+    process, right = awake(engine, checkpoint("llama"))
     stop_store(runtime_dir)
     assert "this engine cannot sleep, and goes on" in process.do("sleep 1")["error"]
     assert process.do("answer")["answers"] == right

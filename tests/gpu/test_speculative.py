@@ -6,18 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu.conftest import BESIDE_OTHERS
 from support.drafts import eagle_head
-from support.engines import status_of
+from support.engines import SHARING, status_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
-
-SETTINGS: dict[str, Any] = {
-    "enforce_eager": True,
-    "gpu_memory_utilization": 0.1,
-    "kv_cache_memory_bytes": 256 << 20,
-    "enable_prefix_caching": False,
-}
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle"])
@@ -34,7 +27,7 @@ def test_target_and_draft_are_shared(
         "eagle": {"model": str(eagle_head(target, tmp_path / "eagle"))},
     }
     speculative = {"method": method, "num_speculative_tokens": 2, **drafts[method]}
-    settings = {**SETTINGS, "speculative_config": speculative}
+    settings = {**BESIDE_OTHERS, "speculative_config": speculative}
     stock = engine(target, settings=settings, gate=True)
     sharing = [engine(target, settings=settings, gate=True, hold=True, **SHARING) for _ in range(2)]
     stock.tell("start")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import models
 import pytest
 from support.actors import Actor
@@ -17,7 +18,6 @@ from support.stores import StoreProcess
 from shared_store.status import Status
 
 MAIN = Path(__file__).parents[1] / "support" / "lora_main.py"
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "checkpoints"
 WORDS = ("granite", "willow", "copper")
 WITHIN_S = 240.0
 MAPPED_FROM = 16384
@@ -54,7 +54,7 @@ class LoraProcess(Actor):
 @pytest.fixture(scope="module")
 def start(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start a process with the base loaded: shared through one store, or (no device map) stock."""
-    base, log, started = models.smollm2(CACHE), tmp_path_factory.mktemp("logs") / "log", []
+    base, log, started = models.smollm2(checkpoints.CACHE), tmp_path_factory.mktemp("logs") / "log", []
 
     def begin(device_map: str | None) -> LoraProcess:
         started.append(LoraProcess(store.directory, log))

@@ -8,14 +8,14 @@ from typing import Any
 
 import models
 import pytest
+from checkpoints import CACHE
 from support.engines import EngineProcess, private_store_directory
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Callable[[str], Path]:
     """The directory of a checkpoint by its family's name, or of ``smollm2``; kept between runs."""
-    cache = Path(__file__).resolve().parents[2] / ".cache" / "checkpoints"
-    return lambda name: models.smollm2(cache) if name == "smollm2" else models.random_model(name, cache)
+    return lambda name: models.smollm2(CACHE) if name == "smollm2" else models.random_model(name, CACHE)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from shared_store.status import Status
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0
+SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
+"""Of a job: share, or fail."""
 
 
 class EngineProcess:

@@ -7,10 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from support.engines import status_of
+from support.engines import SHARING, status_of
 from support.waiting import wait_until
-
-SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 
 
 def kill_store_under_load(engine: Any, path: Path, runtime_dir: Path, **job: Any) -> None:
