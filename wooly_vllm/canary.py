@@ -125,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     after_warm_up = written()
     greedy = SamplingParams(temperature=0, max_tokens=16, detokenize=False, ignore_eos=True)
     prompts = [{"prompt_token_ids": [3 + (7 * i + j) % 100 for j in range(8 * (i + 1))]} for i in range(given.requests)]
-    engine.generate(prompts, greedy, use_tqdm=False)
+    if engine.llm_engine.vllm_config.model_config.runner_type == "pooling":
+        engine.embed(prompts, use_tqdm=False)
+    else:
+        engine.generate(prompts, greedy, use_tqdm=False)
     found = written()
     _report(found, {one.path for one in after_warm_up}, sum(map(len, CanaryLoader.watches)), as_json=given.json)
     return int(any(one.would_be_shared for one in found))
