@@ -2,8 +2,8 @@
 
     python benchmarks/bench_canary.py [--families REGEX] [--lanes 4 --devices 0,1]
 
-Engines as ``python -m wooly_vllm.canary`` runs them; on a GPU with CUDA graphs. A model that vLLM itself does not run on
-this machine is in the result with the end of its error.
+Engines as ``python -m wooly_vllm.canary`` runs them; on a GPU with CUDA graphs. A model that vLLM itself does not run
+on this machine is in the result with the end of its error.
 """
 
 from __future__ import annotations
