@@ -1,40 +1,16 @@
-"""A prefill and a decode engine on one copy of the weights: the example, run as a user would."""
+"""A prefill and a decode engine on one copy of the weights, on a CPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.handing_over import decode_goes_on_from_prefill
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "prefill_decode.py"
-ENGINE = {"max_model_len": 320, "max_num_seqs": 4, "enforce_eager": True, "dtype": "bfloat16", "seed": 0}
 
-
-def test_a_decode_engine_goes_on_from_the_prefill_engines_cache_and_both_share_the_weights(
-    checkpoint: Any, runtime_dir: Path
-) -> None:
-    """Answers are those of an engine that does both; the KV cache was handed over, and the weights are there once."""
-    path = checkpoint("qwen3")
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(path), "--check", "--json", "--engine-args", json.dumps(ENGINE)],
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-        env={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
-    assert result["alike"]
-    assert result["kv_taken_over"]
-    assert result["kv_files"] == 2 * len(result["answers"])  # the model has two layers
-    ((name, weights),) = result["weights"].items()
-    assert name == str(path)
-    assert weights["readers"] == 3
+def test_a_decode_engine_goes_on_from_the_prefill_engines_cache(checkpoint: Any, runtime_dir: Path) -> None:
+    """And both share the weights."""
+    decode_goes_on_from_prefill(checkpoint("qwen3"), runtime_dir, {"enforce_eager": True})
