@@ -36,11 +36,13 @@ def run(family: str, models: Path, device: str | None, timeout_s: float) -> dict
 
     ``device``: as ``CUDA_VISIBLE_DEVICES`` names it; None where there is no GPU.
     """
-    row = ROWS[f"{family}/none/bfloat16/{'eager' if device is None else 'graphs'}"]
+    graphs = device is not None and not families.FAMILIES[family].embeds
+    row = ROWS[f"{family}/none/bfloat16/{'graphs' if graphs else 'eager'}"]
     settings = row.settings(on_gpu=device is not None)
     environment = {**os.environ, **CPU_ENVIRONMENT}
-    if device is not None:  # graphs of code that is not compiled: compiling takes longest, and changes no write
+    if graphs:  # of code that is not compiled: compiling takes longest, and changes no write
         settings["compilation_config"] |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, "-m", "wooly_vllm.canary", str(row.checkpoint(models)), "--json"]
     done = subprocess.run(

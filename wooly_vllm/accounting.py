@@ -8,6 +8,8 @@ that it may use, weights included*, whether it brought the weights itself or fou
   (``get_external_weight_memory``, from 0.32 on; before, the same rule is applied here).
 * Engines on one GPU start one after the other, by a lease in the store, from the first look at free memory until the
   KV cache and the CUDA graphs are in place. Otherwise one would be charged for what its neighbour allocates meanwhile.
+  Ranks that wait for each other take one turn, on all of their GPUs: if each took its own, those of two engines could
+  wait in a circle.
 
 Processes that know nothing of the lease can still change free memory while an engine starts, as they can beside stock
 vLLM.
@@ -40,7 +42,8 @@ def install() -> None:
     (worker,) = compat.find(_WORKER, "Worker")
     if getattr(worker.init_device, "wooly", False):
         return
-    worker.init_device = _taking_turns(worker.init_device)
+    worker.init_device = _within_a_turn(worker.init_device)
+    compat.replace_function(_WORKER, "init_worker_distributed_environment", _taking_a_turn)
     worker.compile_or_warm_up_model = _ending_the_turn(worker.compile_or_warm_up_model)
     if not compat.knows_external_weights():
         compat.replace_function(_WORKER, "request_memory", _charged_for_shared)
@@ -97,12 +100,11 @@ def _loader(vllm_config: Any) -> WoolyLoader | None:
     return loader if isinstance(loader, WoolyLoader) else None
 
 
-def _taking_turns(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _within_a_turn(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(init_device)
     def wrapper(self: Any) -> Any:
-        if self.vllm_config.device_config.device_type == "cuda" and (loader := _loader(self.vllm_config)) is not None:
-            setattr(self, _STARTING, _turn(self, loader.options))
-            _current.append(self.vllm_config)
+        if self.vllm_config.device_config.device_type == "cuda" and _loader(self.vllm_config) is not None:
+            _current.append(self)
         try:
             return init_device(self)
         except BaseException:
@@ -116,27 +118,52 @@ def _taking_turns(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _current: list[Any] = []
-"""The configuration of the worker that looks at its memory right now."""
+"""The worker that prepares its device right now."""
+
+
+def _taking_a_turn(init_distributed: Callable[..., Any]) -> Callable[..., Any]:
+    """In the function of vLLM in which ranks meet: then a worker knows its GPU, and has not looked at its memory yet."""
+
+    @functools.wraps(init_distributed)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _current and (loader := _loader(_current[0].vllm_config)) is not None:
+            setattr(_current[0], _STARTING, _turn(_current[0], loader.options))
+        return init_distributed(*args, **kwargs)
+
+    return wrapper
 
 
 def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
-    """Wait for this engine's turn on its GPUs. The first rank waits for all; the others wait for it anyway."""
-    turn = contextlib.ExitStack()
-    if worker.rank != 0:
-        return turn
+    """Wait for this worker's turn on its GPUs, and on those of the ranks that it speaks for."""
     import torch
 
-    parallel = worker.vllm_config.parallel_config
-    first = worker.local_rank
-    count = min(parallel.tensor_parallel_size * parallel.pipeline_parallel_size, torch.cuda.device_count() - first)
+    turn = contextlib.ExitStack()
+    gpus = spoken_for(worker, torch.cuda.device_count())
+    if not gpus:
+        return turn
     try:
         session = turn.enter_context(Session.connect(options.runtime_dir, name="vllm, starting"))
-        for name in sorted(store_device(torch.device("cuda", first + number)) for number in range(count)):
+        for name in sorted(store_device(compat.gpu_of(rank)) for rank in gpus):
             turn.enter_context(session.lease(f"start:{name}", options.timeout_s))
     except WoolyError as error:
         compat.logger().warning("wooly: this engine starts out of turn, its KV cache may come out wrong: %s", error)
         turn.close()
     return turn
+
+
+def spoken_for(worker: Any, visible: int) -> range:
+    """Local ranks whose GPUs a worker takes a turn on, of those that are ``visible`` to it; none for most workers.
+
+    The first rank of those that wait for each other speaks for all of them. These are the tensor and pipeline parallel
+    ranks of an engine; and all data parallel ones of a model with experts (those of other models are independent, and
+    vLLM sets their size to 1). GPUs that it does not see, on other nodes or beside it under an external load balancer,
+    are left without a turn.
+    """
+    parallel = worker.vllm_config.parallel_config
+    if worker.rank != 0 or (parallel.data_parallel_size > 1 and parallel.data_parallel_rank != 0):
+        return range(0)
+    engines = parallel.data_parallel_size_local if parallel.data_parallel_size > 1 else 1
+    return range(worker.local_rank, min(worker.local_rank + engines * parallel.world_size, visible))
 
 
 def _ending_the_turn(warm_up: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +191,7 @@ def _charged_for_shared(stock: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(stock)
     def request_memory(init_snapshot: Any, cache_config: Any) -> int:
-        found = external_bytes(_current[0]) if _current else 0
+        found = external_bytes(_current[0].vllm_config) if _current else 0
         if not found:
             return stock(init_snapshot, cache_config)
         requested = _requested(init_snapshot.total_memory, cache_config)

@@ -108,6 +108,12 @@ def register_loader(name: str, loader: type) -> None:
     formats[name] = loader  # registering warns of a name that is taken, and here that is meant
 
 
+def gpu_of(local_rank: int) -> torch.device:
+    """The GPU, as this process numbers them, of one of the ranks on this node."""
+    (platform,) = find("vllm.platforms", "current_platform")
+    return torch.device("cuda", platform.logical_device_id_to_visible_device_id(local_rank))
+
+
 def where_gpu_errors_show(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
     """Classes and methods of a worker that wait for its GPU: there an error of an earlier kernel comes up.
 

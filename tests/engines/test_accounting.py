@@ -35,7 +35,7 @@ def vllm() -> Any:
 @pytest.fixture
 def rule(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Wooly's ``request_memory`` for versions that know nothing of shared weights, for an engine that will attach."""
-    monkeypatch.setattr(accounting, "_current", [object()])
+    monkeypatch.setattr(accounting, "_current", [SimpleNamespace(vllm_config=None)])
     monkeypatch.setattr(accounting, "external_bytes", lambda _: WEIGHTS)
     return accounting._charged_for_shared(vllm.request_memory)
 
@@ -92,3 +92,47 @@ def test_an_engine_that_attaches_to_nothing_is_left_to_vllm(vllm: Any, monkeypat
     config = vllm.CacheConfig(gpu_memory_utilization=0.5)
     rule = accounting._charged_for_shared(vllm.request_memory)
     assert rule(_snapshot(TOTAL), config) == vllm.request_memory(_snapshot(TOTAL), config)
+
+
+def _spoken_for(rank: int, local_rank: int, visible: int, **parallel: Any) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm.config import ParallelConfig
+    config = ParallelConfig(tensor_parallel_size=parallel.pop("tensor_parallel_size", 1))
+    for name, value in parallel.items():  # as vLLM's engine processes set them: the class wants GPUs for some of it
+        setattr(config, name, value)
+    worker = SimpleNamespace(rank=rank, local_rank=local_rank, vllm_config=SimpleNamespace(parallel_config=config))
+    return list(accounting.spoken_for(worker, visible))
+
+
+def test_the_first_rank_takes_a_turn_on_the_gpus_of_all() -> None:
+    """The others wait for it when ranks meet."""
+    assert _spoken_for(0, 0, 8) == [0]
+    assert [_spoken_for(rank, rank, 8, tensor_parallel_size=2) for rank in range(2)] == [[0, 1], []]
+
+
+def test_data_parallel_ranks_that_wait_for_each_other_take_one_turn() -> None:
+    """With one each, ranks of two servers could wait in a circle."""
+    ranks = [
+        _spoken_for(
+            0,
+            2 * rank,
+            8,
+            tensor_parallel_size=2,
+            data_parallel_size=2,
+            data_parallel_size_local=2,
+            data_parallel_rank=rank,
+        )
+        for rank in range(2)
+    ]
+    assert ranks == [[0, 1, 2, 3], []]
+
+
+def test_data_parallel_ranks_that_are_independent_take_a_turn_on_their_own_gpu() -> None:
+    """Of them vLLM sets the size to 1, and keeps which one it is apart."""
+    assert [_spoken_for(0, rank, 8, data_parallel_index=rank) for rank in range(2)] == [[0], [1]]
+
+
+def test_gpus_that_are_not_visible_have_no_turn() -> None:
+    """Those of other nodes, or of processes beside this one."""
+    assert _spoken_for(0, 0, 2, tensor_parallel_size=2, data_parallel_size=2, data_parallel_size_local=2) == [0, 1]
