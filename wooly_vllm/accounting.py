@@ -122,7 +122,7 @@ _current: list[Any] = []
 
 
 def _taking_a_turn(init_distributed: Callable[..., Any]) -> Callable[..., Any]:
-    """In the function of vLLM in which ranks meet: then a worker knows its GPU, and has not looked at its memory yet."""
+    """In the function of vLLM in which ranks meet: a worker knows its GPU then, and has yet to look at its memory."""
 
     @functools.wraps(init_distributed)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
