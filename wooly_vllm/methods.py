@@ -34,13 +34,22 @@ REHEARSED: dict[str, tuple[str, ...]] = {
     "AutoAWQMoEMethod": ("cuda",),
     "AutoGPTQLinearMethod": ("cpu", "cuda"),
     "AutoGPTQMoEMethod": ("cuda",),
-    "CompressedTensorsLinearMethod": ("cpu",),
+    "CompressedTensorsW8A8Fp8": ("cpu", "cuda"),
+    "CompressedTensorsW8A8Fp8MoEMethod": ("cuda",),
+    "CompressedTensorsW8A8Int8": ("cuda",),
+    "CompressedTensorsW8A8Int8MoEMethod": ("cuda",),
+    "CompressedTensorsWNA16": ("cpu", "cuda"),
+    "CompressedTensorsWNA16MarlinMoEMethod": ("cuda",),
     "Fp8LinearMethod": ("cuda",),
     "Fp8MoEMethod": ("cuda",),
     "Fp8PerTensorOnlineLinearMethod": ("cuda",),
+    "Fp8PerTensorOnlineMoEMethod": ("cuda",),
 }
-"""Methods that change their layer's tensors, and come to the same Python state whatever values those have; and the
-kinds of devices on which that was seen: each has kernels of its own."""
+"""Methods (of compressed-tensors, their schemes) that change their layer's tensors, and come to the same Python state
+whatever values those have; and the kinds of devices on which that was seen: each has kernels of its own."""
+
+LATENT = frozenset({"Fp8LinearMethod"})
+"""Those of them whose layer may be the one of which latent attention makes tensors when loading has ended."""
 
 QUANTIZATIONS = frozenset(
     {
@@ -68,15 +77,16 @@ def rehearsed_layers(model: nn.Module) -> dict[str, nn.Module]:
 def check_proven(layers: Mapping[str, nn.Module], device: torch.device) -> None:
     """Raise :class:`UnsupportedError` for a layer whose method is in no table for a kind of device."""
     for path, layer in layers.items():
-        kind = type(compat.method_of(layer)).__name__
+        kind = _kind(layer)
         if device.type not in REHEARSED.get(kind, ()):
             raise UnsupportedError(f"{path}: layers of {kind} are not known to come out right on {device.type}")
-        if path.endswith(_LATENT):
-            raise UnsupportedError(f"{path}: quantized latent attention is not known to come out right")
+        if path.endswith(".kv_b_proj") and kind not in LATENT:
+            raise UnsupportedError(f"{path}: latent attention of {kind} is not known to come out right")
 
 
-_LATENT = ".kv_b_proj"
-"""Of this layer, multi-head latent attention makes tensors of its own when loading has ended."""
+def _kind(layer: nn.Module) -> str:
+    """The name of a layer's method; where that leaves the work to a scheme, the scheme's."""
+    return type(getattr(layer, "scheme", None) or compat.method_of(layer)).__name__
 
 
 def finished_layers(model: nn.Module) -> Iterator[nn.Module]:
