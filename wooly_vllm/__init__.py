@@ -9,19 +9,34 @@ import logging
 
 
 def register() -> None:
-    """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing."""
+    """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing.
+
+    Where this vLLM has no longer what wooly needs, engines that ask for the load format end with advice; others, which
+    have nothing to do with wooly, go on.
+    """
+    from shared_store.errors import ConfigError
+    from wooly_vllm import compat
+
+    try:
+        _register()
+    except ConfigError as error:
+        compat.logger().error("wooly: nothing can be shared, and --load-format wooly is refused: %s", error)
+        compat.refuse_format("wooly", error)
+
+
+def _register() -> None:
     from shared_store import envs
     from wooly_vllm import accounting, compat, cpu_dispatch, sleeping
     from wooly_vllm.loader import AutoLoader, WoolyLoader
 
-    compat.register_loader("wooly", WoolyLoader)
-    if envs.WEIGHTS_DEDUP.get():
-        compat.register_loader("auto", AutoLoader)
     compat.when_on_gpu(accounting.install)
     compat.when_on_gpu(sleeping.install_in_engine)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()
+    compat.register_loader("wooly", WoolyLoader)
+    if envs.WEIGHTS_DEDUP.get():
+        compat.register_loader("auto", AutoLoader)
 
 
 def _log_with_vllm() -> None:

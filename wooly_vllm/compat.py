@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -106,6 +106,16 @@ def register_loader(name: str, loader: type) -> None:
     if name not in formats:
         register(name)(loader)
     formats[name] = loader  # registering warns of a name that is taken, and here that is meant
+
+
+def refuse_format(name: str, error: ConfigError) -> None:
+    """Have vLLM raise an error whenever it makes a loader of a load format."""
+
+    def refuse(_: Any) -> NoReturn:
+        raise error
+
+    (formats,) = find("vllm.model_executor.model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER")
+    formats[name] = refuse
 
 
 def gpu_of(local_rank: int) -> torch.device:

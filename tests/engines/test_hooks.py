@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -114,19 +115,28 @@ def test_small_weights_stay_plain_where_their_kernel_takes_other_arguments(
     assert layer.weight.shape == (16, 32)
 
 
-def test_no_engine_starts_where_the_loader_cannot_be_made() -> None:
-    """A process of vLLM's own that lacks a class that the loader needs ends with advice as it loads its plugins."""
+def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_not() -> None:
+    """A process of vLLM's own lacks a class that the loader needs: whoever asks for wooly is told what to do."""
     program = (
         "from vllm.model_executor.model_loader import base_loader\n"
         "from vllm.plugins import load_general_plugins\n"
         "del base_loader.BaseModelLoader\n"
         "load_general_plugins()\n"
+        "from vllm.config import LoadConfig\n"
+        "from vllm.model_executor.model_loader import get_model_loader\n"
+        "print(type(get_model_loader(LoadConfig())).__name__)\n"
+        "get_model_loader(LoadConfig(load_format='wooly'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "WOOLYAI_WEIGHTS_DEDUP": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "DefaultModelLoader"
+    said = "vllm.model_executor.model_loader.base_loader.BaseModelLoader where wooly looks for it"
+    assert "wooly: nothing can be shared, and --load-format wooly is refused: this vLLM" in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("shared_store.errors.ConfigError: ")
-    assert "vllm.model_executor.model_loader.base_loader.BaseModelLoader where wooly looks for it" in last
+    assert said in last
     assert f"install '{supported.range_of('vllm')}', which wooly supports, or a newer wooly" in last
 
 
