@@ -29,10 +29,16 @@ TAUGHT_BY = {
 """Families that show what others do not, and what that is."""
 
 
-TOLD_OF_FINAL = Range("vllm", "0.30", "1").has(importlib.metadata.version("vllm"))
+def _since(version: str) -> bool:
+    return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
+
+
+TOLD_OF_FINAL = _since("0.30")
 """Whether this vLLM can be told that a layer's tensors are final. On a CPU, others pack experts each time."""
 SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
-SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if TOLD_OF_FINAL or name not in SPARSE]
+LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if _since("0.27") else {"mamba2"})
+"""Families that are not shared by this version, or (mamba2) that stock vLLM does not run on a CPU."""
+SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]
 SETTINGS: dict[str, dict[str, Any]] = {"bert": {"runner": "pooling", "skip_tokenizer_init": False}}
 
