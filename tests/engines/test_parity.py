@@ -1,8 +1,8 @@
 """Greedy tokens of publisher and reader equal stock vLLM's, family by family.
 
 Every random model is small enough that vLLM's own dispatch takes the kernel that wooly takes, so those are compared
-with stock vLLM as shipped as well. SmolLM2's larger layers go through another kernel as shipped: it is compared with
-stock vLLM under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
+with stock vLLM as shipped. SmolLM2's larger layers go through another kernel as shipped: it is compared with stock vLLM
+under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if _since("0.
 """Families that are not shared by this version, or (mamba2) that stock vLLM does not run on a CPU."""
 SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]
+READ_TWICE = ("llama-tied", "gpt2", "bert", "smollm2")
+"""Families with a second reader: whether writes reach the store does not depend on the architecture."""
 SETTINGS: dict[str, dict[str, Any]] = {"bert": {"runner": "pooling", "skip_tokenizer_init": False}}
 
 
@@ -58,34 +60,37 @@ def _run(
 
 @pytest.fixture(scope="module")
 def runs(module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
-    """Answers of four processes, one after the other, by role and by family.
+    """Answers of processes that came one after the other, by role and by family.
 
     The publisher and the first reader write to every parameter once they have answered; the second reader comes after
     that, so that it would see a write that reached the store.
     """
     paths = {family: checkpoint(family) for family in FAMILIES}
+    small, large = ({name: paths[name] for name in names} for names in (SMALL, ["smollm2"]))
     sharing = {"load_format": "wooly", "extra": {"fallback": False}, "scribble": True}
     answers = {
-        "stock as shipped": _run(module_runtime_dir, paths, {}),
-        "stock": _run(module_runtime_dir, paths, {"WOOLY_CPU_DISPATCH": "1"}),
+        "stock": _run(module_runtime_dir, small, {}) | _run(module_runtime_dir, large, {"WOOLY_CPU_DISPATCH": "1"}),
         "publisher": _run(module_runtime_dir, paths, {}, **sharing),
         "reader": _run(module_runtime_dir, paths, {}, **sharing),
-        "second reader": _run(module_runtime_dir, paths, {}, **sharing),
+        "second reader": _run(module_runtime_dir, {name: paths[name] for name in READ_TWICE}, {}, **sharing),
     }
-    return {role: {family: run[str(path)] for family, path in paths.items()} for role, run in answers.items()}
+    return {
+        role: {family: run[str(path)] for family, path in paths.items() if str(path) in run}
+        for role, run in answers.items()
+    }
 
 
-@pytest.mark.parametrize("role", ["publisher", "reader", "second reader"])
+@pytest.mark.parametrize("role", ["publisher", "reader"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_equal_stock_under_the_same_dispatch(runs: Any, family: str, role: str) -> None:
-    """What is shared computes what stock computes, also after others wrote to their copies."""
+def test_tokens_equal_stock(runs: Any, family: str, role: str) -> None:
+    """What is shared computes what stock computes."""
     assert runs[role][family]["tokens"] == runs["stock"][family]["tokens"]
 
 
-@pytest.mark.parametrize("family", SMALL)
-def test_tokens_equal_stock_as_shipped_where_the_kernel_is_the_same(runs: Any, family: str) -> None:
-    """Where vLLM's own dispatch takes the same kernels, wooly's engines answer as stock vLLM does."""
-    assert runs["reader"][family]["tokens"] == runs["stock as shipped"][family]["tokens"]
+@pytest.mark.parametrize("family", READ_TWICE)
+def test_tokens_equal_stock_after_others_wrote_to_their_copies(runs: Any, family: str) -> None:
+    """Whoever comes after them maps what was published."""
+    assert runs["second reader"][family]["tokens"] == runs["stock"][family]["tokens"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,10 +116,11 @@ def test_an_engines_own_writes_take_effect_for_itself(runs: Any, family: str) ->
 
 
 def test_each_model_was_published_once(runs: Any, module_runtime_dir: Path) -> None:
-    """Three processes attached to each model; none fell back."""
+    """Publisher and readers attached to each model; none fell back."""
     counters = status_of(module_runtime_dir).counters
     assert runs
-    assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), 3 * len(FAMILIES), 0)
+    attached = 2 * len(FAMILIES) + len(READ_TWICE)
+    assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), attached, 0)
 
 
 @pytest.mark.skipif(TOLD_OF_FINAL, reason="this vLLM can be told that experts are packed already")
