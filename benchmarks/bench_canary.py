@@ -104,8 +104,8 @@ def main() -> None:
     for family in names:
         families.random_model(family, arguments.models)
     devices: queue.SimpleQueue[str] = queue.SimpleQueue()
+    listed = arguments.devices.split(",")
     for number in range(arguments.lanes):
-        listed = arguments.devices.split(",")
         devices.put(listed[number % len(listed)])
 
     def look(family: str) -> None:
