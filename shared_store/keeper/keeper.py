@@ -6,7 +6,7 @@ What it holds, it holds because a store said so; it decides nothing but when a s
 the store                              the keeper
 =====================================  ===============================================================================
 ends, or its connection does           starts another, which is sent all that is held; later if it keeps dying at once
-says nothing for ``watchdog_s``        kills it, and goes on as above
+says nothing for ``watchdog_s``        kills it, and goes on as above; one that starts has ``STARTED_WITHIN_S`` at least
 said ``Stop``, and ends                ends with it
 said ``Upgrade``                       becomes that installation's keeper, which starts its store beside the old one,
                                        and once that is prepared kills the old one
@@ -43,7 +43,7 @@ SEGMENT = "segment-"
 """Names of what a service manager keeps: the listening socket; a segment, with its id behind it."""
 
 END_WITHIN_S = 15.0
-PREPARED_WITHIN_S = 30.0
+STARTED_WITHIN_S = 30.0
 _TICK_S = 1.0
 _LATE_S = 2.0  # a keeper that was held up itself for so long gives the store another chance
 
@@ -133,10 +133,14 @@ class Keeper:
     def _look_at_clocks(self) -> None:
         now = time.monotonic()
         store, patience = self._store, self._options.watchdog_s
-        if store is not None and patience and now > store.heard + patience:
-            self.notice("store_hung", f"the store (pid {store.pid}) said nothing for {patience:.0f} s and is killed")
-            store.kill()
-        if self._next is not None and now > self._next.started + PREPARED_WITHIN_S:
+        if store is not None and patience:
+            if not store.ready:  # it shows life once it serves
+                patience = max(patience, STARTED_WITHIN_S)
+            if now > store.heard + patience:
+                silent = f"the store (pid {store.pid}) said nothing for {patience:g} s and is killed"
+                self.notice("store_hung", silent)
+                store.kill()
+        if self._next is not None and now > self._next.started + STARTED_WITHIN_S:
             self._next.kill()
         if now > self._give_up_at and store is not None:
             log.error("the store (pid %d) does not end, and is killed", store.pid)

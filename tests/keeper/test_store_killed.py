@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 from support.waiting import open_fds, process_state, wait_until
@@ -45,28 +44,22 @@ def test_store_killed_under_readers(kept, actor):
     assert after.store.recovering
 
 
-def test_time_from_kill_to_serving(kept, actor):
-    """A client that connects after the kill has the model mapped within a second."""
-    actor().publish(key=ONE, model=MODEL)
-    started = time.monotonic()
-    kept.kill_store()
-    client = kept.client()
-    assert client.open(ONE, publish=False) == "attached"
-    assert time.monotonic() - started < 1.0
-
-
 def test_store_killed_again_and_again(kept, actor):
-    """The third restart brings back as much as the first, and neither keeper nor client gathers fds."""
+    """The third restart brings back as much as the first, and no process gathers fds."""
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
-    seen = []
+
+    def held():
+        return [open_fds(pid) for pid in (kept.pid, publisher.pid, kept.store_pid)]
+
+    first = None
     for _ in range(3):
         pid = kept.kill_store()
         back(publisher, pid)
         wait_until(lambda: readers(kept) == 1, "the reader to be counted")
-        seen.append((open_fds(kept.pid), open_fds(publisher.pid), open_fds(kept.store_pid)))
-    assert seen[0][:2] == seen[2][:2]
-    assert seen[2][2] <= seen[0][2] + 1  # the connection that asks may or may not have ended
+        wait_until(lambda: kept.status().catalog.state == "ok", "the catalog, which has fds too")
+        first = first or held()
+    wait_until(lambda: all(now <= then for now, then in zip(held(), first, strict=True)), "the fds of the first time")
 
 
 def test_shared_blob_over_a_restart(kept, actor):
@@ -161,14 +154,23 @@ def test_digests_of_files_over_a_restart(kept, directory):
 
 def test_store_hangs(start_kept, actor):
     """One that is stopped is killed once it has been silent for the watchdog's time, and clients are back."""
-    kept = start_kept(watchdog_s=0.5)
+    kept = start_kept(watchdog_s=1.5)
     reader = actor()
     reader.publish(key=ONE, model=MODEL)
     pid = kept.store_pid
     os.kill(pid, signal.SIGSTOP)
     back(reader, pid)
-    assert "said nothing for" in kept.log()
-    assert readers(kept) == 1
+    assert f"(pid {pid}) said nothing for 1.5 s" in kept.log()
+    wait_until(lambda: readers(kept) == 1, "the reader to be counted")
+
+
+def test_a_slow_start_is_no_hang(start_kept, tmp_path, monkeypatch):
+    """A watchdog shorter than a start must not keep stores from ever coming up."""
+    slow = "import sys, time\nif 'shared_store.daemon' in sys.orig_argv:\n    time.sleep(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kept = start_kept(watchdog_s=1.0)
+    assert "store hung" not in kept.log()
 
 
 def test_store_that_dies_again_and_again_is_started_later(kept):
