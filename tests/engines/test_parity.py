@@ -17,7 +17,10 @@ from support.engines import EngineProcess, status_of
 
 from shared_store.supported import Range
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+RUN_WITHIN_S = 600.0
+"""A process that runs all families, one after the other."""
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(4 * RUN_WITHIN_S)]
 
 TAUGHT_BY = {
     "qwen3-moe": "experts that are merged with others' names and sizes than Mixtral's",
@@ -52,7 +55,7 @@ def _run(
     each = {"models": [str(path) for path in paths.values()], "settings": settings}
     process = EngineProcess(runtime_dir, {**each, **job}, **environment)
     try:
-        assert process.finish() == 0, "\n".join(process.log[-40:])
+        assert process.finish(RUN_WITHIN_S) == 0, "\n".join(process.log[-40:])
         return {event["model"]: event for event in process.events if event["event"] == "answered"}
     finally:
         process.close()

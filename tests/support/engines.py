@@ -85,9 +85,9 @@ class EngineProcess:
         self.tell(command)
         return self.wait(f"did {self._commands}")
 
-    def finish(self) -> int:
+    def finish(self, timeout_s: float = STARTED_WITHIN_S) -> int:
         """Wait for its end; returns the exit code."""
-        code = self.process.wait(timeout=STARTED_WITHIN_S)
+        code = self.process.wait(timeout=timeout_s)
         self._reader.join(timeout=10)
         return code
 

@@ -40,7 +40,8 @@ class Lora:
         if self.shared:
             import wooly_hf  # noqa: F401 - turns the device map on
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map).eval()
+        # bfloat16, as it is stored, would take CPUs without instructions for it minutes to train.
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map=device_map).eval()
 
     def train(self, word: str, directory: str) -> dict[str, Any]:
         """Teach a new adapter to answer the question with a word, write it to a directory, and take it off again."""
