@@ -238,7 +238,7 @@ class CacheMachine(StoreMachine):
 
         setattr(self.backend, moment, wait)
         compaction = self.loop.create_task(self.store.compactor.here(DEVICE))
-        while not reached.is_set() and not compaction.done():
+        while not reached.wait(0.001) and not compaction.done():  # the wait lets its thread run
             self._turn()
         self.attach(which, opener)
         may_go_on.set()
