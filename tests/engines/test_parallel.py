@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
-from support.engines import status_of
+from support.engines import status_of, vllm_since
 from support.ranks import ranks_share
-
-from shared_store.supported import Range
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -27,10 +24,7 @@ def test_ranks_share_with_the_same_rank_of_another_engine(engine: Any, checkpoin
     ranks_share(engine, checkpoint("llama"), runtime_dir, settings=SETTINGS, environment=environment)
 
 
-@pytest.mark.skipif(
-    Range("vllm", "0.33", "1").has(importlib.metadata.version("vllm")),
-    reason="from 0.33 on vLLM wants a NUMA node for each replica on a CPU",
-)
+@pytest.mark.skipif(vllm_since("0.33"), reason="from 0.33 on vLLM wants a NUMA node for each replica on a CPU")
 def test_replicas_of_a_server_read_one_copy(checkpoint: Any, tmp_path: Path, runtime_dir: Path) -> None:
     """One server with two data parallel ranks: one model, two readers, and the same answer from whichever is asked."""
     arguments = [*SMALL_ARGUMENTS, "--load-format", "wooly", "--data-parallel-size", "2"]

@@ -7,15 +7,12 @@ under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
-from support.engines import EngineProcess, status_of
-
-from shared_store.supported import Range
+from support.engines import EngineProcess, status_of, vllm_since
 
 RUN_WITHIN_S = 600.0
 """A process that runs all families, one after the other."""
@@ -32,14 +29,10 @@ TAUGHT_BY = {
 """Families that show what others do not, and what that is."""
 
 
-def _since(version: str) -> bool:
-    return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
-
-
-TOLD_OF_FINAL = _since("0.30")
+TOLD_OF_FINAL = vllm_since("0.30")
 """Whether this vLLM can be told that a layer's tensors are final. On a CPU, others pack experts each time."""
 SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
-LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if _since("0.27") else {"mamba2"})
+LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if vllm_since("0.27") else {"mamba2"})
 """Families that are not shared by this version, or (mamba2) that stock vLLM does not run on a CPU."""
 SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,11 +18,17 @@ from support.waiting import wait_until
 from shared_store.client.session import Session
 from shared_store.errors import StoreUnavailableError
 from shared_store.status import Status
+from shared_store.supported import Range
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0
 SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 """Of a job: share, or fail."""
+
+
+def vllm_since(version: str) -> bool:
+    """Whether the installed vLLM is this version or a later one."""
+    return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
 
 
 class EngineProcess:
