@@ -29,15 +29,15 @@ import bench_gpu
 from gpu_processes import nvidia_smi
 
 import shared_store
+from shared_store.base.digest import digest
+from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.compact import compact
 from shared_store.client.session import Session
-from shared_store.daemon.launch import start_detached
-from shared_store.daemon.options import ServeOptions
-from shared_store.digest import digest
-from shared_store.manifest import Blob, Manifest, TensorEntry
 from shared_store.memory import Access, Backend, Mapping, backend_for
-from shared_store.memory.cuda_vmm import visible_gpus
+from shared_store.memory.cuda.vmm import visible_gpus
 from shared_store.protocol.wire import close_fds
+from shared_store.runtime.launch import start_detached
+from shared_store.runtime.options import ServeOptions
 
 MIB = 1 << 20
 LAYERS, CHANGED, TUNES, SMALL = 16, 2, 3, 20
@@ -110,7 +110,7 @@ def writing(backend: Backend) -> Iterator[Write]:
         return
     from cuda.bindings import driver
 
-    from shared_store.cuda.copying import DeviceCopies
+    from shared_store.memory.cuda.blob_copy import DeviceCopies
 
     copies = DeviceCopies(backend.ordinal)
 

@@ -40,7 +40,7 @@ def engine(job: dict[str, Any]) -> None:
 
     loader: Any = base_loader.BaseModelLoader
     if job["load_format"] == "wooly":
-        from wooly_vllm.loader import WoolyLoader as loader  # noqa: N813 - the class that is timed
+        from wooly_vllm.loading.loader import WoolyLoader as loader  # noqa: N813 - the class that is timed
     seconds: list[float] = []
     timed = loader.load_model
 

@@ -18,8 +18,8 @@ import time
 import cupy
 import numpy as np
 
-from shared_store.cuda.digests import CudaDigests
-from shared_store.digest import digest
+from shared_store.base.digest import digest
+from shared_store.memory.cuda.digests import CudaDigests
 
 MIB, GIB = 1 << 20, 1 << 30
 ALIGNMENT = 512

@@ -44,19 +44,19 @@ from typing import Any
 import bench_gpu
 
 import shared_store
-from shared_store import manifest as manifests
+from shared_store.base import manifest as manifests
+from shared_store.base.digest import digest
+from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.session import Session
-from shared_store.digest import digest
-from shared_store.manifest import Blob, Manifest, TensorEntry
+from shared_store.disk.obtain import Need, obtain
+from shared_store.disk.restore import restore_resident
+from shared_store.disk.save import save_resident
+from shared_store.disk.saved import DESCRIPTION, Description, SavedBlob, SavedFile, SavedModel, encode
+from shared_store.disk.verify import verify
 from shared_store.memory import backend_for
 from shared_store.protocol import wire
 from shared_store.transfer.copier import PIECE_BYTES, threads
-from shared_store.transfer.holding import committed
-from shared_store.transfer.obtain import Need, obtain
-from shared_store.transfer.restore import restore_resident
-from shared_store.transfer.save import save_resident
-from shared_store.transfer.saved import DESCRIPTION, Description, SavedBlob, SavedFile, SavedModel, encode
-from shared_store.transfer.verify import verify
+from shared_store.transfer.reading import committed
 
 HERE = Path(__file__).resolve().parent
 KEY = f"{1:064x}"
@@ -370,7 +370,7 @@ def cpu_facts() -> dict[str, str]:
 
 def on_gpu(model: Path, repeats: int, out: Path | None) -> None:
     """The 9 GB model, on the first GPU that this process sees. Its files are linked, not copied."""
-    from shared_store.memory.cuda_vmm import visible_gpus
+    from shared_store.memory.cuda.vmm import visible_gpus
 
     device = next(iter(visible_gpus()), None)
     if device is None:

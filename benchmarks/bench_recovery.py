@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import shared_store
-from shared_store import spawn
+from shared_store.base.digest import digest, digest_at
+from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.session import Session
-from shared_store.digest import digest, digest_at
-from shared_store.manifest import Blob, Manifest, TensorEntry
 from shared_store.memory import Access, Backend, Mapping, backend_for
+from shared_store.runtime import spawn
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TENSORS = 1000
@@ -217,7 +217,7 @@ def check(directory: Path, backend: Backend, device: str, number: int) -> None:
 
 def blob_bytes(attached: Any) -> int:
     """The size of each of a model's blobs."""
-    from shared_store.manifest import decode
+    from shared_store.base.manifest import decode
 
     return decode(attached.manifest).blobs[0].nbytes
 
@@ -226,7 +226,7 @@ def first_gpu() -> tuple[str, str]:
     """The first GPU's UUID, with a context on it for this process's copies; and its name."""
     from cuda.bindings import driver
 
-    from shared_store.memory.cuda_vmm import visible_gpus
+    from shared_store.memory.cuda.vmm import visible_gpus
 
     device = next(iter(visible_gpus()))
     for error, *_ in (

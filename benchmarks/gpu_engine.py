@@ -153,11 +153,13 @@ def _watch_load(loader: Any, watch: Stopwatch, loaded: dict[str, Any]) -> None:
 
 def _watch_wooly(watch: Stopwatch, loaded: dict[str, Any]) -> None:
     import wooly_vllm
-    from shared_store.client.bind import Binder
     from shared_store.client.identify import Checkpoint
-    from shared_store.client.mapped import MappedBlobs
     from shared_store.client.session import Session
-    from wooly_vllm import accounting, compat, loader
+    from shared_store.torch.bind import Binder
+    from shared_store.torch.mapped_model import MappedBlobs
+    from wooly_vllm import compat
+    from wooly_vllm.loading import loader
+    from wooly_vllm.memory import accounting
 
     wooly_vllm.register()  # vLLM does so too, where wooly is installed and not only on the path
     watch.watch(accounting, "external_bytes", "accounting")
@@ -241,11 +243,11 @@ def plain_publisher(talk: Talk, job: dict[str, Any]) -> None:
     from safetensors.torch import load_file
     from torch import nn
 
-    from shared_store.client.devices import backend_of, store_device
+    from shared_store.base.keys import weight_key
     from shared_store.client.identify import Checkpoint
-    from shared_store.client.publish import Publication, publish
     from shared_store.client.session import Session
-    from shared_store.keys import weight_key
+    from shared_store.torch.devices import backend_of, store_device
+    from shared_store.torch.publish import Publication, publish
 
     device = torch.device(job["device"])
     if device.type == "cuda":

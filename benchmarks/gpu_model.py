@@ -112,7 +112,7 @@ def unique_bytes(directories: Collection[Path]) -> int:
 
 def _digests(file: Path) -> Iterator[tuple[bytes, int]]:
     """Digest and size of each tensor in a safetensors file (8 bytes of length, a JSON header, then the data)."""
-    from shared_store.digest import digest
+    from shared_store.base.digest import digest
 
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         (length,) = struct.unpack("<Q", content[:8])

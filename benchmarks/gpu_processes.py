@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from shared_store.base.errors import StoreUnavailableError
+from shared_store.base.status import Status
 from shared_store.client.session import Session
-from shared_store.errors import StoreUnavailableError
-from shared_store.status import Status
 
 SCRIPT = Path(__file__).resolve().parent / "gpu_engine.py"
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}

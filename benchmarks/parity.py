@@ -159,8 +159,8 @@ class Engines:
 
     def _forget_models(self) -> None:
         """So that the next row publishes, whatever it has in common with this one."""
+        from shared_store.base.errors import StoreUnavailableError
         from shared_store.client.session import Session
-        from shared_store.errors import StoreUnavailableError
 
         with (
             contextlib.suppress(StoreUnavailableError),  # nothing was shared yet, so no store was started
@@ -367,7 +367,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--unproven",
         action="store_true",
-        help="also share layers whose method is in no table of wooly_vllm/methods.py: to find out what may come in",
+        help="also share layers whose method is in no table of wooly_vllm/loading/methods.py, to compare them",
     )
     parser.add_argument("--models", type=Path, default=CACHE, help="folder of the checkpoints")
     parser.add_argument("--logs", type=Path, help="folder that keeps what the engines print")

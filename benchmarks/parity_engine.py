@@ -59,8 +59,8 @@ def ask(llm: Any, *, embeds: bool) -> list[list[float]]:
 
 def shared() -> dict[str, Any]:
     """What the store says of this process's lease: its role, and bytes that it maps and has for itself."""
+    from shared_store.base.errors import WoolyError
     from shared_store.client.session import Session
-    from shared_store.errors import WoolyError
 
     try:
         with Session.connect(autostart=False) as session:

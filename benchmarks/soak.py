@@ -30,10 +30,10 @@ from typing import Any
 from soak_clients import LEASES
 from store_node import HERE, StoreNode, mapped, open_model, versions, wait_for_status, wait_until
 
+from shared_store.base.digest import digest_at
+from shared_store.base.errors import TimedOutError
+from shared_store.base.manifest import decode
 from shared_store.client.session import Session
-from shared_store.digest import digest_at
-from shared_store.errors import TimedOutError
-from shared_store.manifest import decode
 from shared_store.memory import Access
 
 MIB = 1 << 20

@@ -22,16 +22,16 @@ from pathlib import Path
 
 from store_node import blob, close_all, content, fill, key, manifest, mapped, open_model
 
-from shared_store.client.session import Session
-from shared_store.digest import digest_at
-from shared_store.errors import (
+from shared_store.base.digest import digest_at
+from shared_store.base.errors import (
     DigestMismatchError,
     ModelInUseError,
     ModelNotFoundError,
     TimedOutError,
     WoolyError,
 )
-from shared_store.manifest import decode
+from shared_store.base.manifest import decode
+from shared_store.client.session import Session
 from shared_store.memory import Access
 from shared_store.protocol import messages, wire
 

@@ -22,13 +22,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-from shared_store import digest, spawn
+from shared_store.base import digest
+from shared_store.base.errors import WoolyError
+from shared_store.base.manifest import Blob, Manifest, TensorEntry
+from shared_store.base.status import Status
 from shared_store.client.session import Session
-from shared_store.errors import WoolyError
-from shared_store.manifest import Blob, Manifest, TensorEntry
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.protocol import messages
-from shared_store.status import Status
+from shared_store.runtime import spawn
 
 HERE = Path(__file__).resolve().parent
 PUBLISHER = "benchmark"

@@ -2,7 +2,7 @@
 
 What is public is what :data:`__all__` names.
 
-Raises :class:`shared_store.errors.ConfigError` when imported beside a transformers that it does not fit.
+Raises :class:`shared_store.base.errors.ConfigError` when imported beside a transformers that it does not fit.
 """
 
 from __future__ import annotations

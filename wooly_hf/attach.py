@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shared_store.client.bind import Bound
-from shared_store.client.mapped import MappedBlobs
-from shared_store.client.views import view_of
-from shared_store.errors import BindingError
-from shared_store.manifest import Manifest
+from shared_store.base.errors import BindingError
+from shared_store.base.manifest import Manifest
+from shared_store.torch.bind import Bound
+from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.views import view_of
 
 
 def attach(model: nn.Module, manifest: Manifest, blobs: MappedBlobs, *, min_bytes: int) -> Bound:

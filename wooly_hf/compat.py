@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_store import supported
-from shared_store.errors import ConfigError, UnsupportedError
+from shared_store.base.errors import ConfigError, UnsupportedError
+from shared_store.runtime import versions as supported
 
 Load = Callable[..., tuple[Any, Any]]
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]

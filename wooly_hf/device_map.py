@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shared_store.errors import ConfigError
+from shared_store.base.errors import ConfigError
 
 _NAME = "wooly"
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_store import manifest
-from shared_store.client.devices import store_device
-from shared_store.errors import UnsupportedError
-from shared_store.keys import without_names
+from shared_store.base import manifest
+from shared_store.base.errors import UnsupportedError
+from shared_store.base.keys import without_names
+from shared_store.torch.devices import store_device
 from wooly_hf import compat
 
 _EXTRA_STATE = "_extra_state"

@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import nn
 
-from shared_store import envs, manifest
-from shared_store.client.bind import Bound
-from shared_store.client.devices import backend_of, store_device
+from shared_store.base import envs, manifest
+from shared_store.base.errors import UnsupportedError, WoolyError
+from shared_store.base.keys import weight_key
 from shared_store.client.identify import Checkpoint
-from shared_store.client.loading import SHARE_MIN_BYTES, TIMEOUT_S, keep, progress, report_fallback
-from shared_store.client.mapped import MappedBlobs
-from shared_store.client.publish import Publication, publish
 from shared_store.client.session import Session
-from shared_store.client.tensors import NamedTensor
-from shared_store.errors import UnsupportedError, WoolyError
-from shared_store.keys import weight_key
-from shared_store.transfer.obtain import Need, obtain, published
+from shared_store.disk.obtain import Need, obtain, published
+from shared_store.torch.bind import Bound
+from shared_store.torch.devices import backend_of, store_device
+from shared_store.torch.load import SHARE_MIN_BYTES, TIMEOUT_S, keep, progress, report_fallback
+from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.publish import Publication, publish
+from shared_store.torch.tensors import NamedTensor
 from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
 from wooly_hf.device_map import parse

@@ -14,7 +14,7 @@ def register() -> None:
     Where this vLLM has no longer what wooly needs, engines that ask for the load format end with advice; others, which
     have nothing to do with wooly, go on.
     """
-    from shared_store.errors import ConfigError
+    from shared_store.base.errors import ConfigError
     from wooly_vllm import compat
 
     try:
@@ -25,9 +25,11 @@ def register() -> None:
 
 
 def _register() -> None:
-    from shared_store import envs
-    from wooly_vllm import accounting, compat, cpu_dispatch, sleeping
-    from wooly_vllm.loader import AutoLoader, WoolyLoader
+    from shared_store.base import envs
+    from wooly_vllm import compat, cpu_dispatch
+    from wooly_vllm.loading.loader import AutoLoader, WoolyLoader
+    from wooly_vllm.memory import accounting
+    from wooly_vllm.residency import sleep as sleeping
 
     compat.when_on_gpu(accounting.install)
     compat.when_on_gpu(sleeping.install_in_engine)

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_store.client.devices import work_on
-from shared_store.client.loading import SHARE_MIN_BYTES
-from shared_store.client.reach import Step, tensors_from
-from shared_store.client.views import bytes_in, storage_key
+from shared_store.torch.devices import work_on
+from shared_store.torch.load import SHARE_MIN_BYTES
+from shared_store.torch.reach import Step, tensors_from
+from shared_store.torch.views import bytes_in, storage_key
 from wooly_vllm import compat
-from wooly_vllm.loader import InnerLoader
+from wooly_vllm.loading.loader import InnerLoader
 
 LOAD_FORMAT = "wooly-canary"
 

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from shared_store import supported
-from shared_store.errors import ConfigError, UnsupportedError
+from shared_store.base.errors import ConfigError, UnsupportedError
+from shared_store.runtime import versions as supported
 
 
 def moved(what: str, error: Exception) -> ConfigError:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def activate() -> None:
     """Import ``wooly_hf`` as soon as transformers can load models. Imports neither of them itself."""
     try:
-        from shared_store.imports import when_imported
+        from shared_store.runtime.import_hooks import when_imported
 
         when_imported("transformers.modeling_utils", _import_wooly)
     except Exception as error:  # noqa: BLE001 - whatever it is, torch must import

@@ -17,9 +17,9 @@ import time
 from typing import TYPE_CHECKING, Final, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from shared_store.catalog.backoff import delays
+from shared_store.base.errors import ConfigError
 from shared_store.catalog.events import Event, EventBuffer
-from shared_store.errors import ConfigError
+from shared_store.runtime.backoff import delays
 
 if TYPE_CHECKING:
     from collections.abc import Callable

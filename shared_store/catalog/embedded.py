@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from shared_store.base.errors import PathTooLongError
 from shared_store.catalog import valkey_exec
-from shared_store.catalog.backoff import delays
-from shared_store.errors import PathTooLongError
+from shared_store.runtime.backoff import delays
 
 _SOCKET_NAME: Final = "catalog.sock"
 _LOG_NAME: Final = "catalog.log"

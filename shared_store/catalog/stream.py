@@ -16,8 +16,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from shared_store.base.errors import CatalogUnavailableError, ConfigError
 from shared_store.catalog.schema import EVENTS
-from shared_store.errors import CatalogUnavailableError, ConfigError
 
 _ANSWER_WITHIN_S: Final = 5.0
 _BLOCK_MS: Final = 2000  # less than the above: a server that is there answers in time, with nothing if there is nothing

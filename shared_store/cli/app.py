@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from shared_store.base.errors import WoolyError
 from shared_store.cli.compact import command as compact
 from shared_store.cli.doctor import command as doctor
 from shared_store.cli.events import command as events
@@ -20,7 +21,6 @@ from shared_store.cli.unpin import command as unpin
 from shared_store.cli.upgrade import command as upgrade
 from shared_store.cli.verify import command as verify
 from shared_store.cli.version import command as version
-from shared_store.errors import WoolyError
 
 app = typer.Typer(
     name="wooly",

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 import shared_store
-from shared_store import envs, supported
-from shared_store.errors import ConfigError, StoreUnavailableError, WoolyError
+from shared_store.base import envs
+from shared_store.base.errors import ConfigError, StoreUnavailableError, WoolyError
+from shared_store.runtime import versions as supported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -228,7 +229,7 @@ def _embedded_catalog() -> Check:
 
 def runtime_directory(directory: Path) -> Check:
     """Whether a store could live there."""
-    from shared_store.paths import SHARED_MODES, RuntimePaths, check_socket_path, prepare
+    from shared_store.runtime.paths import SHARED_MODES, RuntimePaths, check_socket_path, prepare
 
     name, directory = "runtime directory", directory.absolute()
     advice = "set WOOLY_RUNTIME_DIR to a directory of your own"

@@ -16,7 +16,7 @@ def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
       wooly doctor
       wooly doctor --json | jq '.checks[] | select(.result == "failed")'
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
-    from shared_store import envs
+    from shared_store.base import envs
     from shared_store.cli import checks
 
     done = checks.run_all(lambda: runtime_dir or envs.RUNTIME_DIR.get())

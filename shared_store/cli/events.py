@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared_store import envs
+from shared_store.base import envs
+from shared_store.base.errors import CatalogUnavailableError, StoreUnavailableError
 from shared_store.cli import render
 from shared_store.cli.options import Json, RuntimeDir, connect
-from shared_store.errors import CatalogUnavailableError, StoreUnavailableError
-from shared_store.paths import RuntimePaths, node_name
+from shared_store.runtime.paths import RuntimePaths, node_name
 
 if TYPE_CHECKING:
     from shared_store.catalog.stream import EventEntry

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared_store import envs
+from shared_store.base import envs
 
 if TYPE_CHECKING:
     from shared_store.client.session import Session

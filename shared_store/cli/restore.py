@@ -32,8 +32,8 @@ def command(
       wooly restore /models/llama.wooly --json
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
     from shared_store.cli.progress import progress
-    from shared_store.transfer.restore import restore_resident
-    from shared_store.transfer.saved import SavedModel
+    from shared_store.disk.restore import restore_resident
+    from shared_store.disk.saved import SavedModel
 
     with (
         SavedModel(directory) as saved,

@@ -26,8 +26,8 @@ def command(
       wooly save 3f9a --to /models/llama.wooly
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
     from shared_store.cli.progress import progress
-    from shared_store.transfer.holding import committed
-    from shared_store.transfer.save import save_resident
+    from shared_store.disk.save import save_resident
+    from shared_store.transfer.reading import committed
 
     with connect(runtime_dir) as session:
         model = committed(session.status().models, key)

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from shared_store import envs
+from shared_store.base import envs
+from shared_store.base.errors import ConfigError
 from shared_store.cli.options import RuntimeDir
-from shared_store.errors import ConfigError
 
 DETACHED_WITHIN_S: Final = 20.0
 
@@ -87,8 +87,8 @@ def command(
       wooly serve --max-resident cpu=64GiB --metrics 127.0.0.1:9400
       wooly serve --redis-url redis://catalog.example:6379/0
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
-    from shared_store.daemon.options import ServeOptions
     from shared_store.memory import backend_for
+    from shared_store.runtime.options import ServeOptions
 
     given: dict[str, Any] = {
         "runtime_dir": runtime_dir,
@@ -109,7 +109,7 @@ def command(
     for device in options.max_resident:
         backend_for(device)
     if metrics is not None:
-        from shared_store.daemon.endpoint import parse_address
+        from shared_store.store.observe.endpoint import parse_address
 
         parse_address(metrics)
     if group is not None:
@@ -120,7 +120,7 @@ def command(
         except KeyError as error:
             raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists them") from error
     if detach:
-        from shared_store.daemon.launch import start_detached
+        from shared_store.runtime.launch import start_detached
 
         pid = start_detached(options, timeout_s=DETACHED_WITHIN_S)
         print(f"started a store (its keeper is pid {pid}) in {options.runtime_dir}")
@@ -132,7 +132,7 @@ def command(
 
 def parse_limit(text: str) -> tuple[str, int]:
     """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
-    from shared_store.sizes import parse_size
+    from shared_store.base.sizes import parse_size
 
     device, equals, size = text.partition("=")
     nbytes = parse_size(size)

@@ -10,8 +10,8 @@ from shared_store.cli import render
 from shared_store.cli.options import Json, RuntimeDir, connect
 
 if TYPE_CHECKING:
+    from shared_store.base.status import Status
     from shared_store.client.session import Session
-    from shared_store.status import Status
 
 INTERVAL_S = 2.0
 

@@ -6,10 +6,10 @@ import os
 import select
 from typing import Final
 
-from shared_store import envs
+from shared_store.base import envs
+from shared_store.base.errors import ConnectionLostError, StoreUnavailableError, TimedOutError
 from shared_store.cli.options import RuntimeDir, connect
-from shared_store.errors import ConnectionLostError, StoreUnavailableError, TimedOutError
-from shared_store.paths import RuntimePaths
+from shared_store.runtime.paths import RuntimePaths
 
 GONE_WITHIN_S: Final = 30.0
 

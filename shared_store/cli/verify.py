@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared_store.base.errors import DigestMismatchError
 from shared_store.cli import render
 from shared_store.cli.options import Json, RuntimeDir, connect
-from shared_store.errors import DigestMismatchError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shared_store.transfer.verify import Verified
+    from shared_store.disk.verify import Verified
 
 
 def command(
@@ -37,8 +37,8 @@ def command(
     if (key is None) != every:
         raise typer.BadParameter("give a KEY, or --all")
     from shared_store.cli.progress import progress
-    from shared_store.transfer.holding import committed
-    from shared_store.transfer.verify import verify
+    from shared_store.disk.verify import verify
+    from shared_store.transfer.reading import committed
 
     with connect(runtime_dir) as session:
         models = session.status().models

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shared_store.base.status import ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
 from shared_store.cli.render import duration, plain, short_key, size, table
-from shared_store.status import ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
 
 
 def report(status: Status, *, hide_client: int | None = None) -> Group:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from shared_store.base.digest import digest_at
+from shared_store.base.errors import DigestMismatchError
 from shared_store.client.session import Session
-from shared_store.digest import digest_at
-from shared_store.errors import DigestMismatchError
 from shared_store.memory import Backend, Mapping, backend_for
-from shared_store.memory.copying import Copy, close_all, copy_blobs, copy_host
+from shared_store.memory.blob_copy import Copy, close_all, copy_blobs, copy_host
 from shared_store.protocol import messages
 from shared_store.protocol.wire import close_fds
 
@@ -87,8 +87,8 @@ def _worker(backend: Backend) -> Iterator[_Worker]:
     if backend.ordinal is None:
         yield _Worker(backend, copy_host, lambda: None, lambda spans: [digest_at(*span) for span in spans])
         return
-    from shared_store.cuda.copying import DeviceCopies
-    from shared_store.cuda.digests import CudaDigests
+    from shared_store.memory.cuda.blob_copy import DeviceCopies
+    from shared_store.memory.cuda.digests import CudaDigests
 
     copies = DeviceCopies(backend.ordinal)
     try:

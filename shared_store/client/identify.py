@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from shared_store import digest
-from shared_store.checkpoint import SETTLED_S, FileId, HashedFile, checkpoint_digest, file_id, hash_files
+from shared_store.base import digest
+from shared_store.base.checkpoint import SETTLED_S, FileId, HashedFile, checkpoint_digest, file_id, hash_files
+from shared_store.base.errors import CheckpointError, StoreUnavailableError
 from shared_store.client.session import Session
-from shared_store.errors import CheckpointError, StoreUnavailableError
 
 
 class Checkpoint:

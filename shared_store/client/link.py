@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import shared_store
-from shared_store.errors import (
+from shared_store.base.errors import (
     ConnectionLostError,
     ProtocolError,
     TimedOutError,

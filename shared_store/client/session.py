@@ -24,11 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from shared_store import envs, spawn
-from shared_store.checkpoint import FileId
-from shared_store.client.holding import Holding
-from shared_store.client.link import CALL_TIMEOUT_S, Link
-from shared_store.errors import (
+from shared_store.base import envs
+from shared_store.base.checkpoint import FileId
+from shared_store.base.errors import (
     ConnectionLostError,
     ModelNotFoundError,
     StoreUnavailableError,
@@ -36,10 +34,13 @@ from shared_store.errors import (
     TooManyClientsError,
     WoolyError,
 )
-from shared_store.manifest import Blob, Manifest, encode
-from shared_store.paths import locate
+from shared_store.base.manifest import Blob, Manifest, encode
+from shared_store.base.status import Status
+from shared_store.client.link import CALL_TIMEOUT_S, Link
+from shared_store.client.retained import Holding
 from shared_store.protocol import messages
-from shared_store.status import Status
+from shared_store.runtime import spawn
+from shared_store.runtime.paths import locate
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
@@ -126,7 +127,7 @@ class Session:
             self._link.close()
         self._held.clear()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """In a forked child: let go of what is the parent's, so that it ends when the parent does."""
         self._link.forget()
         if self._dialled is not None:
@@ -433,7 +434,7 @@ _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for session in list(_open_sessions):
-        session._forget()
+        session.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

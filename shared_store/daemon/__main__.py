@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from shared_store.daemon.main import run, run_kept
-from shared_store.daemon.options import ServeOptions
-from shared_store.errors import StoreRunningError, WoolyError
+from shared_store.base.errors import StoreRunningError, WoolyError
+from shared_store.runtime.options import ServeOptions
+from shared_store.store.app import run, run_kept
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """``python -m shared_store.keeper [RUNTIME_DIR [READY_FD [OPTIONS [HANDOVER_FD]]]]``: a keeper, and its store.
 
-:mod:`shared_store.spawn` runs it so. OPTIONS is a ``ServeOptions`` as JSON; without it the environment's settings hold.
+:mod:`shared_store.runtime.spawn` runs it so. OPTIONS is a ``ServeOptions`` as JSON; without it the environment's
+settings hold.
 One byte is written to READY_FD: "1" once clients are served, "0" when the directory has a store already. HANDOVER_FD
 brings what an earlier keeper had, options included.
 """
@@ -13,9 +14,9 @@ import sys
 from pathlib import Path
 
 import shared_store
-from shared_store.daemon.options import ServeOptions
-from shared_store.errors import StoreRunningError, WoolyError
+from shared_store.base.errors import StoreRunningError, WoolyError
 from shared_store.keeper.main import run, take_over
+from shared_store.runtime.options import ServeOptions
 
 
 def main() -> int:

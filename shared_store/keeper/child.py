@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shared_store.errors import ProtocolError, WoolyError
+from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.keeper.notify import VARIABLES
 from shared_store.protocol import control, wire
 

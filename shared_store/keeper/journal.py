@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from shared_store.errors import ProtocolError
+from shared_store.base.errors import ProtocolError
 from shared_store.protocol import control
 
 MAGIC = b"wooly-journal/1\n"

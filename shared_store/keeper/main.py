@@ -7,15 +7,15 @@ import os
 import socket
 from collections.abc import Callable
 
-from shared_store.daemon.listening import claim, listen, raise_file_limit
-from shared_store.daemon.options import ServeOptions
 from shared_store.keeper import journal
 from shared_store.keeper.child import StoreProcess
 from shared_store.keeper.keeper import LISTEN, SEGMENT, Keeper
 from shared_store.keeper.notify import ServiceManager, handed_back
-from shared_store.paths import RuntimePaths, prepare
 from shared_store.protocol import handover
-from shared_store.protocol.holdings import Holdings
+from shared_store.protocol.durable_state import Holdings
+from shared_store.runtime.claim import claim, listen, raise_file_limit
+from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.paths import RuntimePaths, prepare
 
 
 def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> int:

@@ -4,7 +4,7 @@ A backend serves both sides: the store creates, exports and seals; clients impor
 """
 
 from shared_store.memory.backend import Access, Backend, Segment
-from shared_store.memory.kept import KeptSegment, export
+from shared_store.memory.fd_segment import KeptSegment, export
 from shared_store.memory.mapping import Mapping
 from shared_store.memory.memfd import MemfdBackend
 from shared_store.memory.registry import backend_for

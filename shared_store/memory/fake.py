@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from shared_store.errors import MemoryBackendError
+from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.backend import Access, Segment
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment
 

@@ -17,9 +17,9 @@ import mmap
 import os
 from pathlib import Path
 
-from shared_store.errors import MemoryBackendError, OutOfMemoryError
+from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
-from shared_store.memory.room import group_free, machine_free
+from shared_store.memory.cgroup import group_free, machine_free
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PROT_NONE = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared_store.errors import UnknownDeviceError
+from shared_store.base.errors import UnknownDeviceError
 from shared_store.memory.backend import Backend
 from shared_store.memory.memfd import MemfdBackend
 
@@ -16,7 +16,7 @@ def backend_for(device: str) -> Backend:
     if device == "cpu":
         return MemfdBackend()
     if device.startswith("GPU-"):
-        from shared_store.memory.cuda_vmm import CudaBackend  # starts the driver, which takes time
+        from shared_store.memory.cuda.vmm import CudaBackend  # starts the driver, which takes time
 
         return CudaBackend(device)
     raise UnknownDeviceError(

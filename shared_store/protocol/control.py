@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import msgspec
 
-from shared_store.checkpoint import FileId
-from shared_store.errors import ProtocolError
+from shared_store.base.checkpoint import FileId
+from shared_store.base.errors import ProtocolError
 
 
 class ControlMessage(msgspec.Struct, frozen=True, tag_field="type"):

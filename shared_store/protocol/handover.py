@@ -10,9 +10,9 @@ import os
 
 import msgspec
 
-from shared_store.errors import ProtocolError
+from shared_store.base.errors import ProtocolError
 from shared_store.protocol import control
-from shared_store.protocol.holdings import Holdings
+from shared_store.protocol.durable_state import Holdings
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):

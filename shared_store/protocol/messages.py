@@ -10,10 +10,10 @@ from typing import TypeVar
 
 import msgspec
 
-from shared_store.checkpoint import FileId
-from shared_store.errors import ProtocolError
-from shared_store.manifest import Blob
-from shared_store.status import Status
+from shared_store.base.checkpoint import FileId
+from shared_store.base.errors import ProtocolError
+from shared_store.base.manifest import Blob
+from shared_store.base.status import Status
 
 VERSION = 1
 """Raised when a message changes in a way that the other side could misunderstand."""
@@ -233,7 +233,7 @@ class Done(Reply, frozen=True, tag="done"):
 
 
 class Failed(Reply, frozen=True, tag="failed"):
-    """It was not done. ``code`` is that of a class in :mod:`shared_store.errors`; id 0: the connection as a whole."""
+    """The request failed. ``code``: of a class in :mod:`shared_store.base.errors`; id 0: the whole connection."""
 
     code: str
     message: str

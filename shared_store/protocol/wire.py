@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_store.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
+from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
 
 HEADER = struct.Struct(">IH")
 FDS_AT_ONCE = 253

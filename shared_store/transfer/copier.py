@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from shared_store.cuda import copies
-from shared_store.cuda.digests import CudaDigests
-from shared_store.digest import digest_at
+from shared_store.base.digest import digest_at
 from shared_store.memory import Backend
+from shared_store.memory.cuda import transfer as copies
+from shared_store.memory.cuda.digests import CudaDigests
 from shared_store.transfer.files import OpenFile
 
 PIECE_BYTES: Final = copies.BUFFER_BYTES

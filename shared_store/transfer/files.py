@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_store.errors import DiskError, SavedModelError
+from shared_store.base.errors import DiskError, SavedModelError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 from catalog.conftest import OwnServer, process_ended, wait_until
 from catalog.documents import PROGRAMS, blob, expected, model, read, snapshot
 
+from shared_store.base.errors import PathTooLongError
 from shared_store.catalog import Catalog, EmbeddedServer
-from shared_store.errors import PathTooLongError
 
 # A store with an embedded server, as a process that can be killed. The server is started from a thread that ends.
 STORE = """

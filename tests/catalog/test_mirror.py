@@ -8,8 +8,8 @@ import pytest
 from catalog.conftest import wait_until
 from catalog.documents import NOTHING, PROGRAMS, blob, events, expected, lease, model, node, read, snapshot
 
+from shared_store.base.errors import ConfigError
 from shared_store.catalog import Catalog
-from shared_store.errors import ConfigError
 
 
 @pytest.fixture

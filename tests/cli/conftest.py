@@ -11,9 +11,8 @@ import pytest
 from support.fixtures import actor, directory, start_store, store
 from support.waiting import process_state, wait_until
 
-from shared_store.client.session import Session
-from shared_store.errors import StoreUnavailableError
-from shared_store.status import (
+from shared_store.base.errors import StoreUnavailableError
+from shared_store.base.status import (
     CatalogStatus,
     ClientStatus,
     Counters,
@@ -27,6 +26,7 @@ from shared_store.status import (
     StoreStatus,
     Totals,
 )
+from shared_store.client.session import Session
 
 __all__ = ["actor", "directory", "start_store", "store"]
 

@@ -17,7 +17,7 @@ import pytest
 from support.waiting import process_state, wait_until
 
 import shared_store
-from shared_store.status import Status
+from shared_store.base.status import Status
 
 ONE, OTHER = "a" * 63 + "1", "a" * 63 + "2"
 NBYTES = 3 << 20

@@ -12,9 +12,9 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
-from shared_store import envs, errors
+from shared_store.base import envs, errors
 from shared_store.cli import app
-from shared_store.daemon.exposition import StatusCollector
+from shared_store.store.observe.exposition import StatusCollector
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 COMMANDS = typer.main.get_command(app).commands

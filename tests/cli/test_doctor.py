@@ -11,8 +11,8 @@ import sys
 import pytest
 from support.waiting import wait_until
 
-from shared_store import supported
 from shared_store.cli import checks
+from shared_store.runtime import versions as supported
 
 
 @pytest.fixture

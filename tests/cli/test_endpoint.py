@@ -13,9 +13,9 @@ import pytest
 from support.scraping import LOCAL, get, metrics_port, scrape
 from support.waiting import wait_until
 
-from shared_store.daemon import endpoint as module
-from shared_store.daemon.endpoint import MAX_REQUESTS, Endpoint, parse_address
-from shared_store.errors import ConfigError
+from shared_store.base.errors import ConfigError
+from shared_store.store.observe import endpoint as module
+from shared_store.store.observe.endpoint import MAX_REQUESTS, Endpoint, parse_address
 
 
 @pytest.fixture

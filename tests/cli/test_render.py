@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from shared_store.base.errors import ConfigError
+from shared_store.base.sizes import parse_size
 from shared_store.cli import render
 from shared_store.cli.serve import parse_limit
-from shared_store.errors import ConfigError
-from shared_store.sizes import parse_size
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from client.torch_models import KEY, attach, mapped_segments, publish_model, rea
 from support.waiting import open_fds, open_segments
 from torch import nn
 
-from shared_store.client.bind import bind
-from shared_store.client.placeholders import Placeholders
-from shared_store.client.reach import tensors_from
-from shared_store.errors import BindingError
+from shared_store.base.errors import BindingError
+from shared_store.torch.bind import bind
+from shared_store.torch.placeholders import Placeholders
+from shared_store.torch.reach import tensors_from
 
 SIDE = 64
 

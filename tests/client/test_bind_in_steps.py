@@ -7,9 +7,9 @@ import torch
 from client.torch_models import MIN_BYTES, attach, publish_model
 from torch import nn
 
-from shared_store.client.bind import Binder
-from shared_store.client.placeholders import Placeholders
-from shared_store.errors import BindingError
+from shared_store.base.errors import BindingError
+from shared_store.torch.bind import Binder
+from shared_store.torch.placeholders import Placeholders
 
 SIDE = 64
 

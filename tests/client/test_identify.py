@@ -10,9 +10,9 @@ import pytest
 from client.programs import finish_program, start_program
 from support.waiting import wait_until
 
-from shared_store.checkpoint import SETTLED_S
+from shared_store.base.checkpoint import SETTLED_S
+from shared_store.base.errors import CheckpointError
 from shared_store.client.identify import Checkpoint
-from shared_store.errors import CheckpointError
 
 AGE_S = 3600
 

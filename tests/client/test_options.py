@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared_store.errors import BindingError, ConfigError
-from wooly_vllm.options import CHECKPOINT_FORMATS, Options, parse
-from wooly_vllm.state import changes, plain_state, restore
+from shared_store.base.errors import BindingError, ConfigError
+from wooly_vllm.loading.options import CHECKPOINT_FORMATS, Options, parse
+from wooly_vllm.loading.state import changes, plain_state, restore
 
 VALID = {
     "mode": "load",

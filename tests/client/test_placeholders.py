@@ -8,8 +8,8 @@ import torch
 from client.programs import finish_program, start_program
 from torch import nn
 
-from shared_store.client.placeholders import Placeholders
-from shared_store.errors import UnsupportedError
+from shared_store.base.errors import UnsupportedError
+from shared_store.torch.placeholders import Placeholders
 
 MIN = 1 << 12
 
@@ -288,7 +288,7 @@ MEASURE = """
 import torch
 from torch import nn
 from client.torch_models import memory_of
-from shared_store.client.placeholders import Placeholders
+from shared_store.torch.placeholders import Placeholders
 nn.Linear(8, 8)
 before = memory_of("VmHWM")
 with Placeholders(1 << 14) as active:

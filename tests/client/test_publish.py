@@ -13,10 +13,10 @@ from support.content import key
 from support.waiting import open_segments
 from torch import nn
 
-from shared_store.client.publish import Publication, publish
+from shared_store.base.errors import CommitFailedError, OutOfMemoryError, UnsupportedError
 from shared_store.client.session import Session
-from shared_store.errors import CommitFailedError, OutOfMemoryError, UnsupportedError
 from shared_store.memory import MemfdBackend
+from shared_store.torch.publish import Publication, publish
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ from client.programs import finish_program, start_program
 from client.torch_models import KEY, MIN_BYTES, memory_of, publish_model, read_model
 from torch import nn
 
-from shared_store.client.mapped import REPLICA_MIN_BYTES
-from shared_store.manifest import ITEM_SIZES
+from shared_store.base.manifest import ITEM_SIZES
+from shared_store.torch.mapped_model import REPLICA_MIN_BYTES
 
 LARGE = 2 * REPLICA_MIN_BYTES // 4  # float32 elements
 

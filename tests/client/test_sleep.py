@@ -11,11 +11,11 @@ from client.torch_models import KEY, MIN_BYTES, attach, grant, mapped_segments, 
 from support.content import key
 from torch import nn
 
-from shared_store.client.bind import bind
-from shared_store.client.placeholders import Placeholders
-from shared_store.client.publish import Publication, publish
 from shared_store.memory import MemfdBackend
-from shared_store.transfer.sleep import Sleeper
+from shared_store.sleep.sleep import Sleeper
+from shared_store.torch.bind import bind
+from shared_store.torch.placeholders import Placeholders
+from shared_store.torch.publish import Publication, publish
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wooly_vllm.state import Unnamed
+from wooly_vllm.loading.state import Unnamed
 
 
 class Model(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.mapped import segment_ranges
 
-from shared_store.client import where
-from shared_store.client.views import bytes_in, part_of, storage_of
 from shared_store.memory import Access, Mapping, MemfdBackend
+from shared_store.torch import where
+from shared_store.torch.views import bytes_in, part_of, storage_of
 
 PAGE = 4096
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from support.content import key
 
-from shared_store.client.bind import bind
-from shared_store.client.mapped import MappedBlobs
-from shared_store.client.placeholders import Placeholders
-from shared_store.client.publish import Publication, publish
-from shared_store.manifest import decode
+from shared_store.base.manifest import decode
 from shared_store.memory import MemfdBackend
+from shared_store.torch.bind import bind
+from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.placeholders import Placeholders
+from shared_store.torch.publish import Publication, publish
 
 MIN_BYTES = 1 << 12
 KEY = key(0xAB)

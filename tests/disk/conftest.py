@@ -16,8 +16,8 @@ from support.saved import publish
 from support.stores import StoreProcess
 
 from shared_store.client.session import Session
-from shared_store.transfer.holding import committed
-from shared_store.transfer.save import save_resident
+from shared_store.disk.save import save_resident
+from shared_store.transfer.reading import committed
 
 __all__ = ["actor", "directory", "start_store", "store"]
 

@@ -12,10 +12,10 @@ from support.content import key
 from support.saved import publish, resident
 from support.waiting import wait_until
 
-from shared_store.errors import ConfigError, DiskError, UnsafePathError
-from shared_store.transfer.cache import Cache, configured
-from shared_store.transfer.saved import SavedModel
-from shared_store.transfer.saver import LOG, run
+from shared_store.base.errors import ConfigError, DiskError, UnsafePathError
+from shared_store.disk.cache import Cache, configured
+from shared_store.disk.saved import SavedModel
+from shared_store.disk.saver import LOG, run
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_sizes(cache, monkeypatch):
 
 
 PUBLISHED = """
-from shared_store.transfer.obtain import published
+from shared_store.disk.obtain import published
 published(sys.argv[1])
 import os, signal
 os.kill(os.getpid(), signal.SIGKILL)  # an engine that dies right afterwards

@@ -11,9 +11,9 @@ from disk.conftest import MANIFEST
 from support.content import key
 from support.waiting import wait_until
 
-from shared_store.errors import DiskError
-from shared_store.transfer.holding import committed
-from shared_store.transfer.save import save_resident
+from shared_store.base.errors import DiskError
+from shared_store.disk.save import save_resident
+from shared_store.transfer.reading import committed
 
 LARGE = 200 << 20
 

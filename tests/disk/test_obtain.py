@@ -10,14 +10,14 @@ from disk.conftest import CONTENTS, KEY, MANIFEST
 from support.content import key
 from support.saved import UNSEALED, publish, resident, turn_a_bit
 
+from shared_store.base.errors import ModelNotFoundError, SavedModelError
 from shared_store.client.session import Session
-from shared_store.errors import ModelNotFoundError, SavedModelError
+from shared_store.disk.cache import configured
+from shared_store.disk.obtain import Need, obtain
+from shared_store.disk.verify import quarantine
 from shared_store.memory import MemfdBackend
 from shared_store.protocol import wire
-from shared_store.transfer.cache import configured
-from shared_store.transfer.holding import committed, reading
-from shared_store.transfer.obtain import Need, obtain
-from shared_store.transfer.verify import quarantine
+from shared_store.transfer.reading import committed, reading
 
 NAME = "model.safetensors"
 

@@ -12,11 +12,11 @@ import pytest
 from support.content import blob, content, key
 from support.waiting import open_fds
 
-from shared_store import manifest as manifests
-from shared_store.digest import digest
-from shared_store.errors import OutOfMemoryError, SavedModelError
-from shared_store.transfer.restore import restore_resident
-from shared_store.transfer.saved import SavedModel
+from shared_store.base import manifest as manifests
+from shared_store.base.digest import digest
+from shared_store.base.errors import OutOfMemoryError, SavedModelError
+from shared_store.disk.restore import restore_resident
+from shared_store.disk.saved import SavedModel
 
 NAME = "model.safetensors"
 

@@ -21,11 +21,11 @@ from support.content import blob, content, key, manifest_of
 from support.saved import publish, resident
 from support.waiting import wait_until
 
-from shared_store.manifest import ITEM_SIZES, Manifest
-from shared_store.transfer.holding import committed
-from shared_store.transfer.restore import restore_resident
-from shared_store.transfer.save import save_resident
-from shared_store.transfer.saved import SavedModel
+from shared_store.base.manifest import ITEM_SIZES, Manifest
+from shared_store.disk.restore import restore_resident
+from shared_store.disk.save import save_resident
+from shared_store.disk.saved import SavedModel
+from shared_store.transfer.reading import committed
 
 NUMBERS = itertools.count(1000)
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
@@ -201,7 +201,7 @@ def test_nothing_here_imports_torch():
     """Neither the command nor what it stands on."""
     program = (
         "import sys\n"
-        "import shared_store.transfer.obtain, shared_store.transfer.saver\n"
+        "import shared_store.disk.obtain, shared_store.disk.saver\n"
         "import shared_store.cli.verify, shared_store.cli.save, shared_store.cli.restore\n"
         "print(sorted({'torch', 'cupy', 'cuda', 'numpy', 'safetensors'} & sys.modules.keys()))"
     )

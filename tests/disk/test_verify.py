@@ -9,7 +9,7 @@ from support.content import key
 from support.saved import UNSEALED, turn_a_bit
 from support.waiting import wait_until
 
-from shared_store.errors import WoolyError
+from shared_store.base.errors import WoolyError
 
 ONE, OTHER, THIRD = key(1), key(2), key(3)
 BASE = [[1, 3 << 20], [2, 1000]]

@@ -86,7 +86,7 @@ def where_weights_lie(llm: Any) -> dict[str, int]:
     import torch
     from support.mapped import segment_ranges
 
-    from shared_store.client.tensors import named_tensors
+    from shared_store.torch.tensors import named_tensors
 
     weights, deltas = {}, {}
     for held in named_tensors(model_of(llm)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from wooly_vllm import accounting
+from wooly_vllm.memory import accounting
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

@@ -14,7 +14,7 @@ import torch
 from hf.jobs import Job
 from support.engines import status_of
 
-from shared_store.layout import GRANULARITY
+from shared_store.base.layout import GRANULARITY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

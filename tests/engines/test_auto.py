@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support.engines import status_of
 
-from shared_store.errors import ConfigError, UnsupportedError
-from wooly_vllm.options import Options, split
+from shared_store.base.errors import ConfigError, UnsupportedError
+from wooly_vllm.loading.options import Options, split
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -51,7 +51,7 @@ def loading() -> Any:
         from vllm.config import LoadConfig
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-        from wooly_vllm import loader
+        from wooly_vllm.loading import loader
 
         return SimpleNamespace(LoadConfig=LoadConfig, DefaultModelLoader=DefaultModelLoader, ours=loader)
 
@@ -89,7 +89,7 @@ def test_only_shared_weights_cannot_be_reloaded(loading: Any, monkeypatch: pytes
     """What was loaded the stock way is reloaded the stock way; what others read is refused, with a way out."""
     import torch
 
-    from wooly_vllm import sleeping
+    from wooly_vllm.residency import sleep as sleeping
 
     reached = []
     monkeypatch.setattr(loading.DefaultModelLoader, "load_weights", lambda *arguments: reached.append(arguments[1]))

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from shared_store import supported
-from shared_store.errors import ConfigError
+from shared_store.base.errors import ConfigError
+from shared_store.runtime import versions as supported
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 def compat() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own imports warn of what torch will drop
-        from wooly_vllm import compat, loader
+        from wooly_vllm import compat
+        from wooly_vllm.loading import loader
 
     assert loader.logger is not None
     return compat
@@ -135,7 +136,7 @@ def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_no
     said = "vllm.model_executor.model_loader.base_loader.BaseModelLoader where wooly looks for it"
     assert "wooly: nothing can be shared, and --load-format wooly is refused: this vLLM" in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("shared_store.errors.ConfigError: ")
+    assert last.startswith("shared_store.base.errors.ConfigError: ")
     assert said in last
     assert f"install '{supported.range_of('vllm')}', which wooly supports, or a newer wooly" in last
 
@@ -148,7 +149,7 @@ def test_a_version_out_of_the_range_is_said_once(
     import vllm
     from vllm.config import LoadConfig
 
-    from wooly_vllm.loader import WoolyLoader
+    from wooly_vllm.loading.loader import WoolyLoader
 
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.setattr(compat, "logger", lambda: logging.getLogger("wooly-test"))

@@ -10,7 +10,7 @@ import models
 import pytest
 from support.engines import status_of
 
-from shared_store.layout import GRANULARITY, round_up
+from shared_store.base.layout import GRANULARITY, round_up
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

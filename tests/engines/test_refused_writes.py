@@ -19,7 +19,7 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 def refused_writes() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own imports warn of what torch will drop
-        from wooly_vllm import refused_writes
+        from wooly_vllm.memory import refused_writes
     refused_writes._log_once.cache_clear()
     yield refused_writes
     refused_writes._log_once.cache_clear()

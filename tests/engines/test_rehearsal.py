@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from shared_store.errors import BindingError
-from wooly_vllm import rehearsal
+from shared_store.base.errors import BindingError
+from wooly_vllm.loading import rehearsal
 
 pytestmark = [
     pytest.mark.vllm,

@@ -20,9 +20,9 @@ from support.saved import UNSEALED, turn_a_bit
 from support.stores import StoreProcess
 from support.waiting import wait_until
 
-from shared_store.checkpoint import file_id, hash_files
+from shared_store.base.checkpoint import file_id, hash_files
+from shared_store.base.status import Status
 from shared_store.client.session import Session
-from shared_store.status import Status
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

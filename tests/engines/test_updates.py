@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.engines import status_of
 
-from shared_store.errors import UnsupportedError
+from shared_store.base.errors import UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -60,7 +60,7 @@ def test_an_engine_of_its_own_is_left_alone(engine: Any, checkpoint: Any) -> Non
 def test_refused_before_loading(settings: dict[str, Any], reason: str) -> None:
     """Engines that are going to write to their weights load them the stock way."""
     pytest.importorskip("vllm")
-    from wooly_vllm.identity import check_supported
+    from wooly_vllm.loading.identity import check_supported
 
     plain = {
         "parallel_config": SimpleNamespace(),

@@ -11,7 +11,7 @@ from support.rawclient import RawClient
 from support.stores import wait_for_status
 from support.waiting import process_state, wait_until
 
-from shared_store.errors import ConnectionLostError, ProtocolError
+from shared_store.base.errors import ConnectionLostError, ProtocolError
 from shared_store.protocol import messages
 
 MIB = 1 << 20
@@ -167,7 +167,7 @@ def test_a_client_asks_for_what_is_no_key(store, bad):
 
 
 def test_a_client_tells_digests_that_are_none(store):
-    from shared_store.checkpoint import FileId
+    from shared_store.base.checkpoint import FileId
 
     client, file = store.client(), FileId(1, 2, 3, 4, 5)
     with pytest.raises(ProtocolError, match="32 bytes"):

@@ -14,7 +14,7 @@ from support.rawclient import RawClient
 from support.stores import wait_for_status
 from support.waiting import wait_until
 
-from shared_store.daemon.server import HELLO_WITHIN_S
+from shared_store.store.server import HELLO_WITHIN_S
 
 MODEL = [[1, 3 << 20], [2, 100]]
 DAY = 86_400

@@ -10,9 +10,9 @@ from support.filesystems import SmallDisk, may_mount
 from support.stores import StoreProcess, resident, wait_for_status
 from support.waiting import open_segments, wait_until
 
-from shared_store import spawn
-from shared_store.errors import ConfigError
-from shared_store.paths import node_name
+from shared_store.base.errors import ConfigError
+from shared_store.runtime import spawn
+from shared_store.runtime.paths import node_name
 
 pytestmark = pytest.mark.skipif(not may_mount(), reason="this process may not mount file systems")
 

@@ -8,7 +8,7 @@ from support.groups import MemoryGroup
 from support.stores import resident
 from support.waiting import open_segments
 
-from shared_store.errors import OutOfMemoryError
+from shared_store.base.errors import OutOfMemoryError
 
 MIB = 1 << 20
 HEADROOM = 256 * MIB  # what the store leaves to the machine, and to its control group

@@ -14,8 +14,9 @@ import pytest
 from support.client import Client
 from support.stores import StoreProcess
 
-from shared_store import envs, paths
-from shared_store.errors import ConfigError, PathTooLongError, StoreUnavailableError, UnsafePathError
+from shared_store.base import envs
+from shared_store.base.errors import ConfigError, PathTooLongError, StoreUnavailableError, UnsafePathError
+from shared_store.runtime import paths
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
@@ -94,9 +95,9 @@ def as_user(uid, program, directory):
 IMPORTS = """
 import sys
 from pathlib import Path
-from shared_store import paths
+from shared_store.runtime import paths
 from shared_store.client.session import Session
-from shared_store.errors import WoolyError
+from shared_store.base.errors import WoolyError
 """
 CONNECT = """
 try:

@@ -13,10 +13,10 @@ from support.rawclient import RawClient
 from support.stores import wait_for_status
 from support.waiting import wait_until
 
+from shared_store.base.errors import ProtocolVersionError, TooManyClientsError
 from shared_store.client.session import Session
-from shared_store.daemon.connection import MAX_BEFORE_HELLO, MAX_FROM_CLIENT, MAX_REQUESTS_WAITING
-from shared_store.errors import ProtocolVersionError, TooManyClientsError
 from shared_store.protocol import messages, wire
+from shared_store.store.connection import MAX_BEFORE_HELLO, MAX_FROM_CLIENT, MAX_REQUESTS_WAITING
 
 MODEL = [[1, 3 << 20], [2, 100]]
 STATUS = messages.encode(messages.GetStatus(1))

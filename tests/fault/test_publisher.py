@@ -7,14 +7,14 @@ from support.content import blob, content, key, manifest_of
 from support.stores import resident, wait_for_status
 from support.waiting import open_segments, wait_until
 
-from shared_store.errors import (
+from shared_store.base.errors import (
     DigestMismatchError,
     MemoryBackendError,
     NotPublisherError,
     OutOfMemoryError,
     ProtocolError,
 )
-from shared_store.manifest import Blob, encode
+from shared_store.base.manifest import Blob, encode
 from shared_store.protocol import messages
 
 MIB = 1 << 20

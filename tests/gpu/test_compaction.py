@@ -14,10 +14,10 @@ from support.saved import publish
 from support.stores import StoreProcess
 
 from shared_store.client.session import Session
-from shared_store.transfer.holding import committed
-from shared_store.transfer.restore import restore_resident
-from shared_store.transfer.save import save_resident
-from shared_store.transfer.saved import SavedModel
+from shared_store.disk.restore import restore_resident
+from shared_store.disk.save import save_resident
+from shared_store.disk.saved import SavedModel
+from shared_store.transfer.reading import committed
 
 pytestmark = pytest.mark.gpu
 

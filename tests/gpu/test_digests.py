@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from shared_store.digest import digest
-from shared_store.errors import MemoryBackendError
+from shared_store.base.digest import digest
+from shared_store.base.errors import MemoryBackendError
 
 cupy = pytest.importorskip("cupy", reason="digests on the GPU need CuPy")
 numpy = pytest.importorskip("numpy")
 
-from shared_store.cuda.digests import CudaDigests  # noqa: E402 - after the check that CuPy is there
+from shared_store.memory.cuda.digests import CudaDigests  # noqa: E402 - after the check that CuPy is there
 
 
 def _gpus() -> int:

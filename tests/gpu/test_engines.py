@@ -122,9 +122,9 @@ def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
 _CANARY = """
 import os, sys
 import torch
-from shared_store.client.views import bytes_in, part_of, storage_of
+from shared_store.torch.views import bytes_in, part_of, storage_of
 from shared_store.memory import Access, Mapping
-from shared_store.memory.cuda_vmm import CudaBackend
+from shared_store.memory.cuda.vmm import CudaBackend
 torch.zeros(1, device="cuda")
 backend = CudaBackend(sys.argv[2])
 mapping = Mapping(backend, backend.import_fd(int(sys.argv[1]), 2 << 20))
@@ -142,9 +142,9 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     import os
 
     torch = pytest.importorskip("torch")
-    from shared_store.client.views import bytes_in, part_of, storage_of
     from shared_store.memory import Access, Mapping
-    from shared_store.memory.cuda_vmm import CudaBackend
+    from shared_store.memory.cuda.vmm import CudaBackend
+    from shared_store.torch.views import bytes_in, part_of, storage_of
 
     torch.zeros(1, device="cuda")
     backend = CudaBackend(gpu)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from support.waiting import readable
 
+from shared_store.base.errors import OutOfMemoryError
+from shared_store.base.manifest import Blob
 from shared_store.client.session import Session
-from shared_store.errors import OutOfMemoryError
-from shared_store.manifest import Blob
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

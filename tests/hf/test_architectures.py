@@ -21,7 +21,7 @@ from support.engines import private_store_directory, status_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shared_store.status import Status
+    from shared_store.base.status import Status
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 MAKER, EXAMINER = SUPPORT / "architectures.py", SUPPORT / "architecture_main.py"

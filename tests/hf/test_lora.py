@@ -15,7 +15,7 @@ import pytest
 from support.actors import Actor
 from support.stores import StoreProcess
 
-from shared_store.status import Status
+from shared_store.base.status import Status
 
 MAIN = Path(__file__).parents[1] / "support" / "lora_main.py"
 WORDS = ("granite", "willow", "copper")

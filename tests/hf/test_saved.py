@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from support.waiting import wait_until
 
-from shared_store.checkpoint import file_id, hash_files
+from shared_store.base.checkpoint import file_id, hash_files
 from shared_store.client.session import Session
 
 

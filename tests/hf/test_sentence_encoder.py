@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.stores import StoreProcess
 
-from shared_store.status import Status
+from shared_store.base.status import Status
 
 SENTENCES = (
     "A sheep stands in the rain.",

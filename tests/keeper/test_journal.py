@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from support.stores import KeptStore
 from support.waiting import wait_until
 
-from shared_store.checkpoint import FileId
+from shared_store.base.checkpoint import FileId
 from shared_store.keeper import journal
 from shared_store.keeper.journal import MAGIC, Journal, boot_id, read, record
 from shared_store.protocol import control, handover
-from shared_store.protocol.holdings import Holdings
+from shared_store.protocol.durable_state import Holdings
 
 ONE = "a" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]

@@ -10,7 +10,7 @@ from support.stores import KeptStore
 from support.waiting import open_segments, wait_until
 
 from shared_store.keeper.journal import read
-from shared_store.protocol.holdings import Holdings
+from shared_store.protocol.durable_state import Holdings
 
 ONE, OTHER = "a" * 64, "b" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]

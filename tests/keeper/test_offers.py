@@ -11,7 +11,7 @@ from support.content import blob, content, key, manifest_of
 from support.rawclient import RawClient
 from support.waiting import open_segments, wait_until
 
-from shared_store.manifest import encode
+from shared_store.base.manifest import encode
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.protocol import messages
 

@@ -8,8 +8,8 @@ import signal
 import pytest
 from support.waiting import open_fds, process_state, wait_until
 
-from shared_store.checkpoint import file_id
-from shared_store.errors import ConnectionLostError, TimedOutError
+from shared_store.base.checkpoint import file_id
+from shared_store.base.errors import ConnectionLostError, TimedOutError
 
 ONE, OTHER = "a" * 64, "b" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]

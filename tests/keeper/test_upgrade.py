@@ -12,8 +12,8 @@ import pytest
 from support.waiting import open_fds, wait_until
 
 import shared_store
+from shared_store.base.errors import UpgradeError
 from shared_store.client.session import Session
-from shared_store.errors import UpgradeError
 
 ONE = "a" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]

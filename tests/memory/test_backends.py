@@ -10,7 +10,7 @@ import pytest
 from support.hostmemory import mapped_ranges, peek, poke, run_child
 from support.waiting import open_fds
 
-from shared_store.errors import MemoryBackendError
+from shared_store.base.errors import MemoryBackendError
 from shared_store.memory import Access, Mapping
 
 MIB = 1 << 20

@@ -1,6 +1,6 @@
 """Who uses a GPU, as the text of an error tells it."""
 
-from shared_store.memory.cuda_vmm import holders
+from shared_store.memory.cuda.vmm import holders
 
 
 def test_users_are_named_with_what_they_hold():

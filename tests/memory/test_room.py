@@ -12,7 +12,7 @@ import pytest
 from support.hostmemory import shared_memory_bytes
 from support.waiting import open_fds, wait_until
 
-from shared_store.errors import MemoryBackendError, OutOfMemoryError
+from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory import MemfdBackend
 from shared_store.memory.fake import FakeBackend
 

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.content import key
 
-from shared_store.checkpoint import checkpoint_digest, file_id, hash_files
-from shared_store.digest import digest
-from shared_store.errors import CheckpointError, UnsupportedError
-from shared_store.keys import KEY_LENGTH, canonical, is_key, weight_key
+from shared_store.base.checkpoint import checkpoint_digest, file_id, hash_files
+from shared_store.base.digest import digest
+from shared_store.base.errors import CheckpointError, UnsupportedError
+from shared_store.base.keys import KEY_LENGTH, canonical, is_key, weight_key
 
 NUMBERS = st.one_of(
     st.integers(-(2**63), 2**63), st.floats(), st.sampled_from([math.inf, -math.inf, math.nan, 0.0, -0.0])

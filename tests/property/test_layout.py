@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_store.layout import (
+from shared_store.base.layout import (
     ALIGNMENT,
     GRANULARITY,
     LEAST_TARGET,

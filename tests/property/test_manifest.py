@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.content import key
 
-from shared_store.errors import ProtocolError
-from shared_store.manifest import ITEM_SIZES, Blob, Manifest, TensorEntry, decode, encode
+from shared_store.base.errors import ProtocolError
+from shared_store.base.manifest import ITEM_SIZES, Blob, Manifest, TensorEntry, decode, encode
 
 BLOBS = st.builds(Blob, st.binary(min_size=32, max_size=32), st.integers(0, 1 << 40))
 NAMES = st.text("abc.0", max_size=6)

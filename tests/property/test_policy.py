@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_store.daemon.compaction import Source, choose
-from shared_store.daemon.policy import CachedModel, OccupiedSegment, evict
-from shared_store.layout import ALIGNMENT, GRANULARITY, round_up
-from shared_store.manifest import Blob
+from shared_store.base.layout import ALIGNMENT, GRANULARITY, round_up
+from shared_store.base.manifest import Blob
+from shared_store.store.space.compaction_plan import Source, choose
+from shared_store.store.space.eviction import CachedModel, OccupiedSegment, evict
 
 NAMES = ("a", "b", "c", "d", "e")
 MODELS = st.tuples(

@@ -19,13 +19,13 @@ from support.hostmemory import peek, poke
 from support.store_machine import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES, StoreMachine
 from support.waiting import open_segments
 
-from shared_store.daemon import room as room_module
-from shared_store.daemon.models import State
-from shared_store.daemon.policy import evict
-from shared_store.digest import digest
-from shared_store.errors import DigestMismatchError, MemoryBackendError, ModelNotFoundError, ProtocolError
+from shared_store.base.digest import digest
+from shared_store.base.errors import DigestMismatchError, MemoryBackendError, ModelNotFoundError, ProtocolError
 from shared_store.memory import Access, Mapping
 from shared_store.protocol import messages, wire
+from shared_store.store.space import admission as room_module
+from shared_store.store.space.eviction import evict
+from shared_store.store.state.models import State
 
 
 @dataclass

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.content import key, manifest_of
 
-from shared_store.daemon.union import BlobUnion
-from shared_store.manifest import Blob
+from shared_store.base.manifest import Blob
+from shared_store.store.state.blob_union import BlobUnion
 
 POOL = [Blob(bytes([number]) * 32, nbytes) for number, nbytes in enumerate((0, 1, 10, 100, 1000, 10_000))]
 MODELS = st.lists(st.integers(0, len(POOL) - 1), max_size=8)

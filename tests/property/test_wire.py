@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.waiting import open_fds
 
-from shared_store.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
+from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
 from shared_store.protocol import messages, wire
 
 PAYLOADS = st.lists(st.binary(max_size=300), min_size=1, max_size=8)

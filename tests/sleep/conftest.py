@@ -8,14 +8,14 @@ from support.devices import DEVICE, ENVIRONMENT, Device
 from support.fixtures import directory
 from support.stores import KeptStore
 
-import shared_store.memory.cuda_vmm
+import shared_store.memory.cuda.vmm
 
 __all__ = ["directory", "kept", "process", "process_of", "start"]
 
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch):
-    monkeypatch.setattr(shared_store.memory.cuda_vmm, "CudaBackend", Device)
+    monkeypatch.setattr(shared_store.memory.cuda.vmm, "CudaBackend", Device)
 
 
 @pytest.fixture

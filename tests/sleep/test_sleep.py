@@ -7,9 +7,9 @@ from support.content import key
 from support.devices import DEVICE
 from support.waiting import open_fds, open_segments, wait_until
 
-from shared_store.errors import OutOfMemoryError, UnsupportedError
-from shared_store.keys import host_key, is_key
-from shared_store.manifest import Blob
+from shared_store.base.errors import OutOfMemoryError, UnsupportedError
+from shared_store.base.keys import host_key, is_key
+from shared_store.base.manifest import Blob
 
 MIB = 1 << 20
 KEY = key(1)
@@ -248,7 +248,7 @@ def test_wrong_bytes_on_the_device(kept, process, directory):
     """What the store would not take as a host copy is not slept on."""
     from support.saved import turn_a_bit
 
-    from shared_store.errors import DigestMismatchError
+    from shared_store.base.errors import DigestMismatchError
     from shared_store.memory import backend_for
 
     (engine,) = published(process)
@@ -261,7 +261,7 @@ def test_wrong_bytes_on_the_device(kept, process, directory):
 
 def test_a_wish_that_cannot_be(kept):
     """It is refused, and the publisher may plan without it."""
-    from shared_store.errors import ProtocolError
+    from shared_store.base.errors import ProtocolError
     from shared_store.protocol.messages import BlobPlace
 
     client = kept.client()

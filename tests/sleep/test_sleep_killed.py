@@ -7,7 +7,7 @@ from sleep.test_sleep import MIB, MODEL, published, readers, resident, right
 from support.devices import DEVICE
 from support.waiting import wait_until
 
-from shared_store.errors import StoreUnavailableError
+from shared_store.base.errors import StoreUnavailableError
 
 
 def back(engine, pid):

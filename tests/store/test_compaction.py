@@ -8,7 +8,7 @@ from support.served import ServedStore
 from support.stores import resident, wait_for_status
 from support.waiting import open_segments, wait_until
 
-from shared_store.errors import DigestMismatchError, ProtocolError
+from shared_store.base.errors import DigestMismatchError, ProtocolError
 from shared_store.memory.fake import FakeBackend
 
 MIB = 1 << 20

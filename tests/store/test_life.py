@@ -15,8 +15,8 @@ from support.content import key
 from support.stores import StoreProcess
 from support.waiting import process_state, wait_until
 
-from shared_store import spawn
-from shared_store.errors import StoreUnavailableError
+from shared_store.base.errors import StoreUnavailableError
+from shared_store.runtime import spawn
 
 MODEL = [[1, 3 << 20], [2, 100]]
 

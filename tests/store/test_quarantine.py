@@ -11,12 +11,12 @@ from support.served import ServedStore
 from support.stores import resident
 from support.waiting import wait_until
 
-from shared_store.daemon.facts import Client as StoreClient
-from shared_store.daemon.store import Store
-from shared_store.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
-from shared_store.manifest import encode
+from shared_store.base.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
+from shared_store.base.manifest import encode
 from shared_store.memory.fake import FakeBackend
 from shared_store.protocol import messages, wire
+from shared_store.store.state.records import Client as StoreClient
+from shared_store.store.store import Store
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100]]

@@ -7,7 +7,7 @@ from support.content import key
 from support.served import ServedStore
 from support.stores import resident
 
-from shared_store.errors import ModelNotFoundError, OutOfMemoryError
+from shared_store.base.errors import ModelNotFoundError, OutOfMemoryError
 from shared_store.memory.fake import FakeBackend
 
 MIB = 1 << 20

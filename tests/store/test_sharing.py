@@ -7,8 +7,8 @@ from support.content import blob, content, key
 from support.stores import resident, wait_for_status
 from support.waiting import open_segments, wait_until
 
-from shared_store.errors import ModelInUseError, ModelNotFoundError, TimedOutError, UnknownDeviceError
-from shared_store.layout import GRANULARITY, round_up
+from shared_store.base.errors import ModelInUseError, ModelNotFoundError, TimedOutError, UnknownDeviceError
+from shared_store.base.layout import GRANULARITY, round_up
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100], [3, 0], [4, MIB + 1], [1, 3 * MIB]]

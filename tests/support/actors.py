@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.waiting import process_state, readable, wait_until
 
-from shared_store import errors
+from shared_store.base import errors
 
 
 class Actor:

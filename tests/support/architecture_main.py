@@ -22,8 +22,8 @@ import torch
 from safetensors import safe_open
 from support.architectures import ARCHITECTURES, Architecture
 
+from shared_store.base.errors import StoreUnavailableError
 from shared_store.client.session import Session
-from shared_store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 from support.content import blob, content, manifest_of
 
+from shared_store.base.digest import digest_at
+from shared_store.base.manifest import decode
 from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
-from shared_store.digest import digest_at
-from shared_store.manifest import decode
 from shared_store.memory import Access, Mapping, backend_for
 from shared_store.protocol.wire import close_fds
-from shared_store.transfer.sleep import Sleeper
+from shared_store.sleep.sleep import Sleeper
 
 
 class Client:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from shared_store.digest import digest
-from shared_store.manifest import Blob, Manifest, TensorEntry
+from shared_store.base.digest import digest
+from shared_store.base.manifest import Blob, Manifest, TensorEntry
 
 
 def key(number):

@@ -15,10 +15,10 @@ from typing import Any
 
 from support.waiting import wait_until
 
+from shared_store.base.errors import StoreUnavailableError
+from shared_store.base.status import Status
 from shared_store.client.session import Session
-from shared_store.errors import StoreUnavailableError
-from shared_store.status import Status
-from shared_store.supported import Range
+from shared_store.runtime.versions import Range
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0

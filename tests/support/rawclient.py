@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import socket
 
-from shared_store.errors import ConnectionLostError
+from shared_store.base.errors import ConnectionLostError
 from shared_store.protocol import messages, wire
 
 

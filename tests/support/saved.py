@@ -10,7 +10,7 @@ from support.client import Client
 from support.hostmemory import peek, poke
 
 from shared_store.memory import Access, Mapping, MemfdBackend
-from shared_store.transfer.holding import committed, reading
+from shared_store.transfer.reading import committed, reading
 
 UNSEALED = (str(Path(__file__).with_name("unsealed_store_main.py")),)
 """The program of a store in which :func:`turn_a_bit` works."""

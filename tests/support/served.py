@@ -9,14 +9,14 @@ from pathlib import Path
 from support.client import Client
 from support.hostmemory import peek, poke
 
-from shared_store.daemon.checking import mapping_of
-from shared_store.daemon.listening import listen
-from shared_store.daemon.options import ServeOptions
-from shared_store.daemon.server import Server
-from shared_store.daemon.snapshot import identify, take_status
-from shared_store.daemon.store import Store
 from shared_store.memory import Access
-from shared_store.paths import prepare
+from shared_store.runtime.claim import listen
+from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.paths import prepare
+from shared_store.store.observe.snapshot import identify, take_status
+from shared_store.store.server import Server
+from shared_store.store.state.digest_check import mapping_of
+from shared_store.store.store import Store
 
 
 class ServedStore:

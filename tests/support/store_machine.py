@@ -21,11 +21,8 @@ from support.content import blob, content, key, manifest_of
 from support.hostmemory import peek, poke
 from support.waiting import open_segments
 
-from shared_store.daemon import segments as segments_module
-from shared_store.daemon.facts import Client
-from shared_store.daemon.store import Store
-from shared_store.digest import digest
-from shared_store.errors import (
+from shared_store.base.digest import digest
+from shared_store.base.errors import (
     DigestMismatchError,
     MemoryBackendError,
     ModelInUseError,
@@ -35,11 +32,14 @@ from shared_store.errors import (
     ProtocolError,
     WoolyError,
 )
-from shared_store.layout import pack
-from shared_store.manifest import encode
+from shared_store.base.layout import pack
+from shared_store.base.manifest import encode
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.memory.fake import FakeBackend, Faults
 from shared_store.protocol import messages, wire
+from shared_store.store.state import segments as segments_module
+from shared_store.store.state.records import Client
+from shared_store.store.store import Store
 
 MIB = 1 << 20
 DEVICE = "fake"

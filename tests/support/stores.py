@@ -14,9 +14,9 @@ from pathlib import Path
 from support.client import Client
 from support.waiting import open_fds, process_state, readable, wait_until
 
+from shared_store.base.errors import StoreUnavailableError
 from shared_store.client.session import Session
-from shared_store.errors import StoreUnavailableError
-from shared_store.paths import RuntimePaths
+from shared_store.runtime.paths import RuntimePaths
 
 
 class StoreProcess:

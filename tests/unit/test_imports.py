@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shared_store.imports import when_imported
+from shared_store.runtime.import_hooks import when_imported
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_asked_for_from_inside_of_the_import(module):
     """A module that is just being imported is waited for: until it is over, and the next import begins."""
     module(
         "awaited_two",
-        "from shared_store.imports import when_imported\n"
+        "from shared_store.runtime.import_hooks import when_imported\n"
         "when_imported('awaited_two', lambda found: seen.append(found.late))\nseen = []\nlate = 7",
     )
     module("later_one", "")

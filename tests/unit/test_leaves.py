@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from shared_store import envs, errors
-from shared_store.checkpoint import SETTLED_S, hash_files
-from shared_store.digest import SIZE, digest, digest_at
+from shared_store.base import envs, errors
+from shared_store.base.checkpoint import SETTLED_S, hash_files
+from shared_store.base.digest import SIZE, digest, digest_at
 
 # From https://github.com/BLAKE3-team/BLAKE3/blob/master/test_vectors/test_vectors.json: input byte i is i % 251.
 VECTORS = {

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from shared_store.daemon.leases import Leases
-from shared_store.daemon.models import (
+from shared_store.base.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError
+from shared_store.store.state.models import (
     TRANSITIONS,
     Action,
     Asker,
@@ -19,7 +19,7 @@ from shared_store.daemon.models import (
     Refused,
     State,
 )
-from shared_store.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError
+from shared_store.store.state.turns import Leases
 
 
 @pytest.fixture

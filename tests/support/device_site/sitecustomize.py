@@ -2,6 +2,6 @@
 
 from support.devices import Device
 
-import shared_store.memory.cuda_vmm
+import shared_store.memory.cuda.vmm
 
-shared_store.memory.cuda_vmm.CudaBackend = Device
+shared_store.memory.cuda.vmm.CudaBackend = Device

@@ -1,0 +1,1 @@
+"""Pure leaves: types, names and formulas that every other package may import. No I/O but reading files."""

@@ -1,0 +1,1 @@
+"""Models saved to files, and restored from them."""

@@ -1,0 +1,1 @@
+"""This host: directories, settings, starting processes, waiting between attempts."""

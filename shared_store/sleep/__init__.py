@@ -1,0 +1,1 @@
+"""Sleep and wake: host copies of a model that its readers leave on the device for a while."""

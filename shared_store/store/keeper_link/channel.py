@@ -1,0 +1,129 @@
+"""A socket between this process and its keeper in the store's event loop: messages in, messages out, never waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
+from shared_store.protocol import control, wire
+
+log = logging.getLogger(__name__)
+
+
+class ControlChannel:
+    """Blocking until :meth:`attend`, in the loop from then on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected socket."""
+        self._sock = sock
+        self._decoder = wire.Decoder(wire.MAX_FROM_STORE)
+        self._frames: deque[wire.Frame] = deque()
+        self._outbox = wire.Outbox()
+        self._writing = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._hear: Callable[[control.FromKeeper], None] = lambda _: None
+        self._over: Callable[[], None] = lambda: None
+
+    def wait_for(self) -> tuple[control.FromKeeper, tuple[int, ...]]:
+        """The next message and its fds, which are the caller's. Raises :class:`ConnectionLostError`."""
+        while not self._frames:
+            data, fds = wire.receive(self._sock)
+            if not data:
+                raise ConnectionLostError("the keeper ended while it started this store")
+            self._frames.extend(self._decoder.feed(data, fds))
+        frame = self._frames.popleft()
+        return control.decode_from_keeper(frame.payload), frame.fds
+
+    def attend(self, hear: Callable[[control.FromKeeper], None], over: Callable[[], None]) -> None:
+        """Call ``hear`` with each message, and ``over`` once when the other end is gone."""
+        self._hear, self._over = hear, over
+        self._sock.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._sock, self._read)
+        self._pass_on()
+
+    def send(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
+        """Queue a message; its fds are this channel's from now on."""
+        if self._sock.fileno() < 0:
+            wire.close_fds(fds)
+            return
+        self._outbox.put(control.encode(message), fds)
+        if self._sock.getblocking():
+            self._outbox.send(self._sock)
+        else:
+            self._write()
+
+    @property
+    def behind(self) -> bool:
+        """Whether something waits for the other end to read."""
+        return self._outbox.pending_bytes > 0
+
+    async def flushed(self, timeout_s: float) -> bool:
+        """Wait until all is sent, or the channel closed; False: it took too long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """End it. Idempotent; ``over`` is not called."""
+        if self._sock.fileno() < 0:
+            return
+        if not self._sock.getblocking():
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._sock)
+            loop.remove_writer(self._sock)
+        self._sock.close()
+        self._decoder.close()
+        self._outbox.close()
+        self._empty.set()
+        while self._frames:
+            wire.close_fds(self._frames.popleft().fds)
+
+    def _read(self) -> None:
+        try:
+            data, fds = wire.receive(self._sock)
+            self._frames.extend(self._decoder.feed(data, fds))
+        except BlockingIOError:
+            return
+        except (OSError, WoolyError) as error:
+            log.error("the connection with the keeper broke: %s", error)
+            data = b""
+        self._pass_on()
+        if not data:
+            self.close()
+            self._over()
+
+    def _pass_on(self) -> None:
+        while self._frames:
+            frame = self._frames.popleft()
+            wire.close_fds(frame.fds)  # once a store serves, its keeper sends it none
+            try:
+                message = control.decode_from_keeper(frame.payload)
+            except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade
+                log.warning("the keeper says what this store does not know: %s", error)
+                continue
+            self._hear(message)
+
+    def _write(self) -> None:
+        try:
+            done = self._outbox.send(self._sock)
+        except OSError:
+            self._outbox.close()  # that the keeper is gone is told by reading, too
+            done = True
+        loop = asyncio.get_running_loop()
+        if done and self._writing:
+            loop.remove_writer(self._sock)
+        elif not done and not self._writing:
+            loop.add_writer(self._sock, self._write)
+        self._writing = not done
+        if done:
+            self._empty.set()
+        else:
+            self._empty.clear()

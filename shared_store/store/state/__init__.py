@@ -1,0 +1,1 @@
+"""The state of a store: plain data with rules, without I/O."""

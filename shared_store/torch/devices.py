@@ -1,0 +1,83 @@
+"""What differs between devices on the client's side: digests where the bytes lie, waiting, and giving memory back."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from shared_store.base.digest import digest_at
+from shared_store.memory import Backend, backend_for
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""The C library's, see ``malloc_trim(3)``; only glibc has it."""
+
+
+class DeviceWork(Protocol):
+    """Work that publishing does on a device."""
+
+    def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:
+        """BLAKE3-256 of each of some contiguous uint8 tensors."""
+
+    def settle(self) -> None:
+        """Wait until everything that was started has ended: what it uses may be unmapped after that."""
+
+    def reclaim(self) -> None:
+        """Give memory that this process freed back, so that others can have it."""
+
+
+class HostWork:
+    """Host memory: nothing is in flight, but the C library keeps what was freed, often a large part of a model."""
+
+    def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:  # noqa: D102 - the protocol's
+        with ThreadPoolExecutor(4, thread_name_prefix="wooly-digest") as pool:
+            return list(pool.map(lambda data: digest_at(data.data_ptr(), data.numel()), ranges))
+
+    def settle(self) -> None:  # noqa: D102 - the protocol's
+        return
+
+    def reclaim(self) -> None:  # noqa: D102 - the protocol's
+        if _malloc_trim is not None:
+            _malloc_trim(0)
+
+
+class CudaWork:
+    """A GPU: digests by a kernel, work in flight on streams, freed memory kept by torch until it is told."""
+
+    def __init__(self, device: torch.device) -> None:
+        from shared_store.memory.cuda.digests import CudaDigests
+
+        self._device = device
+        self._digests = CudaDigests(torch.cuda.current_device() if device.index is None else device.index)
+
+    def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:  # noqa: D102 - the protocol's
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        return self._digests.digest_many([(data.data_ptr(), data.numel()) for data in ranges], stream=stream)
+
+    def settle(self) -> None:  # noqa: D102 - the protocol's
+        torch.cuda.synchronize(self._device)
+
+    def reclaim(self) -> None:  # noqa: D102 - the protocol's
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # returns blocks that nothing uses; what is in use stays where it is
+
+
+def work_on(device: torch.device) -> DeviceWork:
+    """The work of a device."""
+    return CudaWork(device) if device.type == "cuda" else HostWork()
+
+
+def store_device(device: torch.device) -> str:
+    """The store's name for a torch device: ``cpu``, or the GPU's UUID."""
+    if device.type != "cuda":
+        return device.type
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The memory backend of a torch device. Raises :class:`UnknownDeviceError`."""
+    return backend_for(store_device(device))

@@ -1,0 +1,177 @@
+"""Placeholders: what a model's constructor gets instead of memory for weights that are about to be bound.
+
+While :class:`Placeholders` is active, a call that would return *uninitialised* memory of some size returns a
+zero-dimensional tensor expanded to the shape: right shape, dtype and device, one element of memory. Only uninitialised
+factories are intercepted: their values mean nothing until somebody writes them, so nobody can have computed with them.
+Constants and everything that is computed (rotary tables, slopes, index maps) are real from the start.
+
+The one element is NaN (or the largest integer), so that a placeholder that was read shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from shared_store.base.errors import UnsupportedError
+from shared_store.torch.views import StorageKey, storage_key
+
+_FACTORIES: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.empty,
+        torch.empty_like,
+        torch.empty_strided,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_empty_strided,
+    }
+)
+_COPIES: frozenset[Callable[..., Any]] = frozenset({torch.clone, torch.Tensor.clone, torch.Tensor.__deepcopy__})
+# Those that torch shows to a mode. The methods that others are made of are carried out: `nn.init.trunc_normal_` looks
+# at what they drew, and would draw for ever.
+_RANDOM: frozenset[Callable[..., Any]] = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
+_NOT_WRITING = frozenset({"requires_grad_", "detach_"})
+_EXPOSING = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr"})  # who asks for the address may write there
+_OURS_TO_LEAVE = ("out", "pin_memory", "layout", "names")
+
+
+@dataclass
+class _Placeholder:
+    element: torch.Tensor  # kept: its address must not be given to another tensor
+    shape: torch.Size
+    real: torch.Tensor | None = None  # the memory, if the constructor wrote to it after all
+
+
+class Placeholders(TorchFunctionMode):
+    """A context in which large uninitialised tensors are placeholders, and the register of those it made."""
+
+    def __init__(self, min_bytes: int) -> None:
+        """Replace tensors of at least ``min_bytes`` bytes."""
+        super().__init__()
+        self.min_bytes = min_bytes
+        self.avoided_bytes = 0
+        self._made: dict[StorageKey, _Placeholder] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._made
+
+    def elements(self) -> Iterator[tuple[StorageKey, torch.Tensor]]:
+        """The single element behind each placeholder, by the key of its storage."""
+        return ((key, made.element) for key, made in self._made.items())
+
+    def is_one(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in a placeholder's single element."""
+        return self._find(tensor) is not None
+
+    def _find(self, tensor: torch.Tensor) -> _Placeholder | None:
+        key = storage_key(tensor)
+        return None if key is None else self._made.get(key)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replace a factory's result, or carry the call out."""
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and not any(kwargs.get(name) for name in _OURS_TO_LEAVE):
+            return self._make(func, args, kwargs)
+        if self._made:
+            if func in _COPIES and self._unwritten(args[0]):
+                return self._copy(*args)
+            if func is torch.Tensor.copy_ and all(self._unwritten(value) for value in args[:2]):
+                return args[0]  # no values, copied to where none are
+            target = _written(func, args, kwargs)
+            if target is not None and func in _RANDOM and self._unwritten(target):
+                return target  # random initial values, about to be replaced: not worth the memory
+            self._before_write(target, (*args, *kwargs.values()))
+        return func(*args, **kwargs)
+
+    def written(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The memory of a placeholder that the constructor wrote to, for another name of it; else None."""
+        made = self._find(tensor)
+        return made.real if made is not None and _is_whole(tensor, made) else None
+
+    def _copy(self, source: torch.Tensor, memo: dict[int, Any] | None = None) -> torch.Tensor:
+        """A copy of what has no values yet has none either. ``memo``: deepcopy's."""
+        copy = self._make(torch.empty_like, (source,), {})
+        if memo is not None:
+            memo[id(source)] = copy.requires_grad_(source.requires_grad)
+        return copy
+
+    def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        wanted: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
+        nbytes = wanted.numel() * wanted.element_size()
+        source = next((value for value in (*args[:1], kwargs.get("input")) if isinstance(value, torch.Tensor)), None)
+        device = kwargs.get("device") or (source.device if source is not None else None)
+        if nbytes < self.min_bytes or (device is not None and torch.device(device).type == "meta"):
+            real = func(*args, **kwargs)
+            assert isinstance(real, torch.Tensor)  # noqa: S101 - all factories return tensors
+            return real
+        element = torch.full((), _poison(wanted.dtype), dtype=wanted.dtype, device=device)
+        key = storage_key(element)
+        if key is None:  # a surrounding context makes tensors that have no memory anyway
+            return wanted
+        self._made[key] = _Placeholder(element, wanted.shape)
+        self.avoided_bytes += nbytes
+        # Detached, it is nobody's view; what has a base is then a view of a placeholder.
+        return element.expand(wanted.shape).detach().requires_grad_(wanted.requires_grad)
+
+    def _unwritten(self, value: Any) -> bool:
+        made = self._find(value) if isinstance(value, torch.Tensor) else None
+        return made is not None and made.real is None
+
+    def _before_write(self, target: torch.Tensor | None, values: tuple[Any, ...]) -> None:
+        """Give a placeholder memory before it is written to; let other names of it see that memory."""
+        for tensor in _tensors_in(values):
+            made = self._find(tensor)
+            if made is None or (made.real is None and tensor is not target):
+                continue
+            if not _is_whole(tensor, made):
+                raise UnsupportedError(
+                    f"the model's constructor writes to a part or view of shape {tuple(tensor.shape)} "
+                    f"of a weight of shape {tuple(made.shape)}"
+                )
+            with torch._C.DisableTorchFunction():
+                if made.real is None:
+                    made.real = torch.full(made.shape, _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+                tensor.data = made.real
+
+
+def _is_whole(tensor: torch.Tensor, made: _Placeholder) -> bool:
+    """Whether this is the placeholder by another name, and no view: a transposed square has the same shape."""
+    return tensor.shape == made.shape and tensor._base is None
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The tensor that a call writes to, going by torch's naming of in-place functions."""
+    if isinstance(out := kwargs.get("out"), torch.Tensor):
+        return out
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    if name not in _EXPOSING and name != "__setitem__" and (name in _NOT_WRITING or not in_place):
+        return None
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max

@@ -1,0 +1,1 @@
+"""What vLLM is told of memory that is shared."""
