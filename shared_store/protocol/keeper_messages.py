@@ -1,11 +1,14 @@
-"""What keeper and store say to each other, over a socket pair that both were given: messages and fds, no replies.
+"""Messages between keeper and store, over a socket pair that both inherit: messages and fds, no replies.
 
-The pair is ordered and needs no acknowledgement: what ``sendmsg`` took arrives also when the sender is killed right
-after it. The records are those of the keeper's journal too, byte for byte.
+The pair is ordered and needs no acknowledgement: the kernel delivers every byte that ``sendmsg`` accepted, also when
+the sender is killed right after the call. The state changes are also the records of the keeper's journal, byte for
+byte.
 
-The store's side of a conversation: ``Prepared`` once it has imported all it needs, then it is sent the state
-(``Hold``, ``NoteModel``, ``NoteFiles``) and ``Begin``; then ``Ready``, changes of the state as they happen, and
-``Alive`` at intervals.
+A store sends :class:`Prepared` once its imports are done. It receives the state (:class:`Hold`, :class:`NoteModel`,
+:class:`NoteFiles`) and :class:`Begin`. It then sends :class:`Ready`, every change of the state, and :class:`Alive` at
+intervals.
+
+The messages between clients and the store are :mod:`shared_store.protocol.messages`.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from shared_store.base.checkpoint import FileId
 from shared_store.base.errors import ProtocolError
 
 
-class ControlMessage(msgspec.Struct, frozen=True, tag_field="type"):
-    """Anything that is sent."""
+class KeeperMessage(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base class, for both directions."""
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A segment: its id, which no other ever had, its device and its size in bytes."""
+    """A segment: its id, its device, and its size in bytes. Ids are never reused."""
 
     id: int
     device: str
@@ -31,7 +34,7 @@ class SegmentRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A committed model: its manifest, and the place (segment id, first byte) of each of the manifest's blobs.
+    """A committed model: its manifest, and the location (segment id, offset in bytes) of each of the manifest's blobs.
 
     ``last_used`` is in Unix seconds.
     """
@@ -44,39 +47,39 @@ class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def segments(self) -> frozenset[int]:
-        """Ids of the segments that it lies in."""
+        """Return the ids of the segments that have blobs of the model."""
         return frozenset(segment for segment, _ in self.places)
 
 
-# State, either way, and in the journal.
+# State, in both directions and in the journal.
 
 
-class Hold(ControlMessage, frozen=True, tag="hold"):
-    """A segment of a committed model, with its fd. Without one: it is known from a journal, and its fd is lost."""
+class Hold(KeeperMessage, frozen=True, tag="hold"):
+    """A segment of a committed model, with its fd. Without an fd, only the record is known, from a journal."""
 
     segment: SegmentRecord
 
 
-class Release(ControlMessage, frozen=True, tag="release"):
-    """A segment is needed no more."""
+class Release(KeeperMessage, frozen=True, tag="release"):
+    """No committed model has blobs in this segment any more."""
 
     segment: int
 
 
-class NoteModel(ControlMessage, frozen=True, tag="note_model"):
-    """A model was committed, or something of its record changed."""
+class NoteModel(KeeperMessage, frozen=True, tag="note_model"):
+    """A model was committed, or its record changed."""
 
     model: ModelRecord
 
 
-class ForgetModel(ControlMessage, frozen=True, tag="forget_model"):
-    """A model is gone."""
+class ForgetModel(KeeperMessage, frozen=True, tag="forget_model"):
+    """A model was removed."""
 
     key: str
 
 
-class NoteFiles(ControlMessage, frozen=True, tag="note_files"):
-    """Digests of checkpoint files, each with the uid of who told it."""
+class NoteFiles(KeeperMessage, frozen=True, tag="note_files"):
+    """Digests of checkpoint files, each with the uid of the client that reported it."""
 
     files: tuple[tuple[int, FileId, bytes], ...]
 
@@ -87,11 +90,11 @@ StateChange = Hold | Release | NoteModel | ForgetModel | NoteFiles
 # From the keeper.
 
 
-class Begin(ControlMessage, frozen=True, tag="begin"):
-    """The state is complete: serve. With the listening socket and the lock, in this order.
+class Begin(KeeperMessage, frozen=True, tag="begin"):
+    """The state is complete: serve clients. Carries the listening socket and the lock, in this order.
 
-    ``supervised``: a service manager starts the keeper, should it die; the store does not. ``options``: a
-    ``ServeOptions`` as JSON; not on a command line, which everybody could read.
+    ``supervised``: a service manager restarts a keeper that died, so the store does not. ``options``: a
+    ``ServeOptions`` as JSON. It is not on a command line, which every user of the machine can read.
     """
 
     keeper: int
@@ -100,21 +103,21 @@ class Begin(ControlMessage, frozen=True, tag="begin"):
     options: str
 
 
-class JournalState(ControlMessage, frozen=True, tag="journal_state"):
-    """Whether the journal is whole on its disk; else why not."""
+class JournalState(KeeperMessage, frozen=True, tag="journal_state"):
+    """Why the journal on disk is incomplete; empty: it is complete."""
 
     reason: str
 
 
-class Notice(ControlMessage, frozen=True, tag="notice"):
-    """Something that happened to the keeper or to a store before this one; the store tells it as an event."""
+class Notice(KeeperMessage, frozen=True, tag="notice"):
+    """An event of the keeper, or of an earlier store. The store publishes it."""
 
     kind: str
     detail: str
 
 
-class NotUpgraded(ControlMessage, frozen=True, tag="not_upgraded"):
-    """The upgrade that was asked for came to nothing; the store goes on."""
+class NotUpgraded(KeeperMessage, frozen=True, tag="not_upgraded"):
+    """The requested upgrade failed. The store continues."""
 
     reason: str
 
@@ -122,29 +125,32 @@ class NotUpgraded(ControlMessage, frozen=True, tag="not_upgraded"):
 # From the store.
 
 
-class Prepared(ControlMessage, frozen=True, tag="prepared"):
-    """The store's process has imported what it needs, and waits for the state."""
+class Prepared(KeeperMessage, frozen=True, tag="prepared"):
+    """The store's process has done its imports and waits for the state."""
 
     version: str
 
 
-class Ready(ControlMessage, frozen=True, tag="ready"):
-    """Clients are served."""
+class Ready(KeeperMessage, frozen=True, tag="ready"):
+    """The store serves clients."""
 
 
-class Alive(ControlMessage, frozen=True, tag="alive"):
+class Alive(KeeperMessage, frozen=True, tag="alive"):
     """The store's event loop runs."""
 
 
-class Upgrade(ControlMessage, frozen=True, tag="upgrade"):
-    """Become the keeper of another installation (an interpreter, and its ``PYTHON...`` variables), then the store."""
+class Upgrade(KeeperMessage, frozen=True, tag="upgrade"):
+    """Become the keeper of another installation, and start its store.
+
+    ``python`` is the path of the installation's interpreter, ``environment`` its ``PYTHON...`` variables.
+    """
 
     python: str
     environment: dict[str, str]
 
 
-class Stop(ControlMessage, frozen=True, tag="stop"):
-    """The store was told to end, and the keeper ends with it."""
+class Stop(KeeperMessage, frozen=True, tag="stop"):
+    """The store stops on request. The keeper stops with it."""
 
 
 FromKeeper = Hold | NoteModel | NoteFiles | Begin | JournalState | Notice | NotUpgraded
@@ -157,23 +163,23 @@ _from_store: msgspec.msgpack.Decoder[FromStore] = msgspec.msgpack.Decoder(FromSt
 _state: msgspec.msgpack.Decoder[StateChange] = msgspec.msgpack.Decoder(StateChange)
 
 
-def encode(message: ControlMessage) -> bytes:
-    """The message's msgpack form."""
+def encode(message: KeeperMessage) -> bytes:
+    """Return the message as msgpack."""
     return _encoder.encode(message)
 
 
 def decode_from_keeper(payload: bytes) -> FromKeeper:
-    """Raises :class:`ProtocolError` when it is not a keeper's message."""
+    """Decode a payload on the store's side. Raises :class:`ProtocolError` if it is not a keeper's message."""
     return _decode(_from_keeper, payload)
 
 
 def decode_from_store(payload: bytes) -> FromStore:
-    """Raises :class:`ProtocolError` when it is not a store's message."""
+    """Decode a payload on the keeper's side. Raises :class:`ProtocolError` if it is not a store's message."""
     return _decode(_from_store, payload)
 
 
 def decode_state(payload: bytes) -> StateChange:
-    """Raises :class:`ProtocolError` when it is no change of the state."""
+    """Decode a record of a journal or handover. Raises :class:`ProtocolError` if it is not a state change."""
     return _decode(_state, payload)
 
 
