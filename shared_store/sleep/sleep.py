@@ -375,7 +375,7 @@ class Sleeper:
         """Memory of this process's own with an extent's blobs in their places: an fd, the caller's."""
         memory = self._backend.create(extent.nbytes)
         try:
-            fd = self._backend.export(memory)
+            fd = self._backend.export(memory).detach()
         finally:
             self._backend.release(memory)  # the fd holds it
         try:

@@ -103,7 +103,10 @@ def test_turned_bit(tmp_path_factory, history, data):
     ("data", "why"),
     [
         (b"something else", "not a journal of this version"),
-        (MAGIC + b"00000000-0000-0000-0000-000000000000\n" + record(keeper_messages.Release(1)), "before this machine was rebooted"),
+        (
+            MAGIC + b"00000000-0000-0000-0000-000000000000\n" + record(keeper_messages.Release(1)),
+            "before this machine was rebooted",
+        ),
     ],
     ids=["foreign", "of another boot"],
 )
