@@ -14,7 +14,7 @@ from shared_store.cli.options import Json, RuntimeDir, connect
 from shared_store.runtime.paths import RuntimePaths, node_name
 
 if TYPE_CHECKING:
-    from shared_store.catalog.stream import EventEntry
+    from shared_store.catalog.event_stream import EventEntry
 
 _WIDTH = 18  # of a kind: the longest that stores write
 
@@ -53,7 +53,7 @@ def command(
       wooly events --all-nodes --json | jq -r 'select(.kind == "published") | .fields.name'
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
     url, node = _where(runtime_dir, redis_url or envs.REDIS_URL.get(), all_nodes=all_nodes)
-    from shared_store.catalog.stream import EventStream
+    from shared_store.catalog.event_stream import EventStream
 
     stream = EventStream(url, node=node, kinds=kind or ())
     with contextlib.closing(stream):

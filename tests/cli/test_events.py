@@ -19,7 +19,7 @@ from support.stores import wait_for_status
 from support.waiting import wait_until
 
 import shared_store
-from shared_store.catalog.events import LONGEST_TEXT, EventBuffer
+from shared_store.catalog.event_buffer import LONGEST_TEXT, EventBuffer
 from shared_store.catalog.schema import EVENTS
 
 MODEL = [[1, 100_000]]
@@ -209,7 +209,7 @@ def test_texts_of_any_length_are_cut():
 def test_every_kind_is_described():
     """The document's table has the kinds that the store's code writes, and none that it does not know."""
     written, words = set(), set()
-    for file in Path(shared_store.__file__).parent.glob("*/*.py"):
+    for file in Path(shared_store.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "event":
                 written |= texts(node.args[0])
