@@ -110,7 +110,7 @@ def test_status_table(wooly, actor):
     assert sum(line[2:5] == ["first", "reader", "model"] for line in lines) == 1
     assert sum(line[2:5] == ["second", "reader", "model"] for line in lines) == 1
     assert "idle" not in shown
-    assert ": 3.00 MiB saved" in shown
+    assert ", 3.00 MiB saved" in shown
 
 
 @pytest.mark.usefixtures("store")

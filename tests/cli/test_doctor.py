@@ -56,8 +56,8 @@ def test_changes_nothing(examine, directory):
     """Where there is nothing, nothing is made: no directory, no store."""
     code, found = examine("--runtime-dir", str(directory / "run" / "wooly"))
     assert code == 0
-    assert "not there yet" in found["runtime directory"]["found"]
-    assert "none runs" in found["store"]["found"]
+    assert "not created yet" in found["runtime directory"]["found"]
+    assert "not running" in found["store"]["found"]
     assert list(directory.iterdir()) == []
 
 

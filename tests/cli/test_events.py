@@ -177,13 +177,15 @@ def test_the_catalog_goes_while_it_is_followed(wooly, background, store, actor):
 
 
 def test_no_store_and_no_url(wooly):
-    """Which catalog, or whose events, nobody can tell: each with its way out."""
+    """The URL of the catalog, or the name of the node, is unknown: the error names the option that sets it."""
     done = wooly("events")
     assert done.returncode == 21
-    assert "which catalog to read; give --redis-url" in done.stderr
+    assert "the URL of the catalog is unknown" in done.stderr
+    assert "pass --redis-url" in done.stderr
     done = wooly("events", "--redis-url", "redis://127.0.0.1:1/0")
     assert done.returncode == 21
-    assert "which node is meant; give --all-nodes" in done.stderr
+    assert "the name of this node is unknown" in done.stderr
+    assert "pass --all-nodes" in done.stderr
 
 
 def test_a_server_that_does_not_answer(wooly):

@@ -27,7 +27,7 @@ def test_upgrade(wooly, actor):
     assert [model["key"] for model in after["models"]] == [ONE]
     again = wooly("upgrade", "--python", sys.executable)
     assert again.returncode == 0
-    assert again.stdout.startswith(f"wooly {shared_store.__version__} (pid {after['store']['pid']}) made room for ")
+    assert again.stdout.startswith(f"upgraded wooly {shared_store.__version__} (pid {after['store']['pid']}) to ")
 
 
 def test_upgrade_to_what_is_no_interpreter(wooly):
