@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shared_store.base.errors import StoreRunningError, WoolyError
 from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.spawn import CLAIMED, READY, report
 from shared_store.store.app import run, run_kept
 
 
@@ -27,19 +28,18 @@ def main() -> int:
         options = ServeOptions.from_json(given)
         if directory:
             options = dataclasses.replace(options, runtime_dir=Path(directory))
-        return run(options, ready=lambda: _tell(ready_fd, b"1"))
+        return run(options, ready=lambda: _report(ready_fd, READY))
     except WoolyError as error:
         if isinstance(error, StoreRunningError):
-            _tell(ready_fd, b"0")
+            _report(ready_fd, CLAIMED)
         print(f"wooly: {error} [{error.code}]", file=sys.stderr)  # noqa: T201 - this is a command
         return error.exit_code
 
 
-def _tell(ready_fd: str, what: bytes) -> None:
+def _report(ready_fd: str, outcome: bytes) -> None:
     if ready_fd:
-        os.chdir("/")  # a store that nobody watches must not keep a file system busy
-        os.write(int(ready_fd), what)
-        os.close(int(ready_fd))
+        os.chdir("/")  # a detached store must not keep a file system busy
+        report(ready_fd, outcome)
 
 
 if __name__ == "__main__":

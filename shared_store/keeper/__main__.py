@@ -17,6 +17,7 @@ import shared_store
 from shared_store.base.errors import StoreRunningError, WoolyError
 from shared_store.keeper.main import run, take_over
 from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.spawn import CLAIMED, READY, report
 
 
 def main() -> int:
@@ -29,18 +30,12 @@ def main() -> int:
         options = ServeOptions.from_json(given)
         options = dataclasses.replace(options, runtime_dir=Path(directory or options.runtime_dir).absolute())
         _leave_directory()
-        return run(options, ready=lambda: _tell(ready_fd, b"1"))
+        return run(options, ready=lambda: report(ready_fd, READY))
     except WoolyError as error:
         if isinstance(error, StoreRunningError):
-            _tell(ready_fd, b"0")
+            report(ready_fd, CLAIMED)
         print(f"wooly: {error} [{error.code}]", file=sys.stderr)  # noqa: T201 - this is a command
         return error.exit_code
-
-
-def _tell(ready_fd: str, what: bytes) -> None:
-    if ready_fd:
-        os.write(int(ready_fd), what)
-        os.close(int(ready_fd))
 
 
 def _leave_directory() -> None:

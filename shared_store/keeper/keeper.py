@@ -28,11 +28,11 @@ from collections.abc import Callable
 from shared_store.keeper.child import StoreProcess
 from shared_store.keeper.journal import Journal
 from shared_store.keeper.notify import ServiceManager
-from shared_store.keeper.pace import Pace
 from shared_store.protocol import control
 from shared_store.protocol.durable_state import Holdings
 from shared_store.protocol.handover import Handover, changes_of, leave
 from shared_store.protocol.wire import close_fds
+from shared_store.runtime.backoff import Pace
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths
 

@@ -13,7 +13,8 @@ from shared_store.keeper.keeper import LISTEN, SEGMENT, Keeper
 from shared_store.keeper.notify import ServiceManager, handed_back
 from shared_store.protocol import handover
 from shared_store.protocol.durable_state import Holdings
-from shared_store.runtime.claim import claim, listen, raise_file_limit
+from shared_store.runtime.claim import claim, listen
+from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 
@@ -34,7 +35,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     """
     paths = _begin(options)
     manager = ServiceManager()
-    lock = claim(paths)
+    lock = claim(paths).detach()
     try:
         held, sock, told = _recall(paths, manager)
         sock = sock or listen(paths, options)

@@ -13,90 +13,14 @@ from support.descriptors import no_leak_in, steady
 
 TESTS = Path(__file__).parents[1]
 
-HEAD = """
-import gc, os, threading, time
+PROGRAM = """
+import gc, os, threading
 import pytest
 from support import descriptors
-descriptors.PATIENCE_S = 0.5
+
+descriptors.PATIENCE_S = 1.0
 kept = []
-"""
 
-
-@pytest.fixture
-def outcome(tmp_path):
-    """Run a test file with the check, as the suite does; how many tests passed and failed, and the output."""
-
-    def run(body):
-        (tmp_path / "conftest.py").write_text('pytest_plugins = ["support.descriptors"]\n')
-        (tmp_path / "test_it.py").write_text(HEAD + body)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return done.stdout.strip().splitlines()[-1].partition(" in ")[0], done.stdout
-
-    return run
-
-
-LEAKS = {
-    "pipe": "kept.append(os.pipe())",
-    "duplicate": "kept.append(os.dup(0))",
-    "file": "kept.append(open('/dev/null'))",
-    "memory file": "kept.append(os.memfd_create('wooly'))",
-    "number that was taken by another file": "os.close(spare); assert os.open('/dev/zero', os.O_RDONLY) == spare",
-}
-
-
-@pytest.mark.parametrize("leak", LEAKS)
-def test_a_planted_leak_fails_its_test_and_no_other(outcome, leak):
-    found, output = outcome(f"""
-spare = os.open('/dev/null', os.O_RDONLY)
-
-def test_before(): pass
-def test_leak(): {LEAKS[leak]}
-def test_after(): pass
-""")
-    assert found == "3 passed, 1 error"
-    assert "ERROR at teardown of test_leak" in output
-    assert "descriptors were leaked: {" in output
-
-
-def test_a_fixture_that_leaks_fails_its_test(outcome):
-    found, output = outcome("""
-@pytest.fixture
-def leaking():
-    kept.append(os.dup(0))
-    yield
-
-def test_leak(leaking): pass
-""")
-    assert found == "1 passed, 1 error"
-    assert "descriptors were leaked: {" in output
-
-
-HARMLESS = {
-    "closed in the test": "os.close(os.dup(0))",
-    "closed by a fixture": "assert opened",
-    "closed by a thread a moment later": """
-    fd = os.dup(0)
-    threading.Timer(0.2, os.close, [fd]).start()""",
-    "owned by a cycle that is garbage": """
-    gc.disable()
-    cycle = [Owner(os.dup(0))]
-    cycle.append(cycle)""",
-    "of a fixture of the module, made before the test": "assert module_file",
-    "of a fixture of the session, made in the test": "request.getfixturevalue('session_file')",
-}
-
-
-@pytest.mark.parametrize("use", HARMLESS)
-def test_what_is_no_leak_passes(outcome, use):
-    found, output = outcome(f"""
 class Owner:
     def __init__(self, fd):
         self.fd = fd
@@ -108,6 +32,10 @@ def opened():
     with open('/dev/null') as file:
         yield file
 
+@pytest.fixture
+def leaking():
+    kept.append(os.dup(0))
+
 @pytest.fixture(scope='module')
 def module_file():
     with open('/dev/null') as file:
@@ -118,11 +46,65 @@ def session_file():
     with open('/dev/null') as file:
         yield file
 
-def test_it(request{", opened" if "by a fixture" in use else ""}{", module_file" if "module" in use else ""}):
-    {HARMLESS[use]}
-def test_after(): pass
-""")
-    assert found == "2 passed", output
+@pytest.fixture(scope='session')
+def spare():
+    return os.open('/dev/null', os.O_RDONLY)
+"""
+
+LEAKS = {
+    "pipe": "kept.append(os.pipe())",
+    "duplicate": "kept.append(os.dup(0))",
+    "file": "kept.append(open('/dev/null'))",
+    "memory_file": "kept.append(os.memfd_create('wooly'))",
+    "number_that_another_file_took": (
+        "spare = request.getfixturevalue('spare'); os.close(spare); assert os.open('/dev/zero', os.O_RDONLY) == spare"
+    ),
+    "fixture_that_leaks": "request.getfixturevalue('leaking')",
+}
+HARMLESS = {
+    "closed_in_the_test": "os.close(os.dup(0))",
+    "closed_by_a_fixture": "request.getfixturevalue('opened')",
+    "closed_by_a_thread_a_moment_later": "threading.Timer(0.2, os.close, [os.dup(0)]).start()",
+    "owned_by_garbage_in_a_cycle": "gc.disable(); cycle = [Owner(os.dup(0))]; cycle.append(cycle)",
+    "of_a_fixture_of_the_module": "request.getfixturevalue('module_file')",
+    "of_a_fixture_of_the_session": "request.getfixturevalue('session_file')",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Run tests with the check, as the suite does; the lines of outcome by the test's name."""
+    directory = tmp_path_factory.mktemp("checked")
+    (directory / "conftest.py").write_text('pytest_plugins = ["support.descriptors"]\n')
+    tests = [f"def test_{name}(request):\n    {body}\n" for name, body in {**LEAKS, **HARMLESS}.items()]
+    (directory / "test_it.py").write_text("\n".join([PROGRAM, *tests]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", directory, directory],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith(("PASSED ", "ERROR ", "FAILED ")):
+            outcome, where = line.split(maxsplit=2)[:2]
+            found.setdefault(where.partition("::test_")[2], {})[outcome] = line
+    return found
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_planted_leak_fails_its_test(outcomes, leak):
+    """In the teardown: the test itself passed."""
+    assert outcomes[leak].keys() == {"PASSED", "ERROR"}
+    assert "descriptors were leaked: {" in outcomes[leak]["ERROR"]
+
+
+@pytest.mark.parametrize("use", HARMLESS)
+def test_other_tests_pass(outcomes, use):
+    assert outcomes[use].keys() == {"PASSED"}, outcomes[use]
 
 
 @pytest.fixture
