@@ -15,8 +15,8 @@ from shared_store.base.layout import (
     TARGET,
     Layout,
     Placement,
-    as_wished,
     pack,
+    restrict,
     round_up,
     target_for,
 )
@@ -109,7 +109,7 @@ def test_a_wish_is_granted_for_what_is_new(sizes, target, data):
     """New blobs get the places that they had, in segments of the sizes that those had, and no others are promised."""
     before = pack(sizes, target=target)
     new = data.draw(st.lists(st.sampled_from(range(len(sizes))), unique=True)) if sizes else []
-    now = as_wished(before, sizes, new)
+    now = restrict(before, sizes, new)
     assert len(now.placements) == len(new)
     old = sorted({before.placements[index].segment for index in new})
     assert now.sizes == tuple(before.sizes[segment] for segment in old)
@@ -136,4 +136,4 @@ def test_a_wish_that_cannot_be_is_refused(sizes, places, nbytes):
     """Overlapping, outside, unaligned, of no segment, or of segments that cannot be."""
     wish = Layout(sizes, tuple(Placement(*place) for place in places))
     with pytest.raises(ValueError, match=r"."):
-        as_wished(wish, nbytes, range(len(nbytes)))
+        restrict(wish, nbytes, range(len(nbytes)))
