@@ -46,6 +46,7 @@ class _Lasting:
 
 
 _lasting = pytest.StashKey[_Lasting]()
+_failed = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,6 +61,13 @@ def pytest_fixture_setup(fixturedef, request):
         lasting.opened |= dict(descriptors().items() - before.items())
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    if call.excinfo is not None:
+        item.stash[_failed] = True
+    return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _no_leaked_descriptors(request):
     """Fail a test that ends with descriptors that were not open when it began.
@@ -70,12 +78,15 @@ def _no_leaked_descriptors(request):
     lasting.opened = {}
     before = descriptors()
     yield
+    if request.node.stash.get(_failed, False):
+        return  # the traceback has references to whatever the test had open
 
     def leaked():
         return dict(descriptors().items() - before.items() - lasting.opened.items())
 
     if leaked():
-        gc.collect()  # cycles, for example of tracebacks, own descriptors until then
+        request.node.funcargs.clear()  # pytest drops the values of fixtures only after the last of them has ended
+        gc.collect()  # cycles own descriptors until then
     deadline = time.monotonic() + PATIENCE_S
     while found := leaked():
         if time.monotonic() > deadline:

@@ -36,6 +36,10 @@ def opened():
 def leaking():
     kept.append(os.dup(0))
 
+@pytest.fixture
+def owner():
+    return Owner(os.dup(0))
+
 @pytest.fixture(scope='module')
 def module_file():
     with open('/dev/null') as file:
@@ -66,6 +70,7 @@ HARMLESS = {
     "closed_by_a_fixture": "request.getfixturevalue('opened')",
     "closed_by_a_thread_a_moment_later": "threading.Timer(0.2, os.close, [os.dup(0)]).start()",
     "owned_by_garbage_in_a_cycle": "gc.disable(); cycle = [Owner(os.dup(0))]; cycle.append(cycle)",
+    "owned_by_the_value_of_a_fixture": "assert owner",
     "of_a_fixture_of_the_module": "request.getfixturevalue('module_file')",
     "of_a_fixture_of_the_session": "request.getfixturevalue('session_file')",
 }
@@ -76,7 +81,7 @@ def outcomes(tmp_path_factory):
     """Run tests with the check, as the suite does; the lines of outcome by the test's name."""
     directory = tmp_path_factory.mktemp("checked")
     (directory / "conftest.py").write_text('pytest_plugins = ["support.descriptors"]\n')
-    tests = [f"def test_{name}(request):\n    {body}\n" for name, body in {**LEAKS, **HARMLESS}.items()]
+    tests = [f"def test_{name}(request, owner):\n    {body}\n" for name, body in {**LEAKS, **HARMLESS}.items()]
     (directory / "test_it.py").write_text("\n".join([PROGRAM, *tests]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", directory, directory],
