@@ -24,7 +24,7 @@ BESIDE_OTHERS: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def gpu() -> str:
     """The UUID of the GPU that the test runs on."""
-    visible_gpus = pytest.importorskip("shared_store.memory.cuda.vmm").visible_gpus()
+    visible_gpus = pytest.importorskip("shared_store.memory.cuda.driver").visible_gpus()
     if not visible_gpus:
         pytest.skip("no NVIDIA GPU is visible")
     return next(iter(visible_gpus))

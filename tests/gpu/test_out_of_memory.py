@@ -65,7 +65,7 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
         with pytest.raises(OutOfMemoryError) as refused:
             session.fill(KEY, segment.id)
         text = str(refused.value)
-        assert f"no room for a segment of {segment.nbytes} bytes on {gpu}" in text
+        assert f"cannot allocate a segment of {segment.nbytes} bytes on {gpu}" in text
         assert segment.nbytes >= ASKED
         free = re.search(r": (\d+) bytes are free", text)
         assert free is not None
@@ -75,7 +75,7 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
             assert all(f"pid {pid} (" in text for pid in listed)
         else:
             assert "nvidia-smi names no process" in text
-        assert "stop one of its users" in text
+        assert "stop a process that uses this GPU" in text
         assert "unpin a model (`wooly unpin KEY`)" in text
         other.kill()
         other.wait()
