@@ -13,7 +13,7 @@ from torch import nn
 
 from shared_store.base.errors import BindingError
 from shared_store.base.manifest import Manifest, TensorEntry
-from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.tensors import NamedTensor, tensors_of
@@ -30,7 +30,7 @@ class Bound:
 
 
 def bind(
-    model: nn.Module, manifest: Manifest, blobs: MappedBlobs, placeholders: Placeholders, *, min_bytes: int
+    model: nn.Module, manifest: Manifest, blobs: MappedModel, placeholders: Placeholders, *, min_bytes: int
 ) -> Bound:
     """Give a model exactly the tensors of a manifest: see :class:`Binder`, all steps at once.
 
@@ -51,7 +51,7 @@ class Binder:
     """
 
     def __init__(
-        self, model: nn.Module, manifest: Manifest, blobs: MappedBlobs, placeholders: Placeholders, *, min_bytes: int
+        self, model: nn.Module, manifest: Manifest, blobs: MappedModel, placeholders: Placeholders, *, min_bytes: int
     ) -> None:
         """Nothing is bound yet.
 
@@ -200,7 +200,7 @@ def _origins(held: Iterable[NamedTensor]) -> dict[StorageKey, list[_Origin]]:
     return origins
 
 
-def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
+def measure(model: nn.Module, blobs: MappedModel) -> Bound:
     """What of a model is mapped and what is private now, by where its tensors lie and not by what was meant."""
     storages: dict[StorageKey, int] = {}
     tensors = 0
@@ -212,7 +212,7 @@ def measure(model: nn.Module, blobs: MappedBlobs) -> Bound:
     return Bound(mapped, sum(storages.values()) - mapped, tensors)
 
 
-def _storages(manifest: Manifest, blobs: MappedBlobs, mapped: Collection[int]) -> list[torch.UntypedStorage]:
+def _storages(manifest: Manifest, blobs: MappedModel, mapped: Collection[int]) -> list[torch.UntypedStorage]:
     """The bytes of each blob: mapped, or copied to the device or to the host. Each is a storage of its own."""
     on_host = {entry.blob for entry in manifest.tensors if entry.host}
     found = []

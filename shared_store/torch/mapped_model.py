@@ -11,14 +11,14 @@ from shared_store.base.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
 from shared_store.protocol.wire import close_fds
+from shared_store.torch.mapping_registry import remember
 from shared_store.torch.views import bytes_in, part_of, storage_of
-from shared_store.torch.where import remember
 
 REPLICA_MIN_BYTES = 1 << 20
 """A blob that one model has more than once is copied below this size, and mapped once more from it on."""
 
 
-class MappedBlobs:
+class MappedModel:
     """The blobs of one model. Tensors made of them keep their mappings alive; this object need not live on."""
 
     def __init__(
@@ -28,7 +28,7 @@ class MappedBlobs:
         places: Sequence[messages.BlobPlace],
         segments: Sequence[messages.SegmentInfo],
         fds: Sequence[int],
-        before: MappedBlobs | None = None,
+        before: MappedModel | None = None,
     ) -> None:
         """Take over the segments of an answer (its fds are closed here); nothing is mapped yet.
 

@@ -21,7 +21,7 @@ from shared_store.client.session import Session
 from shared_store.memory import Backend
 from shared_store.torch.bind import Bound
 from shared_store.torch.devices import work_on
-from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.tensors import NamedTensor, collect, named_tensors
 from shared_store.torch.views import StorageKey, storage_key
@@ -49,7 +49,7 @@ def publish(
     min_bytes: int,
     select: Callable[[NamedTensor], bool] = lambda _: True,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[Manifest, MappedBlobs, Bound]:
+) -> tuple[Manifest, MappedModel, Bound]:
     """Move a model's tensors into the store. The session must have been granted the key.
 
     Args:
@@ -68,7 +68,7 @@ def publish(
     """
     source = _Source(publication, model, select)
     planned, fds = session.plan(publication.key, source.manifest.blobs)
-    mapped = MappedBlobs(backend, source.manifest.blobs, planned.places, planned.segments, fds)
+    mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds)
     mapped.map_for_reading()
     moved: dict[int, list[torch.Tensor]] = {}
     try:
@@ -90,7 +90,7 @@ def publish(
         source.work.settle()
         mapped.map_for_reading()  # whatever happened, the model needs what it is bound to
     blobs = source.manifest.blobs
-    kept = MappedBlobs(backend, blobs, attached.places, attached.segments, attached_fds, before=mapped)
+    kept = MappedModel(backend, blobs, attached.places, attached.segments, attached_fds, before=mapped)
     _follow(mapped, kept, moved)
     del mapped  # and with it segments that were written in vain
     source.work.reclaim()
@@ -133,7 +133,7 @@ class _Source:
         except (OverflowError, TypeError, ValueError) as error:  # before anything moves
             raise UnsupportedError(f"the state of {publication.name} cannot be written down: {error}") from error
 
-    def move(self, index: int, mapped: MappedBlobs, moved: dict[int, list[torch.Tensor]], *, share: bool) -> None:
+    def move(self, index: int, mapped: MappedModel, moved: dict[int, list[torch.Tensor]], *, share: bool) -> None:
         """Copy a storage to its blob, if that is new, and put the model's tensors there, if they are to be shared."""
         found = self.ranges[index]
         if mapped.places[index].new:
@@ -144,7 +144,7 @@ class _Source:
             found.sample = mapped.bytes(index)  # the last reference to the original
 
 
-def _check_copies(mapped: MappedBlobs, source: _Source) -> None:
+def _check_copies(mapped: MappedModel, source: _Source) -> None:
     """Digest what was written, where the store cannot do it.
 
     Raises:
@@ -167,7 +167,7 @@ def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None
         tensor.data = empty.set_(blob.untyped_storage(), offset, tensor.shape, tensor.stride())
 
 
-def _follow(planned: MappedBlobs, kept: MappedBlobs, moved: dict[int, list[torch.Tensor]]) -> None:
+def _follow(planned: MappedModel, kept: MappedModel, moved: dict[int, list[torch.Tensor]]) -> None:
     """Where another publisher brought the same blob first, the store kept that copy: use it, and free ours."""
     kept.map_for_reading()
     for index, tensors in moved.items():
