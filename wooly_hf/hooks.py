@@ -71,8 +71,8 @@ def wrap_from_pretrained(stock: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _request.reset(token)
         if request is not None and not request.taken:
-            error = UnsupportedError(f"{cls.__name__} has its own way to load weights")
-            request.fall_back(_name_of(cls, args, kwargs), error)
+            own_way = UnsupportedError(f"{cls.__name__} has its own way to load weights")
+            request.fall_back(_name_of(cls, args, kwargs), own_way)
         return model
 
     return from_pretrained

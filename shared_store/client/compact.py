@@ -18,7 +18,6 @@ from shared_store.client.session import Session
 from shared_store.memory import Backend, Mapping, backend_for
 from shared_store.memory.blob_copy import Copy, close_all, copy_blobs, copy_host
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
 
 
 class Compacted(NamedTuple):
@@ -42,8 +41,10 @@ def compact(session: Session, device: str, backend: Backend | None = None) -> Co
     if found:
         with _worker(backend or backend_for(device)) as work:
             while found:
-                work.copy(*found)
-                switched = session.compacted(found[0].target.id)
+                task, fds = found
+                with fds:
+                    work.copy(task, fds.filenos())
+                switched = session.compacted(task.target.id)
                 if not switched.freed_bytes:
                     break  # readers came meanwhile
                 segments += 1
@@ -72,7 +73,6 @@ class _Worker(NamedTuple):
             self.settle()
             found = self.digests([(target.address + move.offset, move.nbytes) for move in task.moves])
         finally:
-            close_fds(fds)
             close_all(mappings)
         for move, digest in zip(task.moves, found, strict=True):
             if digest != move.digest:

@@ -62,8 +62,8 @@ class Checkpoint:
         if all(known):
             yield self._combine(known)
             return
-        lease = "checkpoint:" + digest.digest(msgspec.msgpack.encode(self._ids)).hex()
-        with session.lease(lease, timeout_s):
+        turn = "checkpoint:" + digest.digest(msgspec.msgpack.encode(self._ids)).hex()
+        with session.turn(turn, timeout_s):
             known = session.recall_files(self._ids)
             if not all(known):
                 hashed = self._hash(known, progress)

@@ -60,7 +60,9 @@ class Link:
         with contextlib.suppress(ConnectionLostError):  # a store that refuses sends its reason, and does not read
             self._channel.send(messages.encode(messages.Hello(messages.VERSION, name, shared_store.__version__)))
         try:
-            welcome = messages.decode_from_store(self._channel.receive().payload)
+            greeting = self._channel.receive()
+            greeting.fds.close()
+            welcome = messages.decode_from_store(greeting.payload)
             if isinstance(welcome, messages.Failed):
                 raise by_code(welcome.code)(welcome.message)
             if not isinstance(welcome, messages.Welcome):
@@ -144,7 +146,7 @@ class Link:
         try:
             while True:
                 frame = self._channel.receive()
-                self._received(frame.payload, OwnedFds.from_ints(frame.fds))
+                self._received(frame.payload, frame.fds)
         except WoolyError as error:
             if not self.closing and not isinstance(error, ConnectionLostError):
                 log.error("wooly: the store ended the connection: %s [%s]", error, error.code)

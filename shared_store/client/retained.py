@@ -19,10 +19,8 @@ class RetainedModel:
         """Duplicate the descriptors; ``fds`` is only borrowed. Raises :class:`OSError` without a free descriptor."""
         self.attached = attached
         self.private_bytes = 0
-        self.fds = OwnedFds()
+        self.fds = OwnedFds.duplicates(fds.filenos())
         weakref.finalize(self, self.fds.close)
-        for fd in fds:
-            self.fds.add(fd.dup())
 
     def rejoin(self, number: int, key: str) -> messages.Rejoin:
         """Return the request to become a reader again."""

@@ -155,8 +155,9 @@ class _SharedLoad(Generic[R]):
 
     def _attach(self, opened: Opened, backend: Backend) -> Loaded[R]:
         attached, fds = opened
-        manifest = manifests.decode(attached.manifest)
-        mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds)
+        with fds:
+            manifest = manifests.decode(attached.manifest)
+            mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
         mapped.map_for_reading()
         loaded, bound = self._steps.attach(manifest, mapped)
         return self._retain(Shared(loaded, self._session, manifest, mapped, bound, published=False), "attached")

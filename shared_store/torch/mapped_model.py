@@ -10,8 +10,7 @@ import torch
 from shared_store.base.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
-from shared_store.torch.mapping_registry import remember
+from shared_store.torch.mapping_registry import register
 from shared_store.torch.views import bytes_in, part_of, storage_of
 
 REPLICA_MIN_BYTES = 1 << 20
@@ -50,12 +49,9 @@ class MappedModel:
             self.occurrence.append(copies[blob.digest])
             copies[blob.digest] += 1
         existing = [index for index, info in enumerate(segments) if not info.promised]
-        try:
-            for index, fd in zip(existing, fds, strict=True):
-                self._import(index, fd)
-        finally:
-            close_fds(fds)
-            self._before = {}
+        for index, fd in zip(existing, fds, strict=True):
+            self._import(index, fd)
+        self._before = {}
 
     def mappings(self) -> list[tuple[int, Mapping]]:
         """Every mapping, with the index of its segment."""
@@ -70,10 +66,7 @@ class MappedModel:
 
     def add(self, index: int, fd: int) -> None:
         """Bring in a promised segment, to be written: by its index, with its fd (closed here)."""
-        try:
-            self._import(index, fd)
-        finally:
-            close_fds((fd,))
+        self._import(index, fd)
         self._mappings[index].map(Access.WRITE)
 
     def has(self, index: int) -> bool:
@@ -100,7 +93,7 @@ class MappedModel:
         """The mapping that there was, or a new one."""
         found = self.segments[index]
         known = self._before.get((found.id, occurrence))
-        return known or remember(Mapping(self._backend, self._backend.import_fd(fd, found.nbytes)))
+        return known or register(Mapping(self._backend, self._backend.import_fd(fd, found.nbytes)))
 
     def unmap(self) -> None:
         """Unmap all; addresses stay."""

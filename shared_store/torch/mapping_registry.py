@@ -24,7 +24,7 @@ _SHARED = 61  # bit: a page of a file or of shared memory
 _THERE = 62  # two bits: swapped out, in memory
 
 
-def remember(mapping: Mapping) -> Mapping:
+def register(mapping: Mapping) -> Mapping:
     """Take a new mapping into the register, for as long as it lives."""
     with _lock:
         _mappings.add(mapping)

@@ -68,7 +68,8 @@ def publish(
     """
     source = _Source(publication, model, select)
     planned, fds = session.plan(publication.key, source.manifest.blobs)
-    mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds)
+    with fds:
+        mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds.filenos())
     mapped.map_for_reading()
     moved: dict[int, list[torch.Tensor]] = {}
     try:
@@ -76,7 +77,8 @@ def publish(
             segment = mapped.places[index].segment
             if not mapped.has(segment):
                 source.work.reclaim()
-                mapped.add(segment, session.fill(publication.key, mapped.segments[segment].id))
+                with session.fill(publication.key, mapped.segments[segment].id) as fd:
+                    mapped.add(segment, fd.fileno())
             source.move(index, mapped, moved, share=mapped.shared(index, min_bytes))
             progress(source.manifest.blobs[index].nbytes)
         source.work.settle()
@@ -90,7 +92,8 @@ def publish(
         source.work.settle()
         mapped.map_for_reading()  # whatever happened, the model needs what it is bound to
     blobs = source.manifest.blobs
-    kept = MappedModel(backend, blobs, attached.places, attached.segments, attached_fds, before=mapped)
+    with attached_fds:
+        kept = MappedModel(backend, blobs, attached.places, attached.segments, attached_fds.filenos(), before=mapped)
     _follow(mapped, kept, moved)
     del mapped  # and with it segments that were written in vain
     source.work.reclaim()

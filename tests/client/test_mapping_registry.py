@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 
 import pytest
 import torch
@@ -30,9 +29,8 @@ def mapping():
     bytes_at(writable, 0, 4 * PAGE).fill_(7)
     writable.unmap()
     backend.seal(segment)
-    fd = backend.export(segment)
-    again = mapping_registry.remember(Mapping(backend, backend.import_fd(fd, 4 * PAGE)))
-    os.close(fd)
+    with backend.export(segment) as fd:
+        again = mapping_registry.register(Mapping(backend, backend.import_fd(fd.fileno(), 4 * PAGE)))
     again.map(Access.READ)
     return again
 
@@ -66,7 +64,7 @@ def test_the_mapping_of_a_tensor(mapping):
 def test_a_mapping_that_is_gone_is_forgotten():
     """The register keeps nothing alive."""
     backend = MemfdBackend()
-    one = mapping_registry.remember(Mapping(backend, backend.create(PAGE)))
+    one = mapping_registry.register(Mapping(backend, backend.create(PAGE)))
     address = one.address
     assert address in {mapping.address for mapping in mapping_registry._mappings}
     del one

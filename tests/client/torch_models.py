@@ -35,7 +35,8 @@ def attach(session, model_key=KEY):
     opened = session.open(model_key, name="model", engine="test", device="cpu", publish=False, timeout_s=30)
     attached, fds = opened
     manifest = decode(attached.manifest)
-    blobs = MappedModel(MemfdBackend(), manifest.blobs, attached.places, attached.segments, fds)
+    with fds:
+        blobs = MappedModel(MemfdBackend(), manifest.blobs, attached.places, attached.segments, fds.filenos())
     blobs.map_for_reading()
     return manifest, blobs
 

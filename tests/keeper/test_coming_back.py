@@ -47,7 +47,7 @@ def test_tries_are_not_logged(kept, caplog):
         finally:
             again.clean_up()
     said = [record.getMessage() for record in caplog.records if record.name == "shared_store.client.session"]
-    assert said == [f"wooly: back with the store (pid {client.session.store_pid})"]
+    assert said == [f"wooly: rejoined the store (pid {client.session.store_pid})"]
 
 
 def test_session_without_models_comes_back_when_it_asks(kept):
