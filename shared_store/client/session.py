@@ -169,7 +169,7 @@ class Session:
             ModelNotFoundError: the store does not have the model, and ``publish`` is False.
         """
         request = messages.Open(self._next(), key, name, engine, device, publish)
-        reply, fds = self._call_with_fds(request, (messages.Attached, messages.Granted), timeout_s, repeat=True)
+        reply, fds = self._connection.call(request, (messages.Attached, messages.Granted), timeout_s, repeat=True)
         if isinstance(reply, messages.Attached):
             return self._retain(key, reply, fds)
         fds.close()
@@ -198,7 +198,7 @@ class Session:
             OutOfMemoryError: the blobs do not fit under the device's limit.
         """
         request = messages.Plan(self._next(), key, tuple(blobs), tuple(wish), tuple(sizes))
-        return self._call_with_fds(request, messages.Planned, repeat=False)
+        return self._connection.call(request, messages.Planned, repeat=False)
 
     def fill(self, key: str, segment: int) -> OwnedFd:
         """Have a planned segment (by its id) allocated, and return its descriptor.
@@ -206,7 +206,7 @@ class Session:
         Raises:
             OutOfMemoryError: the device is full.
         """
-        _, fds = self._call_with_fds(messages.Fill(self._next(), key, segment), messages.Filled, repeat=False)
+        _, fds = self._connection.call(messages.Fill(self._next(), key, segment), messages.Filled, repeat=False)
         with fds:
             if len(fds) != 1:
                 raise ProtocolError(f"the store answered Fill with {len(fds)} descriptors")
@@ -215,7 +215,7 @@ class Session:
     def commit(self, manifest: Manifest) -> tuple[messages.Attached, OwnedFds]:
         """Commit a published model, and become its reader. Returns what :meth:`open` does for a reader."""
         request = messages.Commit(self._next(), manifest.key, encode(manifest))
-        reply, fds = self._call_with_fds(request, messages.Attached, COPY_TIMEOUT_S, repeat=False)
+        reply, fds = self._connection.call(request, messages.Attached, COPY_TIMEOUT_S, repeat=False)
         return self._retain(manifest.key, reply, fds)
 
     def abandon(self, key: str, reason: str) -> None:
@@ -251,7 +251,7 @@ class Session:
             The blobs to copy, with descriptors of the target and the source segments; None if nothing would be freed.
         """
         request = messages.Compact(self._next(), device)
-        reply, fds = self._call_with_fds(request, (messages.Compacting, messages.Done), COPY_TIMEOUT_S, repeat=False)
+        reply, fds = self._connection.call(request, (messages.Compacting, messages.Done), COPY_TIMEOUT_S, repeat=False)
         if isinstance(reply, messages.Compacting):
             return reply, fds
         fds.close()
@@ -313,16 +313,6 @@ class Session:
             fds.close()
             raise
         return attached, fds
-
-    def _call_with_fds(
-        self,
-        request: messages.Request,
-        kind: type[R] | tuple[type[R], ...],
-        timeout_s: float = CALL_TIMEOUT_S,
-        *,
-        repeat: bool,
-    ) -> tuple[R, OwnedFds]:
-        return self._connection.call(request, kind, timeout_s, repeat=repeat)
 
     def _call(
         self,
