@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -79,4 +78,4 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
         assert "unpin a model (`wooly unpin KEY`)" in text
         other.kill()
         other.wait()
-        os.close(session.fill(KEY, segment.id))
+        session.fill(KEY, segment.id).close()

@@ -39,7 +39,8 @@ def main():
             "package": str(Path(shared_store.__file__).parent),
             "version": shared_store.__version__,
         }
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
