@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-CHARACTER = 6.9  # pixels that one character of 13-pixel text takes at most, about
+CHARACTER = 6.4  # pixels that a character of 13-pixel text takes, about
 LINE = 17
 
 
@@ -43,7 +43,7 @@ def sequence(source: str, *_arguments: Any, **_options: Any) -> str:
             x1, x2 = xs[at[step.source]], xs[at[step.target]]
             way = 1 if x2 > x1 else -1
             bodies.append(drawing.arrow([(x1, y), (x2 - way * 2, y)], dashed=step.reply))
-            bodies.append(drawing.text((x1 + x2) / 2, y - 7 - LINE * (len(lines) - 1), lines))
+            bodies.append(drawing.text((x1 + x2) / 2, y - 7 - LINE * (len(lines) - 1), lines, kind="label"))
         else:
             x, width = xs[at[step.source]], max(map(_width, lines)) + 16
             height = LINE * len(lines) + 8
@@ -54,13 +54,16 @@ def sequence(source: str, *_arguments: Any, **_options: Any) -> str:
         drawing.add(drawing.line([(x, 40), (x, drawing.height - 8)]))
         width = _width(name) + 24
         drawing.add(drawing.box(x - width / 2, 10, width, 30))
-        drawing.add(drawing.text(x, 30, [name], strong=True))
+        drawing.add(drawing.text(x, 30, [name], kind="strong"))
     drawing.add(*bodies)
     return drawing.html()
 
 
 def states(source: str, *_arguments: Any, **_options: Any) -> str:
-    """Draw states in a line, transitions to later ones above it and to earlier ones below it."""
+    """Draw states in a line, transitions to later ones above it and to earlier ones below it.
+
+    A transition to the same state is written into its box.
+    """
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for line in _lines(source):
         found = re.fullmatch(r"(.+?) -> (.+?): (.+)", line)
@@ -69,28 +72,30 @@ def states(source: str, *_arguments: Any, **_options: Any) -> str:
         edges[found[1], found[2]].append(found[3])
     names = list(dict.fromkeys(name for pair in edges for name in pair))
     at = {name: index for index, name in enumerate(names)}
-    routes = [_Route(at[a], at[b], labels) for (a, b), labels in edges.items()]
-    above = [route for route in routes if route.target >= route.source]
+    inside = [[f"\u21bb {label}" for label in edges.get((name, name), [])] for name in names]
+    routes = [_Route(at[a], at[b], labels) for (a, b), labels in edges.items() if a != b]
+    above = [route for route in routes if route.target > route.source]
     below = [route for route in routes if route.target < route.source]
-    gaps = [_gap(routes, index) for index in range(len(names) - 1)]
-    boxes = [max(_width(name) + 28, 84.0) for name in names]
-    lefts = [max(_loop(routes, 0) - boxes[0] / 2, 12.0)]
+    boxes = [max(_width(text) for text in (name, *lines)) + 28 for name, lines in zip(names, inside, strict=True)]
+    lefts = [10.0]
     for index in range(1, len(names)):
-        lefts.append(lefts[-1] + boxes[index - 1] + gaps[index - 1])
+        lefts.append(lefts[-1] + boxes[index - 1] + _gap(routes, boxes, index - 1))
     up, down = _levels(above), _levels(below)
-    top = 14.0 + sum(up)
-    drawing = Drawing(width=lefts[-1] + boxes[-1] + max(_loop(routes, len(names) - 1) - boxes[-1] / 2, 12.0))
-    drawing.height = top + 36 + sum(down) + 14
-    for name, left, width in zip(names, lefts, boxes, strict=True):
-        drawing.add(drawing.box(left, top, width, 36, kind="state"))
-        drawing.add(drawing.text(left + width / 2, top + 23, [name], strong=True))
-    for side, heights, edge, way in ((above, up, top, -1), (below, down, top + 36, 1)):
-        ports = _ports(side, lefts, boxes)
-        for number, route in enumerate(side):
-            x1, x2 = ports[number]
+    top, height = 14.0 + sum(up), 36.0 + LINE * max(map(len, inside))
+    drawing = Drawing(width=lefts[-1] + boxes[-1] + 10, height=top + height + sum(down) + 14)
+    for name, lines, left, width in zip(names, inside, lefts, boxes, strict=True):
+        drawing.add(drawing.box(left, top, width, height, kind="state"))
+        drawing.add(drawing.text(left + width / 2, top + 23, [name], kind="strong"))
+        if lines:
+            drawing.add(drawing.text(left + width / 2, top + 23 + LINE, lines, kind="inside"))
+    labels = []
+    for side, heights, edge, way in ((above, up, top, -1), (below, down, top + height, 1)):
+        for route, (x1, x2) in zip(side, _ports(side, lefts, boxes), strict=True):
             y = edge + way * sum(heights[: route.level + 1])
+            first = LINE if way < 0 else -6 - LINE * (len(route.labels) - 1)
             drawing.add(drawing.arrow([(x1, edge), (x1, y), (x2, y), (x2, edge + way * 2)]))
-            drawing.add(drawing.text((x1 + x2) / 2, y + (LINE if way < 0 else -6 - LINE * (len(route.labels) - 1)), route.labels))
+            labels.append(drawing.text((x1 + x2) / 2, y + first, route.labels, kind="label"))
+    drawing.add(*labels)
     return drawing.html()
 
 
@@ -109,7 +114,7 @@ def stack(source: str, *_arguments: Any, **_options: Any) -> str:
         for index, name in enumerate(names):
             x = 10 + index * (width + 8)
             drawing.add(drawing.box(x, y, width, 32))
-            drawing.add(drawing.text(x + width / 2, y + 21, [name], strong=True))
+            drawing.add(drawing.text(x + width / 2, y + 21, [name], kind="strong"))
         drawing.add(drawing.text(inner + 24, y + 21, [text], anchor="start"))
         y += 40
     drawing.height = y + 4
@@ -138,7 +143,7 @@ def _alone(step: _Step, actor: str) -> bool:
 
 def _pitch(steps: Sequence[_Step], at: dict[str, int], index: int) -> float:
     """Pixels between an actor and the next one: as much as the widest text between them needs."""
-    widest = 150.0
+    widest = 100.0
     for step in steps:
         width = max(map(_width, _wrapped(step.text))) + 24
         if not step.target:
@@ -164,27 +169,24 @@ class _Route:
         return low, high
 
 
-def _gap(routes: Sequence[_Route], index: int) -> float:
-    needed = [60.0]
+def _gap(routes: Sequence[_Route], boxes: Sequence[float], index: int) -> float:
+    """Pixels between a state and the next one: as much as the labels over the gap need."""
+    needed = [48.0]
     for route in routes:
         low, high = route.span
         if low <= index < high:
-            needed.append((max(map(_width, route.labels)) + 20) / (high - low) - 40)
+            between = sum(boxes[low + 1 : high])
+            needed.append((max(map(_width, route.labels)) + 24 - between) / (high - low))
     return max(needed)
 
 
-def _loop(routes: Sequence[_Route], index: int) -> float:
-    """Half of what the label of a transition to the same state takes."""
-    return max((max(map(_width, route.labels)) / 2 + 8 for route in routes if route.span == (index, index)), default=0.0)
-
-
 def _levels(routes: list[_Route]) -> list[float]:
-    """Give each route a level at which it crosses no other's label; return the height of each level."""
+    """Give each route a level at which it overlaps no other; return the height of each level."""
     taken: list[list[tuple[int, int]]] = []
     heights: list[float] = []
     for route in sorted(routes, key=lambda one: (one.span[1] - one.span[0], one.span)):
         low, high = route.span
-        while route.level < len(taken) and any(low < b and a < high or (a, b) == (low, high) or low == high and a <= low <= b or a == b and low <= a <= high for a, b in taken[route.level]):
+        while route.level < len(taken) and any(low < b and a < high for a, b in taken[route.level]):
             route.level += 1
         if route.level == len(taken):
             taken.append([])
@@ -195,15 +197,15 @@ def _levels(routes: list[_Route]) -> list[float]:
 
 
 def _ports(routes: Sequence[_Route], lefts: Sequence[float], boxes: Sequence[float]) -> list[tuple[float, float]]:
-    """Where each route leaves and enters: spread over a state's side, so that no two share a line."""
-    ends: dict[int, list[tuple[float, int, int]]] = defaultdict(list)
+    """Return where each route leaves and enters: spread over a state's side, in the order in which fewest lines cross."""
+    ends: dict[int, list[tuple[int, float, int, int]]] = defaultdict(list)
     for number, route in enumerate(routes):
-        towards = 0.0 if route.source == route.target else 1.0
-        ends[route.source].append((towards * (route.target - route.source) * (10 - route.level), number, 0))
-        ends[route.target].append((towards * (route.source - route.target) * (10 - route.level), number, 1))
+        for end, (state, other) in enumerate([(route.source, route.target), (route.target, route.source)]):
+            far = abs(other - state) + route.level / 100
+            ends[state].append((1, -far, number, end) if other > state else (0, far, number, end))
     found = [[0.0, 0.0] for _ in routes]
     for state, ports in ends.items():
-        for place, (_, number, end) in enumerate(sorted(ports), start=1):
+        for place, (_, _, number, end) in enumerate(sorted(ports), start=1):
             found[number][end] = lefts[state] + boxes[state] * place / (len(ports) + 1)
     return [(a, b) for a, b in found]
 
@@ -226,11 +228,10 @@ class Drawing:
         return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="4"/>'
 
     @staticmethod
-    def text(x: float, y: float, lines: Sequence[str], *, strong: bool = False, anchor: str = "middle") -> str:
-        """Lines of text, the first with its base line at ``y``."""
-        kind = ' class="strong"' if strong else ""
+    def text(x: float, y: float, lines: Sequence[str], *, kind: str = "plain", anchor: str = "middle") -> str:
+        """Lines of text, the first with its base line at ``y``. A ``label`` covers the lines below it."""
         spans = "".join(f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines))
-        return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{spans}</text>'
+        return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{spans}</text>'
 
     @staticmethod
     def line(points: Sequence[tuple[float, float]]) -> str:
@@ -251,7 +252,7 @@ class Drawing:
         width, height = round(self.width), round(self.height)
         return (
             f'<div class="diagram"><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" height="{height}" role="img">{"".join(self.parts)}</svg></div>'
+            f'style="max-width: {width}px; min-width: {min(width, 780)}px" role="img">{"".join(self.parts)}</svg></div>'
         )
 
 
