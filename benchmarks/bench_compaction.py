@@ -35,7 +35,6 @@ from shared_store.client.compact import compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping, backend_for
 from shared_store.memory.cuda.driver import visible_gpus
-from shared_store.protocol.wire import close_fds
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.spawn import start_detached
 
@@ -70,13 +69,12 @@ def publish(session: Session, backend: Backend, write: Write, number: int, model
     blobs = tuple(Blob(digest(data), len(data)) for data in contents)
     session.open(key, name=str(number), engine="bench", device=backend.device, publish=True, timeout_s=60)
     planned, fds = session.plan(key, blobs)
-    close_fds(fds)
+    fds.close()
     for index, segment in enumerate(planned.segments):
         if not segment.promised:
             continue
-        fd = session.fill(key, segment.id)
-        mapping = Mapping(backend, backend.import_fd(fd, segment.nbytes))
-        close_fds((fd,))
+        with session.fill(key, segment.id) as fd:
+            mapping = Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes))
         mapping.map(Access.WRITE)
         for data, place in zip(contents, planned.places, strict=True):
             if place.new and place.segment == index:
@@ -87,7 +85,7 @@ def publish(session: Session, backend: Backend, write: Write, number: int, model
     )
     manifest = Manifest(key=key, name=str(number), engine="bench", device=backend.device, blobs=blobs, tensors=tensors)
     _, fds = session.commit(manifest)
-    close_fds(fds)
+    fds.close()
     session.leave(key)
     return key
 

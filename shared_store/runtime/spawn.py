@@ -15,19 +15,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from shared_store.base.errors import StoreUnavailableError
 from shared_store.runtime.claim import running
-from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.runtime.command import READY, RUNNING
+from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare, writing
-
-READY: Final = b"1"
-"""Reported to the starter: clients are served."""
-
-CLAIMED: Final = b"0"
-"""Reported to the starter: the runtime directory has a store already."""
 
 _LISTENS_WITHIN_S = 1.0  # many times as long as a store needs from the claim of its directory until it listens
 _POLL_S = 0.01
@@ -84,13 +78,13 @@ def start(directory: Path, options: str = "", *, mode: int = 0o700, timeout_s: f
     with writing(paths.directory):
         paths.log.touch(mode=0o600)
     deadline = time.monotonic() + timeout_s
-    outcome: bytes | None = CLAIMED
-    while outcome == CLAIMED and time.monotonic() < deadline:
+    outcome: bytes | None = RUNNING
+    while outcome == RUNNING and time.monotonic() < deadline:
         pid, outcome = _attempt(paths, options, deadline - time.monotonic())
         if outcome == READY:
             return pid
         # The other store may not listen yet. Or it is ending: then the next attempt gets the directory.
-        if outcome == CLAIMED and _answers_within(paths, min(_LISTENS_WITHIN_S, deadline - time.monotonic())):
+        if outcome == RUNNING and _answers_within(paths, min(_LISTENS_WITHIN_S, deadline - time.monotonic())):
             return 0
     with paths.log.open(encoding="utf-8", errors="replace") as log:
         log.seek(begin)
@@ -118,16 +112,6 @@ def detach(
         shell, pass_fds=pass_fds, stdout=subprocess.PIPE, start_new_session=True, check=True, text=True, env=env
     )
     return int(done.stdout)
-
-
-def report(ready_fd: str, outcome: bytes) -> None:
-    """Report :data:`READY` or :data:`CLAIMED` to the starter and close its descriptor. No-op for an empty text.
-
-    For the started process, which gets the descriptor's number as an argument.
-    """
-    if ready_fd:
-        with OwnedFd(int(ready_fd)) as fd:
-            os.write(fd.fileno(), outcome)
 
 
 def _attempt(paths: RuntimePaths, options: str, timeout_s: float) -> tuple[int, bytes | None]:
