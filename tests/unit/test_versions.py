@@ -31,7 +31,7 @@ def test_other_distributions_have_no_range():
 
 def test_a_source_tree_that_is_not_installed_has_no_range(monkeypatch):
     """The advice names the file with the range instead."""
-    monkeypatch.setattr(supported, "_DISTRIBUTION", "wooly-that-is-not-installed")
+    monkeypatch.setattr(versions, "_DISTRIBUTION", "wooly-that-is-not-installed")
     assert versions.range_of("vllm") is None
     assert "pyproject.toml" in versions.named("vllm")
 
