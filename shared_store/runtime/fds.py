@@ -52,7 +52,7 @@ class OwnedFd:
         return duplicate(self.fileno())
 
     def detach(self) -> int:
-        """Return the descriptor and give up ownership: the caller closes it."""
+        """Return the descriptor and transfer ownership: the caller closes it."""
         fd = self.fileno()
         self._fd = _CLOSED
         return fd
@@ -111,7 +111,7 @@ class OwnedFds:
         return tuple(fd.fileno() for fd in self._fds)
 
     def detach(self) -> list[OwnedFd]:
-        """Return the descriptors in order and give up ownership: the caller closes them."""
+        """Return the descriptors in order and transfer ownership: the caller closes them."""
         fds, self._fds = self._fds, []
         return fds
 

@@ -55,11 +55,11 @@ def test_a_segment_exceeds_the_target_only_for_one_large_blob(sizes, target):
     layout = pack(sizes, target=target)
     assert {place.segment for place in layout.placements} == set(range(len(layout.sizes)))
     for index, size in enumerate(layout.sizes):
-        held = [nbytes for nbytes, place in zip(sizes, layout.placements, strict=True) if place.segment == index]
+        inside = [nbytes for nbytes, place in zip(sizes, layout.placements, strict=True) if place.segment == index]
         assert size % GRANULARITY == 0
         if size > round_up(target, GRANULARITY):
-            assert max(held) > target
-            assert sum(nbytes > 0 for nbytes in held) == 1
+            assert max(inside) > target
+            assert sum(nbytes > 0 for nbytes in inside) == 1
 
 
 @given(SIZES, TARGETS)
