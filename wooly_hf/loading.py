@@ -18,7 +18,8 @@ from shared_store.base.errors import UnsupportedError, WoolyError
 from shared_store.base.keys import weight_key
 from shared_store.client.identify import Checkpoint
 from shared_store.client.session import Session
-from shared_store.disk.obtain import Need, obtain, published
+from shared_store.disk.obtain import Need, obtain
+from shared_store.disk.saver import save_in_background
 from shared_store.torch.bind import Bound
 from shared_store.torch.devices import backend_of, store_device
 from shared_store.torch.load import SHARE_MIN_BYTES, TIMEOUT_S, keep, progress, report_fallback
@@ -233,7 +234,7 @@ class _Loading:
                     select=was_loaded,
                     progress=copied,
                 )
-            published(key)
+            save_in_background(key)
             if device.type == "cpu":
                 leave_files(self._model)
             self._keep(session, key, bound, "published")

@@ -1,6 +1,6 @@
-"""What this process can do with a device's memory: copy it to and from files, and digest it. One class a device.
+"""Copiers: copy a device's memory from and to files, and digest it. One class for each kind of device.
 
-Relies on reads, writes, digests and the driver's calls letting go of Python's global lock while they work.
+Relies on reads, writes, digests and driver calls releasing Python's global interpreter lock while they work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared_store.memory.cuda.digests import CudaDigests
 from shared_store.transfer.files import OpenFile
 
 PIECE_BYTES: Final = copies.BUFFER_BYTES
-"""Most that is copied in one step: enough to keep a disk busy, little enough to divide a model evenly."""
+"""Most bytes of one copy: enough to keep a disk busy, few enough to divide a model evenly between threads."""
 
 _MOST_THREADS: Final = 16
 
@@ -29,21 +29,21 @@ Span: TypeAlias = tuple[int, int]
 """An address and a number of bytes."""
 
 Progress: TypeAlias = Callable[[int], None]
-"""Called with bytes done since the last call, from any thread."""
+"""Called with the bytes done since the last call, from any thread."""
 
 
-def unheard(_: int) -> None:
-    """The progress that nobody watches."""
+def ignore_progress(_: int) -> None:
+    """Do nothing: the progress callback of calls that report none."""
 
 
 def threads() -> int:
-    """How many threads copy at a time: one a core, at most 16, beyond which a GPU's bus gains nothing."""
+    """Return the number of copying threads: one per core, at most 16. More do not make a GPU's bus faster."""
     return min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some bytes of a file, and where they are in memory."""
+    """A range of a file and the range of memory that it is copied to or from; ``offset`` and ``nbytes`` in bytes."""
 
     file: OpenFile
     offset: int
@@ -51,63 +51,66 @@ class Piece:
     nbytes: int
 
     def parts(self) -> Iterator[Piece]:
-        """The same in pieces of at most :data:`PIECE_BYTES`."""
+        """Divide the piece into pieces of at most :data:`PIECE_BYTES`."""
         for done in range(0, self.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, self.nbytes - done)
             yield Piece(self.file, self.offset + done, self.address + done, nbytes)
 
 
 class Lane(ABC):
-    """What one thread copies with; pieces have at most :data:`PIECE_BYTES`."""
+    """The copying resources of one thread. Pieces have at most :data:`PIECE_BYTES`."""
 
     @abstractmethod
     def load(self, piece: Piece) -> None:
-        """From the file to memory. May still be under way on return."""
+        """Copy from the file to memory. The copy may still be in progress on return."""
 
     @abstractmethod
     def save(self, piece: Piece) -> None:
-        """From memory to the file."""
+        """Copy from memory to the file. The copy is complete on return."""
 
 
 class Copier(ABC):
-    """Copies and digests of one device's memory. To be closed."""
+    """Copies and digests the memory of one device. Close it after use."""
 
     @abstractmethod
     def current(self) -> contextlib.AbstractContextManager[None]:
-        """In the block, the calling thread may map the device's memory."""
+        """Return a context manager in which the calling thread may map the device's memory."""
 
     @abstractmethod
     def lane(self) -> contextlib.AbstractContextManager[Lane]:
-        """A lane for the calling thread; what it began is over when the block ends well."""
+        """Return a context manager with a lane for the calling thread.
+
+        The lane's copies are complete when the block ends without an error.
+        """
 
     @abstractmethod
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:
-        """BLAKE3-256 of mapped memory, in the order of the spans."""
+    def digests(self, spans: Sequence[Span], progress: Progress = ignore_progress) -> list[bytes]:
+        """Return the BLAKE3-256 digest of each span of mapped memory, in their order."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release the device's resources. Idempotent."""
 
 
 class HostCopier(Copier):
-    """Host memory: files are read into it and written from it with no buffer between."""
+    """Copies host memory: reads files into it and writes them from it, without a buffer."""
 
-    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - the interface's
+    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - documented in Copier
         return contextlib.nullcontext()
 
-    def lane(self) -> contextlib.AbstractContextManager[Lane]:  # noqa: D102 - the interface's
+    def lane(self) -> contextlib.AbstractContextManager[Lane]:  # noqa: D102 - documented in Copier
         return contextlib.nullcontext(_HostLane())
 
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:  # noqa: D102
-        def one(span: Span) -> bytes:
+    def digests(self, spans: Sequence[Span], progress: Progress = ignore_progress) -> list[bytes]:  # noqa: D102 - as above
+        def digest_span(span: Span) -> bytes:
             found = digest_at(*span)
             progress(span[1])
             return found
 
         with ThreadPoolExecutor(threads(), thread_name_prefix="wooly-digest") as pool:
-            return list(pool.map(one, spans))
+            return list(pool.map(digest_span, spans))
 
-    def close(self) -> None:  # noqa: D102 - the interface's
+    def close(self) -> None:  # noqa: D102 - documented in Copier
         return
 
 
@@ -124,27 +127,32 @@ def _memory(piece: Piece) -> memoryview:
 
 
 class GpuCopier(Copier):
-    """A GPU's memory: copied through pinned buffers, and digested where it lies, all of it in one call."""
+    """Copies GPU memory through pinned buffers, and digests all spans in place with one call."""
 
     def __init__(self, ordinal: int) -> None:
-        """``ordinal``: the GPU's number in this process. Raises :class:`UnsupportedError` without CuPy."""
+        """Use the GPU with this number in this process.
+
+        Raises:
+            UnsupportedError: CuPy is not installed.
+            UnknownDeviceError: there is no NVIDIA driver.
+        """
         self._digests = CudaDigests(ordinal)
         self._copies = copies.GpuCopies(ordinal)
 
-    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - the interface's
+    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - documented in Copier
         return self._copies.current()
 
     @contextlib.contextmanager
-    def lane(self) -> Iterator[Lane]:  # noqa: D102 - the interface's
+    def lane(self) -> Iterator[Lane]:  # noqa: D102 - documented in Copier
         with self._copies.lane() as lane:
             yield _GpuLane(lane)
 
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:  # noqa: D102
+    def digests(self, spans: Sequence[Span], progress: Progress = ignore_progress) -> list[bytes]:  # noqa: D102 - as above
         found = self._digests.digest_many(spans)
         progress(sum(nbytes for _, nbytes in spans))
         return found
 
-    def close(self) -> None:  # noqa: D102 - the interface's
+    def close(self) -> None:  # noqa: D102 - documented in Copier
         self._copies.close()
 
 
@@ -161,7 +169,10 @@ class _GpuLane(Lane):
 
 @contextlib.contextmanager
 def copier_for(backend: Backend) -> Iterator[Copier]:
-    """The copier of a backend's device, for a block in which the calling thread may map its memory."""
+    """Make the copier of a backend's device, and close it after the block.
+
+    The calling thread may map the device's memory while the block runs.
+    """
     copier = HostCopier() if backend.ordinal is None else GpuCopier(backend.ordinal)
     try:
         with copier.current():

@@ -12,7 +12,7 @@ from support.content import key
 from torch import nn
 
 from shared_store.memory import MemfdBackend
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 from shared_store.torch.bind import bind
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.publish import Publication, publish

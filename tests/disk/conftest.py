@@ -17,7 +17,7 @@ from support.stores import StoreProcess
 
 from shared_store.client.session import Session
 from shared_store.disk.save import save_resident
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 __all__ = ["actor", "directory", "start_store", "store"]
 

@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 def put(cache, number, nbytes):
     """Something that looks like an entry; used after those before it."""
-    entry = cache.entry(key(number))
+    entry = cache.path(key(number))
     entry.mkdir()
     (entry / "wooly.json").write_bytes(b"")
     (entry / "model.safetensors").write_bytes(bytes(nbytes))
@@ -46,18 +46,18 @@ def test_least_recently_used_entries_leave_until_there_is_room(tmp_path):
     cache = Cache(tmp_path, 1000)
     for number in range(1, 5):
         put(cache, number, 250)
-    cache.used(key(1))
-    assert cache.make_room(0) == []
-    assert cache.make_room(300) == [key(2), key(3)]
+    cache.touch(key(1))
+    assert cache.evict(0) == []
+    assert cache.evict(300) == [key(2), key(3)]
     assert entries(cache) == [key(1), key(4)]
-    assert cache.make_room(1000) == [key(4), key(1)]
+    assert cache.evict(1000) == [key(4), key(1)]
 
 
 def test_a_model_that_does_not_fit_at_all_drives_nothing_out(tmp_path):
     cache = Cache(tmp_path, 1000)
     put(cache, 1, 900)
     with pytest.raises(DiskError, match="WOOLY_CACHE_MAX_BYTES"):
-        cache.make_room(1001)
+        cache.evict(1001)
     assert entries(cache) == [key(1)]
 
 
@@ -66,7 +66,7 @@ def test_leftovers_of_the_dead_go_with_the_next_turn(tmp_path):
     cache = Cache(tmp_path, 1000)
     (tmp_path / f".{key(1)}.unfinished-abc").mkdir()
     put(cache, 2, 10).rename(tmp_path / f".{key(2)}.unfinished-1")
-    with cache.turn():
+    with cache.locked():
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -106,8 +106,8 @@ def test_sizes(cache, monkeypatch):
 
 
 PUBLISHED = """
-from shared_store.disk.obtain import published
-published(sys.argv[1])
+from shared_store.disk.saver import save_in_background
+save_in_background(sys.argv[1])
 import os, signal
 os.kill(os.getpid(), signal.SIGKILL)  # an engine that dies right afterwards
 """
@@ -127,7 +127,7 @@ def test_a_published_model_is_saved_though_its_engine_dies(cache, model, session
 
 def test_of_several_savers_one_saves(cache, model):
     """They take turns, and the later ones find that it is done."""
-    program = "from shared_store.transfer import saver, cache\nprint(saver.run(cache.configured(), sys.argv[1]))"
+    program = "from shared_store.disk import saver, cache\nprint(saver.run(cache.configured(), sys.argv[1]))"
     processes = [start_program(program, model.key) for _ in range(3)]
     assert sorted(finish_program(process) for process in processes) == ["False", "False", "True"]
     assert entries(cache) == [KEY]
@@ -148,7 +148,7 @@ def test_a_saver_says_why_it_saved_nothing(cache, model, monkeypatch):
     """In its log: the model is larger than the cache may be, or is not there."""
     monkeypatch.setenv("WOOLY_CACHE_MAX_BYTES", "1MiB")
     for argument, code in ((model.key, 20), (key(99), 9)):
-        program = f"from shared_store.transfer import saver\nsys.argv[1:] = [{argument!r}]\nsys.exit(saver.main())"
+        program = f"from shared_store.disk import saver\nsys.argv[1:] = [{argument!r}]\nsys.exit(saver.main())"
         process = start_program(program)
         _, said = process.communicate(timeout=30)
         assert process.returncode == code

@@ -13,7 +13,7 @@ from support.waiting import wait_until
 
 from shared_store.base.errors import DiskError
 from shared_store.disk.save import save_resident
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 LARGE = 200 << 20
 

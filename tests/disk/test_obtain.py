@@ -14,10 +14,10 @@ from shared_store.base.errors import ModelNotFoundError, SavedModelError
 from shared_store.client.session import Session
 from shared_store.disk.cache import configured
 from shared_store.disk.obtain import Need, obtain
-from shared_store.disk.verify import quarantine
 from shared_store.memory import MemfdBackend
 from shared_store.protocol import wire
-from shared_store.transfer.reading import committed, reading
+from shared_store.transfer.resident import attach, committed
+from shared_store.transfer.verify import quarantine
 
 NAME = "model.safetensors"
 
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch, saved):
     monkeypatch.setenv("WOOLY_CACHE_DIR", str(tmp_path / "cache"))
     found = configured()
     assert found is not None
-    shutil.move(saved, found.entry(KEY))
+    shutil.move(saved, found.path(KEY))
     return found
 
 
@@ -61,13 +61,13 @@ def test_without_anything_saved_the_engine_loads(session):
 
 def test_granted_publication_looks_in_the_cache_first(session, cache):
     """The model is whole in the store, the engine reads it, and the entry counts as used."""
-    os.utime(cache.entry(KEY), (1, 1))
+    os.utime(cache.path(KEY), (1, 1))
     assert ask(session) == "attached"
     (client,) = session.status().clients
     assert (client.role, client.key) == ("reader", KEY)
     session.leave(KEY)
     assert resident(session, KEY) == (MANIFEST, CONTENTS)
-    assert cache.entry(KEY).stat().st_mtime > 1e9
+    assert cache.path(KEY).stat().st_mtime > 1e9
 
 
 def test_other_models_are_not_in_the_cache(session, cache):
@@ -78,7 +78,7 @@ def test_other_models_are_not_in_the_cache(session, cache):
 def test_a_resident_model_is_attached_to_whatever_is_saved(session, cache, store):
     """The broken entry is not even opened."""
     store.client().publish(KEY, [[5, 1000]])
-    cut(cache.entry(KEY))
+    cut(cache.path(KEY))
     assert ask(session) == "attached"
     assert session.status().counters.fallbacks == 0
 
@@ -86,7 +86,7 @@ def test_a_resident_model_is_attached_to_whatever_is_saved(session, cache, store
 @pytest.mark.parametrize("spoil", [cut, change])
 def test_a_spoilt_entry_is_removed_counted_and_the_engine_loads(session, cache, spoil, caplog):
     """The right to publish is still this engine's, and what it publishes then is whole."""
-    spoil(cache.entry(KEY))
+    spoil(cache.path(KEY))
     assert ask(session) == "loads"
     assert cache.find(KEY) is None
     assert session.status().counters.fallbacks == 1
@@ -99,7 +99,7 @@ def test_a_spoilt_entry_is_removed_counted_and_the_engine_loads(session, cache, 
 
 def test_an_entry_that_was_put_under_another_key_is_refused(session, cache):
     """What the file says counts, not where it lies."""
-    cache.entry(KEY).rename(cache.entry(key(8)))
+    cache.path(KEY).rename(cache.path(key(8)))
     assert ask(session, key(8)) == "loads"
     assert cache.find(key(8)) is None
 
@@ -118,7 +118,7 @@ def test_a_refused_directory_is_an_error_for_an_engine_that_would_not_load(sessi
         ask(session, may_publish=False, restore_from=saved)
     assert session.status().models == ()
     assert (saved / NAME).exists()
-    with pytest.raises(SavedModelError, match="another model than this engine needs"):
+    with pytest.raises(SavedModelError, match="is not the model that this engine needs"):
         ask(session, key(8), may_publish=False, restore_from=saved)
     with pytest.raises(ModelNotFoundError):
         ask(session, may_publish=False)
@@ -137,7 +137,7 @@ def test_a_cache_that_cannot_be_used_is_said_and_done_without(session, monkeypat
     (tmp_path / "open").chmod(0o777)
     monkeypatch.setenv("WOOLY_CACHE_DIR", str(tmp_path / "open"))
     assert ask(session) == "loads"
-    assert "no cache is used" in caplog.text
+    assert "not using the cache" in caplog.text
 
 
 class TestVerifiedOnAttaching:
@@ -155,7 +155,7 @@ class TestVerifiedOnAttaching:
         """It is quarantined, said, and this engine is the one that publishes the model anew."""
         turn_a_bit(directory, model.key, blob=2)
         assert ask(session, model.key) == "loads"
-        assert "1 blobs of model are not what their digests say" in caplog.text
+        assert "1 blobs of model do not match their digests" in caplog.text
         assert [one.state for one in session.status().models] == ["publishing"]
         session.abandon(model.key, "the test's own publication comes now")
         publish(session, MANIFEST, CONTENTS)
@@ -184,7 +184,7 @@ class TestVerifiedOnAttaching:
         """The second one's quarantine comes too late, and it waits for the first one, who publishes."""
         turn_a_bit(directory, model.key)
         with Session.connect(directory, autostart=False) as other:
-            with reading(other, committed(other.status().models, model.key), MemfdBackend()):
+            with attach(other, committed(other.status().models, model.key), MemfdBackend()):
                 assert ask(session, model.key) == "loads"
                 quarantine(other, model.key, [model.blobs[0].digest])
             assert [one.state for one in session.status().models] == ["publishing"]

@@ -25,7 +25,7 @@ from shared_store.base.manifest import ITEM_SIZES, Manifest
 from shared_store.disk.restore import restore_resident
 from shared_store.disk.save import save_resident
 from shared_store.disk.saved import SavedModel
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 NUMBERS = itertools.count(1000)
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
@@ -174,7 +174,7 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
     for target in (full, file, link):
         done = wooly("save", model.key, "--to", target)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "is there already" in done.stderr
+        assert "exists already" in done.stderr
     assert [path.name for path in full.iterdir()] == ["kept"]
     assert wooly("save", model.key, "--to", empty).returncode == 0
     assert wooly("save", model.key, "--to", tmp_path / "no" / "parent").returncode == 2

@@ -20,7 +20,7 @@ from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping, backend_for
 from shared_store.protocol.wire import close_fds
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 
 
 class Client:

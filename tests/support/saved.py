@@ -10,7 +10,7 @@ from support.client import Client
 from support.hostmemory import peek, poke
 
 from shared_store.memory import Access, Mapping, MemfdBackend
-from shared_store.transfer.reading import committed, reading
+from shared_store.transfer.resident import attach, committed
 
 UNSEALED = (str(Path(__file__).with_name("unsealed_store_main.py")),)
 """The program of a store in which :func:`turn_a_bit` works."""
@@ -43,9 +43,9 @@ def publish(session, manifest, contents):
 
 def resident(session, key):
     """The manifest of a model in the store, and the bytes of each of its blobs, as they are there."""
-    with reading(session, committed(session.status().models, key), MemfdBackend()) as holding:
-        blobs = [peek(*holding.spans[blob.digest]) for blob in holding.manifest.blobs]
-        return holding.manifest, blobs
+    with attach(session, committed(session.status().models, key), MemfdBackend()) as model:
+        blobs = [peek(*model.spans[blob.digest]) for blob in model.manifest.blobs]
+        return model.manifest, blobs
 
 
 def turn_a_bit(directory, key, blob=0, backend=None):

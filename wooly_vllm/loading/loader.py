@@ -20,10 +20,11 @@ from shared_store.base.errors import BindingError, CheckpointError, UnsupportedE
 from shared_store.base.keys import weight_key
 from shared_store.client.identify import Checkpoint
 from shared_store.client.session import Session
-from shared_store.disk.obtain import Need, obtain, published
+from shared_store.disk.obtain import Need, obtain
+from shared_store.disk.saver import save_in_background
 from shared_store.memory import Backend
 from shared_store.protocol import messages
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 from shared_store.torch.bind import Binder, Bound, measure
 from shared_store.torch.devices import backend_of, store_device
 from shared_store.torch.load import keep, progress, report_fallback
@@ -302,7 +303,7 @@ class WoolyLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not typed f
                 )
         except WoolyError as error:
             return self._stay_private(session, request, model, error)
-        published(key, self.options.runtime_dir)
+        save_in_background(key, self.options.runtime_dir)
         bound = self._keep(session, request, manifest, model, bound, blobs)
         logger.info(
             "wooly: published %s in %.3f s (stock load %.3f s, %d tensors, %.1f MiB shared, %.1f MiB private, key %s)",

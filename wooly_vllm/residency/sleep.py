@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from shared_store.base.errors import UnsupportedError, WoolyError
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 from wooly_vllm import compat
 
 _sleepers: weakref.WeakKeyDictionary[nn.Module, Sleeper] = weakref.WeakKeyDictionary()
