@@ -24,10 +24,11 @@ from shared_store.base.errors import (
     by_code,
 )
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
-_Answer = queue.SimpleQueue[tuple[messages.StoreMessage, tuple[int, ...]] | WoolyError]
+_Answer = queue.SimpleQueue[tuple[messages.StoreMessage, OwnedFds] | WoolyError]
 
 CALL_TIMEOUT_S = 60.0
 """Seconds that an answer may take which waits for nobody else."""
@@ -110,7 +111,7 @@ class Link:
             self.close()  # the store may still grant what nobody waits for: only the connection's end settles it
             late = answer.get()
             if not isinstance(late, WoolyError):
-                wire.close_fds(late[1])
+                late[1].close()
             raise TimedOutError(
                 f"the store did not answer `{type(request).__name__.lower()}` within {timeout_s:.0f} s; "
                 "`wooly status` shows who is busy"
@@ -121,9 +122,9 @@ class Link:
         if isinstance(reply, messages.Failed):
             raise by_code(reply.code)(reply.message)
         if not isinstance(reply, kind):
-            wire.close_fds(received)
+            received.close()
             raise ProtocolError(f"the store answered {type(request).__name__} with {type(reply).__name__}")
-        return reply, received
+        return reply, tuple(fd.detach() for fd in received.detach())
 
     def _read(self) -> None:
         try:
@@ -132,14 +133,14 @@ class Link:
                 message = messages.decode_from_store(frame.payload)
                 if isinstance(message, messages.Push):
                     self._pushed(message)
-                    wire.close_fds(frame.fds)
+                    frame.fds.close()
                 elif isinstance(message, messages.Failed) and message.id == 0:
                     raise by_code(message.code)(message.message)
                 elif isinstance(message, messages.Reply):
                     with self._lock:
                         answer = self._calls.pop(message.id, None)
                     if answer is None:
-                        wire.close_fds(frame.fds)
+                        frame.fds.close()
                     else:
                         answer.put((message, frame.fds))
         except WoolyError as error:

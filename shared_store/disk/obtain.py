@@ -147,7 +147,7 @@ def _verified(session: Session, need: Need, backend: Backend, opened: Opened) ->
     attached, ints = opened
     fds = OwnedFds.from_ints(ints)
     try:
-        with copier_for(backend) as copier, mapped(backend, attached, OwnedFds(fd.dup() for fd in fds)) as resident:
+        with copier_for(backend) as copier, mapped(backend, attached, OwnedFds.duplicates(fds.filenos())) as resident:
             wrong = mismatched(resident, copier)
     except BaseException:
         fds.close()

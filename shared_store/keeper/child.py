@@ -14,19 +14,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.keeper.notify import VARIABLES
 from shared_store.protocol import control, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 
 GONE_WITHIN_S = 5.0
 ENDING_S = 1.0
 
-Heard = tuple[control.FromStore, tuple[int, ...]]
+Heard = tuple[control.FromStore, OwnedFds]
 
 
 class StoreProcess:
@@ -40,7 +41,7 @@ class StoreProcess:
         *,
         child: subprocess.Popen[bytes] | None = None,
         unread: bytes = b"",
-        unread_fds: Sequence[int] = (),
+        unread_fds: OwnedFds | None = None,
         ready: bool = False,
     ) -> None:
         """Take over the connection with a store, and what had arrived of a message from it."""
@@ -73,7 +74,7 @@ class StoreProcess:
         return cls(child.pid, os.pidfd_open(child.pid), ours, child=child)
 
     def receive(self) -> Iterator[Heard]:
-        """What has arrived; the fds are the caller's. Messages that this version does not know are passed over."""
+        """What has arrived. Messages that this version does not know are passed over."""
         more = True
         while more:
             while self._frames:
@@ -83,7 +84,7 @@ class StoreProcess:
                     message = control.decode_from_store(frame.payload)
                 except ProtocolError as error:  # of another version's store, before or after an upgrade
                     log.warning("the store (pid %d) says what this keeper does not know: %s", self.pid, error)
-                    wire.close_fds(frame.fds)
+                    frame.fds.close()
                     continue
                 yield message, frame.fds
             more = self._read()
@@ -102,8 +103,8 @@ class StoreProcess:
         self.connected = bool(data)
         return self.connected
 
-    def send(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
-        """Queue a message; its fds are closed once they are sent."""
+    def send(self, message: control.ControlMessage, fds: OwnedFds | None = None) -> None:
+        """Queue a message, and take over its fds."""
         self._outbox.put(control.encode(message), fds)
         self.flush()
 
@@ -156,6 +157,6 @@ class StoreProcess:
         self._outbox.close()
         self._decoder.close()
         while self._frames:
-            wire.close_fds(self._frames.pop(0).fds)
+            self._frames.pop(0).fds.close()
         os.close(self.pidfd)
         return code

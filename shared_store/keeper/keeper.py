@@ -23,7 +23,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from shared_store.keeper.child import StoreProcess
 from shared_store.keeper.journal import Journal
@@ -32,7 +32,7 @@ from shared_store.keeper.pace import Pace
 from shared_store.protocol import control
 from shared_store.protocol.durable_state import Holdings
 from shared_store.protocol.handover import Handover, changes_of, leave
-from shared_store.protocol.wire import close_fds
+from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths
 
@@ -176,7 +176,7 @@ class Keeper:
             if isinstance(message, control.StateChange):
                 self._change(message, fds)
                 continue
-            close_fds(fds)
+            fds.close()
             match message:
                 case control.Prepared(version):
                     store.version = version
@@ -189,12 +189,15 @@ class Keeper:
                     upgrade = message
         return upgrade
 
-    def _change(self, change: control.StateChange, fds: tuple[int, ...]) -> None:
+    def _change(self, change: control.StateChange, fds: OwnedFds) -> None:
+        with_fd = len(fds) > 0
         self._held.apply(change, fds)
         self._journal.append(change)
         self._tell_journal()
-        if isinstance(change, control.Hold) and fds:
-            self._manager.keep(f"{SEGMENT}{change.segment.id}", fds[0])
+        if isinstance(change, control.Hold):
+            fd = self._held.segments[change.segment.id].fd
+            if with_fd and fd is not None:
+                self._manager.keep(f"{SEGMENT}{change.segment.id}", fd)
         elif isinstance(change, control.Release):
             self._manager.drop(f"{SEGMENT}{change.segment}")
 
@@ -208,9 +211,9 @@ class Keeper:
     def _bring(self, store: StoreProcess) -> None:
         """Send all that is held, and let it begin."""
         for change, fds in self._held.changes():
-            store.send(change, [_duplicate(fd) for fd in fds])
+            store.send(change, _duplicates(fds))
         begin = control.Begin(os.getpid(), self._restarts, self._manager.present, self._options.to_json())
-        store.send(begin, [_duplicate(self._listen.fileno()), _duplicate(self._lock)])
+        store.send(begin, _duplicates((self._listen.fileno(), self._lock)))
         store.send(control.JournalState(self._journal.reason))
         while self._notices:
             store.send(self._notices.pop(0))
@@ -337,8 +340,15 @@ def _signals() -> socket.socket:
     return ours
 
 
-def _duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+def _duplicates(fds: Iterable[int]) -> OwnedFds:
+    made = OwnedFds()
+    try:
+        for fd in fds:
+            made.add(OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)))
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def _how(code: int | None) -> str:

@@ -14,6 +14,7 @@ from shared_store.keeper.notify import ServiceManager, handed_back
 from shared_store.protocol import handover
 from shared_store.protocol.durable_state import Holdings
 from shared_store.runtime.claim import claim, listen, raise_file_limit
+from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 
@@ -69,7 +70,7 @@ def take_over(handover_fd: int) -> int:
         given.store,
         socket.socket(fileno=given.control),
         unread=given.unread,
-        unread_fds=given.unread_fds,
+        unread_fds=OwnedFds.from_ints(given.unread_fds),
         ready=True,
     )
     keeper.adopt(store, given.restarts, upgrade=given.upgrade)

@@ -4,9 +4,9 @@ A backend serves both sides: the store creates, exports and seals; clients impor
 """
 
 from shared_store.memory.backend import Access, Backend, Segment
-from shared_store.memory.fd_segment import KeptSegment, export
+from shared_store.memory.fd_segment import FdSegment, export
 from shared_store.memory.mapping import Mapping
 from shared_store.memory.memfd import MemfdBackend
 from shared_store.memory.registry import backend_for
 
-__all__ = ["Access", "Backend", "KeptSegment", "Mapping", "MemfdBackend", "Segment", "backend_for", "export"]
+__all__ = ["Access", "Backend", "FdSegment", "Mapping", "MemfdBackend", "Segment", "backend_for", "export"]

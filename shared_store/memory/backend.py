@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 
+from shared_store.runtime.fds import OwnedFd
+
 
 class Access(enum.Enum):
     """What a mapping lets this process do.
@@ -49,16 +51,20 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def export(self, segment: Segment) -> int:
-        """A new fd, close-on-exec, that stands for the segment in any process. The caller closes it."""
+    def export(self, segment: Segment) -> OwnedFd:
+        """Export a descriptor of the segment, valid in any process.
+
+        Raises:
+            MemoryBackendError: this process has no free descriptor, or the driver refuses.
+        """
 
     @abstractmethod
     def import_fd(self, fd: int, nbytes: int) -> Segment:
-        """Take a segment from an fd, which stays the caller's.
+        """Import a segment from a descriptor, which is borrowed: the segment duplicates it.
 
         Raises:
-            MemoryBackendError: the fd is no segment of this backend, or is smaller than ``nbytes`` (where only mapping
-                it can tell, :meth:`map` raises that).
+            MemoryBackendError: the descriptor is not a segment of this backend, or the segment is smaller than
+                ``nbytes``. Where only mapping can find that out, :meth:`map` raises it.
         """
 
     @abstractmethod

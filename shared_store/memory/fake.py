@@ -11,6 +11,7 @@ from collections import Counter
 from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.backend import Access, Segment
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment
+from shared_store.runtime.fds import OwnedFd
 
 
 class Faults:
@@ -57,7 +58,7 @@ class FakeBackend(MemfdBackend):
             self._created.add(id(segment))
         return segment
 
-    def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
+    def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - the interface's
         self.faults.passing("export")
         return super().export(segment)
 

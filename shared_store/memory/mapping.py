@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import TracebackType
+from typing import Self
 
 from shared_store.memory.backend import Access, Backend, Segment
 
@@ -82,6 +84,12 @@ class Mapping:
             self._backend.unreserve(self.address, self.nbytes)
             if self._segment is not None:
                 self._backend.release(self._segment)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def __del__(self) -> None:
         if hasattr(self, "address") and not sys.is_finalizing():  # the process's end unmaps everything anyway

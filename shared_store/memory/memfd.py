@@ -20,6 +20,8 @@ from pathlib import Path
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
 from shared_store.memory.cgroup import group_free, machine_free
+from shared_store.runtime import fds
+from shared_store.runtime.fds import OwnedFd
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PROT_NONE = 0
@@ -42,9 +44,9 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class MemfdSegment(Segment):
-    """A memfd that this process holds."""
+    """A memfd, owned by the segment."""
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: OwnedFd, nbytes: int) -> None:
         super().__init__(nbytes)
         self.fd = fd
 
@@ -61,14 +63,14 @@ class MemfdBackend(Backend):
         if nbytes > free:
             raise OutOfMemoryError(f"no room for a segment of {nbytes} bytes on {self.device}: {free} bytes are free")
         try:
-            fd = os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
             raise _refused("cannot create a memfd", error) from error
         try:
             # Pages are allocated now: later, a full machine would kill whoever touches them instead of refusing.
-            os.posix_fallocate(fd, 0, nbytes)
+            os.posix_fallocate(fd.fileno(), 0, nbytes)
         except OSError as error:
-            os.close(fd)
+            fd.close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise OutOfMemoryError(
                     f"no room for a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free"
@@ -76,7 +78,7 @@ class MemfdBackend(Backend):
             raise MemoryBackendError(f"cannot allocate a memfd of {nbytes} bytes: {error.strerror}") from error
         return MemfdSegment(fd, nbytes)
 
-    def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
+    def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - the interface's
         return duplicate(self._fd(segment))
 
     def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
@@ -122,7 +124,7 @@ class MemfdBackend(Backend):
     def release(self, segment: Segment) -> None:  # noqa: D102 - the interface's
         if not segment.released:
             segment.released = True
-            os.close(self._fd(segment))
+            self._own(segment).fd.close()
 
     def private_bytes(self, address: int, nbytes: int) -> int:
         """Anonymous pages in the range, from ``/proc/self/smaps`` (see ``proc_pid_smaps(5)``)."""
@@ -141,10 +143,14 @@ class MemfdBackend(Backend):
         """Memory that the machine and this process's control group could still give, less a little headroom."""
         return max(0, min(machine_free(), group_free()) - _HEADROOM)
 
+    @classmethod
+    def _fd(cls, segment: Segment) -> int:
+        return cls._own(segment).fd.fileno()
+
     @staticmethod
-    def _fd(segment: Segment) -> int:
+    def _own(segment: Segment) -> MemfdSegment:
         assert isinstance(segment, MemfdSegment)  # noqa: S101 - segments go back to the backend they came from
-        return segment.fd
+        return segment
 
     @staticmethod
     def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
@@ -154,10 +160,10 @@ class MemfdBackend(Backend):
         return int(result)
 
 
-def duplicate(fd: int) -> int:
-    """A copy of a segment's fd, close-on-exec. Raises :class:`MemoryBackendError`."""
+def duplicate(fd: int) -> OwnedFd:
+    """Duplicate a segment's descriptor. Raises :class:`MemoryBackendError`."""
     try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        return fds.duplicate(fd)
     except OSError as error:
         raise _refused("cannot duplicate a segment's fd", error) from error
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shared_store.base.checkpoint import FileId
 from shared_store.protocol import control
 from shared_store.protocol.wire import close_fds
+from shared_store.runtime.fds import OwnedFds
 
 MAX_FILES = 100_000
 _FILES_AT_ONCE = 1000
@@ -35,10 +36,11 @@ class Holdings:
     models: dict[str, control.ModelRecord] = field(default_factory=dict)
     files: OrderedDict[tuple[int, FileId], bytes] = field(default_factory=OrderedDict)
 
-    def apply(self, change: control.StateChange, fds: Sequence[int] = ()) -> None:
-        """Take a change in; its fds are this object's from now on. One that says nothing new changes nothing."""
-        fd, surplus = (fds[0], fds[1:]) if fds and isinstance(change, control.Hold) else (None, fds)
-        close_fds(surplus)
+    def apply(self, change: control.StateChange, fds: OwnedFds | None = None) -> None:
+        """Apply a change, and take over its fds. Idempotent."""
+        owned = [] if fds is None else fds.detach()
+        fd = owned.pop(0).detach() if owned and isinstance(change, control.Hold) else None
+        OwnedFds(owned).close()
         match change:
             case control.Hold(segment):
                 self._hold(segment, fd)

@@ -13,6 +13,7 @@ import msgspec
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import control
 from shared_store.protocol.durable_state import Holdings
+from shared_store.runtime.fds import OwnedFds
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +53,7 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
         """The state; it owns the fds of the segments from now on."""
         held = Holdings()
         for payload, fds in self.changes:
-            held.apply(control.decode_state(payload), fds)
+            held.apply(control.decode_state(payload), OwnedFds.from_ints(fds))
         return held
 
 

@@ -66,7 +66,7 @@ def private_segment(model: Model, index: int, host: HostCopy, copier: Copier, pr
     former = model.layout.segments[index]
     segment = model.backend.create(former.nbytes)
     try:
-        fd = OwnedFd(model.backend.export(segment))
+        fd = model.backend.export(segment)
     finally:
         model.backend.release(segment)  # the descriptor keeps the memory
     try:

@@ -218,7 +218,7 @@ class Store:
             backend.release(memory)
             raise NotPublisherError(f"client {client.number} no longer publishes {request.key}")
         try:
-            fd = backend.export(memory)
+            fd = backend.export(memory).detach()
         except BaseException:
             backend.release(memory)
             raise

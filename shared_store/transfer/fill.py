@@ -102,7 +102,7 @@ def fill_segment(
 @contextlib.contextmanager
 def _writable(backend: Backend, fd: OwnedFd, nbytes: int) -> Iterator[int]:
     """Map a segment for writing while the block runs, and yield its address. The descriptor is borrowed, on entry."""
-    with contextlib.closing(Mapping(backend, backend.import_fd(fd.fileno(), nbytes))) as mapping:
+    with Mapping(backend, backend.import_fd(fd.fileno(), nbytes)) as mapping:
         mapping.map(Access.WRITE)
         yield mapping.address
 

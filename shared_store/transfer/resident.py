@@ -53,8 +53,7 @@ def mapped(backend: Backend, attached: messages.Attached, fds: OwnedFds) -> Iter
         addresses: list[int] = []
         with fds:
             for info, fd in zip(attached.segments, fds, strict=True):
-                mapping = Mapping(backend, backend.import_fd(fd.fileno(), info.nbytes))
-                mappings.callback(mapping.close)
+                mapping = mappings.enter_context(Mapping(backend, backend.import_fd(fd.fileno(), info.nbytes)))
                 mapping.map(Access.READ)
                 addresses.append(mapping.address)
         manifest = manifests.decode(attached.manifest)

@@ -30,7 +30,7 @@ def mapping():
     bytes_at(writable, 0, 4 * PAGE).fill_(7)
     writable.unmap()
     backend.seal(segment)
-    fd = backend.export(segment)
+    fd = backend.export(segment).detach()
     again = where.remember(Mapping(backend, backend.import_fd(fd, 4 * PAGE)))
     os.close(fd)
     again.map(Access.READ)

@@ -149,7 +149,7 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     torch.zeros(1, device="cuda")
     backend = CudaBackend(gpu)
     segment = backend.create(2 << 20)
-    fd = backend.export(segment)
+    fd = backend.export(segment).detach()
     mapping = Mapping(backend, backend.import_fd(fd, 2 << 20))
     mapping.map(Access.WRITE)
     bytes_in(part_of(storage_of(mapping), 0, 1 << 20)).fill_(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,9 +97,8 @@ def imported(backend):
     made = []
 
     def make(segment, access=None):
-        fd = backend.export(segment)
-        made.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
-        os.close(fd)  # the mapping has its own
+        with backend.export(segment) as fd:
+            made.append(Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes)))
         if access is not None:
             made[-1].map(access)
         return made[-1]

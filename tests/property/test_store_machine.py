@@ -336,7 +336,7 @@ class CacheMachine(StoreMachine):
         segments = self.store.segments
         for segment in {held.segment for held in self._blobs().values()}:
             memory = segments.segment(segment).memory
-            fd = self.clients_backend.export(memory)
+            fd = self.clients_backend.export(memory).detach()
             mapping = Mapping(self.clients_backend, self.clients_backend.import_fd(fd, memory.nbytes))
             wire.close_fds((fd,))
             mapping.map(Access.READ)

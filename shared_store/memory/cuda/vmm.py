@@ -15,13 +15,13 @@ Does not promise: that bytes are zeroed, or that sealing stops a hostile process
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 from typing import Any
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError, UnknownDeviceError
 from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.runtime.fds import OwnedFd, duplicate
 
 _MEGA = 1 << 20
 
@@ -29,7 +29,7 @@ _MEGA = 1 << 20
 class CudaSegment(Segment):
     """A physical allocation. ``fd``: what it was imported from; None where this process made it."""
 
-    def __init__(self, handle: Any, nbytes: int, fd: int | None) -> None:
+    def __init__(self, handle: Any, nbytes: int, fd: OwnedFd | None) -> None:
         super().__init__(nbytes)
         self.handle = handle
         self.fd = fd
@@ -72,23 +72,23 @@ class CudaBackend(Backend):
         _raise("cuMemCreate", error)
         return CudaSegment(handle, nbytes, None)
 
-    def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
+    def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - the interface's
         held = self._own(segment)
         if held.fd is not None:
-            return fcntl.fcntl(held.fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        fd = int(_check("cuMemExportToShareableHandle", held.handle, _fd_type(_driver()), 0))
-        os.set_inheritable(fd, False)
+            return held.fd.dup()
+        fd = OwnedFd(int(_check("cuMemExportToShareableHandle", held.handle, _fd_type(_driver()), 0)))
+        os.set_inheritable(fd.fileno(), False)
         return fd
 
     def import_fd(self, fd: int, nbytes: int) -> CudaSegment:  # noqa: D102 - the interface's
         try:
-            kept = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            kept = duplicate(fd)
         except OSError as error:
             raise MemoryBackendError(f"fd {fd} is not a segment in GPU memory: {error.strerror}") from error
         try:
-            handle = _check("cuMemImportFromShareableHandle", kept, _fd_type(_driver()))
+            handle = _check("cuMemImportFromShareableHandle", kept.fileno(), _fd_type(_driver()))
         except MemoryBackendError as error:
-            os.close(kept)
+            kept.close()
             raise MemoryBackendError(f"fd {fd} is not a segment in GPU memory: {error}") from error
         return CudaSegment(handle, nbytes, kept)
 
@@ -130,7 +130,7 @@ class CudaBackend(Backend):
         held.released = True
         _check("cuMemRelease", held.handle)
         if held.fd is not None:
-            os.close(held.fd)
+            held.fd.close()
 
     def private_bytes(self, address: int, nbytes: int) -> int:  # noqa: ARG002 - the interface's
         """Zero: a write to read-only GPU memory never makes a copy."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
 from shared_store.protocol import control, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class ControlChannel:
         self._hear: Callable[[control.FromKeeper], None] = lambda _: None
         self._over: Callable[[], None] = lambda: None
 
-    def wait_for(self) -> tuple[control.FromKeeper, tuple[int, ...]]:
-        """The next message and its fds, which are the caller's. Raises :class:`ConnectionLostError`."""
+    def wait_for(self) -> tuple[control.FromKeeper, OwnedFds]:
+        """The next message and its fds. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
             if not data:
@@ -51,7 +52,7 @@ class ControlChannel:
         if self._sock.fileno() < 0:
             wire.close_fds(fds)
             return
-        self._outbox.put(control.encode(message), fds)
+        self._outbox.put(control.encode(message), OwnedFds.from_ints(fds))
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -84,7 +85,7 @@ class ControlChannel:
         self._outbox.close()
         self._empty.set()
         while self._frames:
-            wire.close_fds(self._frames.popleft().fds)
+            self._frames.popleft().fds.close()
 
     def _read(self) -> None:
         try:
@@ -103,7 +104,7 @@ class ControlChannel:
     def _pass_on(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            wire.close_fds(frame.fds)  # once a store serves, its keeper sends it none
+            frame.fds.close()  # once a store serves, its keeper sends it none
             try:
                 message = control.decode_from_keeper(frame.payload)
             except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade

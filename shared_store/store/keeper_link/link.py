@@ -60,7 +60,7 @@ def inherit(channel: ControlChannel) -> Inheritance:
     while True:
         message, fds = channel.wait_for()
         if isinstance(message, control.Begin):
-            listen, lock = fds
+            listen, lock = (fd.detach() for fd in fds.detach())
             options = ServeOptions.from_json(message.options)
             sock = socket.socket(fileno=listen)
             return Inheritance(options, sock, lock, held, message.keeper, message.restarts, message.supervised)

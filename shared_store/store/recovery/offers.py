@@ -24,9 +24,10 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, KeptSegment, Segment
+from shared_store.memory import Backend, FdSegment, Segment
 from shared_store.protocol import control, messages, wire
 from shared_store.protocol.durable_state import HeldFd, Holdings
+from shared_store.runtime.fds import OwnedFd, duplicate
 from shared_store.store.recovery.grace import GRACE_S, OfferedModel, Recovery, check_memory
 from shared_store.store.state.digest_check import Check, Part
 from shared_store.store.state.records import Client, Committed
@@ -64,7 +65,7 @@ def _restore(store: Store, held: Holdings) -> None:
             store.keeping.release(number)
             _dropped(store, "segment_dropped", f"segment {number}: {problem}")
         elif found.fd is not None:
-            memory = KeptSegment(found.fd, found.record.nbytes)
+            memory = FdSegment(OwnedFd(found.fd), found.record.nbytes)
             store.segments.take_back(number, found.record.device, memory)
     here = {segment.id for segment in store.segments.all()}
     for record in held.models.values():
@@ -156,7 +157,7 @@ async def _take(store: Store, client: Client, request: messages.Offer, fds: tupl
             await _check(store, client, offered, dict(zip(ids, fds, strict=True)))
             for number, fd in zip(ids, fds, strict=True):
                 if not store.segments.has(number):
-                    kept = KeptSegment(os.dup(fd), sizes[number])
+                    kept = FdSegment(duplicate(fd), sizes[number])
                     store.segments.take_back(number, offered.manifest.device, kept)
             _admit(store, offered, pinned=store.recovery.pinned(request.key))
         finally:
@@ -208,7 +209,7 @@ def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> 
         for number, nbytes in offered.segments.items():
             check_memory(backend, fds[number], nbytes)
             if backend.host_readable:
-                memory = KeptSegment(os.dup(fds[number]), nbytes)
+                memory = FdSegment(duplicate(fds[number]), nbytes)
                 held.callback(memory.release)
                 blobs = {(blob, at) for blob, (segment, at) in placed if segment == number}
                 parts.append((backend, memory, sorted(blobs, key=_offset)))
