@@ -1,4 +1,4 @@
-"""A host copy owns the descriptors that it was given, whatever the store says about them."""
+"""A host copy closes its descriptors, also when it cannot be opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared_store.runtime.fds import OwnedFds
 from shared_store.sleep.host_copy import HostCopy
 
 NBYTES = 2 << 20
-DATA = content(1, 1000)
+MANIFEST = manifest_of(key(1), [blob(content(1, 1000))])
 
 
 def segment_fds():
@@ -28,28 +28,29 @@ def segment_fds():
     return OwnedFds([fd])
 
 
-def attached(manifest, places=(BlobPlace(0, 0),)):
+def attached(manifest, *places):
+    """Return the store's reply for a model in one segment."""
     return Attached(1, manifest, places, (SegmentInfo(1, NBYTES),))
 
 
 def test_malformed_manifest_closes_the_descriptors():
     before, fds = open_fds(), segment_fds()
     with pytest.raises(ProtocolError):
-        HostCopy(key(1), attached(b"not a manifest"), fds)
+        HostCopy(key(1), attached(b"not a manifest", BlobPlace(0, 0)), fds)
     assert open_fds() == before
 
 
 def test_missing_location_closes_the_descriptors():
     before, fds = open_fds(), segment_fds()
     with pytest.raises(ValueError, match="zip"):
-        HostCopy(key(1), attached(encode(manifest_of(key(1), [blob(DATA)])), ()), fds)
+        HostCopy(key(1), attached(encode(MANIFEST)), fds)
     assert open_fds() == before
 
 
 @pytest.mark.parametrize("end", [HostCopy.close, lambda _: None], ids=["closed", "collected"])
 def test_the_end_of_a_host_copy_closes_the_descriptors(end):
     before = open_fds()
-    host = HostCopy(key(1), attached(encode(manifest_of(key(1), [blob(DATA)]))), segment_fds())
+    host = HostCopy(key(1), attached(encode(MANIFEST), BlobPlace(0, 0)), segment_fds())
     assert open_fds() == before + 1
     end(host)
     del host
