@@ -36,8 +36,8 @@ _ATTEMPTS: Final = 4
 ProgressBar: TypeAlias = Callable[[str, int], AbstractContextManager[Progress]]
 """Makes a progress bar from a title and a number of bytes."""
 
-Opened: TypeAlias = tuple[messages.Attached, tuple[int, ...]]
-"""The store's description of a model, and the descriptors of its segments, which the receiver closes."""
+Opened: TypeAlias = tuple[messages.Attached, OwnedFds]
+"""The store's description of a model, and a descriptor of each segment."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def _verified(session: Session, need: Need, backend: Backend, opened: Opened) ->
 
     Closes the descriptors on errors, too.
     """
-    attached, ints = opened
-    fds = OwnedFds.from_ints(ints)
+    attached, fds = opened
     try:
         with copier_for(backend) as copier, mapped(backend, attached, OwnedFds.duplicates(fds.filenos())) as resident:
             wrong = mismatched(resident, copier)
@@ -153,8 +152,6 @@ def _verified(session: Session, need: Need, backend: Backend, opened: Opened) ->
         fds.close()
         raise
     if not wrong:
-        for fd in fds.detach():
-            fd.detach()
         return True
     fds.close()
     log.error("wooly: %d blobs of %s do not match their digests; quarantining them", len(wrong), need.name)

@@ -16,7 +16,8 @@ from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.disk.saved import SavedModel
 from shared_store.memory import Backend, backend_for
-from shared_store.protocol import messages, wire
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
 from shared_store.transfer.copier import Progress, copier_for, ignore_progress
 from shared_store.transfer.fill import fill_promised, new_blobs
 
@@ -26,7 +27,7 @@ PUBLISH_TIMEOUT_S: Final = 1800.0
 
 def restore(
     session: Session, saved: SavedModel, backend: Backend, progress: Progress = ignore_progress
-) -> tuple[messages.Attached, tuple[int, ...]]:
+) -> tuple[messages.Attached, OwnedFds]:
     """Publish a saved model and become its reader.
 
     Args:
@@ -36,7 +37,7 @@ def restore(
         progress: called with bytes read.
 
     Returns:
-        The store's reply, and the descriptors of the segments, which the caller closes.
+        The store's description of the model, and a descriptor of each segment.
 
     Raises:
         SavedModelError: a file changed. As after every error, the caller aborts the publication, and no bytes that were
@@ -46,7 +47,7 @@ def restore(
     manifest = msgspec.structs.replace(saved.manifest, device=backend.device)
     with copier_for(backend) as copier:
         planned, fds = session.plan(manifest.key, manifest.blobs)
-        wire.close_fds(fds)  # existing segments are not needed: their blobs are not read
+        fds.close()  # existing segments are not needed: their blobs are not read
         contents = new_blobs(manifest.blobs, planned)
         fill_promised(session, manifest.key, planned, contents, saved, backend, copier, progress)
     return session.commit(manifest)
@@ -103,6 +104,6 @@ def restore_resident(
             with contextlib.suppress(WoolyError):  # the first error is the one to report
                 session.abandon(manifest.key, "a saved model could not be restored")
         raise
-    wire.close_fds(fds)
+    fds.close()
     session.leave(manifest.key)
     return Restored(manifest.key, manifest.name, device, result, sum(read), time.perf_counter() - began)

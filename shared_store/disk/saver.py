@@ -65,7 +65,7 @@ def run(cache: Cache, key: str) -> bool:
             return False
         model = committed(session.status().models, key)
         on_cpu = model.device == "cpu"
-        with contextlib.nullcontext() if on_cpu else session.lease(f"start:{model.device}", _TURN_TIMEOUT_S):
+        with contextlib.nullcontext() if on_cpu else session.turn(f"start:{model.device}", _TURN_TIMEOUT_S):
             for evicted in cache.evict(model.bytes):
                 log.info("evicted %s from the cache", evicted)
             saved = save_resident(session, model, cache.path(key))

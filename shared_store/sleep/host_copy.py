@@ -16,8 +16,8 @@ import msgspec
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import DigestMismatchError
 from shared_store.base.keys import host_key
-from shared_store.protocol import messages, wire
-from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
 from shared_store.sleep.model import Model
 from shared_store.transfer.copier import Piece, Progress, Span, copier_for, ignore_progress
 from shared_store.transfer.digest_check import wrong_copy
@@ -98,7 +98,7 @@ def _publish(
     """Copy the mapped blobs to host memory and publish them. The store checks the digests on commit."""
     session = model.session
     planned, fds = session.plan(manifest.key, manifest.blobs)
-    wire.close_fds(fds)  # existing segments are not needed: nothing is written to them
+    fds.close()  # existing segments are not needed: nothing is written to them
     with contextlib.ExitStack() as opened:
         files: dict[int, OpenFile] = {}
         with copier_for(model.backend) as copier, Workers(copier, "save", progress) as workers:
@@ -106,8 +106,7 @@ def _publish(
                 if not place.new:
                     continue
                 if place.segment not in files:
-                    fd = OwnedFd(session.fill(manifest.key, planned.segments[place.segment].id))
+                    fd = session.fill(manifest.key, planned.segments[place.segment].id)
                     files[place.segment] = opened.enter_context(OpenFile("a segment in host memory", fd))
                 workers.put(Piece(files[place.segment], place.offset, *span))
-    attached, committed = session.commit(manifest)
-    return attached, OwnedFds.from_ints(committed)
+    return session.commit(manifest)

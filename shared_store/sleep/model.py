@@ -42,13 +42,9 @@ class Model:
 
     def open(self, key: str, device: str, name: str) -> tuple[messages.Attached, OwnedFds] | None:
         """Open this model or its host copy. None: publication was granted."""
-        opened = self.session.open(
+        return self.session.open(
             key, name=name, engine=self.manifest.engine, device=device, publish=True, timeout_s=self.timeout_s
         )
-        if opened is None:
-            return None
-        attached, fds = opened
-        return attached, OwnedFds.from_ints(fds)
 
     @contextlib.contextmanager
     def publication(self, key: str) -> Iterator[None]:

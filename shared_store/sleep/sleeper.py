@@ -193,15 +193,15 @@ class Sleeper:
         backend = self._model.backend
         for index, nbytes in enumerate(self._model.layout.sizes):
             for mapping in self._mappings[index]:
-                mapping.let_go()  # in case falling asleep could not
-                mapping.take(backend.import_fd(fds[index].fileno(), nbytes))
+                mapping.release_segment()  # in case falling asleep could not
+                mapping.set_segment(backend.import_fd(fds[index].fileno(), nbytes))
                 mapping.map(Access.READ)
 
     def _unmap(self) -> None:
         """Release the segments; the address ranges stay reserved."""
         for group in self._mappings:
             for mapping in group:
-                mapping.let_go()
+                mapping.release_segment()
 
     def _leave_host_copy(self) -> None:
         host, self._host = self._host, None

@@ -14,7 +14,7 @@ from typing import Final
 
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import ConnectionLostError
-from shared_store.protocol import messages, wire
+from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.sleep.host_copy import HostCopy
 from shared_store.sleep.layout import contents
@@ -101,7 +101,7 @@ def _publish(
 ) -> tuple[messages.Attached, OwnedFds, dict[int, int]]:
     session, layout, key, blobs = model.session, model.layout, model.manifest.key, model.manifest.blobs
     planned, fds = session.plan(key, blobs, wish=layout.locations, sizes=layout.sizes)
-    wire.close_fds(fds)  # existing segments are not needed: nothing is written to them
+    fds.close()  # existing segments are not needed: nothing is written to them
     filled: dict[int, int] = {}
     to_fill = {}
     for number, info in enumerate(planned.segments):
@@ -118,8 +118,7 @@ def _publish(
         else:
             to_fill[number] = contents(blobs, offsets)
     fill_promised(session, key, planned, to_fill, host, model.backend, copier, progress)
-    attached, committed = session.commit(model.manifest)
-    return attached, OwnedFds.from_ints(committed), filled
+    return *session.commit(model.manifest), filled
 
 
 def _position(segment: int, attached: messages.Attached) -> int | None:

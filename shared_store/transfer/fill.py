@@ -7,14 +7,14 @@ to commit or abort the publication.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from collections.abc import Mapping as Map
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from shared_store.base.errors import WoolyError
 from shared_store.base.manifest import Blob
 from shared_store.client.session import Session
-from shared_store.memory import Access, Backend, Mapping
+from shared_store.memory import Backend
+from shared_store.memory.mapping import map_writable
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, ignore_progress
@@ -50,7 +50,7 @@ def fill_promised(
     session: Session,
     key: str,
     planned: messages.Planned,
-    contents: Map[int, Contents],
+    contents: Mapping[int, Contents],
     source: BlobSource,
     backend: Backend,
     copier: Copier,
@@ -77,8 +77,8 @@ def fill_promised(
         with Workers(copier, "load", progress) as workers:
             for index, info in enumerate(planned.segments):
                 if info.promised:
-                    with OwnedFd(session.fill(key, info.id)) as fd:
-                        address = mappings.enter_context(_writable(backend, fd, info.nbytes))
+                    fd = session.fill(key, info.id)
+                    address = mappings.enter_context(map_writable(backend, fd, info.nbytes))
                     written += _load(contents.get(index, ()), address, source, workers)
         _check(written, source, copier)
 
@@ -93,18 +93,10 @@ def fill_segment(
     progress: Progress = ignore_progress,
 ) -> None:
     """Fill one segment of ``nbytes`` bytes. The descriptor is borrowed. Raises as :func:`fill_promised` does."""
-    with _writable(backend, fd, nbytes) as address:
+    with map_writable(backend, fd.dup(), nbytes) as address:
         with Workers(copier, "load", progress) as workers:
             written = _load(contents, address, source, workers)
         _check(written, source, copier)
-
-
-@contextlib.contextmanager
-def _writable(backend: Backend, fd: OwnedFd, nbytes: int) -> Iterator[int]:
-    """Map a segment for writing while the block runs, and yield its address. The descriptor is borrowed, on entry."""
-    with Mapping(backend, backend.import_fd(fd.fileno(), nbytes)) as mapping:
-        mapping.map(Access.WRITE)
-        yield mapping.address
 
 
 def _load(contents: Contents, address: int, source: BlobSource, workers: Workers) -> list[ExpectedSpan]:

@@ -82,7 +82,7 @@ def attach(session: Session, model: ModelStatus, backend: Backend) -> Iterator[R
     assert opened is not None  # noqa: S101 - only a client that would publish is granted publication
     attached, fds = opened
     try:
-        with mapped(backend, attached, OwnedFds.from_ints(fds)) as resident:
+        with mapped(backend, attached, fds) as resident:
             yield resident
     finally:
         if session.alive:
