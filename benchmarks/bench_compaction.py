@@ -34,7 +34,7 @@ from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.compact import compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping, backend_for
-from shared_store.memory.cuda.vmm import visible_gpus
+from shared_store.memory.cuda.driver import visible_gpus
 from shared_store.runtime.launch import start_detached
 from shared_store.runtime.options import ServeOptions
 
@@ -108,18 +108,16 @@ def writing(backend: Backend) -> Iterator[Write]:
         return
     from cuda.bindings import driver
 
-    from shared_store.memory.cuda.blob_copy import DeviceCopies
-
-    copies = DeviceCopies(backend.ordinal)
+    from shared_store.memory.registry import transfer_for
 
     def write(address: int, data: bytes) -> None:
         (error,) = driver.cuMemcpyHtoD(address, data, len(data))
         if error:
             raise SystemExit(f"cuMemcpyHtoD: {error.name}")
-        copies.settle()
+        transfer.settle()
 
-    yield write
-    copies.close()
+    with transfer_for(backend) as transfer:
+        yield write
 
 
 def measure(session: Session, backend: Backend, write: Write) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def first_gpu() -> tuple[str, str]:
     """The first GPU's UUID, with a context on it for this process's copies; and its name."""
     from cuda.bindings import driver
 
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     device = next(iter(visible_gpus()))
     for error, *_ in (

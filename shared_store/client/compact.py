@@ -16,7 +16,9 @@ from shared_store.base.digest import digest_at
 from shared_store.base.errors import DigestMismatchError
 from shared_store.client.session import Session
 from shared_store.memory import Backend, Mapping, backend_for
-from shared_store.memory.blob_copy import Copy, close_all, copy_blobs, copy_host
+from shared_store.memory.mapping import close_all
+from shared_store.memory.registry import transfer_for
+from shared_store.memory.transfer import Copy, Transfer, copy_blobs
 from shared_store.protocol import messages
 
 
@@ -62,8 +64,7 @@ class _Worker(NamedTuple):
     """Copies and digests memory of one device, by address."""
 
     backend: Backend
-    copy_bytes: Callable[[int, int, int], None]
-    settle: Callable[[], None]
+    transfer: Transfer
     digests: Callable[[Sequence[tuple[int, int]]], list[bytes]]
 
     def copy(self, task: messages.Compacting, fds: Sequence[int]) -> None:
@@ -79,8 +80,8 @@ class _Worker(NamedTuple):
             for segment, fd in zip((task.target, *task.sources), fds, strict=True):
                 mappings.append(Mapping(self.backend, self.backend.import_fd(fd, segment.nbytes)))
             target, *sources = mappings
-            copy_blobs(sources, target, copies, self.copy_bytes)
-            self.settle()
+            copy_blobs(self.transfer, sources, target, copies)
+            self.transfer.settle()
             found = self.digests([(target.address + move.offset, move.nbytes) for move in task.moves])
         finally:
             close_all(mappings)
@@ -94,14 +95,10 @@ class _Worker(NamedTuple):
 
 @contextmanager
 def _worker(backend: Backend) -> Iterator[_Worker]:
-    if backend.ordinal is None:
-        yield _Worker(backend, copy_host, lambda: None, lambda spans: [digest_at(*span) for span in spans])
-        return
-    from shared_store.memory.cuda.blob_copy import DeviceCopies
-    from shared_store.memory.cuda.digests import CudaDigests
+    with transfer_for(backend) as transfer:
+        if backend.ordinal is None:
+            yield _Worker(backend, transfer, lambda spans: [digest_at(*span) for span in spans])
+            return
+        from shared_store.memory.cuda.digests import CudaDigests
 
-    copies = DeviceCopies(backend.ordinal)
-    try:
-        yield _Worker(backend, copies.copy, copies.settle, CudaDigests(backend.ordinal).digest_many)
-    finally:
-        copies.close()
+        yield _Worker(backend, transfer, CudaDigests(backend.ordinal).digest_many)

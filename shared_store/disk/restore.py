@@ -8,9 +8,7 @@ again.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator
 from typing import Final, Literal
 
 import msgspec
@@ -19,7 +17,8 @@ from shared_store.base.errors import SavedModelError, WoolyError
 from shared_store.base.manifest import Manifest
 from shared_store.client.session import Session
 from shared_store.disk.saved import SavedModel
-from shared_store.memory import Access, Backend, Mapping, backend_for
+from shared_store.memory import Backend, backend_for
+from shared_store.memory.mapping import map_writable
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, copier_for, unheard
@@ -70,8 +69,7 @@ def _fill(
             for number, info in enumerate(planned.segments):
                 if not info.promised:
                     continue
-                fd = session.fill(manifest.key, info.id).detach()
-                address = mapped.enter_context(_writable(backend, fd, info.nbytes))
+                address = mapped.enter_context(map_writable(backend, session.fill(manifest.key, info.id), info.nbytes))
                 for digest, offset in wanted.get(number, ()):
                     stored = saved.places[digest]
                     spans[digest] = (address + offset, stored.bytes)
@@ -84,20 +82,6 @@ def _fill(
                     f"{saved.files[stored.file].name} was changed: its {stored.bytes} bytes from {stored.offset} on "
                     f"have digest {actual.hex()[:16]}, and were saved with {digest.hex()[:16]}"
                 )
-
-
-@contextlib.contextmanager
-def _writable(backend: Backend, fd: int, nbytes: int) -> Iterator[int]:
-    """Map a segment for writing, for the block; its address. Takes over the fd."""
-    try:
-        mapping = Mapping(backend, backend.import_fd(fd, nbytes))
-    finally:
-        os.close(fd)
-    try:
-        mapping.map(Access.WRITE)
-        yield mapping.address
-    finally:
-        mapping.close()
 
 
 class Restored(msgspec.Struct, frozen=True):

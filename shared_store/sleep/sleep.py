@@ -37,8 +37,9 @@ from shared_store.base.keys import host_key
 from shared_store.base.manifest import Manifest
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping
+from shared_store.memory.mapping import map_writable
 from shared_store.protocol import messages, wire
-from shared_store.runtime.fds import OwnedFds
+from shared_store.runtime.fds import OwnedFds, duplicate
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, copier_for, unheard
 from shared_store.transfer.files import OpenFile, close_all
 from shared_store.transfer.reading import duplicated
@@ -230,7 +231,7 @@ class Sleeper:
     def _let_go(self) -> None:
         for extent in self._extents:
             for mapping in extent.mappings:
-                mapping.let_go()
+                mapping.release_segment()
 
     # Waking up.
 
@@ -359,8 +360,9 @@ class Sleeper:
                     if whole is not None:  # also what lies elsewhere by now: this process has addresses for it here
                         contents = self._extents[whole].blobs
                         filled[whole] = info.id
-                    fd = self._session.fill(key, info.id).detach()
-                    address = writable.enter_context(self._writable(fd, info.nbytes))
+                    address = writable.enter_context(
+                        map_writable(self._backend, self._session.fill(key, info.id), info.nbytes)
+                    )
                     spans += self._load(contents, address, host, workers)
             _check(spans, copier)
         return self._session.commit(self._manifest), filled
@@ -382,7 +384,7 @@ class Sleeper:
         finally:
             self._backend.release(memory)  # the fd holds it
         try:
-            with self._writable(os.dup(fd), extent.nbytes) as address:
+            with map_writable(self._backend, duplicate(fd), extent.nbytes) as address:
                 with Workers(copier, "load", progress) as workers:
                     spans = self._load(extent.blobs, address, host, workers)
                 _check(spans, copier)
@@ -403,23 +405,12 @@ class Sleeper:
             workers.put(host.piece(digest, span))
         return [(digest, span) for span, digest in spans.items()]
 
-    @contextlib.contextmanager
-    def _writable(self, fd: int, nbytes: int) -> Iterator[int]:
-        """Map a segment for writing, somewhere, for the block; its address. Takes over the fd."""
-        try:
-            mapping = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
-        finally:
-            os.close(fd)
-        with contextlib.closing(mapping):
-            mapping.map(Access.WRITE)
-            yield mapping.address
-
     def _map(self, fds: Sequence[int | None]) -> None:
         for extent, fd in zip(self._extents, fds, strict=True):
             for mapping in extent.mappings:
                 assert fd is not None  # noqa: S101 - every extent has memory by now
-                mapping.let_go()  # what could not be let go before
-                mapping.take(self._backend.import_fd(fd, extent.nbytes))
+                mapping.release_segment()  # what could not be let go before
+                mapping.set_segment(self._backend.import_fd(fd, extent.nbytes))
                 mapping.map(Access.READ)
 
     # Both ways.

@@ -40,7 +40,8 @@ class Kind:
 
 
 def _first_gpu() -> Backend:
-    from shared_store.memory.cuda.vmm import CudaBackend, visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
+    from shared_store.memory.cuda.vmm import CudaBackend
 
     return CudaBackend(next(iter(visible_gpus())))
 
@@ -58,7 +59,7 @@ def kind(request):
     if request.param is not GPU:
         yield request.param
         return
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     if not visible_gpus():
         pytest.skip("no NVIDIA GPU is visible")

@@ -251,33 +251,33 @@ def test_a_mapping_lets_its_segment_go_and_takes_another_at_the_same_address(bac
     address = mapping.address
     poke(address, b"first")
     before = open_fds()
-    mapping.let_go()
-    mapping.let_go()
+    mapping.release_segment()
+    mapping.release_segment()
     assert (mapping.access, mapping.address) == (None, address)
     assert open_fds() == before - 1
-    with pytest.raises(ValueError, match="let its segment go"):
+    with pytest.raises(ValueError, match="has no segment"):
         mapping.map(Access.READ)
     other = backend.create(segment.nbytes)
     with backend.export(other) as fd:
         smaller = backend.import_fd(fd.fileno(), 1) if kind.fd_backed else type(segment)(None, 1, None)
         with pytest.raises(ValueError, match="another size"):
-            mapping.take(smaller)
+            mapping.set_segment(smaller)
         if kind.fd_backed:
             backend.release(smaller)
-        mapping.take(backend.import_fd(fd.fileno(), segment.nbytes))
+        mapping.set_segment(backend.import_fd(fd.fileno(), segment.nbytes))
     mapping.map(Access.WRITE)
     poke(address, b"other")
     mapping.map(Access.READ)
     assert peek(address, 5) == b"other"
     with pytest.raises(ValueError, match="has a segment"):
-        mapping.take(other)
+        mapping.set_segment(other)
     mapping.close()
     backend.release(other)
 
 
 def test_a_mapping_without_a_segment_closes(segment, imported):
     mapping = imported(segment, Access.READ)
-    mapping.let_go()
+    mapping.release_segment()
     mapping.close()
     with pytest.raises(ValueError, match="closed"):
         mapping.map(Access.READ)

@@ -123,11 +123,11 @@ def test_the_fake_backend_has_the_capacity_that_it_is_given():
     one = backend.create(2 * MIB)
     with pytest.raises(OutOfMemoryError, match=f"{MIB} bytes are free"):
         backend.create(2 * MIB)
-    assert backend.held == 2 * MIB
+    assert backend.allocated_bytes == 2 * MIB
     assert backend.free_bytes() == MIB
     backend.release(one)
     backend.release(one)
-    assert backend.held == 0
+    assert backend.allocated_bytes == 0
     backend.release(backend.create(3 * MIB))
 
 
@@ -138,11 +138,11 @@ def test_the_fake_backend_fails_where_it_is_told_and_nowhere_else():
     with pytest.raises(MemoryBackendError, match="as planned"):
         backend.create(MIB)
     two = backend.create(MIB)
-    assert backend.held == 2 * MIB
+    assert backend.allocated_bytes == 2 * MIB
     backend.faults.fail_at("seal", 1)
     with pytest.raises(MemoryBackendError, match="as planned"):
         backend.seal(one)
     backend.seal(one)
     backend.release(one)
     backend.release(two)
-    assert backend.held == 0
+    assert backend.allocated_bytes == 0

@@ -68,17 +68,16 @@ def test_a_frame_over_the_limit_is_refused_before_it_arrives(limit, length):
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.data())
 def test_each_frame_gets_its_own_fds_in_order(counts, data):
     """Fds arrive with any byte of their frame, or earlier."""
+    sent = [wire.header(b"%d" % index, count) + b"%d" % index for index, count in enumerate(counts)]
+    cuts = [data.draw(st.integers(1, len(one) - 1)) for one in sent]  # a draw may end the example: no fds before it
     before = open_fds()
-    fds = [os.dup(0) for _ in range(sum(counts))]
     decoder = wire.Decoder(100)
-    given_to, left, frames = [], list(fds), []
-    for index, count in enumerate(counts):
-        given_to.append(left[:count])
-        del left[:count]
-        frame = wire.header(b"%d" % index, count) + b"%d" % index
-        early = data.draw(st.integers(1, len(frame) - 1))
-        frames += decoder.feed(frame[:early], OwnedFds.from_ints(given_to[-1]))
-        frames += decoder.feed(frame[early:])
+    given_to, frames = [], []
+    for one, cut, count in zip(sent, cuts, counts, strict=True):
+        fds = owned(count)
+        given_to.append(list(fds.filenos()))
+        frames += decoder.feed(one[:cut], fds)
+        frames += decoder.feed(one[cut:])
     assert [list(frame.fds.filenos()) for frame in frames] == given_to
     for frame in frames:
         frame.fds.close()

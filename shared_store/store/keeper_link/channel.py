@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
-from shared_store.protocol import control, wire
+from shared_store.protocol import keeper_messages, wire
 from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ class ControlChannel:
         self._writing = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._hear: Callable[[control.FromKeeper], None] = lambda _: None
+        self._hear: Callable[[keeper_messages.FromKeeper], None] = lambda _: None
         self._over: Callable[[], None] = lambda: None
 
-    def wait_for(self) -> tuple[control.FromKeeper, OwnedFds]:
+    def wait_for(self) -> tuple[keeper_messages.FromKeeper, OwnedFds]:
         """The next message and its fds. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
@@ -38,21 +38,21 @@ class ControlChannel:
                 raise ConnectionLostError("the keeper ended while it started this store")
             self._frames.extend(self._decoder.feed(data, fds))
         frame = self._frames.popleft()
-        return control.decode_from_keeper(frame.payload), frame.fds
+        return keeper_messages.decode_from_keeper(frame.payload), frame.fds
 
-    def attend(self, hear: Callable[[control.FromKeeper], None], over: Callable[[], None]) -> None:
+    def attend(self, hear: Callable[[keeper_messages.FromKeeper], None], over: Callable[[], None]) -> None:
         """Call ``hear`` with each message, and ``over`` once when the other end is gone."""
         self._hear, self._over = hear, over
         self._sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sock, self._read)
         self._pass_on()
 
-    def send(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
+    def send(self, message: keeper_messages.KeeperMessage, fds: Sequence[int] = ()) -> None:
         """Queue a message; its fds are this channel's from now on."""
         if self._sock.fileno() < 0:
             wire.close_fds(fds)
             return
-        self._outbox.put(control.encode(message), OwnedFds.from_ints(fds))
+        self._outbox.put(keeper_messages.encode(message), OwnedFds.from_ints(fds))
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -106,7 +106,7 @@ class ControlChannel:
             frame = self._frames.popleft()
             frame.fds.close()  # once a store serves, its keeper sends it none
             try:
-                message = control.decode_from_keeper(frame.payload)
+                message = keeper_messages.decode_from_keeper(frame.payload)
             except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade
                 log.warning("the keeper says what this store does not know: %s", error)
                 continue

@@ -1,6 +1,7 @@
-"""One store process, as its keeper sees it: its end, and the connection with it.
+"""One store process as its keeper sees it: the connection, and the end of the process.
 
-The end is told by a pidfd, so the process need not be a child: a store that outlived its keeper is another's.
+Relies on: a pidfd, which becomes readable when the process ends. The process need not be a child: a store that outlived
+its keeper is the child of another process.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared_store.base.errors import ProtocolError, WoolyError
-from shared_store.keeper.notify import VARIABLES
-from shared_store.protocol import control, wire
-from shared_store.runtime.fds import OwnedFds
+from shared_store.keeper.service_manager import VARIABLES
+from shared_store.protocol import keeper_messages, wire
+from shared_store.runtime.fds import OwnedFd, OwnedFds
 
 log = logging.getLogger(__name__)
 
 GONE_WITHIN_S = 5.0
 ENDING_S = 1.0
 
-Heard = tuple[control.FromStore, OwnedFds]
+Received = tuple[keeper_messages.FromStore, OwnedFds]
 
 
 class StoreProcess:
-    """A store that runs. Its control socket does not block."""
+    """A running store. Its socket is non-blocking."""
 
     def __init__(
         self,
         pid: int,
-        pidfd: int,
+        pidfd: OwnedFd,
         sock: socket.socket,
         *,
         child: subprocess.Popen[bytes] | None = None,
@@ -44,19 +45,19 @@ class StoreProcess:
         unread_fds: OwnedFds | None = None,
         ready: bool = False,
     ) -> None:
-        """Take over the connection with a store, and what had arrived of a message from it."""
+        """Take over a connection with a store, and the received part of an incomplete message."""
         sock.setblocking(False)
         self.pid = pid
         self.sock = sock
         self.pidfd = pidfd
         self.started = time.monotonic()
-        self.heard = self.started
-        """When something came from it last."""
+        self.last_message = self.started
+        """Monotonic time of the last message from the store."""
         self.version = ""
-        """Its version, once it is prepared to be sent the state."""
+        """Version of the store, once it is prepared to receive the state."""
         self.ready = ready
         self.connected = True
-        """Whether it may still say something. A store that cannot is killed: nobody would know what it does."""
+        """False once the store closed the connection. The keeper kills such a store: its state would be unknown."""
         self._child = child
         self._decoder = wire.Decoder(wire.MAX_FROM_STORE)
         self._frames = self._decoder.feed(unread, unread_fds)
@@ -64,99 +65,107 @@ class StoreProcess:
 
     @classmethod
     def start(cls, directory: Path) -> StoreProcess:
-        """Start one for a runtime directory. It inherits its end of the connection and no other fd."""
+        """Start a store for a runtime directory. It inherits its end of the connection, and no other fd.
+
+        The module name and the arguments are an interface between versions: the installation may have been replaced
+        since this process started.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             end = theirs.fileno()
             command = [sys.executable, "-m", "shared_store.daemon", os.fspath(directory), "", "", str(end)]
             environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(end,), env=environment)
-        return cls(child.pid, os.pidfd_open(child.pid), ours, child=child)
+        return cls(child.pid, OwnedFd(os.pidfd_open(child.pid)), ours, child=child)
 
-    def receive(self) -> Iterator[Heard]:
-        """What has arrived. Messages that this version does not know are passed over."""
+    def receive(self) -> Iterator[Received]:
+        """Yield the messages that have arrived, with their fds. Unknown messages are logged and skipped."""
         more = True
         while more:
             while self._frames:
                 frame = self._frames.pop(0)
-                self.heard = time.monotonic()
+                self.last_message = time.monotonic()
                 try:
-                    message = control.decode_from_store(frame.payload)
-                except ProtocolError as error:  # of another version's store, before or after an upgrade
-                    log.warning("the store (pid %d) says what this keeper does not know: %s", self.pid, error)
+                    message = keeper_messages.decode_from_store(frame.payload)
+                except ProtocolError as error:  # from a store of another version, around an upgrade
+                    log.warning("unknown message from the store (pid %d): %s", self.pid, error)
                     frame.fds.close()
                     continue
                 yield message, frame.fds
             more = self._read()
 
     def _read(self) -> bool:
-        """Read once; whether there was anything."""
+        """Read once. Return True if data arrived."""
         try:
             data, fds = wire.receive(self.sock)
             self._frames = self._decoder.feed(data, fds)
         except BlockingIOError:
             return False
         except (OSError, WoolyError) as error:
-            log.error("the connection with the store (pid %d) broke: %s", self.pid, error)
+            log.error("lost the connection with the store (pid %d): %s", self.pid, error)
             self.connected = False
             return False
         self.connected = bool(data)
         return self.connected
 
-    def send(self, message: control.ControlMessage, fds: OwnedFds | None = None) -> None:
+    def send(self, message: keeper_messages.KeeperMessage, fds: OwnedFds | None = None) -> None:
         """Queue a message, and take over its fds."""
-        self._outbox.put(control.encode(message), fds)
+        self._outbox.put(keeper_messages.encode(message), fds)
         self.flush()
 
     def flush(self) -> None:
-        """Send what the socket takes now."""
+        """Send as much as the socket accepts now."""
         try:
             self._outbox.send(self.sock)
-        except OSError:  # it is gone, which its pidfd tells too
+        except OSError:  # the store has ended, which its pidfd reports
             self._outbox.close()
 
     @property
     def unsent(self) -> bool:
-        """Whether something waits to be sent."""
+        """True while queued messages are not sent completely."""
         return self._outbox.pending_bytes > 0
 
     @property
     def unread(self) -> tuple[bytes, tuple[int, ...]]:
-        """What has arrived of a message that is not whole yet."""
+        """Return the received part of an incomplete message. The fds are borrowed."""
         return self._decoder.rest
 
     def kill(self) -> None:
-        """Kill it, and wait for its end, but not for ever: in a driver's call it may stay for a while. Idempotent.
+        """Send SIGKILL, and wait at most :data:`GONE_WITHIN_S` for the end: a driver call may delay it. Idempotent.
 
-        One that hung up is ending, most likely, and has a moment to do so with its own exit code.
+        A store that closed the connection is ending already: it has :data:`ENDING_S` to return its own exit code.
         """
         if not self.connected and select.select([self.pidfd], [], [], ENDING_S)[0]:
             return
         try:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             return
         select.select([self.pidfd], [], [], GONE_WITHIN_S)
 
-    def ask_to_end(self) -> None:
-        """Let it end in good order."""
+    def terminate(self) -> None:
+        """Send SIGTERM."""
         try:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+            signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGTERM)
         except ProcessLookupError:
-            return  # it has
+            return  # it has ended
 
     def close(self) -> int | None:
-        """Bury a store that has ended. Its exit code (negative: a signal), where it was started by this process."""
+        """Reap a store that has ended, and close all fds.
+
+        Returns:
+            The exit code (negative: a signal) if this process started the store, else None.
+        """
         code = None
         if self._child is not None:
             code = self._child.poll()
         else:
             with contextlib.suppress(ChildProcessError):  # a child of this process before it became another version
-                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+                os.waitid(os.P_PIDFD, self.pidfd.fileno(), os.WEXITED | os.WNOHANG)
         self.sock.close()
         self._outbox.close()
         self._decoder.close()
         while self._frames:
             self._frames.pop(0).fds.close()
-        os.close(self.pidfd)
+        self.pidfd.close()
         return code
