@@ -63,7 +63,7 @@ GPU_CHARTS: dict[str, tuple[str, str, dict[str, tuple[str, float, str]]]] = {
         {"ttft_stock_s": ("stock", 1, STOCK), "ttft_wooly_s": ("wooly", 1, WOOLY)},
     ),
     "dedup": (
-        "A model and three fine-tunes with 10% of layers changed",
+        "A model and three fine-tunes, a tenth of the layers changed",
         "GiB",
         {
             "dedup_private_bytes": ("private copies", 1 / GIB, STOCK),
