@@ -48,7 +48,7 @@ def results_folder(name: str) -> str:
 
 def first_gpu() -> str:
     """Return the UUID of the first visible GPU. Exits with a message if there is none."""
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     device = next(iter(visible_gpus()), None)
     if device is None:

@@ -16,12 +16,12 @@ from shared_store.base.manifest import Blob, Manifest, decode
 from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
+from shared_store.runtime.fds import OwnedFds
 
 ENGINE = "benchmark"
 
-Attached = tuple[messages.Attached, tuple[int, ...]]
-"""A committed model and its descriptors, which the receiver closes (:func:`close_fds` or :func:`mapped`)."""
+Attached = tuple[messages.Attached, OwnedFds]
+"""A committed model and the descriptors of its segments."""
 
 
 def open_model(
@@ -35,17 +35,15 @@ def open_model(
 
 @contextlib.contextmanager
 def mapped(
-    device: Device, segments: Sequence[messages.SegmentInfo], fds: Sequence[int], access: Access
+    device: Device, segments: Sequence[messages.SegmentInfo], fds: OwnedFds, access: Access
 ) -> Iterator[list[Mapping]]:
     """Map the segments of a reply during the block. Closes ``fds``."""
     mappings: list[Mapping] = []
     try:
-        try:
-            for segment, fd in zip(segments, fds, strict=True):
+        with fds:
+            for segment, fd in zip(segments, fds.filenos(), strict=True):
                 mappings.append(Mapping(device.backend, device.backend.import_fd(fd, segment.nbytes)))
                 mappings[-1].map(access)
-        finally:
-            close_fds(fds)
         yield mappings
     finally:
         for mapping in mappings:
@@ -55,7 +53,7 @@ def mapped(
 def plan(session: Session, model: str, blobs: Sequence[Blob]) -> messages.Planned:
     """Request the placements of a model that the session publishes."""
     planned, fds = session.plan(model, blobs)
-    close_fds(fds)
+    fds.close()
     return planned
 
 
@@ -64,8 +62,8 @@ def fill(session: Session, device: Device, model: str, planned: messages.Planned
     for index, segment in enumerate(planned.segments):
         if not segment.promised:
             continue
-        fd = session.fill(model, segment.id)
-        with mapped(device, (segment,), (fd,), Access.WRITE) as (mapping,):
+        fds = OwnedFds([session.fill(model, segment.id)])
+        with mapped(device, (segment,), fds, Access.WRITE) as (mapping,):
             for place, data in zip(planned.places, contents, strict=True):
                 if place.new and place.segment == index:
                     device.write(mapping.address + place.offset, data)
@@ -90,19 +88,19 @@ def publish(
     """
     known = blobs if blobs is not None else [blob(data) for data in contents]
     fill(session, device, model, plan(session, model, known), contents)
-    close_fds(session.commit(manifest(model, known, device.name))[1])
+    session.commit(manifest(model, known, device.name))[1].close()
 
 
 def load(session: Session, device: Device, model: str, contents: Sequence[bytes]) -> None:
     """Open and publish a model that is not in the store. Exits with a message if it is."""
     found = open_model(session, model, device=device.name)
     if found is not None:
-        close_fds(found[1])
+        found[1].close()
         raise SystemExit(f"{model} is already in the store")
     publish(session, device, model, contents)
 
 
-def wrong_blobs(device: Device, attached: messages.Attached, fds: Sequence[int]) -> list[int]:
+def wrong_blobs(device: Device, attached: messages.Attached, fds: OwnedFds) -> list[int]:
     """Return the indices of blobs whose bytes do not match their digests. Closes ``fds``."""
     blobs = decode(attached.manifest).blobs
     with mapped(device, attached.segments, fds, Access.READ) as mappings:

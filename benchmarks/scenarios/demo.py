@@ -43,7 +43,7 @@ from benchmarks.harness.figures import MIB
 from benchmarks.harness.gpu import used_mib
 from benchmarks.models import llama
 from shared_store.base.status import Status
-from shared_store.memory.cuda.vmm import visible_gpus
+from shared_store.memory.cuda.driver import visible_gpus
 
 # "Answer in ..." because otherwise the first token is a near tie for this model ("The" or "L'", 0.1 nats apart), which
 # depends on the rounding of a CPU's attention kernel.

@@ -38,7 +38,6 @@ from benchmarks.harness.store import TemporaryStore, open_pidfds, wait_for_exit
 from shared_store.base.digest import digest
 from shared_store.base.manifest import decode
 from shared_store.client.session import Session
-from shared_store.protocol.wire import close_fds
 
 TENSORS = 1000
 WAIT_S = 300.0
@@ -81,7 +80,7 @@ def attach_after_kill(store: TemporaryStore, device: Device, model: str, killed:
         attached = time.perf_counter()
         if found is None:
             raise SystemExit("the store lost the model")
-        close_fds(found[1])
+        found[1].close()
     return {"kill_to_attached_s": attached - killed, "kill_to_serving_s": greeted - killed}
 
 

@@ -36,6 +36,7 @@ from shared_store.base.manifest import Blob, decode
 from shared_store.client.session import Session
 from shared_store.memory import Access
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds
 
 MODELS = 24
 LEASES = 4
@@ -105,7 +106,7 @@ class Life:
         if what < 0.8:
             self._use(session, model)
         elif what < 0.9:
-            with session.lease(f"lease-{model % LEASES}", WAIT_S):
+            with session.turn(f"lease-{model % LEASES}", WAIT_S):
                 self._step(session)
                 session.recall_files(())
         else:
@@ -153,7 +154,7 @@ class Life:
         self._count("published")
         self._read(session, attached, fds)
 
-    def _read(self, session: Session, attached: messages.Attached, fds: tuple[int, ...]) -> None:
+    def _read(self, session: Session, attached: messages.Attached, fds: OwnedFds) -> None:
         """Map the model, verify a blob, and write to another one: no other client may see it."""
         with mapped(self._device, attached.segments, fds, Access.READ) as mappings:
             self._step(session)

@@ -12,7 +12,6 @@ from shared_store.disk.obtain import Need, obtain
 from shared_store.disk.restore import restore_resident
 from shared_store.disk.saved import SavedModel
 from shared_store.memory import backend_for
-from shared_store.protocol.wire import close_fds
 
 KEY = f"{1:064x}"
 """Weight key of the benchmark's model."""
@@ -37,7 +36,7 @@ def open_seconds(device: str) -> float:
         opened = obtain(session, Need(KEY, "bench", "bench", publish=False, timeout_s=60), backend)
         took = time.perf_counter() - began
         if opened is not None:
-            close_fds(opened[1])
+            opened[1].close()
         return took
 
 
