@@ -28,7 +28,7 @@ def command(
     """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.cli.progress import progress
     from shared_store.disk.save import save_resident
-    from shared_store.transfer.reading import committed
+    from shared_store.transfer.resident import committed
 
     with connect(runtime_dir) as session:
         model = committed(session.status().models, key)

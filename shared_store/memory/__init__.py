@@ -1,6 +1,6 @@
 """Memory that processes can share: one interface, one implementation for each kind of device.
 
-A backend serves both sides: the store creates, exports and seals; clients import, reserve, map and unmap.
+Both sides use a backend: the store creates, exports and seals segments; clients import, reserve, map and unmap.
 """
 
 from shared_store.memory.backend import Access, Backend, Segment

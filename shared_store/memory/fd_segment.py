@@ -7,7 +7,7 @@ has started in it.
 from __future__ import annotations
 
 from shared_store.memory.backend import Backend, Segment
-from shared_store.memory.memfd import duplicate
+from shared_store.memory.descriptors import duplicate
 from shared_store.runtime.fds import OwnedFd
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from engines.engine import PROMPTS, TOKENS
-from servers import CPU_ENVIRONMENT, Server
 from support.adapters import random_adapter
 from support.engines import STARTED_WITHIN_S, EngineProcess, status_of
 from support.mapped import segment_ranges
+from support.servers import CPU_ENVIRONMENT, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.engines import status_of, vllm_since
 from support.ranks import ranks_share
+from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

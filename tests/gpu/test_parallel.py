@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 from gpu.conftest import BESIDE_OTHERS
-from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.engines import SHARING, status_of
 from support.ranks import ranks_share
+from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
 
 @pytest.fixture
 def two_gpus(gpu: str) -> None:
-    visible_gpus = pytest.importorskip("shared_store.memory.cuda.vmm").visible_gpus()
+    visible_gpus = pytest.importorskip("shared_store.memory.cuda.driver").visible_gpus()
     assert gpu in visible_gpus
     if len(visible_gpus) < 2:
         pytest.skip("one GPU is visible, and two are needed")

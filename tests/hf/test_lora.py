@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import models
 import pytest
 from support.actors import Actor
+from support.models.cache import CACHE
+from support.models.smollm2 import smollm2
 from support.stores import StoreProcess
 
 from shared_store.base.status import Status
@@ -54,7 +54,7 @@ class LoraProcess(Actor):
 @pytest.fixture(scope="module")
 def start(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start a process with the base loaded: shared through one store, or (no device map) stock."""
-    base, log, started = models.smollm2(checkpoints.CACHE), tmp_path_factory.mktemp("logs") / "log", []
+    base, log, started = smollm2(CACHE), tmp_path_factory.mktemp("logs") / "log", []
 
     def begin(device_map: str | None) -> LoraProcess:
         started.append(LoraProcess(store.directory, log))

@@ -1,0 +1,69 @@
+"""All mappings of this process, to tell for any tensor whether it is shared, and which of its pages became private.
+
+Independent of models: it also answers for a part of a model, for a wrapped model, and for a tensor that outlives its
+model.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+from pathlib import Path
+
+import torch
+
+from shared_store.memory import Mapping
+from shared_store.torch.views import storage_key
+
+_mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+_lock = threading.Lock()
+
+# Format of /proc/self/pagemap, see proc_pid_pagemap(5). Reading these flags needs no privileges.
+_ENTRY_BYTES = 8
+_SHARED_BIT = 61  # a page of a file, or shared anonymous memory
+_PRESENT_BITS = 62  # two bits: swapped, present
+
+
+def register(mapping: Mapping) -> Mapping:
+    """Register a mapping for as long as it lives, and return it."""
+    with _lock:
+        _mappings.add(mapping)
+    return mapping
+
+
+def mapping_of(tensor: torch.Tensor) -> Mapping | None:
+    """Return the mapping that contains a tensor's storage; None for private memory."""
+    key = storage_key(tensor)
+    if key is None:
+        return None
+    device, address = key
+    ordinal = device.index if device.type == "cuda" else None
+    with _lock:
+        return next((one for one in _mappings if one.ordinal == ordinal and _covers(one, address)), None)
+
+
+def _covers(mapping: Mapping, address: int) -> bool:
+    return mapping.address <= address < mapping.address + mapping.nbytes
+
+
+def written_bytes(mapping: Mapping, address: int, nbytes: int) -> int:
+    """Return the bytes of a range that became private because this process wrote to their pages.
+
+    Always 0 on a GPU, whose mappings are read-only.
+
+    Args:
+        mapping: contains the range.
+        address: of the first byte.
+        nbytes: of the range; pages count as far as they are in it.
+    """
+    if mapping.ordinal is not None or nbytes == 0:
+        return 0
+    page = mmap.PAGESIZE
+    first, last = address // page, (address + nbytes - 1) // page
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(first * _ENTRY_BYTES)
+        entries = torch.frombuffer(bytearray(pagemap.read((last - first + 1) * _ENTRY_BYTES)), dtype=torch.int64)
+    own = ((entries >> _PRESENT_BITS) & 0b11).bool() & ~((entries >> _SHARED_BIT) & 1).bool()
+    outside = (address - first * page) * int(own[0]) + ((last + 1) * page - address - nbytes) * int(own[-1])
+    return int(own.sum()) * page - outside
