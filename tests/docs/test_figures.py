@@ -32,7 +32,7 @@ def expected():
             yield page, line
 
 
-@pytest.mark.parametrize(("page", "text"), expected())
+@pytest.mark.parametrize(("page", "text"), list(expected()))
 def test_a_figure_is_the_measured_one(page, text):
     """The text that the results make is on the page."""
     assert text.format(s=S) in " ".join((ROOT / page).read_text().split())
