@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.protocol import messages, wire
 from shared_store.protocol.peers import Peer
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Connection:
         self._decoder.max_fds = min(count, MAX_OFFERED_FDS)
 
     async def receive(self) -> wire.Frame | None:
-        """The next frame, whose fds are the caller's; None once the client is gone or was cut off."""
+        """The next frame, which owns its fds; None once the client is gone or was cut off."""
         while not self._frames:
             if self.closed.is_set():
                 return None
@@ -69,7 +70,7 @@ class Connection:
         if self.closed.is_set():
             wire.close_fds(fds)
             return
-        self._outbox.put(messages.encode(message), fds)
+        self._outbox.put(messages.encode(message), OwnedFds.from_ints(fds))
         if self._outbox.pending_bytes > MAX_UNREAD:
             self.cut("it does not read what it is sent")
             return
@@ -103,7 +104,7 @@ class Connection:
     def drop_frames(self) -> None:
         """Close the fds of what arrived and nobody took."""
         while self._frames:
-            wire.close_fds(self._frames.popleft().fds)
+            self._frames.popleft().fds.close()
 
     def _read(self) -> None:
         try:

@@ -178,14 +178,14 @@ class Server:
                 raise ProtocolError("fds with a message that has none")
             connection.expect_fds(0)
             try:
-                reply, fds = await self._carry_out(client, message, frame.fds)
+                reply, fds = await self._carry_out(client, message, frame.fds.filenos())
             except WoolyError as error:
                 self._store.counts.protocol_errors += isinstance(error, ProtocolError)
                 reply, fds = failure(error, message.id), ()
                 if isinstance(message, messages.Rejoin) and isinstance(error, ModelNotFoundError):
                     connection.expect_fds(len(message.segments))
         finally:
-            wire.close_fds(frame.fds)
+            frame.fds.close()
         self._store.times.add(message, time.monotonic() - began)
         connection.send(reply, fds)
 

@@ -29,8 +29,9 @@ from shared_store.base.errors import (
 from shared_store.base.keys import KEY_LENGTH, is_key
 from shared_store.base.layout import Layout, Placement
 from shared_store.memory import Backend, backend_for
-from shared_store.protocol import control, messages, wire
-from shared_store.protocol.durable_state import MAX_FILES, HeldFd, Holdings
+from shared_store.protocol import keeper_messages, messages, wire
+from shared_store.protocol.durable_state import MAX_FILES, DurableState, RetainedSegment
+from shared_store.runtime.fds import OwnedFd
 from shared_store.store.keeper_link.link import Keeping
 from shared_store.store.observe.latency import RequestTimes
 from shared_store.store.recovery.grace import Recovery
@@ -141,7 +142,7 @@ class Store:
         if any(len(digest) != SIZE for _, digest in files):
             raise ProtocolError(f"a digest has {SIZE} bytes")
         self.recall_all({(client.uid, file): digest for file, digest in files})
-        self.keeping.tell(control.NoteFiles(tuple((client.uid, file, digest) for file, digest in files)))
+        self.keeping.tell(keeper_messages.NoteFiles(tuple((client.uid, file, digest) for file, digest in files)))
 
     def recall_all(self, files: Mapping[tuple[int, FileId], bytes]) -> None:
         """Keep digests that were told to this store or to one before it."""
@@ -218,7 +219,7 @@ class Store:
             backend.release(memory)
             raise NotPublisherError(f"client {client.number} no longer publishes {request.key}")
         try:
-            fd = backend.export(memory)
+            fd = backend.export(memory).detach()
         except BaseException:
             backend.release(memory)
             raise
@@ -344,31 +345,31 @@ class Store:
         record = self._record(key)
         for segment in record.segments:
             held = self.segments.segment(segment)
-            found = control.SegmentRecord(segment, held.device, held.nbytes)
+            found = keeper_messages.SegmentRecord(segment, held.device, held.nbytes)
             self.keeping.hold(found, lambda segment=segment: self.segments.export(segment))  # type: ignore[misc]
-        self.keeping.tell(control.NoteModel(record))
+        self.keeping.tell(keeper_messages.NoteModel(record))
 
     def _note_all(self, holders: Iterable[str]) -> None:
         for key in holders:
             if key in self.committed:
                 self.note(key)
 
-    def _record(self, key: str) -> control.ModelRecord:
+    def _record(self, key: str) -> keeper_messages.ModelRecord:
         committed = self.committed[key]
         blobs = (self.segments.blob(committed.manifest.device, blob.digest) for blob in committed.manifest.blobs)
         places = tuple((blob.segment, blob.offset) for blob in blobs)
         model = self.models.get(key)
         assert model is not None  # noqa: S101 - it is committed
-        return control.ModelRecord(key, committed.data, places, pinned=model.pinned, last_used=model.last_used)
+        return keeper_messages.ModelRecord(key, committed.data, places, pinned=model.pinned, last_used=model.last_used)
 
-    def _holdings(self) -> Holdings:
+    def _holdings(self) -> DurableState:
         """All that a keeper should hold, with fds of their own."""
-        held = Holdings(models={key: self._record(key) for key in self.committed}, files=self._files.copy())
+        held = DurableState(models={key: self._record(key) for key in self.committed}, files=self._files.copy())
         try:
             for number in {segment for model in held.models.values() for segment in model.segments}:
                 segment = self.segments.segment(number)
-                record = control.SegmentRecord(number, segment.device, segment.nbytes)
-                held.segments[number] = HeldFd(record, self.segments.export(number))
+                record = keeper_messages.SegmentRecord(number, segment.device, segment.nbytes)
+                held.segments[number] = RetainedSegment(record, OwnedFd(self.segments.export(number)))
         except BaseException:
             held.close()
             raise
@@ -542,13 +543,13 @@ class Store:
             if isinstance(effect, Dropped):
                 self._drop_plan(effect.key)
                 if self.committed.pop(effect.key, None) is not None:
-                    self.keeping.tell(control.ForgetModel(effect.key))
+                    self.keeping.tell(keeper_messages.ForgetModel(effect.key))
                     self.segments.drop(effect.key)
                 elif self.withdrawn.pop(effect.key, None) is not None:
                     self.segments.drop(effect.key)
             elif isinstance(effect, Withdrawn):
                 self.withdrawn[effect.token] = self.committed.pop(effect.key)
-                self.keeping.tell(control.ForgetModel(effect.key))
+                self.keeping.tell(keeper_messages.ForgetModel(effect.key))
                 self.segments.rename(effect.key, effect.token)
             else:
                 self._resolve((effect.key, effect.client), effect)

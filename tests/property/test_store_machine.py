@@ -79,7 +79,7 @@ class CacheMachine(StoreMachine):
             for name, model in self.expected.items()
             if model.committed is not None
         }
-        assert sum(segment.nbytes for segment in segments) <= self.backend.held
+        assert sum(segment.nbytes for segment in segments) <= self.backend.allocated_bytes
         return evict(models, segments, needed)
 
     # Chance alone would seldom fill a store with models that nobody reads.
@@ -184,7 +184,7 @@ class CacheMachine(StoreMachine):
         number = self._pick(sorted(set(self.copying) & set(self._idle())) or [None], which)
         if number is None:
             return
-        copying, before = self.copying[number], self.backend.held
+        copying, before = self.copying[number], self.backend.allocated_bytes
         request = messages.Compacted(self._request(), copying.task.target.id)
         (outcome,) = self._together([self.store.compacted(self.clients[number], request)])
         if isinstance(outcome, MemoryBackendError):
@@ -195,7 +195,9 @@ class CacheMachine(StoreMachine):
             return
         assert copying.right or not any(move.nbytes for move in copying.task.moves)
         if outcome.freed_bytes:
-            assert self.backend.held <= before - outcome.freed_bytes  # sources that had lost all blobs go, too
+            assert (
+                self.backend.allocated_bytes <= before - outcome.freed_bytes
+            )  # sources that had lost all blobs go, too
         self._check_committed()
 
     @precondition(lambda self: self._idle())
@@ -220,9 +222,9 @@ class CacheMachine(StoreMachine):
 
     @rule(share=st.sampled_from([0.0, 0.25, 0.9]))
     def store_compacts(self, share):
-        before = self.backend.held
+        before = self.backend.allocated_bytes
         freed = self.loop.run_until_complete(self.store.compactor.here(DEVICE, share=share))
-        assert self.backend.held == before - freed
+        assert self.backend.allocated_bytes == before - freed
         self._check_committed()
 
     @precondition(lambda self: self._idle() and self._committed())
@@ -336,7 +338,7 @@ class CacheMachine(StoreMachine):
         segments = self.store.segments
         for segment in {held.segment for held in self._blobs().values()}:
             memory = segments.segment(segment).memory
-            fd = self.clients_backend.export(memory)
+            fd = self.clients_backend.export(memory).detach()
             mapping = Mapping(self.clients_backend, self.clients_backend.import_fd(fd, memory.nbytes))
             wire.close_fds((fd,))
             mapping.map(Access.READ)
@@ -424,7 +426,7 @@ class CacheMachine(StoreMachine):
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
         nbytes = sum(held.nbytes for held in segments._segments.values() if held.memory is not None)
-        assert nbytes == segments.resident_bytes(DEVICE) == self.backend.held
+        assert nbytes == segments.resident_bytes(DEVICE) == self.backend.allocated_bytes
         assert nbytes <= self.backend.capacity
         promised = sum(held.nbytes for held in segments._segments.values())
         assert promised <= segments.limits.get(DEVICE, CAPACITY)

@@ -140,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.remove(name)
         assert self.opening == {}
         assert self.store.models.all() == []
-        assert self.backend.held == self.store.segments.resident_bytes(DEVICE) == 0
+        assert self.backend.allocated_bytes == self.store.segments.resident_bytes(DEVICE) == 0
         assert self.store.segments._blobs == self.store.segments._segments == {}
         assert self.store._plans == self.store._waiting == self.store.committed == {}
 

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
-from shared_store.protocol import control, wire
+from shared_store.protocol import keeper_messages, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 
@@ -26,32 +27,32 @@ class ControlChannel:
         self._writing = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._hear: Callable[[control.FromKeeper], None] = lambda _: None
+        self._hear: Callable[[keeper_messages.FromKeeper], None] = lambda _: None
         self._over: Callable[[], None] = lambda: None
 
-    def wait_for(self) -> tuple[control.FromKeeper, tuple[int, ...]]:
-        """The next message and its fds, which are the caller's. Raises :class:`ConnectionLostError`."""
+    def wait_for(self) -> tuple[keeper_messages.FromKeeper, OwnedFds]:
+        """The next message and its fds. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
             if not data:
                 raise ConnectionLostError("the keeper ended while it started this store")
             self._frames.extend(self._decoder.feed(data, fds))
         frame = self._frames.popleft()
-        return control.decode_from_keeper(frame.payload), frame.fds
+        return keeper_messages.decode_from_keeper(frame.payload), frame.fds
 
-    def attend(self, hear: Callable[[control.FromKeeper], None], over: Callable[[], None]) -> None:
+    def attend(self, hear: Callable[[keeper_messages.FromKeeper], None], over: Callable[[], None]) -> None:
         """Call ``hear`` with each message, and ``over`` once when the other end is gone."""
         self._hear, self._over = hear, over
         self._sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sock, self._read)
         self._pass_on()
 
-    def send(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
+    def send(self, message: keeper_messages.KeeperMessage, fds: Sequence[int] = ()) -> None:
         """Queue a message; its fds are this channel's from now on."""
         if self._sock.fileno() < 0:
             wire.close_fds(fds)
             return
-        self._outbox.put(control.encode(message), fds)
+        self._outbox.put(keeper_messages.encode(message), OwnedFds.from_ints(fds))
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -84,7 +85,7 @@ class ControlChannel:
         self._outbox.close()
         self._empty.set()
         while self._frames:
-            wire.close_fds(self._frames.popleft().fds)
+            self._frames.popleft().fds.close()
 
     def _read(self) -> None:
         try:
@@ -103,9 +104,9 @@ class ControlChannel:
     def _pass_on(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            wire.close_fds(frame.fds)  # once a store serves, its keeper sends it none
+            frame.fds.close()  # once a store serves, its keeper sends it none
             try:
-                message = control.decode_from_keeper(frame.payload)
+                message = keeper_messages.decode_from_keeper(frame.payload)
             except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade
                 log.warning("the keeper says what this store does not know: %s", error)
                 continue

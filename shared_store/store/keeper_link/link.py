@@ -1,7 +1,7 @@
 """What a store has with its keeper: it tells what is to be held, and starts another keeper when that one dies.
 
-State goes out in order and without acknowledgement (see :mod:`shared_store.protocol.control`). A keeper that reads
-slowly or not at all holds nobody up for long: what it was not told is told later, and the status says so. Under a
+State goes out in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`). A keeper that
+reads slowly or not at all holds nobody up for long: what it was not told is told later, and the status says so. Under a
 service manager a keeper that died is the manager's to replace.
 """
 
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import shared_store
 from shared_store.base.errors import UpgradeError
 from shared_store.base.status import KeeperStatus
-from shared_store.protocol import control
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol import keeper_messages
+from shared_store.protocol.durable_state import DurableState
 from shared_store.protocol.handover import Handover, changes_of, leave
 from shared_store.runtime.backoff import delays
 from shared_store.runtime.options import ServeOptions
@@ -43,7 +43,7 @@ class Inheritance:
     options: ServeOptions
     listen: socket.socket
     lock: int
-    held: Holdings
+    held: DurableState
     keeper: int = 0
     restarts: int = 0
     supervised: bool = False
@@ -55,16 +55,16 @@ def inherit(channel: ControlChannel) -> Inheritance:
     Raises:
         ConnectionLostError: the keeper ended.
     """
-    channel.send(control.Prepared(shared_store.__version__))
-    held = Holdings()
+    channel.send(keeper_messages.Prepared(shared_store.__version__))
+    held = DurableState()
     while True:
         message, fds = channel.wait_for()
-        if isinstance(message, control.Begin):
-            listen, lock = fds
+        if isinstance(message, keeper_messages.Begin):
+            listen, lock = (fd.detach() for fd in fds.detach())
             options = ServeOptions.from_json(message.options)
             sock = socket.socket(fileno=listen)
             return Inheritance(options, sock, lock, held, message.keeper, message.restarts, message.supervised)
-        if isinstance(message, control.StateChange):
+        if isinstance(message, keeper_messages.StateChange):
             held.apply(message, fds)
 
 
@@ -87,7 +87,7 @@ class Keeping:
         self._replaced_at = 0.0
         self._upgrade: asyncio.Future[str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.holdings: Callable[[], Holdings] = Holdings
+        self.holdings: Callable[[], DurableState] = DurableState
         """All that is to be held, with fds of their own; for a keeper that begins with nothing."""
         self.event: Callable[..., None] = lambda *_, **__: None
 
@@ -98,7 +98,7 @@ class Keeping:
         if self._channel is None or self._inheritance is None:
             return
         self._channel.attend(self._hear, self._lost)
-        self._channel.send(control.Ready())
+        self._channel.send(keeper_messages.Ready())
         if patience := self._inheritance.options.watchdog_s:
             self._run(self._show_life(patience / 4))
 
@@ -107,7 +107,7 @@ class Keeping:
         for task in self._tasks:
             task.cancel()
         if self._channel is not None:
-            self._channel.send(control.Stop())
+            self._channel.send(keeper_messages.Stop())
             await self._channel.flushed(TAKES_WITHIN_S)
 
     async def upgrade(self, python: str, environment: dict[str, str]) -> None:
@@ -121,7 +121,7 @@ class Keeping:
         if self._upgrade is not None:
             raise UpgradeError("another upgrade is under way")
         self._upgrade = asyncio.get_running_loop().create_future()
-        self._channel.send(control.Upgrade(python, environment))
+        self._channel.send(keeper_messages.Upgrade(python, environment))
         try:
             raise UpgradeError(await self._upgrade)
         finally:
@@ -129,20 +129,22 @@ class Keeping:
 
     # What is to be held.
 
-    def hold(self, segment: control.SegmentRecord, export: Callable[[], int]) -> None:
+    def hold(self, segment: keeper_messages.SegmentRecord, export: Callable[[], int]) -> None:
         """Have a segment held, unless it is; ``export`` makes an fd of it, which is not the caller's."""
         if self._channel is not None and segment.id not in self._told:
             self._told.add(segment.id)
-            self._channel.send(control.Hold(segment), (export(),))
+            self._channel.send(keeper_messages.Hold(segment), (export(),))
 
     def release(self, segment: int) -> None:
         """A segment is needed no more."""
         if segment in self._told or segment in self._lost_fds:
             self._told.discard(segment)
             self._lost_fds.discard(segment)
-            self._tell(control.Release(segment))
+            self._tell(keeper_messages.Release(segment))
 
-    def tell(self, *changes: control.NoteModel | control.ForgetModel | control.NoteFiles) -> None:
+    def tell(
+        self, *changes: keeper_messages.NoteModel | keeper_messages.ForgetModel | keeper_messages.NoteFiles
+    ) -> None:
         """Have it noted."""
         for change in changes:
             self._tell(change)
@@ -175,26 +177,26 @@ class Keeping:
 
     # Inside.
 
-    def _tell(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
+    def _tell(self, message: keeper_messages.KeeperMessage, fds: Sequence[int] = ()) -> None:
         if self._channel is not None:
             self._channel.send(message, fds)
 
     async def _show_life(self, interval_s: float) -> None:
         while True:
             if self._channel is not None and not self._channel.behind:
-                self._channel.send(control.Alive())
+                self._channel.send(keeper_messages.Alive())
             await asyncio.sleep(interval_s)
 
-    def _hear(self, message: control.FromKeeper) -> None:
+    def _hear(self, message: keeper_messages.FromKeeper) -> None:
         match message:
-            case control.JournalState(reason):
+            case keeper_messages.JournalState(reason):
                 self._journal = reason
                 if self._gone:
                     self._gone = ""
                     log.info("another keeper (pid %d) has taken over", self._pid)
-            case control.Notice(kind, detail):
+            case keeper_messages.Notice(kind, detail):
                 self.event(kind, detail=detail)
-            case control.NotUpgraded(reason):
+            case keeper_messages.NotUpgraded(reason):
                 self._not_upgraded(reason)
 
     def _not_upgraded(self, reason: str) -> None:
@@ -245,7 +247,7 @@ class Keeping:
         task.add_done_callback(self._tasks.discard)
 
 
-def _start_keeper(inheritance: Inheritance, held: Holdings, theirs: socket.socket) -> subprocess.Popen[bytes]:
+def _start_keeper(inheritance: Inheritance, held: DurableState, theirs: socket.socket) -> subprocess.Popen[bytes]:
     """Start a keeper for this process, with all that it needs."""
     with contextlib.ExitStack() as closing:
         pidfd = os.pidfd_open(os.getpid())
@@ -260,10 +262,9 @@ def _start_keeper(inheritance: Inheritance, held: Holdings, theirs: socket.socke
             restarts=inheritance.restarts,
             changes=changes_of(held),
         )
-        left = leave(handover)
-        closing.callback(os.close, left)
+        left = closing.enter_context(leave(handover))
         directory = os.fspath(inheritance.options.runtime_dir)
-        command = [sys.executable, "-m", "shared_store.keeper", directory, "", "", str(left)]
+        command = [sys.executable, "-m", "shared_store.keeper", directory, "", "", str(left.fileno())]
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=(left, *handover.fds), start_new_session=True
+            command, stdin=subprocess.DEVNULL, pass_fds=(left.fileno(), *handover.fds), start_new_session=True
         )

@@ -19,8 +19,8 @@ from shared_store.base import manifest as manifests
 from shared_store.base.errors import MemoryBackendError, OfferRefusedError, ProtocolError
 from shared_store.base.manifest import Manifest
 from shared_store.memory import Backend
-from shared_store.protocol import control
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol import keeper_messages
+from shared_store.protocol.durable_state import DurableState
 
 GRACE_S = 5.0
 """Seconds that clients have to come back after a restart. They try again within one second."""
@@ -35,7 +35,7 @@ LONGEST_S = 60.0
 class Recovery:
     """The time after a restart. One that recovers from nothing is over at once."""
 
-    def __init__(self, held: Holdings | None = None) -> None:
+    def __init__(self, held: DurableState | None = None) -> None:
         """``held``: what there was of an earlier store."""
         self._records = dict(held.models) if held else {}
         self._segments = {number: found.record for number, found in held.segments.items()} if held else {}
@@ -151,7 +151,9 @@ class OfferedModel:
         return OfferedModel(data, manifest, places, segments)
 
     @staticmethod
-    def noted(record: control.ModelRecord, segments: Mapping[int, control.SegmentRecord]) -> OfferedModel:
+    def noted(
+        record: keeper_messages.ModelRecord, segments: Mapping[int, keeper_messages.SegmentRecord]
+    ) -> OfferedModel:
         """The same of a keeper's record. Raises :class:`OfferRefusedError`."""
         own = {number: segments[number].nbytes for number in record.segments if number in segments}
         found = OfferedModel.read(record.key, record.manifest, record.places, own)

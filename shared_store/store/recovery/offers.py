@@ -24,9 +24,10 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, KeptSegment, Segment
-from shared_store.protocol import control, messages, wire
-from shared_store.protocol.durable_state import HeldFd, Holdings
+from shared_store.memory import Backend, FdSegment, Segment
+from shared_store.protocol import keeper_messages, messages, wire
+from shared_store.protocol.durable_state import DurableState, RetainedSegment
+from shared_store.runtime.fds import OwnedFd, duplicate
 from shared_store.store.recovery.grace import GRACE_S, OfferedModel, Recovery, check_memory
 from shared_store.store.state.digest_check import Check, Part
 from shared_store.store.state.records import Client, Committed
@@ -35,7 +36,7 @@ from shared_store.store.store import Store
 log = logging.getLogger(__name__)
 
 
-def restore(store: Store, held: Holdings) -> None:
+def restore(store: Store, held: DurableState) -> None:
     """Take in what an earlier store left. What contradicts itself is dropped, with an event.
 
     The fds become the store's.
@@ -55,23 +56,23 @@ def _without_collections() -> Iterator[None]:
         gc.enable()
 
 
-def _restore(store: Store, held: Holdings) -> None:
+def _restore(store: Store, held: DurableState) -> None:
     store.recovery = Recovery(held)
     records = {number: found.record for number, found in held.segments.items()}
     for number, found in held.segments.items():
         if found.fd is not None and (problem := _wrong(store, found)):
-            os.close(found.fd)
+            found.fd.close()
             store.keeping.release(number)
             _dropped(store, "segment_dropped", f"segment {number}: {problem}")
         elif found.fd is not None:
-            memory = KeptSegment(found.fd, found.record.nbytes)
+            memory = FdSegment(OwnedFd(found.fd.detach()), found.record.nbytes)
             store.segments.take_back(number, found.record.device, memory)
     here = {segment.id for segment in store.segments.all()}
     for record in held.models.values():
         try:
             model = OfferedModel.noted(record, records)
         except WoolyError as error:
-            store.keeping.tell(control.ForgetModel(record.key))
+            store.keeping.tell(keeper_messages.ForgetModel(record.key))
             _dropped(store, "model_dropped", f"{record.key}: {error}")
             continue
         if record.segments <= here:
@@ -93,7 +94,7 @@ def end_grace(store: Store) -> None:
     busy = {key for key, lock in store.offers.items() if lock.locked()}
     for key in store.recovery.end(busy):
         if key not in store.committed:
-            store.keeping.tell(control.ForgetModel(key))
+            store.keeping.tell(keeper_messages.ForgetModel(key))
             _dropped(store, "model_lost", f"{key}: no client had it any more")
     if store.recovery.awaited:
         asyncio.get_running_loop().call_later(GRACE_S, end_grace, store)
@@ -156,7 +157,7 @@ async def _take(store: Store, client: Client, request: messages.Offer, fds: tupl
             await _check(store, client, offered, dict(zip(ids, fds, strict=True)))
             for number, fd in zip(ids, fds, strict=True):
                 if not store.segments.has(number):
-                    kept = KeptSegment(os.dup(fd), sizes[number])
+                    kept = FdSegment(duplicate(fd), sizes[number])
                     store.segments.take_back(number, offered.manifest.device, kept)
             _admit(store, offered, pinned=store.recovery.pinned(request.key))
         finally:
@@ -208,7 +209,7 @@ def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> 
         for number, nbytes in offered.segments.items():
             check_memory(backend, fds[number], nbytes)
             if backend.host_readable:
-                memory = KeptSegment(os.dup(fds[number]), nbytes)
+                memory = FdSegment(duplicate(fds[number]), nbytes)
                 held.callback(memory.release)
                 blobs = {(blob, at) for blob, (segment, at) in placed if segment == number}
                 parts.append((backend, memory, sorted(blobs, key=_offset)))
@@ -237,13 +238,13 @@ def _admit(store: Store, model: OfferedModel, *, pinned: bool = False, last_used
     store.changed()
 
 
-def _wrong(store: Store, found: HeldFd) -> str:
+def _wrong(store: Store, found: RetainedSegment) -> str:
     """What is wrong with a segment that the keeper held, as far as the host can see."""
     backend = store.segments.backends.get(found.record.device)
     if backend is None or not backend.host_readable or found.fd is None:
         return ""
     try:
-        check_memory(backend, found.fd, found.record.nbytes)
+        check_memory(backend, found.fd.fileno(), found.record.nbytes)
     except MemoryBackendError as error:
         return str(error)
     return ""

@@ -23,7 +23,8 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.memory import Mapping
-from shared_store.memory.blob_copy import Copy, close_all, copy_blobs
+from shared_store.memory.mapping import close_all
+from shared_store.memory.transfer import Copy, HostTransfer, copy_blobs
 from shared_store.store.space.compaction_plan import CompactionPlan, choose
 from shared_store.store.state.digest_check import mapping_of
 
@@ -170,7 +171,7 @@ class Compactor:
 
         def copy() -> None:
             try:
-                copy_blobs(mappings[:-1], mappings[-1], copies)
+                copy_blobs(HostTransfer(), mappings[:-1], mappings[-1], copies)
             finally:
                 close_all(mappings)
 

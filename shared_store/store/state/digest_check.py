@@ -5,7 +5,6 @@ A check has a hold of its own on what it looks at, so that segments may be dropp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 from shared_store.base.digest import digest_at
@@ -45,11 +44,8 @@ class Check:
 
 def mapping_of(backend: Backend, segment: Segment) -> Mapping:
     """A mapping with a hold of its own on a segment that the store has."""
-    fd = export(backend, segment)
-    try:
-        return Mapping(backend, backend.import_fd(fd, segment.nbytes))
-    finally:
-        os.close(fd)
+    with export(backend, segment) as fd:
+        return Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes))
 
 
 def _differing(mapping: Mapping, blobs: Iterable[tuple[Blob, int]]) -> list[tuple[Blob, bytes]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from shared_store.base.errors import ProtocolError, UnknownDeviceError
 from shared_store.base.layout import Layout, as_wished, pack
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, KeptSegment
+from shared_store.memory import Backend, FdSegment
 from shared_store.memory.backend import Segment
 from shared_store.store.space.compaction_plan import CompactionPlan, Source
 from shared_store.store.space.eviction import OccupiedSegment
@@ -136,11 +136,11 @@ class Segments:
         """A new fd of an allocated segment; the caller's."""
         held = self._segments[segment]
         assert held.memory is not None  # noqa: S101 - promised segments have no fd yet
-        if isinstance(held.memory, KeptSegment):  # its device's driver may not have started
-            return held.memory.export()
-        return self.backend(held.device).export(held.memory)
+        if isinstance(held.memory, FdSegment):  # its device's driver may not have started
+            return held.memory.export().detach()
+        return self.backend(held.device).export(held.memory).detach()
 
-    def take_back(self, segment: int, device: str, memory: KeptSegment) -> None:
+    def take_back(self, segment: int, device: str, memory: FdSegment) -> None:
         """Hold a segment that a store before this one allocated. :meth:`adopt` says what is in it."""
         self._segments[segment] = HeldSegment(segment, device, memory.nbytes, writer=None, memory=memory)
 
@@ -461,7 +461,7 @@ class Segments:
                 self.released(segment)
 
     def _release(self, held: HeldSegment) -> None:
-        if isinstance(held.memory, KeptSegment):
+        if isinstance(held.memory, FdSegment):
             held.memory.release()
         elif held.memory is not None:
             self.backend(held.device).release(held.memory)
