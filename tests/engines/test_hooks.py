@@ -34,7 +34,7 @@ def compat() -> Any:
 
 def _hooks(folder: Path) -> Iterator[tuple[str, ...]]:
     """Module and names of every ``find`` and ``replace_function`` in the plugin's source, where it writes them out."""
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         tree = ast.parse(path.read_text())
         assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
         known = {node.targets[0].id: node.value.value for node in assigned if isinstance(node.targets[0], ast.Name)}  # type: ignore[attr-defined]
