@@ -8,7 +8,7 @@ WHEEL_VENV := build/venv-wheel
 INSTALLER := deploy/install.py deploy/vllm_cpu_shim.py
 TOOLS := $(TEST_VENV)/bin
 RELEASE_VENV := build/venv-release
-SCRIPTS := benchmarks $(wildcard deploy/*.py examples/*.py)
+SCRIPTS := benchmarks $(wildcard deploy/*.py examples/*.py docs/site/*.py)
 PYTEST_ARGUMENTS ?= -n 2
 VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
@@ -46,7 +46,7 @@ lint: $(TEST_VENV)/.installed ## ruff, mypy, and the layers
 	$(TOOLS)/ruff check .
 	$(TOOLS)/ruff format --check .
 	$(TOOLS)/mypy
-	MYPYPATH=tests:deploy $(TOOLS)/mypy $(SCRIPTS)
+	MYPYPATH=tests:deploy:docs/site $(TOOLS)/mypy $(SCRIPTS)
 	$(TOOLS)/lint-imports
 
 # The reference is generated from the packages of this tree. A dead link, anchor or page outside of the navigation is an error.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hf.jobs import PRELOADED
 from support.actors import Actor
 from support.models.cache import CACHE
 from support.models.smollm2 import smollm2
@@ -33,13 +32,11 @@ class LoraProcess(Actor):
 
     def __init__(self, runtime_dir: Path, log: Path) -> None:
         with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, str(MAIN)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+            self._process = PRELOADED.start(
+                str(MAIN),
+                environment={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"},
                 stderr=stream,
-                bufsize=0,
-                env={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"},
+                text=False,
             )
         self._unread = b""
 
