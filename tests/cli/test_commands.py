@@ -163,7 +163,7 @@ def test_pin_and_unpin(wooly, actor):
 
 
 def test_compact(wooly, start_store, actor):
-    """Table and JSON show the freed bytes; a second run frees nothing. The status shows dead bytes before, none after."""
+    """Table and JSON show freed bytes; a second run frees nothing. The status has dead bytes before, none after."""
     start_store(compact_share=1.0)
     client = actor()
     client.publish(key=ONE, model=[[1, 4 << 20], [2, 1000]])
