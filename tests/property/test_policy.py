@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from shared_store.base.layout import ALIGNMENT, GRANULARITY, round_up
 from shared_store.base.manifest import Blob
-from shared_store.store.space.compaction_plan import Source, choose
-from shared_store.store.space.eviction import CachedModel, OccupiedSegment, evict
+from shared_store.store.space.compaction_plan import choose
+from shared_store.store.space.eviction import CachedModel, evict
+from shared_store.store.state.compactions import Source
+from shared_store.store.state.segments import OccupiedSegment
 
 NAMES = ("a", "b", "c", "d", "e")
 MODELS = st.tuples(
@@ -34,7 +36,7 @@ SEGMENTS = st.lists(
 
 
 def freed(segments, gone):
-    return sum(one.nbytes for one in segments if one.holders <= set(gone))
+    return sum(one.nbytes for one in segments if one.owners <= set(gone))
 
 
 @given(MODELS, SEGMENTS, st.integers(-2, 20))
@@ -101,7 +103,7 @@ def sources(draw):
 def test_what_is_packed(found, room, target):
     """All blobs of the chosen segments move to places of their own, in less memory than before, and as was allowed."""
     by_id = {source.segment: source for source in found}
-    plan = choose(found, room=room * GRANULARITY, target=target * GRANULARITY)
+    plan = choose(found, free=room * GRANULARITY, target=target * GRANULARITY)
     if plan is None:
         return
     chosen = [by_id[segment] for segment in plan.sources]
@@ -122,7 +124,7 @@ def test_what_is_packed(found, room, target):
 def test_packing_comes_to_an_end_where_nothing_more_is_gained(found):
     """Each step leaves less memory, so it ends; what is left would each need all that it has."""
     left, steps = {source.segment: source for source in found}, 0
-    while plan := choose(list(left.values()), room=1 << 40):
+    while plan := choose(list(left.values()), free=1 << 40):
         steps += 1
         for segment in plan.sources:
             del left[segment]

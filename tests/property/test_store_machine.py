@@ -16,14 +16,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from support.hostmemory import peek, poke
-from support.store_machine import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES, StoreMachine
+from support.store_machine import StoreMachine
+from support.store_model import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES
 from support.waiting import open_segments
 
 from shared_store.base.digest import digest
 from shared_store.base.errors import DigestMismatchError, MemoryBackendError, ModelNotFoundError, ProtocolError
 from shared_store.memory import Access, Mapping
-from shared_store.protocol import messages, wire
-from shared_store.store.space import admission as room_module
+from shared_store.protocol import messages
+from shared_store.store.devices.digest_check import mapping_of
+from shared_store.store.session import Answer
+from shared_store.store.space import admission as admission_module
 from shared_store.store.space.eviction import evict
 from shared_store.store.state.models import State
 
@@ -62,11 +65,11 @@ class CacheMachine(StoreMachine):
         super().__init__()
         self.copying = {}  # client number: Copying
         self.withdrawn = {}  # token: Withdrawn
-        room_module.evict = self.evict
+        admission_module.evict = self.evict
 
     def teardown(self):
         """As for the other machine."""
-        room_module.evict = evict
+        admission_module.evict = evict
         super().teardown()
         assert self.withdrawn == {}
         assert self.copying == {}
@@ -90,7 +93,7 @@ class CacheMachine(StoreMachine):
     )
     def there_is_a_cache_and_a_limit(self, limit, models):
         """Below what the device has, equal to it, or above."""
-        self.store.segments.limits[DEVICE] = limit
+        self.state.segments.limits[DEVICE] = limit
         for name, model in zip(KEYS, models, strict=False):
             self._cache(name, model)
 
@@ -118,10 +121,13 @@ class CacheMachine(StoreMachine):
     def pin(self, name, pinned):
         if name not in self.expected:
             with pytest.raises(ModelNotFoundError):
-                self.store.pin(name, pinned=pinned)
+                self._pin(name, pinned=pinned)
             return
-        assert self.store.pin(name, pinned=pinned) == name
+        assert self._pin(name, pinned=pinned) == name
         self.expected[name].pinned = pinned
+
+    def _pin(self, name, *, pinned):
+        return self._run(self.handlers.administration.pin(None, messages.Pin(self._request(), name, pinned))).detail
 
     @rule(seconds=st.sampled_from([-3600.0, 0.5, 60.0]))
     def clock_moves(self, seconds):
@@ -134,22 +140,18 @@ class CacheMachine(StoreMachine):
     def begin_to_compact(self, which):
         number = self._pick(self._idle(), which)
         request = messages.Compact(self._request(), DEVICE)
-        (outcome,) = self._together([self.store.compact(self.clients[number], request)])
+        (outcome,) = self._together([self.handlers.compaction.compact(self.clients[number], request)])
         if number in self.copying:
             assert isinstance(outcome, ProtocolError)
             return
         if isinstance(outcome, BaseException):
             assert isinstance(outcome, MemoryBackendError), repr(outcome)
             return
-        reply, fds = outcome
+        reply = outcome.reply
         if isinstance(reply, messages.Done):
-            assert fds == ()
+            assert len(outcome.fds) == 0
             return
-        target, *sources = [
-            Mapping(self.clients_backend, self.clients_backend.import_fd(fd, segment.nbytes))
-            for fd, segment in zip(fds, (reply.target, *reply.sources), strict=True)
-        ]
-        wire.close_fds(fds)
+        target, *sources = self._import(outcome.fds, (reply.target, *reply.sources))
         assert reply.target.nbytes < sum(segment.nbytes for segment in reply.sources)
         read = {self._blobs()[digest].segment for digest in self._read()}
         assert read.isdisjoint(segment.id for segment in reply.sources)
@@ -186,7 +188,7 @@ class CacheMachine(StoreMachine):
             return
         copying, before = self.copying[number], self.backend.held
         request = messages.Compacted(self._request(), copying.task.target.id)
-        (outcome,) = self._together([self.store.compacted(self.clients[number], request)])
+        (outcome,) = self._together([self.handlers.compaction.compacted(self.clients[number], request)])
         if isinstance(outcome, MemoryBackendError):
             return
         self._forget_copying(number)
@@ -194,8 +196,8 @@ class CacheMachine(StoreMachine):
             assert not copying.right
             return
         assert copying.right or not any(move.nbytes for move in copying.task.moves)
-        if outcome.freed_bytes:
-            assert self.backend.held <= before - outcome.freed_bytes  # sources that had lost all blobs go, too
+        if outcome.reply.freed_bytes:
+            assert self.backend.held <= before - outcome.reply.freed_bytes  # sources that had lost all blobs go, too
         self._check_committed()
 
     @precondition(lambda self: self._idle())
@@ -215,13 +217,13 @@ class CacheMachine(StoreMachine):
         others = [other for other in self._idle() if other != number]
         if others:
             request = messages.Compacted(self._request(), self.copying[number].task.target.id)
-            (outcome,) = self._together([self.store.compacted(self.clients[others[0]], request)])
+            (outcome,) = self._together([self.handlers.compaction.compacted(self.clients[others[0]], request)])
             assert isinstance(outcome, ProtocolError)
 
     @rule(share=st.sampled_from([0.0, 0.25, 0.9]))
     def store_compacts(self, share):
         before = self.backend.held
-        freed = self.loop.run_until_complete(self.store.compactor.here(DEVICE, share=share))
+        freed = self.loop.run_until_complete(self.parts.host_compaction.run(DEVICE, share=share))
         assert self.backend.held == before - freed
         self._check_committed()
 
@@ -237,7 +239,7 @@ class CacheMachine(StoreMachine):
             return call(*arguments)
 
         setattr(self.backend, moment, wait)
-        compaction = self.loop.create_task(self.store.compactor.here(DEVICE))
+        compaction = self.loop.create_task(self.parts.host_compaction.run(DEVICE))
         while not reached.wait(0.001) and not compaction.done():  # the wait lets its thread run
             self._turn()
         self.attach(which, opener)
@@ -258,21 +260,21 @@ class CacheMachine(StoreMachine):
             return
         accused = BLOBS[self._pick(model, blob)].digest
         bad = self._blobs()[accused].segment
-        inside = set(self.store.segments.segment(bad).blobs)
+        inside = set(self.state.segments.at(bad).blobs)
         hit = [one for one in self._committed() if inside & self._digests(one)]
         planned = [one for one, writing in self.writing.items() if inside & writing.counted_on]
         client = self.clients[self._pick(self._idle(), accuser)]
         self.backend.host_readable = not believed
         request = messages.Quarantine(self._request(), name, (accused, bytes(32)))
-        (outcome,) = self._together([self.store.quarantine(client, request)])
+        (outcome,) = self._together([self.handlers.quarantining.quarantine(client, request)])
         self.backend.host_readable = True
         if not believed:
-            assert outcome is None or isinstance(outcome, MemoryBackendError)
+            assert isinstance(outcome, Answer | MemoryBackendError)
             return
-        assert outcome is None
+        assert isinstance(outcome.reply, messages.Done)
         for one in planned:
             self._forget_plan(one)
-        found = self.store.models.withdrawn()
+        found = self.state.models.withdrawn()
         for one in self.withdrawn.values():
             one.shared -= inside
         for one in hit:
@@ -333,12 +335,8 @@ class CacheMachine(StoreMachine):
 
     def _check_committed(self):
         """The bytes of every blob, where the store says that they are."""
-        segments = self.store.segments
-        for segment in {held.segment for held in self._blobs().values()}:
-            memory = segments.segment(segment).memory
-            fd = self.clients_backend.export(memory)
-            mapping = Mapping(self.clients_backend, self.clients_backend.import_fd(fd, memory.nbytes))
-            wire.close_fds((fd,))
+        for segment in {entry.segment for entry in self._blobs().values()}:
+            mapping = mapping_of(self.clients_backend, self.parts.devices.memory(segment))
             mapping.map(Access.READ)
             for found, held in self._blobs().items():
                 if held.segment == segment:
@@ -351,27 +349,27 @@ class CacheMachine(StoreMachine):
     def states_are_as_expected(self):
         found = {
             model.key: (model.publisher, [(one.client, one.publish) for one in model.waiters], model.readers)
-            for model in self.store.models.all()
+            for model in self.state.models.all()
         }
         expected = {
             name: (model.publisher, list(model.waiters), model.readers) for name, model in self.expected.items()
         }
         assert found == expected
-        for model in self.store.models.all():
+        for model in self.state.models.all():
             committed = self.expected[model.key].committed is not None
             assert (model.state is State.COMMITTED) is committed
-            assert (model.key in self.store.committed) is committed
+            assert (model.key in self.state.committed) is committed
             assert (model.publisher is None) is committed
             assert model.pinned is self.expected[model.key].pinned
-        assert set(self.store._plans) == set(self.writing)
-        withdrawn = {token: (model.key, model.readers) for token, model in self.store.models.withdrawn().items()}
+        assert set(self.state.plans) == set(self.writing)
+        withdrawn = {token: (model.key, model.readers) for token, model in self.state.models.withdrawn().items()}
         assert withdrawn == {token: (one.name, one.readers) for token, one in self.withdrawn.items()}
-        assert self.store.withdrawn.keys() == withdrawn.keys()
+        assert self.state.withdrawn.keys() == withdrawn.keys()
 
     @invariant()
     def last_uses_are_in_order(self):
         """Whatever the clock does."""
-        told = {model.key: model.last_used for model in self.store.models.all()}
+        told = {model.key: model.last_used for model in self.state.models.all()}
         by_use = sorted(self._committed(), key=lambda name: self.expected[name].used)
         for earlier, later in itertools.pairwise(by_use):
             assert told[earlier] < told[later] or self.expected[earlier].used == self.expected[later].used
@@ -384,22 +382,27 @@ class CacheMachine(StoreMachine):
 
     @invariant()
     def reference_counts_are_exact(self):
-        holders = {}
+        owners = {}
         for name, model in self.expected.items():
             for index in model.committed or ():
-                holders.setdefault(BLOBS[index].digest, set()).add(name)
+                owners.setdefault(BLOBS[index].digest, set()).add(name)
         for name, writing in self.writing.items():
             for known in writing.counted_on:
-                holders.setdefault(known, set()).add(f"{name}/{self.expected[name].publisher}")
+                owners.setdefault(known, set()).add(f"{name}/{self.expected[name].publisher}")
         for token, one in self.withdrawn.items():
             for shared in one.shared:
-                holders.setdefault(shared, set()).add(token)
-        assert {digest: held.holders for digest, held in self._blobs().items()} == holders
+                owners.setdefault(shared, set()).add(token)
+        assert {digest: entry.references for digest, entry in self._blobs().items()} == owners
+        index = {}
+        for found, entry in self.state.segments.blobs.all().items():
+            for owner in entry.references:
+                index.setdefault(owner, set()).add(found)
+        assert self.state.segments.blobs.references() == index
 
     @invariant()
     def what_is_mapped_is_accounted_for(self):
         """A segment that a reader was given is held as long as it reads, though blobs may move."""
-        there = self.store.segments._segments.keys()
+        there = {entry.id for entry in self.state.segments.all()}
         for name in self._committed():
             for reader in self.expected[name].readers:
                 assert self.mapped[reader, name] <= there
@@ -409,24 +412,24 @@ class CacheMachine(StoreMachine):
 
     @invariant()
     def segments_have_a_reason_and_are_counted(self):
-        segments = self.store.segments
-        compactions = {one.token: one for one in self.store.compactor._running.values()}
+        segments = self.state.segments
+        compactions = {one.token: one for one in self.state.compactions.all()}
         assert {one.client for one in compactions.values()} == set(self.copying)
         writers = {f"{name}/{self.expected[name].publisher}" for name in self.writing} | compactions.keys()
-        for held in segments._segments.values():
-            assert held.blobs or held.keepers or held.writer in writers
-            assert held.keepers - self.withdrawn.keys() == {
+        for held in segments.all():
+            assert held.blobs or held.references or held.writer in writers
+            assert held.references - self.withdrawn.keys() == {
                 token for token, one in compactions.items() if held.id in one.plan.sources
             }
-            assert held.quarantined or held.keepers.isdisjoint(self.withdrawn)
+            assert held.quarantined or held.references.isdisjoint(self.withdrawn)
             assert held.live == sum(self._blobs()[digest].nbytes for digest in held.blobs)
             assert held.live <= held.placed <= held.nbytes
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
-        nbytes = sum(held.nbytes for held in segments._segments.values() if held.memory is not None)
+        nbytes = sum(held.nbytes for held in segments.all() if held.allocated)
         assert nbytes == segments.resident_bytes(DEVICE) == self.backend.held
         assert nbytes <= self.backend.capacity
-        promised = sum(held.nbytes for held in segments._segments.values())
+        promised = sum(held.nbytes for held in segments.all())
         assert promised <= segments.limits.get(DEVICE, CAPACITY)
         assert min(segments.unused(DEVICE)) >= 0
         mapped = sum(len(writing.mappings) for writing in self.writing.values())

@@ -193,6 +193,6 @@ def test_only_segments_with_enough_that_is_unused_are_packed_by_the_store(direct
     """Model 2's are unused by 87 and 99 percent."""
     with ServedStore(directory, FakeBackend("cpu")) as served:
         leave_loose(served.client())
-        assert served.run(served.store.compactor.here("cpu", share=1.0)) == 0
+        assert served.run(served.parts.host_compaction.run("cpu", share=1.0)) == 0
         assert served.backend.held == 10 * MIB
-        assert served.run(served.store.compactor.here("cpu", share=0.87)) == 8 * MIB
+        assert served.run(served.parts.host_compaction.run("cpu", share=0.87)) == 8 * MIB

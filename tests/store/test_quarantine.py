@@ -14,9 +14,10 @@ from support.waiting import wait_until
 from shared_store.base.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
 from shared_store.base.manifest import encode
 from shared_store.memory.fake import FakeBackend
-from shared_store.protocol import messages, wire
-from shared_store.store.state.records import Client as StoreClient
-from shared_store.store.store import Store
+from shared_store.protocol import messages
+from shared_store.store.assembly import Parts
+from shared_store.store.session import Session
+from shared_store.store.state.clients import Client as StoreClient
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100]]
@@ -116,7 +117,7 @@ def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
     client = served.client()
     client.publish(key(1), MODEL)
     served.backend.host_readable = False
-    (known,) = served.store.clients.values()
+    (known,) = served.parts.state.clients.values()
     known.uid += 1
     with pytest.raises(PermissionDeniedError, match="may not quarantine GPU memory"):
         client.quarantine(key(1), [0])
@@ -151,27 +152,27 @@ def test_a_model_that_is_withdrawn_as_it_is_admitted_is_published_by_who_waited(
     """Between the commit and the moment when a waiting client takes what it was promised."""
 
     async def scenario():
-        store = Store({"cpu": FakeBackend("cpu")}, {})
+        parts = Parts({"cpu": FakeBackend("cpu")}, {})
+        state, opening, publishing = parts.state, parts.requests.opening, parts.requests.publishing
         publisher, waiter = (
-            StoreClient(number, 1, os.getuid(), "", asyncio.Event(), lambda *_: None) for number in (1, 2)
+            Session(StoreClient(number, 1, os.getuid(), ""), asyncio.Event(), lambda *_: None) for number in (1, 2)
         )
-        for client in (publisher, waiter):
-            store.join(client)
+        for session in (publisher, waiter):
+            parts.sessions.begin(session)
         request = messages.Open(1, key(1), "model", "test", "cpu", publish=True)
-        assert await store.open(publisher, request) is None
-        waiting = asyncio.create_task(store.open(waiter, request))
+        assert isinstance((await opening.open(publisher, request)).reply, messages.Granted)
+        waiting = asyncio.create_task(opening.open(waiter, request))
         await asyncio.sleep(0)
         blobs = (blob(b""),)
-        planned, _ = await store.plan(publisher, messages.Plan(2, key(1), blobs))
-        (segment,) = planned.segments
-        os.close(await store.fill(publisher, messages.Fill(3, key(1), segment.id)))
+        (segment,) = (await publishing.plan(publisher, messages.Plan(2, key(1), blobs))).reply.segments
+        (await publishing.fill(publisher, messages.Fill(3, key(1), segment.id))).fds.close()
         manifest = encode(manifest_of(key(1), blobs))
-        wire.close_fds((await store.commit(publisher, messages.Commit(4, key(1), manifest))).fds)
+        (await publishing.commit(publisher, messages.Commit(4, key(1), manifest))).fds.close()
         assert not waiting.done()
-        store.withdraw("cpu", {segment.id}, pid=0)
-        assert await waiting is None  # granted
-        assert [one.publisher for one in store.models.all()] == [2]
-        assert [one.readers for one in store.models.withdrawn().values()] == [{1}]
-        store.segments.close()
+        parts.requests.quarantining.stop_sharing("cpu", {segment.id}, pid=0)
+        assert isinstance((await waiting).reply, messages.Granted)
+        assert [one.publisher for one in state.models.all()] == [2]
+        assert [one.readers for one in state.models.withdrawn().values()] == [{1}]
+        parts.devices.close()
 
     asyncio.run(scenario())

@@ -67,7 +67,8 @@ def test_what_is_pinned_stays_until_it_is_unpinned(small, actor):
     with pytest.raises(OutOfMemoryError) as caught:
         process.plan(key=key(3), model=[[3, 3 * MIB], [4, 3 * MIB]])
     assert str(caught.value) == (
-        "no room on cpu: 6291456 bytes are needed, 0 of the limit of 8388608 are free; pinned: model (3145728 bytes); "
+        "not enough memory on cpu: 6291456 bytes are needed, 0 of the limit of 8388608 are free; "
+        "pinned: model (3145728 bytes); "
         "not enough: model (3145728 bytes); stop a reader (`wooly status`), unpin a model (`wooly unpin KEY`), "
         "or raise --max-resident"
     )
@@ -144,12 +145,12 @@ def test_a_store_that_was_just_restarted_drops_nothing(directory):
     with ServedStore(directory, FakeBackend("cpu"), limit=8 * MIB) as served:
         client = served.client()
         cache(client, 1, 2)
-        served.store.recovery.until = float("inf")
+        served.parts.state.grace.until = float("inf")
         client.open(key(3))
-        with pytest.raises(OutOfMemoryError, match="was just restarted and drops nothing yet: try again"):
+        with pytest.raises(OutOfMemoryError, match="was just restarted and evicts nothing yet: try again"):
             client.plan(key(3), model(3))
         assert there(client) == {key(1), key(2), key(3)}
         assert client.compact()["segments"] == 0
-        served.store.recovery.until = 0.0
+        served.parts.state.grace.until = 0.0
         client.plan(key(3), model(3))
         assert there(client) == {key(2), key(3)}

@@ -134,7 +134,7 @@ def test_a_reader_that_would_not_publish_is_refused_or_waits(store, actor):
     reader.begin("open", key=key(1), publish=False)
     wait_for_status(store.client(), lambda status: any(one.role == "waiting" for one in status.clients), "the wait")
     publisher.abandon(key=key(1))
-    with pytest.raises(ModelNotFoundError, match="its publisher gave up, and nobody else publishes it"):
+    with pytest.raises(ModelNotFoundError, match="its publisher aborted, and no other client publishes it"):
         reader.finish()
 
 

@@ -1,4 +1,4 @@
-"""A socket between this process and its keeper in the store's event loop: messages in, messages out, never waiting."""
+"""The control channel to the keeper, in the store's event loop. Sending never waits for the keeper."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
 from shared_store.protocol import control, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 
 
 class ControlChannel:
-    """Blocking until :meth:`attend`, in the loop from then on."""
+    """A channel that blocks until :meth:`attend`, and runs in the event loop from then on."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over a connected socket."""
@@ -29,29 +30,30 @@ class ControlChannel:
         self._hear: Callable[[control.FromKeeper], None] = lambda _: None
         self._over: Callable[[], None] = lambda: None
 
-    def wait_for(self) -> tuple[control.FromKeeper, tuple[int, ...]]:
-        """The next message and its fds, which are the caller's. Raises :class:`ConnectionLostError`."""
+    def wait_for(self) -> tuple[control.FromKeeper, OwnedFds]:
+        """Wait for the next message and its descriptors. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
             if not data:
                 raise ConnectionLostError("the keeper ended while it started this store")
             self._frames.extend(self._decoder.feed(data, fds))
         frame = self._frames.popleft()
-        return control.decode_from_keeper(frame.payload), frame.fds
+        return control.decode_from_keeper(frame.payload), OwnedFds.from_ints(frame.fds)
 
     def attend(self, hear: Callable[[control.FromKeeper], None], over: Callable[[], None]) -> None:
-        """Call ``hear`` with each message, and ``over`` once when the other end is gone."""
+        """Call ``hear`` with each message, and ``over`` once when the keeper has closed its end."""
         self._hear, self._over = hear, over
         self._sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sock, self._read)
         self._pass_on()
 
-    def send(self, message: control.ControlMessage, fds: Sequence[int] = ()) -> None:
-        """Queue a message; its fds are this channel's from now on."""
+    def send(self, message: control.ControlMessage, fds: OwnedFds | None = None) -> None:
+        """Queue a message; take over its descriptors."""
+        owned = OwnedFds() if fds is None else fds
         if self._sock.fileno() < 0:
-            wire.close_fds(fds)
+            owned.close()
             return
-        self._outbox.put(control.encode(message), fds)
+        self._outbox.put(control.encode(message), [fd.detach() for fd in owned.detach()])
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -59,11 +61,11 @@ class ControlChannel:
 
     @property
     def behind(self) -> bool:
-        """Whether something waits for the other end to read."""
+        """Whether messages wait for the keeper to read."""
         return self._outbox.pending_bytes > 0
 
     async def flushed(self, timeout_s: float) -> bool:
-        """Wait until all is sent, or the channel closed; False: it took too long."""
+        """Wait until everything is sent or the channel is closed; return False after the time-out."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
@@ -72,7 +74,7 @@ class ControlChannel:
         return True
 
     def close(self) -> None:
-        """End it. Idempotent; ``over`` is not called."""
+        """Close the channel without calling ``over``. Idempotent."""
         if self._sock.fileno() < 0:
             return
         if not self._sock.getblocking():
@@ -93,7 +95,7 @@ class ControlChannel:
         except BlockingIOError:
             return
         except (OSError, WoolyError) as error:
-            log.error("the connection with the keeper broke: %s", error)
+            log.error("the connection with the keeper failed: %s", error)
             data = b""
         self._pass_on()
         if not data:
@@ -103,11 +105,11 @@ class ControlChannel:
     def _pass_on(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            wire.close_fds(frame.fds)  # once a store serves, its keeper sends it none
+            wire.close_fds(frame.fds)  # a keeper sends descriptors only before the store serves
             try:
                 message = control.decode_from_keeper(frame.payload)
-            except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade
-                log.warning("the keeper says what this store does not know: %s", error)
+            except ProtocolError as error:  # a later version's keeper, during an upgrade
+                log.warning("ignoring a message of the keeper that this version does not know: %s", error)
                 continue
             self._hear(message)
 
@@ -115,7 +117,7 @@ class ControlChannel:
         try:
             done = self._outbox.send(self._sock)
         except OSError:
-            self._outbox.close()  # that the keeper is gone is told by reading, too
+            self._outbox.close()  # reading reports the keeper's end, too
             done = True
         loop = asyncio.get_running_loop()
         if done and self._writing:
