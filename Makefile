@@ -7,6 +7,7 @@ TEST_VENV := build/venv-test
 WHEEL_VENV := build/venv-wheel
 INSTALLER := deploy/install.py deploy/vllm_cpu_shim.py
 TOOLS := $(TEST_VENV)/bin
+RELEASE_VENV := build/venv-release
 SCRIPTS := $(wildcard deploy/*.py benchmarks/*.py examples/*.py)
 PYTEST_ARGUMENTS ?= -n 2
 VERSIONS ?=
@@ -18,7 +19,7 @@ PARITY ?= --lanes 1
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel bench soak parity gpu hf-versions vllm-versions clean
+.PHONY: help install demo test lint docs wheel changelog release bench soak parity gpu hf-versions vllm-versions clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,11 +49,27 @@ lint: $(TEST_VENV)/.installed ## ruff, mypy, and the layers
 	MYPYPATH=benchmarks:deploy $(TOOLS)/mypy $(SCRIPTS)
 	$(TOOLS)/lint-imports
 
+# The reference is generated from the packages of this tree. A dead link, anchor or page outside of the navigation is an error.
+docs: $(TEST_VENV)/.installed ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:docs/site $(TOOLS)/mkdocs build --quiet
+	@echo "docs: build/site/index.html"
+
 # PYTHONSAFEPATH keeps the working directory, and with it the source tree, off the import path: in pytest and in every
 # process that a test starts. tests/integration/test_wheel.py checks that it did.
-test: lint wheel ## everything that CI runs: lint, build the wheel, install it, and the whole test suite on it
+test: lint docs wheel ## everything that CI runs: lint, the site, build the wheel, install it, and the whole test suite on it
 	$(PYTHON) deploy/install.py --venv $(TEST_VENV) --wheel dist/*.whl
 	PYTHONSAFEPATH=1 WOOLY_TESTED_WHEEL="$$(ls dist/*.whl)" $(TOOLS)/pytest $(PYTEST_ARGUMENTS)
+
+$(RELEASE_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python deploy/release.py --tools
+	@touch $@
+
+changelog: $(RELEASE_VENV)/.installed ## the section of the changelog that the fragments make
+	$(RELEASE_VENV)/bin/towncrier build --draft --version "$$($(PYTHON) deploy/release.py --version)"
+
+release: $(RELEASE_VENV)/.installed ## build sdist and wheel, check them, and run the wheel in a fresh environment (docs/releasing.md)
+	$(RELEASE_VENV)/bin/python deploy/release.py
 
 bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks/bench_cpu.py

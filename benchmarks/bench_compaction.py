@@ -34,8 +34,7 @@ from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.compact import compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping, backend_for
-from shared_store.memory.cuda.vmm import visible_gpus
-from shared_store.protocol.wire import close_fds
+from shared_store.memory.cuda.driver import visible_gpus
 from shared_store.runtime.launch import start_detached
 from shared_store.runtime.options import ServeOptions
 
@@ -70,13 +69,12 @@ def publish(session: Session, backend: Backend, write: Write, number: int, model
     blobs = tuple(Blob(digest(data), len(data)) for data in contents)
     session.open(key, name=str(number), engine="bench", device=backend.device, publish=True, timeout_s=60)
     planned, fds = session.plan(key, blobs)
-    close_fds(fds)
+    fds.close()
     for index, segment in enumerate(planned.segments):
         if not segment.promised:
             continue
-        fd = session.fill(key, segment.id)
-        mapping = Mapping(backend, backend.import_fd(fd, segment.nbytes))
-        close_fds((fd,))
+        with session.fill(key, segment.id) as fd:
+            mapping = Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes))
         mapping.map(Access.WRITE)
         for data, place in zip(contents, planned.places, strict=True):
             if place.new and place.segment == index:
@@ -87,7 +85,7 @@ def publish(session: Session, backend: Backend, write: Write, number: int, model
     )
     manifest = Manifest(key=key, name=str(number), engine="bench", device=backend.device, blobs=blobs, tensors=tensors)
     _, fds = session.commit(manifest)
-    close_fds(fds)
+    fds.close()
     session.leave(key)
     return key
 
@@ -110,18 +108,16 @@ def writing(backend: Backend) -> Iterator[Write]:
         return
     from cuda.bindings import driver
 
-    from shared_store.memory.cuda.blob_copy import DeviceCopies
-
-    copies = DeviceCopies(backend.ordinal)
+    from shared_store.memory.registry import transfer_for
 
     def write(address: int, data: bytes) -> None:
         (error,) = driver.cuMemcpyHtoD(address, data, len(data))
         if error:
             raise SystemExit(f"cuMemcpyHtoD: {error.name}")
-        copies.settle()
+        transfer.settle()
 
-    yield write
-    copies.close()
+    with transfer_for(backend) as transfer:
+        yield write
 
 
 def measure(session: Session, backend: Backend, write: Write) -> dict[str, Any]:

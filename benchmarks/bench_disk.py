@@ -370,7 +370,7 @@ def cpu_facts() -> dict[str, str]:
 
 def on_gpu(model: Path, repeats: int, out: Path | None) -> None:
     """The 9 GB model, on the first GPU that this process sees. Its files are linked, not copied."""
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     device = next(iter(visible_gpus()), None)
     if device is None:

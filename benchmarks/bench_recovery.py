@@ -38,6 +38,7 @@ from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping, backend_for
 from shared_store.runtime import spawn
+from shared_store.runtime.fds import OwnedFds
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TENSORS = 1000
@@ -89,12 +90,12 @@ def publish(session: Session, backend: Backend, device: str, number: int, nbytes
     found = session.open(key, name=f"model {number}", engine="bench", device=device, publish=True, timeout_s=60.0)
     if found is not None:
         raise SystemExit(f"{key} is there already")
-    planned, _ = session.plan(key, blobs)
+    planned, fds = session.plan(key, blobs)
+    fds.close()
     mappings = []
     for segment in planned.segments:
-        fd = session.fill(key, segment.id)
-        mappings.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
-        os.close(fd)
+        with session.fill(key, segment.id) as fd:
+            mappings.append(Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes)))
         mappings[-1].map(Access.WRITE)
     for place, data in zip(planned.places, contents, strict=True):
         write(device, mappings[place.segment].address + place.offset, data)
@@ -108,8 +109,7 @@ def publish(session: Session, backend: Backend, device: str, number: int, nbytes
         key=key, name=f"model {number}", engine="bench", device=device, blobs=blobs, tensors=tensors, state={}
     )
     _, fds = session.commit(manifest)
-    for fd in fds:
-        os.close(fd)
+    fds.close()
 
 
 def wait(what: str, condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
@@ -132,7 +132,7 @@ def kill_both(keeper: int, store: int) -> None:
         os.close(pidfd)
 
 
-def attach(directory: Path, device: str, key: str) -> tuple[Session, Any, tuple[int, ...], float]:
+def attach(directory: Path, device: str, key: str) -> tuple[Session, Any, OwnedFds, float]:
     """A new client of a model, and when it was greeted."""
     session = Session.connect(directory, name="new", autostart=False, timeout_s=60.0)
     greeted = time.perf_counter()
@@ -171,8 +171,7 @@ def measure(device: str, models: int, nbytes: int, rounds: int) -> dict[str, Any
             session, _, fds, greeted = attach(directory, device, key_of(models - 1))
             times.setdefault("kill_to_attached_s", []).append(time.perf_counter() - started)
             times.setdefault("kill_to_serving_s", []).append(greeted - started)
-            for fd in fds:
-                os.close(fd)
+            fds.close()
             session.close()
             wait("the holder is back", lambda: holder.alive and holder.store_pid != pid)  # noqa: B023 - used at once
             wait("all models have their reader", back(directory, models))
@@ -201,10 +200,10 @@ def check(directory: Path, backend: Backend, device: str, number: int) -> None:
     """A new client finds the bytes that were published."""
     session, attached, fds, _ = attach(directory, device, key_of(number))
     mappings = []
-    for segment, fd in zip(attached.segments, fds, strict=True):
-        mappings.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
-        os.close(fd)
-        mappings[-1].map(Access.READ)
+    with fds:
+        for segment, fd in zip(attached.segments, fds.filenos(), strict=True):
+            mappings.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
+            mappings[-1].map(Access.READ)
     nbytes = 0
     for index, place in enumerate(attached.places[:: TENSORS // 10]):
         expected = bytes_of(number * TENSORS + index * (TENSORS // 10) + 1, nbytes := nbytes or blob_bytes(attached))
@@ -226,7 +225,7 @@ def first_gpu() -> tuple[str, str]:
     """The first GPU's UUID, with a context on it for this process's copies; and its name."""
     from cuda.bindings import driver
 
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     device = next(iter(visible_gpus()))
     for error, *_ in (

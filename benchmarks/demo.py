@@ -38,7 +38,7 @@ from rich.table import Table
 from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Answer, Server, ServerError
 
 from shared_store.base.status import Status
-from shared_store.memory.cuda.vmm import visible_gpus
+from shared_store.memory.cuda.driver import visible_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -155,10 +155,11 @@ def _watch_wooly(watch: Stopwatch, loaded: dict[str, Any]) -> None:
     import wooly_vllm
     from shared_store.client.identify import Checkpoint
     from shared_store.client.session import Session
+    from shared_store.torch import load
     from shared_store.torch.bind import Binder
-    from shared_store.torch.mapped_model import MappedBlobs
+    from shared_store.torch.mapped_model import MappedModel
     from wooly_vllm import compat
-    from wooly_vllm.loading import loader
+    from wooly_vllm.loading import inner_loader, loader
     from wooly_vllm.memory import accounting
 
     wooly_vllm.register()  # vLLM does so too, where wooly is installed and not only on the path
@@ -166,21 +167,21 @@ def _watch_wooly(watch: Stopwatch, loaded: dict[str, Any]) -> None:
     watch.watch(Session, "connect", "connect")
     watch.watch(Session, "open", "open")
     watch.watch(Checkpoint, "_hash", "hash")
-    watch.watch(MappedBlobs, "map_for_reading", "map")
+    watch.watch(MappedModel, "map_for_reading", "map")
     watch.watch(compat, "initialize", "build")
     watch.watch(compat, "post_process_bound", "post_process")
     watch.watch(Binder, "bind", "bind")
-    watch.watch(loader, "publish", "publish")
-    watch.watch(loader.InnerLoader, "load_model", "inner_load")
-    _watch_publish_memory(loader, loaded)
+    watch.watch(load, "publish", "publish")
+    watch.watch(inner_loader.InnerLoader, "load_model", "inner_load")
+    _watch_publish_memory(load, loaded)
     _watch_load(loader.WoolyLoader, watch, loaded)
 
 
-def _watch_publish_memory(loader: Any, loaded: dict[str, Any]) -> None:
+def _watch_publish_memory(load: Any, loaded: dict[str, Any]) -> None:
     """Note the GPU's memory at the moment when the model is loaded and publishing begins."""
     import torch
 
-    stock = loader.publish
+    stock = load.publish
 
     def publish(*args: Any, **kwargs: Any) -> Any:
         torch.cuda.synchronize()
@@ -191,7 +192,7 @@ def _watch_publish_memory(loader: Any, loaded: dict[str, Any]) -> None:
         )
         return stock(*args, **kwargs)
 
-    loader.publish = publish
+    load.publish = publish
 
 
 def ipc_sender(talk: Talk, job: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def _check(node: StoreNode, session: Session, fds: int, patience_s: float) -> di
         raise LeftoverError(f"the store has no models, and {cpu}")
     wait_until(lambda: node.usage().fds <= fds, f"the store to have no more than the {fds} fds that it had", patience_s)
     for number in range(LEASES):
-        with session.lease(f"lease-{number}", LEFT_ALONE_S):  # at once, or somebody dead still holds it
+        with session.turn(f"lease-{number}", LEFT_ALONE_S):  # at once, or somebody dead still holds it
             pass
     return figures
 

@@ -34,6 +34,7 @@ from shared_store.base.manifest import decode
 from shared_store.client.session import Session
 from shared_store.memory import Access
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds
 
 MODELS = 24
 LEASES = 4
@@ -89,7 +90,7 @@ class Life:
         if what < 0.8:
             self._use(session, model)
         elif what < 0.9:
-            with session.lease(f"lease-{model % LEASES}", WAIT_S):
+            with session.turn(f"lease-{model % LEASES}", WAIT_S):
                 self._step(session)
                 session.recall_files(())
         else:
@@ -138,7 +139,7 @@ class Life:
         self._count("published")
         self._read(session, attached, fds)
 
-    def _read(self, session: Session, attached: messages.Attached, fds: tuple[int, ...]) -> None:
+    def _read(self, session: Session, attached: messages.Attached, fds: OwnedFds) -> None:
         """Map it, and check one blob; write into another, which must reach nobody."""
         with mapped(attached.segments, fds, Access.READ) as mappings:
             self._step(session)

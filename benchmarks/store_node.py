@@ -30,6 +30,7 @@ from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping, MemfdBackend
 from shared_store.protocol import messages
 from shared_store.runtime import spawn
+from shared_store.runtime.fds import OwnedFds
 
 HERE = Path(__file__).resolve().parent
 PUBLISHER = "benchmark"
@@ -152,7 +153,7 @@ def manifest(model: str, blobs: Sequence[Blob]) -> Manifest:
 
 def open_model(
     session: Session, model: str, *, publish: bool = True, timeout_s: float = 60.0
-) -> tuple[messages.Attached, tuple[int, ...]] | None:
+) -> tuple[messages.Attached, OwnedFds] | None:
     """What :meth:`Session.open` says of a model on the CPU."""
     return session.open(
         model, name=f"model-{model[-4:]}", engine=PUBLISHER, device="cpu", publish=publish, timeout_s=timeout_s
@@ -160,17 +161,14 @@ def open_model(
 
 
 @contextlib.contextmanager
-def mapped(segments: Sequence[messages.SegmentInfo], fds: Sequence[int], access: Access) -> Iterator[list[Mapping]]:
+def mapped(segments: Sequence[messages.SegmentInfo], fds: OwnedFds, access: Access) -> Iterator[list[Mapping]]:
     """The segments of a reply, mapped for as long as the block runs. Takes the fds."""
     made: list[Mapping] = []
     try:
-        try:
-            for segment, fd in zip(segments, fds, strict=True):
+        with fds:
+            for segment, fd in zip(segments, fds.filenos(), strict=True):
                 made.append(Mapping(_backend, _backend.import_fd(fd, segment.nbytes)))
                 made[-1].map(access)
-        finally:
-            for fd in fds:
-                os.close(fd)
         yield made
     finally:
         for mapping in made:
@@ -182,8 +180,8 @@ def fill(session: Session, model: str, planned: messages.Planned, parts: Sequenc
     for index, segment in enumerate(planned.segments):
         if not segment.promised:
             continue
-        fd = session.fill(model, segment.id)
-        with mapped((segment,), (fd,), Access.WRITE) as (mapping,):
+        fds = OwnedFds([session.fill(model, segment.id)])
+        with mapped((segment,), fds, Access.WRITE) as (mapping,):
             for place, (number, nbytes) in zip(planned.places, parts, strict=True):
                 if place.new and place.segment == index:
                     ctypes.memmove(mapping.address + place.offset, content(number, nbytes), nbytes)
@@ -198,10 +196,9 @@ def publish(session: Session, model: str, parts: Sequence[tuple[int, int]]) -> N
     close_all(session.commit(manifest(model, blobs))[1])
 
 
-def close_all(fds: Sequence[int]) -> None:
+def close_all(fds: OwnedFds) -> None:
     """Close fds that are not needed."""
-    for fd in fds:
-        os.close(fd)
+    fds.close()
 
 
 def versions() -> dict[str, Any]:

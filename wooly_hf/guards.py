@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from shared_store.base.errors import SharedWriteError
 from shared_store.memory import Mapping
 from shared_store.runtime.import_hooks import when_imported
-from shared_store.torch.where import mapping_of
+from shared_store.torch.mapping_registry import mapping_of
 from wooly_hf import compat
 from wooly_hf.sharing import unshare
 

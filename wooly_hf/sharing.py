@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shared_store.torch.mapping_registry import mapping_of, written_bytes
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.views import StorageKey, storage_key
-from shared_store.torch.where import mapping_of, written_bytes
 
 
 @dataclass(frozen=True)

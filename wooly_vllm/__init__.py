@@ -1,18 +1,21 @@
 """wooly for vLLM: ``vllm serve MODEL --load-format wooly``, or any command line with ``WOOLYAI_WEIGHTS_DEDUP=1``.
 
-vLLM calls :func:`register` in every process of an engine, through the entry point ``vllm.general_plugins``.
+vLLM calls :func:`register` in every process of an engine, through the entry point ``vllm.general_plugins``. The public
+names are those of :data:`__all__`, and the command ``python -m wooly_vllm.canary``.
 """
 
 from __future__ import annotations
 
 import logging
 
+__all__ = ["register"]
+
 
 def register() -> None:
-    """Make the load format ``wooly`` known to vLLM. Idempotent; touches no device and starts nothing.
+    """Register the load format ``wooly`` with vLLM. Idempotent; touches no device and starts no process.
 
-    Where this vLLM has no longer what wooly needs, engines that ask for the load format end with advice; others, which
-    have nothing to do with wooly, go on.
+    If this vLLM has moved a name that wooly relies on, engines that request the load format fail with advice. Engines
+    with other load formats start as ever.
     """
     from shared_store.base.errors import ConfigError
     from wooly_vllm import compat
@@ -20,7 +23,7 @@ def register() -> None:
     try:
         _register()
     except ConfigError as error:
-        compat.logger().error("wooly: nothing can be shared, and --load-format wooly is refused: %s", error)
+        compat.logger().error("wooly: cannot share weights, --load-format wooly is refused: %s", error)
         compat.refuse_format("wooly", error)
 
 
@@ -29,10 +32,10 @@ def _register() -> None:
     from wooly_vllm import compat, cpu_dispatch
     from wooly_vllm.loading.loader import AutoLoader, WoolyLoader
     from wooly_vllm.memory import accounting
-    from wooly_vllm.residency import sleep as sleeping
+    from wooly_vllm.residency import sleep
 
     compat.when_on_gpu(accounting.install)
-    compat.when_on_gpu(sleeping.install_in_engine)
+    compat.when_on_gpu(sleep.install_in_engine)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()
@@ -42,7 +45,7 @@ def _register() -> None:
 
 
 def _log_with_vllm() -> None:
-    """Let the store's client log where vLLM does: its workers give other loggers no handler."""
+    """Give the logger of ``shared_store`` vLLM's handlers: its workers configure no others."""
     ours, theirs = logging.getLogger("shared_store"), logging.getLogger("vllm")
     for handler in theirs.handlers:
         if handler not in ours.handlers:

@@ -24,7 +24,7 @@ from shared_store.torch.load import SHARE_MIN_BYTES
 from shared_store.torch.reach import Step, tensors_from
 from shared_store.torch.views import bytes_in, storage_key
 from wooly_vllm import compat
-from wooly_vllm.loading.loader import InnerLoader
+from wooly_vllm.loading.inner_loader import InnerLoader
 
 LOAD_FORMAT = "wooly-canary"
 

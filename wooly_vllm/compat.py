@@ -118,6 +118,11 @@ def refuse_format(name: str, error: ConfigError) -> None:
     formats[name] = refuse
 
 
+def device_of(vllm_config: Any) -> torch.device:
+    """Return the device of an engine's weights."""
+    return torch.device(vllm_config.device_config.device)
+
+
 def gpu_of(local_rank: int) -> torch.device:
     """The GPU, as this process numbers them, of one of the ranks on this node."""
     (platform,) = find("vllm.platforms", "current_platform")

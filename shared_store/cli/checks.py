@@ -161,7 +161,7 @@ def host_memory() -> Check:
         try:
             backend.seal(segment)
             try:
-                os.pwrite(segment.fd, b"x", 0)
+                os.pwrite(segment.fd.fileno(), b"x", 0)
             except PermissionError:
                 return Check(
                     name, "ok", f"memfd and seals work, {size(backend.free_bytes())} free; /dev/shm is not used"

@@ -125,7 +125,7 @@ def command(
         pid = start_detached(options, timeout_s=DETACHED_WITHIN_S)
         print(f"started a store (its keeper is pid {pid}) in {options.runtime_dir}")
     else:
-        from shared_store.keeper.main import run
+        from shared_store.keeper.startup import run
 
         raise typer.Exit(run(options))
 

@@ -1,4 +1,4 @@
-"""The client: connects to the store (and starts one), maps models, publishes them, and binds them to modules.
+"""The client: a session with the store (started if needed), checkpoint digests, and compaction of device memory.
 
-``session`` and ``mapping`` need no torch; what deals in tensors does.
+Needs no torch; :mod:`shared_store.torch` is the part that handles tensors.
 """

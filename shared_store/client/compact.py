@@ -1,9 +1,9 @@
-"""Compaction by a client: copies blobs to where the store wants them, for memory that the store cannot read itself.
+"""Compaction by a client, for device memory that the store cannot read: copy blobs to the segments that it plans.
 
-Needs no torch. On a GPU it needs cuda-bindings for copying and CuPy for digests. What is copied is digested where it
-lies now, before the store is told; in host memory the store digests it once more itself.
+Needs no torch. On a GPU it needs cuda-bindings to copy and CuPy to digest. Every copy is verified on its device before
+the store switches to it; in host memory the store verifies it again.
 
-A client that ends in the middle leaves everything as it was.
+A client that ends in the middle changes nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from shared_store.base.digest import digest_at
 from shared_store.base.errors import DigestMismatchError
 from shared_store.client.session import Session
 from shared_store.memory import Backend, Mapping, backend_for
-from shared_store.memory.blob_copy import Copy, close_all, copy_blobs, copy_host
+from shared_store.memory.mapping import close_all
+from shared_store.memory.registry import transfer_for
+from shared_store.memory.transfer import Copy, Transfer, copy_blobs
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
 
 
 class Compacted(NamedTuple):
-    """What compacting a device came to: ``segments`` that were made, bytes ``moved`` there, bytes ``freed``."""
+    """The result of compacting a device: new segments, bytes that were copied to them, and bytes that were freed."""
 
     device: str
     segments: int
@@ -31,21 +32,28 @@ class Compacted(NamedTuple):
 
 
 def compact(session: Session, device: str, backend: Backend | None = None) -> Compacted:
-    """Copy segment by segment, until the store has nothing more to gain.
+    """Compact a device, segment by segment, until nothing more would be freed.
+
+    Args:
+        session: the connection.
+        device: the store's name of the device.
+        backend: of the device; None chooses it.
 
     Raises:
-        UnknownDeviceError: the store, or this process, has no such device.
-        DigestMismatchError: a copy is wrong; what it is a copy of may be, too (`wooly verify`).
+        UnknownDeviceError: the store, or this process, does not have the device.
+        DigestMismatchError: a copy differs from its digest. The original may be damaged too (`wooly verify`).
     """
     found = session.compact(device)
     segments = moved = freed = 0
     if found:
         with _worker(backend or backend_for(device)) as work:
             while found:
-                work.copy(*found)
-                switched = session.compacted(found[0].target.id)
+                task, fds = found
+                with fds:
+                    work.copy(task, fds.filenos())
+                switched = session.compacted(task.target.id)
                 if not switched.freed_bytes:
-                    break  # readers came meanwhile
+                    break  # new readers use the old segments
                 segments += 1
                 moved, freed = moved + switched.moved_bytes, freed + switched.freed_bytes
                 found = session.compact(device)
@@ -53,45 +61,44 @@ def compact(session: Session, device: str, backend: Backend | None = None) -> Co
 
 
 class _Worker(NamedTuple):
-    """Copies and digests memory of one device, by addresses."""
+    """Copies and digests memory of one device, by address."""
 
     backend: Backend
-    copy_bytes: Callable[[int, int, int], None]
-    settle: Callable[[], None]
+    transfer: Transfer
     digests: Callable[[Sequence[tuple[int, int]]], list[bytes]]
 
     def copy(self, task: messages.Compacting, fds: Sequence[int]) -> None:
-        """Make the moves of a task and check them; its fds are closed, and nothing stays mapped."""
+        """Copy and verify the blobs of a task, and unmap all segments.
+
+        Args:
+            task: the store's answer.
+            fds: descriptors of the target and the sources, borrowed.
+        """
         copies = [Copy(move.source, move.start, move.offset, move.nbytes) for move in task.moves]
         mappings: list[Mapping] = []
         try:
             for segment, fd in zip((task.target, *task.sources), fds, strict=True):
                 mappings.append(Mapping(self.backend, self.backend.import_fd(fd, segment.nbytes)))
             target, *sources = mappings
-            copy_blobs(sources, target, copies, self.copy_bytes)
-            self.settle()
+            copy_blobs(self.transfer, sources, target, copies)
+            self.transfer.settle()
             found = self.digests([(target.address + move.offset, move.nbytes) for move in task.moves])
         finally:
-            close_fds(fds)
             close_all(mappings)
         for move, digest in zip(task.moves, found, strict=True):
             if digest != move.digest:
                 raise DigestMismatchError(
-                    f"the copy of blob {move.digest.hex()[:16]} has digest {digest.hex()[:16]}: nothing was changed; "
-                    "`wooly verify --all` finds out whether the blob itself is wrong"
+                    f"the copy of blob {move.digest.hex()[:16]} has digest {digest.hex()[:16]}; nothing was changed. "
+                    "`wooly verify --all` checks whether the blob itself is damaged"
                 )
 
 
 @contextmanager
 def _worker(backend: Backend) -> Iterator[_Worker]:
-    if backend.ordinal is None:
-        yield _Worker(backend, copy_host, lambda: None, lambda spans: [digest_at(*span) for span in spans])
-        return
-    from shared_store.memory.cuda.blob_copy import DeviceCopies
-    from shared_store.memory.cuda.digests import CudaDigests
+    with transfer_for(backend) as transfer:
+        if backend.ordinal is None:
+            yield _Worker(backend, transfer, lambda spans: [digest_at(*span) for span in spans])
+            return
+        from shared_store.memory.cuda.digests import CudaDigests
 
-    copies = DeviceCopies(backend.ordinal)
-    try:
-        yield _Worker(backend, copies.copy, copies.settle, CudaDigests(backend.ordinal).digest_many)
-    finally:
-        copies.close()
+        yield _Worker(backend, transfer, CudaDigests(backend.ordinal).digest_many)

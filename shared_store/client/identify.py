@@ -1,4 +1,4 @@
-"""What a checkpoint's bytes are, with at most one process of the node reading them to find out."""
+"""The digest of a checkpoint's files. At most one process of a node reads them to compute it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from shared_store.client.session import Session
 
 
 class Checkpoint:
-    """A checkpoint's weight files as they are now.
+    """The weight files of a checkpoint, as they were when this object was made.
 
-    Names are relative to the checkpoint, so that the same files elsewhere are the same checkpoint.
+    Names are relative to the checkpoint, so that a copy of the files is the same checkpoint.
     """
 
     def __init__(self, files: Sequence[tuple[str, Path]]) -> None:
-        """Note the identity of each file (name in the checkpoint, path). Raises :class:`CheckpointError`."""
+        """Record the identity of each file (size, times, inode).
+
+        Args:
+            files: name in the checkpoint, and path.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
         self._names = [name for name, _ in files]
         self._paths = [path for _, path in files]
         self._ids = [file_id(path) for path in self._paths]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of the files in bytes."""
         return sum(identity.size for identity in self._ids)
 
     def unchanged(self) -> None:
-        """Raise :class:`CheckpointError` if a file is not what it was when this object was made."""
+        """Raise :class:`CheckpointError` if a file has changed since this object was made."""
         for path, before in zip(self._paths, self._ids, strict=True):
             if file_id(path) != before:
                 raise CheckpointError(f"{path} changed while it was being loaded; load again when it is complete")
@@ -43,41 +50,43 @@ class Checkpoint:
     def digest(
         self, session: Session, *, timeout_s: float, progress: Callable[[int], None] | None = None
     ) -> Iterator[bytes]:
-        """The checkpoint's digest, from the store's memory or by hashing the files.
+        """Compute the checkpoint digest, from digests that the store remembers or by hashing the files.
 
-        Of several processes that ask at once, one hashes, and it stays first in line until the block ends: what it
-        asks of the store in the block comes before what the others ask. The process that had to read the files is
-        so also the one that loads them.
+        Of several processes that need it at once, one hashes. The others wait until its block ends, so that its
+        requests in the block reach the store first: the process that has read the files also loads the model.
 
         Args:
             session: connected to the store, which remembers digests of files.
-            timeout_s: how long another process may take to hash.
+            timeout_s: seconds that another process may take to hash.
             progress: called with bytes hashed since the last call.
+
+        Yields:
+            The digest, 32 bytes.
 
         Raises:
             CheckpointError: a file cannot be read or changes.
-            TimedOutError: another process hashes for too long.
+            TimedOutError: another process did not finish in time.
         """
         known = session.recall_files(self._ids)
         if all(known):
             yield self._combine(known)
             return
-        lease = "checkpoint:" + digest.digest(msgspec.msgpack.encode(self._ids)).hex()
-        with session.lease(lease, timeout_s):
+        turn = "checkpoint:" + digest.digest(msgspec.msgpack.encode(self._ids)).hex()
+        with session.turn(turn, timeout_s):
             known = session.recall_files(self._ids)
             if not all(known):
                 hashed = self._hash(known, progress)
                 try:
                     yield self._combine(known)
                 finally:
-                    # Told only now: whoever asked meanwhile waits for the lease, and so comes after the block.
-                    with contextlib.suppress(StoreUnavailableError):  # the next one who needs it hashes again
+                    # Only now: a process that finds the digests remembered does not wait for the turn.
+                    with contextlib.suppress(StoreUnavailableError):  # another process hashes again
                         session.remember_files([(found.file, found.digest) for found in hashed if found.settled])
                 return
         yield self._combine(known)
 
     def _hash(self, known: list[bytes | None], progress: Callable[[int], None] | None) -> list[HashedFile]:
-        """Fill in the digests that are missing; returns what was hashed for that."""
+        """Hash the files without a digest, fill in ``known``, and return what was hashed."""
         missing = [index for index, found in enumerate(known) if not found]
         _settle([self._ids[index] for index in missing])
         hashed = hash_files([self._paths[index] for index in missing], progress=progress)
@@ -91,7 +100,7 @@ class Checkpoint:
 
 
 def _settle(files: Sequence[FileId]) -> None:
-    """Wait until files written a moment ago are old enough for their digests to be remembered (see ``checkpoint``)."""
+    """Wait until recently written files are old enough for their digests to be remembered (see ``checkpoint``)."""
     newest = max(max(file.mtime_ns, file.ctime_ns) for file in files) / 1e9
     wait = newest + SETTLED_S - time.time()
     if 0 < wait <= SETTLED_S:

@@ -1,7 +1,7 @@
-"""One connection to a store: the greeting, calls and their answers, pushes.
+"""One connection to a store: the greeting, calls with their answers, and pushes.
 
-One thread reads: it hands answers to the calls that wait for them. When the connection ends, that thread tells so and
-ends; a link never comes back, see :mod:`shared_store.client.session` for what does.
+A thread reads, and passes each answer to the call that waits for it. A link whose connection has ended cannot be used
+again; :mod:`shared_store.client.connection` makes a new one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import shared_store
@@ -24,22 +24,30 @@ from shared_store.base.errors import (
     by_code,
 )
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
-_Answer = queue.SimpleQueue[tuple[messages.StoreMessage, tuple[int, ...]] | WoolyError]
+_Answer = queue.SimpleQueue[tuple[messages.Reply, OwnedFds] | WoolyError]
 
 CALL_TIMEOUT_S = 60.0
-"""Seconds that an answer may take which waits for nobody else."""
+"""Seconds until the answer to a request that does not wait for other clients."""
 
 
 class Link:
     """A connected client of a store."""
 
     def __init__(self, sock: socket.socket, name: str, over: Callable[[Link], None]) -> None:
-        """Greet the store at the other end of a connected socket, and begin to read.
+        """Greet the store, and start to read.
 
-        ``over`` is called in the reading thread once the connection has ended. The socket's time-out is the greeting's.
+        Args:
+            sock: connected to the store; its time-out limits the greeting. The link closes it.
+            name: shown for this client in the status.
+            over: called in the reading thread after the connection has ended.
+
+        Raises:
+            PermissionDeniedError, TooManyClientsError, ProtocolVersionError: the store refuses this client.
+            ConnectionLostError: the store did not answer the greeting.
         """
         self._channel = wire.BlockingChannel(sock)
         self._over = over
@@ -47,12 +55,14 @@ class Link:
         self._calls: dict[int, _Answer] = {}
         self._done = threading.Event()
         self.ended: WoolyError | None = None
-        """Why the connection ended; None: it stands."""
+        """Why the connection ended; None while it is open."""
         self.closing = False
-        with contextlib.suppress(ConnectionLostError):  # a store that refuses has said why, and does not listen
+        with contextlib.suppress(ConnectionLostError):  # a store that refuses sends its reason, and does not read
             self._channel.send(messages.encode(messages.Hello(messages.VERSION, name, shared_store.__version__)))
         try:
-            welcome = messages.decode_from_store(self._channel.receive().payload)
+            greeting = self._channel.receive()
+            greeting.fds.close()
+            welcome = messages.decode_from_store(greeting.payload)
             if isinstance(welcome, messages.Failed):
                 raise by_code(welcome.code)(welcome.message)
             if not isinstance(welcome, messages.Welcome):
@@ -62,14 +72,14 @@ class Link:
             raise
         self.welcome = welcome
         sock.settimeout(None)
-        # Sending may fail after a while instead of waiting for ever for a store that was stopped.
+        # To a stopped store, sending fails after this time instead of blocking forever.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CALL_TIMEOUT_S), 0))
         self._reader = threading.Thread(target=self._read, name="wooly-session", daemon=True)
         self._reader.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the store is still there."""
+        """True while the connection is open."""
         return self.ended is None and not self.closing
 
     def close(self) -> None:
@@ -81,7 +91,7 @@ class Link:
             self._done.wait()
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's connection, so that it ends when the parent does."""
+        """Close this process's copy of the socket. For a forked child: the connection stays the parent's."""
         self._channel.sock.close()
 
     def call(
@@ -89,62 +99,57 @@ class Link:
         request: messages.Request,
         kind: type[R] | tuple[type[R], ...],
         timeout_s: float = CALL_TIMEOUT_S,
-        fds: tuple[int, ...] = (),
-    ) -> tuple[R, tuple[int, ...]]:
-        """Ask, and wait for the answer; its fds are the caller's, those sent stay so.
+        fds: Sequence[int] = (),
+    ) -> tuple[R, OwnedFds]:
+        """Send a request, and wait for the answer and its descriptors.
+
+        Args:
+            request: the message.
+            kind: the type of answer that is expected.
+            timeout_s: seconds to wait for it.
+            fds: descriptors to send with the request, borrowed.
 
         Raises:
-            TimedOutError: it did not come in time. The link is closed then.
+            TimedOutError: no answer in time; the link is closed.
             ConnectionLostError: the connection ended.
-            WoolyError: what the store answered.
+            ProtocolError: an answer of another type.
+            WoolyError: the error that the store answered.
         """
         answer: _Answer = queue.SimpleQueue()
         with self._lock:
             if self.ended is not None:
-                raise type(self.ended)(str(self.ended))  # a new one each time: it would keep its callers' frames
+                raise type(self.ended)(str(self.ended))  # a new object: a traceback would keep frames alive
             self._calls[request.id] = answer
             self._channel.send(messages.encode(request), fds)
         try:
             result = answer.get(timeout=timeout_s)
         except queue.Empty:
-            self.close()  # the store may still grant what nobody waits for: only the connection's end settles it
+            self.close()  # the store may still grant the request: only the end of the connection revokes it
             late = answer.get()
             if not isinstance(late, WoolyError):
-                wire.close_fds(late[1])
+                late[1].close()
             raise TimedOutError(
                 f"the store did not answer `{type(request).__name__.lower()}` within {timeout_s:.0f} s; "
-                "`wooly status` shows who is busy"
+                "`wooly status` shows what it is doing"
             ) from None
         if isinstance(result, WoolyError):
             raise type(result)(str(result)) from result
         reply, received = result
+        if isinstance(reply, kind):
+            return reply, received
+        received.close()
         if isinstance(reply, messages.Failed):
             raise by_code(reply.code)(reply.message)
-        if not isinstance(reply, kind):
-            wire.close_fds(received)
-            raise ProtocolError(f"the store answered {type(request).__name__} with {type(reply).__name__}")
-        return reply, received
+        raise ProtocolError(f"the store answered {type(request).__name__} with {type(reply).__name__}")
 
     def _read(self) -> None:
         try:
             while True:
                 frame = self._channel.receive()
-                message = messages.decode_from_store(frame.payload)
-                if isinstance(message, messages.Push):
-                    self._pushed(message)
-                    wire.close_fds(frame.fds)
-                elif isinstance(message, messages.Failed) and message.id == 0:
-                    raise by_code(message.code)(message.message)
-                elif isinstance(message, messages.Reply):
-                    with self._lock:
-                        answer = self._calls.pop(message.id, None)
-                    if answer is None:
-                        wire.close_fds(frame.fds)
-                    else:
-                        answer.put((message, frame.fds))
+                self._received(frame.payload, frame.fds)
         except WoolyError as error:
             if not self.closing and not isinstance(error, ConnectionLostError):
-                log.error("wooly: the store ended the connection: %s", error)
+                log.error("wooly: the store ended the connection: %s [%s]", error, error.code)
             with self._lock:
                 self.ended = error
                 for answer in self._calls.values():
@@ -154,11 +159,27 @@ class Link:
         self._done.set()
         self._over(self)
 
+    def _received(self, payload: bytes, fds: OwnedFds) -> None:
+        """Pass an answer to its call, or act on a push. Closes descriptors that no call takes."""
+        with contextlib.ExitStack() as unclaimed:
+            unclaimed.enter_context(fds)
+            message = messages.decode_from_store(payload)
+            if isinstance(message, messages.Push):
+                self._pushed(message)
+            elif isinstance(message, messages.Failed) and message.id == 0:
+                raise by_code(message.code)(message.message)
+            elif isinstance(message, messages.Reply):
+                with self._lock:
+                    answer = self._calls.pop(message.id, None)
+                if answer is not None:
+                    unclaimed.pop_all()
+                    answer.put((message, fds))
+
     def _pushed(self, push: messages.Push) -> None:
         if push.kind == "waiting":
             log.info("wooly: waiting for %s", push.detail)
         elif push.kind == "shutdown":
-            log.warning("wooly: the store ends; what is mapped stays mapped")
+            log.warning("wooly: the store is shutting down; mapped weights stay mapped")
         else:
             with self._lock:
                 self._channel.send(messages.encode(messages.Unsupported(push.push)))

@@ -1,37 +1,32 @@
-"""What a session keeps of a model that it reads: enough to give it back to a store that lost it.
+"""A model that a session reads, as it is retained to rejoin a restarted store: the manifest, and duplicate descriptors.
 
-The fds are few (one a segment) and cost nothing while the store has the memory anyway. They are closed with the last
-reference, so that a session may be closed by any thread while another one is giving the model back.
+One descriptor for each segment; they add no memory while the store has the segments. They are closed when the last
+reference to the object is gone, because one thread may close a session while another offers the model to a store.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
+import weakref
 
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
+from shared_store.runtime.fds import OwnedFds
 
 
-class Holding:
-    """One model: what the store said of it, and an fd of each of its segments."""
+class RetainedModel:
+    """The store's answer about a model, and a descriptor for each of its segments."""
 
-    def __init__(self, attached: messages.Attached, fds: Sequence[int]) -> None:
-        """Keep copies of the fds, which stay the caller's."""
+    def __init__(self, attached: messages.Attached, fds: OwnedFds) -> None:
+        """Duplicate the descriptors; ``fds`` is only borrowed. Raises :class:`OSError` without a free descriptor."""
         self.attached = attached
         self.private_bytes = 0
-        self.fds = tuple(os.dup(fd) for fd in fds)
+        self.fds = OwnedFds.duplicates(fds.filenos())
+        weakref.finalize(self, self.fds.close)
 
     def rejoin(self, number: int, key: str) -> messages.Rejoin:
-        """The request to be a reader again."""
+        """Return the request to become a reader again."""
         return messages.Rejoin(number, key, tuple(one.id for one in self.attached.segments), self.private_bytes)
 
     def offer(self, number: int, key: str) -> messages.Offer:
-        """The request to take the model back; :attr:`fds` go with it."""
+        """Return the request that offers the model's segments; :attr:`fds` are sent with it."""
         found = self.attached
         return messages.Offer(number, key, found.manifest, found.places, found.segments, self.private_bytes)
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # the process's end closes everything anyway
-            close_fds(self.__dict__.get("fds", ()))

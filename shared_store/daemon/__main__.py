@@ -1,45 +1,28 @@
-"""``python -m shared_store.daemon [RUNTIME_DIR [READY_FD [OPTIONS [CONTROL_FD]]]]``: a store in the foreground.
+"""Run a store in the foreground: ``python -m shared_store.daemon [RUNTIME_DIR [READY_FD [OPTIONS [CONTROL_FD]]]]``.
 
-Its keeper runs it so, and says all the rest over the socket CONTROL_FD; the directory is for people who look at
-processes. Without CONTROL_FD it is a store without a keeper: OPTIONS is a ``ServeOptions`` as JSON, or the
-environment's settings hold, and one byte is written to READY_FD: "1" once clients can connect, "0" when the directory
-has a store already. The command line's imports are left out: they cost time.
+A keeper starts its store with CONTROL_FD, a socket over which the store receives everything else. RUNTIME_DIR is then
+for people who list processes. Without CONTROL_FD it is a store without a keeper. The arguments are described in
+:mod:`shared_store.runtime.command`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import sys
-from pathlib import Path
 
-from shared_store.base.errors import StoreRunningError, WoolyError
-from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.command import Arguments, exit_code
 from shared_store.store.app import run, run_kept
 
 
 def main() -> int:
-    """Run the store; one line on stderr and the error's exit code when it cannot."""
-    directory, ready_fd, given, control_fd = [*sys.argv[1:], "", "", "", ""][:4]
-    try:
-        if control_fd:
-            return run_kept(int(control_fd))
-        options = ServeOptions.from_json(given)
-        if directory:
-            options = dataclasses.replace(options, runtime_dir=Path(directory))
-        return run(options, ready=lambda: _tell(ready_fd, b"1"))
-    except WoolyError as error:
-        if isinstance(error, StoreRunningError):
-            _tell(ready_fd, b"0")
-        print(f"wooly: {error} [{error.code}]", file=sys.stderr)  # noqa: T201 - this is a command
-        return error.exit_code
+    """Run the store. Return its exit code; on an error, print one line to stderr first."""
+    arguments = Arguments.parse(sys.argv)
+    return exit_code(arguments, lambda: _run(arguments))
 
 
-def _tell(ready_fd: str, what: bytes) -> None:
-    if ready_fd:
-        os.chdir("/")  # a store that nobody watches must not keep a file system busy
-        os.write(int(ready_fd), what)
-        os.close(int(ready_fd))
+def _run(arguments: Arguments) -> int:
+    if arguments.inherited is not None:
+        return run_kept(arguments.inherited.detach())
+    return run(arguments.serve_options(), ready=arguments.report_ready)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from shared_store.disk.saved import SavedModel
 from shared_store.disk.saver import save_later
 from shared_store.disk.verify import mismatched, quarantine
 from shared_store.memory import Backend
-from shared_store.protocol import messages, wire
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
 from shared_store.transfer.copier import Progress, copier_for, unheard
 from shared_store.transfer.reading import duplicated, mapped
 
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 _TRIES: Final = 4
 """Answers of the store that are looked at. What is wrong is quarantined or refused each time: more are not needed."""
 
-Opened: TypeAlias = tuple[messages.Attached, tuple[int, ...]]
-"""The store's description of a model, and the fds of its segments (the caller's)."""
+Opened: TypeAlias = tuple[messages.Attached, OwnedFds]
+"""The store's description of a model, and descriptors of its segments."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,14 @@ def _sound(session: Session, need: Need, backend: Backend, opened: Opened) -> bo
     """Whether the bytes are what their digests say. If not, they are out of service, and nothing of them is kept."""
     attached, fds = opened
     try:
-        with copier_for(backend) as copier, mapped(backend, attached, duplicated(fds)) as holding:
+        with copier_for(backend) as copier, mapped(backend, attached, duplicated(fds.filenos())) as holding:
             wrong = mismatched(holding, copier)
     except BaseException:
-        wire.close_fds(fds)
+        fds.close()
         raise
     if not wrong:
         return True
-    wire.close_fds(fds)
+    fds.close()
     log.error(
         "wooly: %d blobs of %s are not what their digests say: they are quarantined, and not used",
         len(wrong),

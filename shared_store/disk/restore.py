@@ -8,9 +8,7 @@ again.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator
 from typing import Final, Literal
 
 import msgspec
@@ -19,8 +17,10 @@ from shared_store.base.errors import SavedModelError, WoolyError
 from shared_store.base.manifest import Manifest
 from shared_store.client.session import Session
 from shared_store.disk.saved import SavedModel
-from shared_store.memory import Access, Backend, Mapping, backend_for
-from shared_store.protocol import messages, wire
+from shared_store.memory import Backend, backend_for
+from shared_store.memory.mapping import map_writable
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, copier_for, unheard
 from shared_store.transfer.workers import Workers
 
@@ -30,7 +30,7 @@ WAIT_S: Final = 1800.0
 
 def restore(
     session: Session, saved: SavedModel, backend: Backend, progress: Progress = unheard
-) -> tuple[messages.Attached, tuple[int, ...]]:
+) -> tuple[messages.Attached, OwnedFds]:
     """Publish a saved model. The session must have been granted its key, and becomes its reader.
 
     Args:
@@ -40,7 +40,7 @@ def restore(
         progress: called with bytes read.
 
     Returns:
-        The store's answer; the fds are the caller's.
+        The store's answer, and descriptors of the segments.
 
     Raises:
         SavedModelError: the files are not what was saved. As after every error, the publication is still the session's,
@@ -58,7 +58,7 @@ def _fill(
 ) -> None:
     """Read the blobs that are new to the store, and check them. Nothing stays mapped."""
     planned, fds = session.plan(manifest.key, manifest.blobs)
-    wire.close_fds(fds)  # of segments that exist: this process need not see them
+    fds.close()  # of segments that exist: this process need not see them
     wanted: dict[int, list[tuple[bytes, int]]] = {}
     for blob, place in zip(manifest.blobs, planned.places, strict=True):
         if place.new:
@@ -69,7 +69,7 @@ def _fill(
             for number, info in enumerate(planned.segments):
                 if not info.promised:
                     continue
-                address = mapped.enter_context(_writable(backend, session.fill(manifest.key, info.id), info.nbytes))
+                address = mapped.enter_context(map_writable(backend, session.fill(manifest.key, info.id), info.nbytes))
                 for digest, offset in wanted.get(number, ()):
                     stored = saved.places[digest]
                     spans[digest] = (address + offset, stored.bytes)
@@ -82,20 +82,6 @@ def _fill(
                     f"{saved.files[stored.file].name} was changed: its {stored.bytes} bytes from {stored.offset} on "
                     f"have digest {actual.hex()[:16]}, and were saved with {digest.hex()[:16]}"
                 )
-
-
-@contextlib.contextmanager
-def _writable(backend: Backend, fd: int, nbytes: int) -> Iterator[int]:
-    """Map a segment for writing, for the block; its address. Takes over the fd."""
-    try:
-        mapping = Mapping(backend, backend.import_fd(fd, nbytes))
-    finally:
-        os.close(fd)
-    try:
-        mapping.map(Access.WRITE)
-        yield mapping.address
-    finally:
-        mapping.close()
 
 
 class Restored(msgspec.Struct, frozen=True):
@@ -138,6 +124,6 @@ def restore_resident(session: Session, saved: SavedModel, device: str, progress:
             with contextlib.suppress(WoolyError):  # the first error is the one to tell
                 session.abandon(manifest.key, "a saved model could not be restored")
         raise
-    wire.close_fds(fds)
+    fds.close()
     session.leave(manifest.key)
     return Restored(manifest.key, manifest.name, device, result, sum(read), time.perf_counter() - began)

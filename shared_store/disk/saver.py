@@ -51,7 +51,7 @@ def run(cache: Cache, key: str) -> bool:
         if cache.find(key) is not None:
             return False
         model = committed(session.status().models, key)
-        with contextlib.nullcontext() if model.device == "cpu" else session.lease(f"start:{model.device}", _PATIENCE_S):
+        with contextlib.nullcontext() if model.device == "cpu" else session.turn(f"start:{model.device}", _PATIENCE_S):
             for left in cache.make_room(model.bytes):
                 log.info("%s left the cache to make room", left)
             saved = save_resident(session, model, cache.entry(key))

@@ -1,6 +1,6 @@
-"""The keeper: the store's parent, which holds what a store must not take with it when it dies.
+"""The keeper: the store's parent process. It retains the state that must outlive a store, and restarts the store.
 
-That is the listening socket, the lock of the runtime directory, an fd of every segment of a committed model, and a
-journal of what they are. It starts the store, and starts it again when it dies. It imports little and does little, so
-that nothing in it can fail that a store can do without: no torch, no CUDA, no Redis, no event loop.
+The state is the listening socket, the lock of the runtime directory, an fd of each segment of a committed model, and
+the models' metadata with a journal of it. The keeper imports little and decides little, so that it does not fail where
+a store can: no torch, no CUDA, no Redis, no event loop.
 """

@@ -1,9 +1,8 @@
-"""``python -m shared_store.keeper [RUNTIME_DIR [READY_FD [OPTIONS [HANDOVER_FD]]]]``: a keeper, and its store.
+"""Run a keeper and its store: ``python -m shared_store.keeper [RUNTIME_DIR [READY_FD [OPTIONS [HANDOVER_FD]]]]``.
 
-:mod:`shared_store.runtime.spawn` runs it so. OPTIONS is a ``ServeOptions`` as JSON; without it the environment's
-settings hold.
-One byte is written to READY_FD: "1" once clients are served, "0" when the directory has a store already. HANDOVER_FD
-brings what an earlier keeper had, options included.
+:mod:`shared_store.runtime.spawn` and stores without a keeper start it with these arguments, which are described in
+:mod:`shared_store.runtime.command`. They are an interface between versions. HANDOVER_FD is a memfd with the state of an
+earlier keeper, options included (:mod:`shared_store.protocol.handover`).
 """
 
 from __future__ import annotations
@@ -14,39 +13,30 @@ import sys
 from pathlib import Path
 
 import shared_store
-from shared_store.base.errors import StoreRunningError, WoolyError
-from shared_store.keeper.main import run, take_over
-from shared_store.runtime.options import ServeOptions
+from shared_store.keeper.startup import run, take_over
+from shared_store.runtime.command import Arguments, exit_code
 
 
 def main() -> int:
-    """Run the keeper; one line on stderr and the error's exit code when it cannot."""
-    directory, ready_fd, given, handover_fd = [*sys.argv[1:], "", "", "", ""][:4]
-    try:
-        if handover_fd:
-            _leave_directory()
-            return take_over(int(handover_fd))
-        options = ServeOptions.from_json(given)
-        options = dataclasses.replace(options, runtime_dir=Path(directory or options.runtime_dir).absolute())
+    """Run the keeper. Return its exit code; on an error, print one line to stderr first."""
+    arguments = Arguments.parse(sys.argv)
+    return exit_code(arguments, lambda: _run(arguments))
+
+
+def _run(arguments: Arguments) -> int:
+    if arguments.inherited is not None:
         _leave_directory()
-        return run(options, ready=lambda: _tell(ready_fd, b"1"))
-    except WoolyError as error:
-        if isinstance(error, StoreRunningError):
-            _tell(ready_fd, b"0")
-        print(f"wooly: {error} [{error.code}]", file=sys.stderr)  # noqa: T201 - this is a command
-        return error.exit_code
-
-
-def _tell(ready_fd: str, what: bytes) -> None:
-    if ready_fd:
-        os.write(int(ready_fd), what)
-        os.close(int(ready_fd))
+        return take_over(arguments.inherited)
+    options = arguments.serve_options()
+    options = dataclasses.replace(options, runtime_dir=options.runtime_dir.absolute())
+    _leave_directory()
+    return run(options, ready=arguments.report_ready)
 
 
 def _leave_directory() -> None:
-    """Nobody's process must not keep a file system busy. The stores that it starts find wooly all the same."""
+    """Change to ``/``, so that the keeper keeps no file system busy. Stores still find the package."""
     here = str(Path(shared_store.__file__).parents[1])
-    if here == str(Path.cwd()):  # found because it was started there
+    if here == str(Path.cwd()):  # imported because it was started there
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
     os.chdir("/")
 

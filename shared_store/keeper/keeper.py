@@ -1,17 +1,17 @@
-"""The keeper's loop: one store at a time, started, listened to, and started again when it dies.
-
-What it holds, it holds because a store said so; it decides nothing but when a store is to be replaced:
+"""The keeper's loop: run one store at a time, and replace it when needed.
 
 =====================================  ===============================================================================
 the store                              the keeper
 =====================================  ===============================================================================
-ends, or its connection does           starts another, which is sent all that is held; later if it keeps dying at once
-says nothing for ``watchdog_s``        kills it, and goes on as above; one that starts has ``STARTED_WITHIN_S`` at least
-said ``Stop``, and ends                ends with it
-said ``Upgrade``                       becomes that installation's keeper, which starts its store beside the old one,
-                                       and once that is prepared kills the old one
-ends at its first start, unprepared    ends with its exit code: what stops it now will stop the next one
+ends, or closes its connection         starts another and sends it the state, with a delay if stores keep dying
+sends nothing for ``watchdog_s``       kills it, then as above; a starting store has at least :data:`STARTED_WITHIN_S`
+sends ``Stop``, and ends               ends too
+sends ``Upgrade``                      becomes the keeper of that installation, starts its store beside the old one, and
+                                       kills the old store once the new one is prepared
+ends before any store was ready        ends with the store's exit code: the next start would fail in the same way
 =====================================  ===============================================================================
+
+The retained state is as the stores sent it. The keeper changes nothing in it.
 """
 
 from __future__ import annotations
@@ -23,69 +23,64 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from shared_store.keeper.child import StoreProcess
-from shared_store.keeper.journal import Journal
-from shared_store.keeper.notify import ServiceManager
-from shared_store.keeper.pace import Pace
-from shared_store.protocol import control
-from shared_store.protocol.durable_state import Holdings
-from shared_store.protocol.handover import Handover, changes_of, leave
-from shared_store.protocol.wire import close_fds
+from shared_store.keeper.restart_delay import RestartDelay
+from shared_store.keeper.retained_state import LISTEN, RetainedState
+from shared_store.keeper.service_manager import ServiceManager
+from shared_store.keeper.store_process import StoreProcess
+from shared_store.keeper.upgrade import become
+from shared_store.protocol import keeper_messages
+from shared_store.protocol.handover import Handover, changes_of
+from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths
 
 log = logging.getLogger(__name__)
 
-LISTEN = "listen"
-SEGMENT = "segment-"
-"""Names of what a service manager keeps: the listening socket; a segment, with its id behind it."""
-
 END_WITHIN_S = 15.0
 STARTED_WITHIN_S = 30.0
 _TICK_S = 1.0
-_LATE_S = 2.0  # a keeper that was held up itself for so long gives the store another chance
+_LATE_S = 2.0  # if the keeper itself was delayed this long, the store's silence is not the store's fault
 
 
 class Keeper:
-    """Holds what outlives a store, and sees to it that there is one."""
+    """Retains the state, and runs the store."""
 
     def __init__(
         self,
         paths: RuntimePaths,
         options: ServeOptions,
         *,
-        lock: int,
+        lock: OwnedFd,
         listen: socket.socket,
-        held: Holdings,
+        retained: RetainedState,
         manager: ServiceManager,
         ready: Callable[[], None],
     ) -> None:
-        """Take over the lock, the socket and what is held. ``ready`` is called once clients are served."""
+        """Take over the lock, the listening socket and the state. ``ready`` is called once clients are served."""
         self._paths = paths
         self._options = options
         self._lock = lock
         self._listen = listen
-        self._held = held
+        self._retained = retained
         self._manager = manager
-        self._tell_ready = ready
-        self._journal = Journal(paths.journal)
+        self._report_ready = ready
         self._journal_reason = ""
         self._selector = selectors.DefaultSelector()
-        self._pace = Pace()
+        self._delay = RestartDelay()
         self._store: StoreProcess | None = None
         self._next: StoreProcess | None = None
         self._restarts = 0
         self._start_at = 0.0
         self._stopping = False
-        self._give_up_at = float("inf")
-        self._served = bool(held.segments or held.models)
-        self._notices: list[control.Notice] = []
-        self._code: int | None = None
+        self._kill_at = float("inf")
+        self._served = bool(retained.state.segments or retained.state.models)
+        self._notices: list[keeper_messages.Notice] = []
+        self._exit_code: int | None = None
 
     def adopt(self, store: StoreProcess, restarts: int, *, upgrade: bool) -> None:
-        """Go on with a store that runs; ``upgrade``: until one of this installation takes its place."""
+        """Continue with a running store. With ``upgrade``, start a store of this installation to replace it."""
         self._store = store
         self._restarts = restarts
         self._served = True
@@ -95,30 +90,30 @@ class Keeper:
             self._watch(self._next)
 
     def notice(self, kind: str, detail: str) -> None:
-        """Have the store tell an event, as soon as there is one."""
+        """Log an event, and queue it for the store, which publishes it."""
         log.warning("%s: %s", kind.replace("_", " "), detail)
-        self._notices.append(control.Notice(kind, detail))
+        self._notices.append(keeper_messages.Notice(kind, detail))
 
     def run(self) -> int:
-        """Keep until a store or a signal says that it is enough. Returns the exit code."""
+        """Run until SIGTERM, SIGINT, or the requested stop of a store. Return the exit code."""
         signals = _signals()
         self._selector.register(signals, selectors.EVENT_READ, lambda _: self._signalled(signals))
-        self._manager.keep(LISTEN, self._listen.fileno())
-        self._journal.rewrite(change for change, _ in self._held.changes())
+        self._manager.store_fd(LISTEN, self._listen.fileno())
+        self._retained.rewrite()
         if self._store is not None:
-            self._store.send(control.JournalState(self._journal.reason))
+            self._store.send(keeper_messages.JournalState(self._retained.journal_reason))
         try:
-            while self._code is None:
-                self._turn()
+            while self._exit_code is None:
+                self._run_once()
         finally:
-            # A store that still runs here is one whose keeper failed: it starts another keeper.
-            self._held.close()
+            # If the keeper fails, its store continues, and starts another keeper.
+            self._retained.close()
             self._listen.close()
             self._selector.close()
-            os.close(self._lock)
-        return self._code
+            self._lock.close()
+        return self._exit_code
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         now = time.monotonic()
         if self._store is None and now >= self._start_at:
             self._store = StoreProcess.start(self._paths.directory)
@@ -127,120 +122,124 @@ class Keeper:
         for key, events in self._selector.select(wait):
             key.data(events)
         if time.monotonic() > now + wait + _LATE_S and self._store is not None:
-            self._store.heard = time.monotonic()
-        self._look_at_clocks()
+            self._store.last_message = time.monotonic()
+        self._check_deadlines()
 
-    def _look_at_clocks(self) -> None:
+    def _check_deadlines(self) -> None:
         now = time.monotonic()
-        store, patience = self._store, self._options.watchdog_s
-        if store is not None and patience:
-            if not store.ready:  # it shows life once it serves
-                patience = max(patience, STARTED_WITHIN_S)
-            if now > store.heard + patience:
-                silent = f"the store (pid {store.pid}) said nothing for {patience:g} s and is killed"
-                self.notice("store_hung", silent)
+        store, watchdog_s = self._store, self._options.watchdog_s
+        if store is not None and watchdog_s:
+            if not store.ready:  # it sends signs of life once it serves
+                watchdog_s = max(watchdog_s, STARTED_WITHIN_S)
+            if now > store.last_message + watchdog_s:
+                self.notice(
+                    "store_hung", f"no message from the store (pid {store.pid}) for {watchdog_s:g} s; killing it"
+                )
                 store.kill()
         if self._next is not None and now > self._next.started + STARTED_WITHIN_S:
             self._next.kill()
-        if now > self._give_up_at and store is not None:
-            log.error("the store (pid %d) does not end, and is killed", store.pid)
+        if now > self._kill_at and store is not None:
+            log.error("the store (pid %d) did not end within %g s; killing it", store.pid, END_WITHIN_S)
             store.kill()
-        if self._journal.due():
-            self._journal.rewrite(change for change, _ in self._held.changes())
-        self._tell_journal()
+        self._retained.rewrite_if_due()
+        self._report_journal()
         if self._manager.watchdog_s:
-            self._manager.tell("WATCHDOG=1")
+            self._manager.notify("WATCHDOG=1")
 
-    # One store after another.
+    # Messages from a store.
 
     def _watch(self, store: StoreProcess) -> None:
-        self._selector.register(store.sock, selectors.EVENT_READ, lambda events: self._talk(store, events))
+        self._selector.register(store.sock, selectors.EVENT_READ, lambda events: self._on_socket(store, events))
         self._selector.register(store.pidfd, selectors.EVENT_READ, lambda _: self._ended(store))
 
-    def _talk(self, store: StoreProcess, events: int) -> None:
+    def _on_socket(self, store: StoreProcess, events: int) -> None:
         if store not in (self._store, self._next):
-            return  # it was replaced in this very turn
+            return  # it was replaced earlier in this pass of the loop
         if events & selectors.EVENT_WRITE:
             store.flush()
-            self._want_to_send(store)
-        upgrade = self._listen_to(store)
+            self._watch_for_writing(store)
+        upgrade = self._receive(store)
         if not store.connected:
             self._ended(store)
         elif upgrade is not None and store is self._store:
             self._become(store, upgrade)
 
-    def _listen_to(self, store: StoreProcess) -> control.Upgrade | None:
-        """Take in what has arrived; an upgrade that is asked for waits until nothing else does."""
+    def _receive(self, store: StoreProcess) -> keeper_messages.Upgrade | None:
+        """Process all messages that have arrived. Return a requested upgrade, which must come after the others."""
         upgrade = None
         for message, fds in store.receive():
-            if isinstance(message, control.StateChange):
-                self._change(message, fds)
+            if isinstance(message, keeper_messages.StateChange):
+                self._retained.apply(message, fds)
+                self._report_journal()
                 continue
-            close_fds(fds)
+            fds.close()
             match message:
-                case control.Prepared(version):
+                case keeper_messages.Prepared(version):
                     store.version = version
                     self._prepared(store)
-                case control.Ready():
+                case keeper_messages.Ready():
                     self._ready(store)
-                case control.Stop():
+                case keeper_messages.Stop():
                     self._stopping = True
-                case control.Upgrade():
+                case keeper_messages.Upgrade():
                     upgrade = message
         return upgrade
 
-    def _change(self, change: control.StateChange, fds: tuple[int, ...]) -> None:
-        self._held.apply(change, fds)
-        self._journal.append(change)
-        self._tell_journal()
-        if isinstance(change, control.Hold) and fds:
-            self._manager.keep(f"{SEGMENT}{change.segment.id}", fds[0])
-        elif isinstance(change, control.Release):
-            self._manager.drop(f"{SEGMENT}{change.segment}")
-
     def _prepared(self, store: StoreProcess) -> None:
         if store is self._store:
-            self._bring(store)
+            self._begin(store)
         elif self._store is not None:
-            log.info("the store (pid %d) makes room for version %s (pid %d)", self._store.pid, store.version, store.pid)
+            log.info("replacing the store (pid %d) by version %s (pid %d)", self._store.pid, store.version, store.pid)
             self._ended(self._store)
 
-    def _bring(self, store: StoreProcess) -> None:
-        """Send all that is held, and let it begin."""
-        for change, fds in self._held.changes():
-            store.send(change, [_duplicate(fd) for fd in fds])
-        begin = control.Begin(os.getpid(), self._restarts, self._manager.present, self._options.to_json())
-        store.send(begin, [_duplicate(self._listen.fileno()), _duplicate(self._lock)])
-        store.send(control.JournalState(self._journal.reason))
+    def _begin(self, store: StoreProcess) -> None:
+        """Send the state, and let the store serve."""
+        for change, fds in self._retained.state.changes():
+            store.send(change, _duplicates(fds))
+        begin = keeper_messages.Begin(os.getpid(), self._restarts, self._manager.present, self._options.to_json())
+        store.send(begin, _duplicates((self._listen.fileno(), self._lock.fileno())))
+        store.send(keeper_messages.JournalState(self._retained.journal_reason))
         while self._notices:
             store.send(self._notices.pop(0))
-        self._want_to_send(store)
+        self._watch_for_writing(store)
 
-    def _want_to_send(self, store: StoreProcess) -> None:
+    def _watch_for_writing(self, store: StoreProcess) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if store.unsent else 0)
-        self._selector.modify(store.sock, events, lambda events: self._talk(store, events))
+        self._selector.modify(store.sock, events, lambda events: self._on_socket(store, events))
 
     def _ready(self, store: StoreProcess) -> None:
         store.ready = True
         self._served = True
-        log.info("the store (pid %d) serves %.3f s after its start", store.pid, time.monotonic() - store.started)
-        self._manager.tell("READY=1", f"STATUS=the store (pid {store.pid}) serves")
-        self._tell_ready()
-        self._tell_ready = _nobody
+        log.info("the store (pid %d) is ready, %.3f s after its start", store.pid, time.monotonic() - store.started)
+        self._manager.notify("READY=1", f"STATUS=the store (pid {store.pid}) is ready")
+        self._report_ready()
+        self._report_ready = _reported
+
+    def _report_journal(self) -> None:
+        """Log a changed state of the journal, and send it to the store."""
+        reason = self._retained.journal_reason
+        if reason == self._journal_reason:
+            return
+        self._journal_reason = reason
+        log.warning("%s", reason or "the journal is complete again")
+        if self._store is not None and self._store.ready:
+            self._store.send(keeper_messages.JournalState(reason))
+
+    # The end of a store, and the next.
 
     def _ended(self, store: StoreProcess) -> None:
-        """A store is gone, or is to be."""
+        """Kill a store unless it has ended, and continue with the next."""
         if store not in (self._store, self._next):
-            return  # told twice, by its pidfd and by its connection
+            return  # handled already: pidfd and connection both report the end
         store.kill()
-        self._listen_to(store)  # what it said last counts: it may have told somebody so
+        self._receive(store)  # its last changes count: it may have confirmed them to a client
         self._selector.unregister(store.sock)
         self._selector.unregister(store.pidfd)
-        lived = time.monotonic() - store.started
+        lifetime_s = time.monotonic() - store.started
         code = store.close()
         if store is self._next:
             self._next = None
-            self._not_upgraded(f"the new store (pid {store.pid}) {_how(code)}; its log says why")
+            self._not_upgraded(f"the new store (pid {store.pid}) {_describe(code)}; see its log for the reason")
             return
         self._store = None
         if self._stopping:
@@ -248,86 +247,66 @@ class Keeper:
         elif self._next is not None:
             self._store, self._next = self._next, None
             if self._store.version:
-                self._bring(self._store)
+                self._begin(self._store)
         elif not self._served:
-            self._code = code if code is not None and code > 0 else 1
+            self._exit_code = code if code is not None and code > 0 else 1
         else:
-            delay = self._pace.delay(lived)
-            self._start_at = time.monotonic() + delay
+            delay_s = self._delay.after(lifetime_s)
+            self._start_at = time.monotonic() + delay_s
             self._restarts += 1
-            when = f"in {delay:.1f} s, for it keeps dying" if delay else "now"
-            self.notice("store_lost", f"the store (pid {store.pid}) {_how(code)} after {lived:.1f} s; restarted {when}")
+            when = f"restarting it in {delay_s:.1f} s, because it keeps dying" if delay_s else "restarting it"
+            self.notice("store_lost", f"the store (pid {store.pid}) {_describe(code)} after {lifetime_s:.1f} s; {when}")
 
-    def _not_upgraded(self, reason: str) -> None:
-        self.notice("upgrade_failed", reason)
-        if self._store is not None:
-            self._store.send(control.NotUpgraded(reason))
-
-    def _become(self, store: StoreProcess, wanted: control.Upgrade) -> None:
-        """Become another installation's keeper, in this process, with all that this one has."""
+    def _become(self, store: StoreProcess, installation: keeper_messages.Upgrade) -> None:
+        """Become the keeper of another installation. Does not return unless that fails."""
         if self._next is not None or store.unsent:
-            self._not_upgraded("another upgrade is under way")
+            self._not_upgraded("another upgrade is in progress; try again when it is done")
             return
         unread, unread_fds = store.unread
         handover = Handover(
             options=self._options.to_json(),
-            lock=self._lock,
+            lock=self._lock.fileno(),
             listen=self._listen.fileno(),
             control=store.sock.fileno(),
-            store=store.pidfd,
+            store=store.pidfd.fileno(),
             store_pid=store.pid,
             unread=unread,
             unread_fds=unread_fds,
             restarts=self._restarts,
             upgrade=True,
-            changes=changes_of(self._held),
+            changes=changes_of(self._retained.state),
         )
-        left = leave(handover)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LISTEN_"))}
-        python = {name: value for name, value in wanted.environment.items() if name.startswith("PYTHON")}
-        command = [wanted.python, "-m", "shared_store.keeper", str(self._paths.directory), "", "", str(left)]
-        log.info("becoming the keeper of %s", wanted.python)
-        for fd in (left, *handover.fds):
-            os.set_inheritable(fd, True)
-        try:
-            os.execve(wanted.python, command, {**kept, **python})  # noqa: S606 - no shell is the point
-        except OSError as error:
-            for fd in handover.fds:
-                os.set_inheritable(fd, False)
-            os.close(left)
-            self._not_upgraded(f"{wanted.python} cannot be run: {error.strerror}")
+        error = become(installation, handover, self._paths.directory)
+        self._not_upgraded(f"cannot run {installation.python}: {error.strerror}")
 
-    # The end, and those who want to know.
+    def _not_upgraded(self, reason: str) -> None:
+        self.notice("upgrade_failed", reason)
+        if self._store is not None:
+            self._store.send(keeper_messages.NotUpgraded(reason))
+
+    # The end of the keeper.
 
     def _signalled(self, signals: socket.socket) -> None:
         signals.recv(64)
         self._stopping = True
-        self._give_up_at = time.monotonic() + END_WITHIN_S
+        self._kill_at = time.monotonic() + END_WITHIN_S
         if self._next is not None:
             self._ended(self._next)
         if self._store is None:
             self._finish()
         else:
-            self._store.ask_to_end()
+            self._store.terminate()
 
     def _finish(self) -> None:
-        """In good order: nothing is left behind, but for what a service manager keeps for the next start."""
+        """End in good order. With a service manager, journal and socket remain for the next start."""
         if not self._manager.present:
-            self._journal.remove()
+            self._retained.discard()
             self._paths.socket.unlink(missing_ok=True)
-        self._code = 0
-
-    def _tell_journal(self) -> None:
-        if self._journal.reason == self._journal_reason:
-            return
-        self._journal_reason = self._journal.reason
-        log.warning("%s", self._journal_reason or "the journal is whole again")
-        if self._store is not None and self._store.ready:
-            self._store.send(control.JournalState(self._journal_reason))
+        self._exit_code = 0
 
 
 def _signals() -> socket.socket:
-    """A socket that gets a byte for each signal that asks this process to end."""
+    """Return a socket that becomes readable on SIGTERM and SIGINT."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)
@@ -337,15 +316,23 @@ def _signals() -> socket.socket:
     return ours
 
 
-def _duplicate(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+def _duplicates(fds: Iterable[int]) -> OwnedFds:
+    made = OwnedFds()
+    try:
+        for fd in fds:
+            made.add(OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)))
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
-def _how(code: int | None) -> str:
+def _describe(code: int | None) -> str:
+    """Describe the end of a store by its exit code (negative: a signal; None: unknown)."""
     if code is None:
         return "ended"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _nobody() -> None:
-    """The starter was told."""
+def _reported() -> None:
+    """Do nothing: the starter was told already."""

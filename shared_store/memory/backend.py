@@ -1,16 +1,18 @@
-"""What a memory backend does. Every implementation passes one and the same test-suite."""
+"""The interface of memory backends. Every implementation passes the same test suite."""
 
 from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
 
+from shared_store.runtime.fds import OwnedFd
+
 
 class Access(enum.Enum):
-    """What a mapping lets this process do.
+    """Access rights of a mapping.
 
     READ is for readers. On a CPU it is private copy-on-write: a write stays in the process that made it. On a GPU it
-    is read-only. WRITE is for the one publisher, before the segment is sealed; all see what it writes.
+    is read-only. WRITE is for the publisher, before the segment is sealed, and every mapping sees the writes.
     """
 
     READ = "read"
@@ -18,7 +20,7 @@ class Access(enum.Enum):
 
 
 class Segment:
-    """One physical allocation, held by this process. Backends subclass it with what they need."""
+    """One physical allocation that this process has a reference to. Backends add what they need."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -26,77 +28,81 @@ class Segment:
 
 
 class Backend(ABC):
-    """Physical memory of one device, and this process's address space for it. Methods may be called from any thread."""
+    """Physical memory of one device, and this process's address space for it. All methods are thread-safe."""
 
     device: str
     """``cpu``, or a GPU's UUID."""
 
     ordinal: int | None = None
-    """The device's number in this process, for a GPU; numbers differ between processes, so they are never passed on."""
+    """A GPU's number in this process. Numbers differ between processes, so they are never sent."""
 
     host_readable: bool
-    """Whether the host can read mapped memory, so that the store itself can check what was published."""
+    """True if the host can read mapped memory, so that the store itself can verify published bytes."""
 
     granularity: int
-    """Segment sizes, reservations and their addresses are multiples of this many bytes."""
+    """Segment sizes, reservations and their addresses are multiples of this number of bytes."""
 
     @abstractmethod
     def create(self, nbytes: int) -> Segment:
         """Allocate physical memory, zeroed or not.
 
         Raises:
-            OutOfMemoryError: there is no room; the message has bytes asked for and bytes free.
+            OutOfMemoryError: the device has too little free memory. The message has the bytes requested and free.
         """
 
     @abstractmethod
-    def export(self, segment: Segment) -> int:
-        """A new fd, close-on-exec, that stands for the segment in any process. The caller closes it."""
+    def export(self, segment: Segment) -> OwnedFd:
+        """Export a descriptor of the segment, close-on-exec and valid in any process.
+
+        Raises:
+            MemoryBackendError: this process has no free descriptor, or the driver refuses.
+        """
 
     @abstractmethod
     def import_fd(self, fd: int, nbytes: int) -> Segment:
-        """Take a segment from an fd, which stays the caller's.
+        """Import a segment from a descriptor. The descriptor is borrowed: the segment duplicates it.
 
         Raises:
-            MemoryBackendError: the fd is no segment of this backend, or is smaller than ``nbytes`` (where only mapping
-                it can tell, :meth:`map` raises that).
+            MemoryBackendError: the descriptor is not a segment of this backend, or the segment is smaller than
+                ``nbytes``. Where only mapping can find that out, :meth:`map` raises it.
         """
 
     @abstractmethod
     def seal(self, segment: Segment) -> None:
-        """Make the bytes immutable for every process, where the device can.
+        """Make the bytes immutable for every process, if the device can.
 
         Raises:
-            MemoryBackendError: somebody still maps it for writing.
+            MemoryBackendError: a process still maps the segment for writing.
         """
 
     @abstractmethod
     def sealed(self, segment: Segment) -> bool:
-        """Whether all that :meth:`seal` would do has been done."""
+        """True if :meth:`seal` would change nothing."""
 
     @abstractmethod
     def reserve(self, nbytes: int) -> int:
-        """An address range of this process that nothing else will use, and that faults until it is mapped."""
+        """Reserve an address range of this process, which faults until it is mapped. Returns its first address."""
 
     @abstractmethod
     def unreserve(self, address: int, nbytes: int) -> None:
-        """Give a range back. It must not be mapped."""
+        """Free a reserved range, which must not be mapped."""
 
     @abstractmethod
     def map(self, segment: Segment, address: int, access: Access) -> None:
-        """Map the whole segment at the start of a reserved range, in place of what was mapped there."""
+        """Map the whole segment at the start of a reserved range that is not mapped."""
 
     @abstractmethod
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range; it stays reserved."""
+        """Unmap a range, which stays reserved. Nothing may be using it: see the implementation."""
 
     @abstractmethod
     def release(self, segment: Segment) -> None:
-        """Let go of this process's hold on the memory. Mappings and other processes keep theirs. Idempotent."""
+        """Drop this process's reference to the memory. Mappings and other processes keep theirs. Idempotent."""
 
     @abstractmethod
     def private_bytes(self, address: int, nbytes: int) -> int:
-        """Bytes in a mapped range that this process has written to and so holds a private copy of."""
+        """Count the bytes of a mapped range that this process wrote to and therefore has private copies of."""
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Bytes that could be allocated now; an estimate."""
+        """Estimate the bytes that could be allocated now."""

@@ -1,6 +1,6 @@
-"""A backend whose memory can run out and whose calls can fail, on request: for testing what stands on a backend.
+"""A backend with a capacity and planned faults, for tests of the code above it.
 
-The bytes are real (memfds underneath), so everything but the faults behaves as on the host.
+The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections import Counter
 from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.backend import Access, Segment
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment
+from shared_store.runtime.fds import OwnedFd
 
 
 class Faults:
-    """Which calls fail. ``fail_at("create", 2)``: the second ``create`` from now raises."""
+    """Calls that fail. After ``fail_at("create", 2)`` the second ``create`` from now raises."""
 
     def __init__(self) -> None:
         self._planned: dict[str, set[int]] = {}
@@ -27,7 +28,7 @@ class Faults:
             self._planned.setdefault(call, set()).add(self._calls[call] + nth)
 
     def passing(self, call: str) -> None:
-        """Count a call, and raise if it is one that was to fail."""
+        """Count a call. Raises :class:`MemoryBackendError` if it is planned to fail."""
         with self._lock:
             self._calls[call] += 1
             if self._calls[call] in self._planned.get(call, ()):
@@ -35,51 +36,52 @@ class Faults:
 
 
 class FakeBackend(MemfdBackend):
-    """Host memory with a capacity, a count of what is held, and planned faults.
+    """Host memory with a capacity, a count of allocated bytes, and planned faults.
 
-    Without ``seals`` it can be written after it was published, as a GPU's can.
+    Without ``seals``, published memory can still be written, as a GPU's can.
     """
 
     def __init__(self, device: str = "fake", capacity: int = 1 << 40, *, seals: bool = True) -> None:
         self.device = device
         self.seals = seals
         self.capacity = capacity
-        self.held = 0
+        self.allocated_bytes = 0
         self.faults = Faults()
         self._created: set[int] = set()
         self._lock = threading.Lock()
 
-    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
+    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("create")
         with self._lock:
-            segment = super().create(nbytes)  # refuses what is more than free_bytes()
-            self.held += nbytes
+            segment = super().create(nbytes)  # refuses more than free_bytes()
+            self.allocated_bytes += nbytes
             self._created.add(id(segment))
         return segment
 
-    def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
+    def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - documented by the interface
         self.faults.passing("export")
         return super().export(segment)
 
-    def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
+    def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("import_fd")
         return super().import_fd(fd, nbytes)
 
-    def seal(self, segment: Segment) -> None:  # noqa: D102 - the interface's
+    def seal(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
         self.faults.passing("seal")
         if self.seals:
             super().seal(segment)
 
-    def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - the interface's
+    def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - documented by the interface
         self.faults.passing("map")
         super().map(segment, address, access)
 
-    def release(self, segment: Segment) -> None:  # noqa: D102 - the interface's
+    def release(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
         if id(segment) in self._created and not segment.released:
             self._created.discard(id(segment))
             with self._lock:
-                self.held -= segment.nbytes
+                self.allocated_bytes -= segment.nbytes
         super().release(segment)
 
-    def free_bytes(self) -> int:  # noqa: D102 - the interface's
-        return min(self.capacity - self.held, super().free_bytes())
+    def free_bytes(self) -> int:
+        """Estimate the bytes left of the capacity, and of host memory."""
+        return min(self.capacity - self.allocated_bytes, super().free_bytes())

@@ -1,36 +1,33 @@
-"""A segment that is held by its fd alone: enough to hand it on, and it needs no driver.
+"""A segment of which this process has the descriptor alone: enough to pass it on, without the device's driver.
 
-What a restarted store gets from its keeper is of this kind, so that it serves a GPU's models before the GPU's driver
+A restarted store gets segments of this kind from its keeper, so that it serves a GPU's models before the GPU's driver
 has started in it.
 """
 
 from __future__ import annotations
 
-import os
-
 from shared_store.memory.backend import Backend, Segment
-from shared_store.memory.memfd import duplicate
+from shared_store.memory.descriptors import duplicate
+from shared_store.runtime.fds import OwnedFd
 
 
-class KeptSegment(Segment):
-    """Some device's memory, behind an fd."""
+class FdSegment(Segment):
+    """Memory of any device, behind a descriptor that the segment owns."""
 
-    def __init__(self, fd: int, nbytes: int) -> None:
-        """Take over the fd."""
+    def __init__(self, fd: OwnedFd, nbytes: int) -> None:
         super().__init__(nbytes)
         self.fd = fd
 
-    def export(self) -> int:
-        """A new fd, close-on-exec, that stands for the segment. The caller closes it."""
-        return duplicate(self.fd)
+    def export(self) -> OwnedFd:
+        """Export a descriptor of the segment. Raises :class:`MemoryBackendError` without a free descriptor."""
+        return duplicate(self.fd.fileno())
 
     def release(self) -> None:
-        """Let go of it. Idempotent."""
-        if not self.released:
-            self.released = True
-            os.close(self.fd)
+        """Close the descriptor. Idempotent."""
+        self.released = True
+        self.fd.close()
 
 
-def export(backend: Backend, segment: Segment) -> int:
-    """A new fd of a segment that the store holds, however it came by it; the caller's."""
-    return segment.export() if isinstance(segment, KeptSegment) else backend.export(segment)
+def export(backend: Backend, segment: Segment) -> OwnedFd:
+    """Export a descriptor of a segment of any kind. Raises :class:`MemoryBackendError`."""
+    return segment.export() if isinstance(segment, FdSegment) else backend.export(segment)

@@ -1,22 +1,35 @@
-"""A segment in this process's address space, at one address for as long as it lives."""
+"""A segment in this process's address space, at the same address for as long as the mapping lives.
+
+Relies on reference counting: tensors refer to their mapping, so that the range is unmapped and freed when the last of
+them is gone. That happens without waiting for the device. Code that closes or suspends a mapping of a GPU waits first
+until no kernel uses it (see :mod:`shared_store.memory.cuda.vmm`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self
 
 from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.runtime.fds import OwnedFd
 
 
 class Mapping:
-    """A reserved range that a segment is mapped into, out of, and into again, always at the same address.
+    """A reserved range that a segment is mapped into, out of, and into again. A context manager: it closes itself.
 
-    Tensors point into the range, and CUDA graphs hold its address, so the address never changes. The range is given
-    back when the last object that refers to this one is gone, or by :meth:`close`.
+    Tensors point into the range and CUDA graphs record its address, so the address never changes.
     """
 
     def __init__(self, backend: Backend, segment: Segment) -> None:
-        """Reserve a range for the segment, which this mapping then owns and releases; nothing is mapped yet."""
+        """Reserve a range and take ownership of the segment, which is not mapped yet.
+
+        Raises:
+            MemoryBackendError: no range is free. The segment is released.
+        """
         self._backend = backend
         self._segment: Segment | None = segment
         self._lock = threading.Lock()
@@ -24,65 +37,97 @@ class Mapping:
         self.access: Access | None = None
         self.nbytes = segment.nbytes
         self.ordinal = backend.ordinal
-        self.address = backend.reserve(segment.nbytes)
+        try:
+            self.address = backend.reserve(segment.nbytes)
+        except BaseException:
+            backend.release(segment)
+            raise
 
     def map(self, access: Access) -> None:
-        """Map the segment, in place of a mapping with another access if there is one."""
+        """Map the segment, in place of a mapping with other access rights if there is one."""
         with self._lock:
             if self._closed:
                 raise ValueError("the mapping is closed")
             if self._segment is None:
-                raise ValueError("the mapping has let its segment go")
+                raise ValueError("the mapping has no segment")
             if self.access is access:
                 return
-            if self.access is not None:
-                self._backend.unmap(self.address, self.nbytes)
-                self.access = None
+            self._unmap()
             self._backend.map(self._segment, self.address, access)
             self.access = access
 
     def unmap(self) -> None:
-        """Unmap the segment; the address stays reserved, and reading it faults until :meth:`map`."""
+        """Unmap the segment. The address stays reserved, and reading it faults until :meth:`map`."""
         with self._lock:
-            if self.access is not None:
-                self._backend.unmap(self.address, self.nbytes)
-                self.access = None
+            self._unmap()
 
-    def let_go(self) -> None:
-        """Unmap and release the segment: the address stays reserved, and no memory is behind it. Idempotent."""
+    def release_segment(self) -> None:
+        """Unmap and release the segment. The address stays reserved, with no memory behind it. Idempotent."""
         with self._lock:
-            if self.access is not None:
-                self._backend.unmap(self.address, self.nbytes)
-                self.access = None
+            self._unmap()
             segment, self._segment = self._segment, None
             if segment is not None:
                 self._backend.release(segment)
 
-    def take(self, segment: Segment) -> None:
-        """Own a segment of the same size in place of one that was let go; nothing is mapped yet."""
+    def set_segment(self, segment: Segment) -> None:
+        """Take ownership of another segment of the same size after :meth:`release_segment`. It is not mapped yet.
+
+        Raises:
+            ValueError: the mapping is closed or has a segment, or the sizes differ. The segment stays the caller's.
+        """
         with self._lock:
             if self._closed or self._segment is not None or segment.nbytes != self.nbytes:
                 raise ValueError("the mapping is closed, has a segment, or is of another size")
             self._segment = segment
 
     def private_bytes(self) -> int:
-        """Bytes of this mapping that went private because this process wrote to them."""
+        """Count the bytes of this mapping that became private because this process wrote to them."""
         with self._lock:
             return 0 if self.access is not Access.READ else self._backend.private_bytes(self.address, self.nbytes)
 
     def close(self) -> None:
-        """Unmap, release the segment and give the range back. Idempotent; no tensor may use it any more."""
+        """Unmap, free the range and release the segment. Idempotent. No tensor may use the range afterwards."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            if self.access is not None:
-                self._backend.unmap(self.address, self.nbytes)
-                self.access = None
+            self._unmap()
             self._backend.unreserve(self.address, self.nbytes)
             if self._segment is not None:
                 self._backend.release(self._segment)
 
+    def _unmap(self) -> None:
+        if self.access is not None:
+            self._backend.unmap(self.address, self.nbytes)
+            self.access = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
     def __del__(self) -> None:
-        if hasattr(self, "address") and not sys.is_finalizing():  # the process's end unmaps everything anyway
+        if hasattr(self, "address") and not sys.is_finalizing():  # the end of the process unmaps everything
             self.close()
+
+
+@contextlib.contextmanager
+def map_writable(backend: Backend, fd: OwnedFd, nbytes: int) -> Iterator[int]:
+    """Map a segment for writing within a block; yields its address. Closes the descriptor.
+
+    Raises:
+        MemoryBackendError: the descriptor is not a segment of this size, or the segment is sealed.
+    """
+    with fd:
+        mapping = Mapping(backend, backend.import_fd(fd.fileno(), nbytes))
+    with mapping:
+        mapping.map(Access.WRITE)
+        yield mapping.address
+
+
+def close_all(mappings: Iterable[Mapping]) -> None:
+    """Close mappings, the others also where closing one fails."""
+    with contextlib.ExitStack() as closing:
+        for mapping in mappings:
+            closing.push(mapping)

@@ -1,11 +1,11 @@
-"""Segments in host memory: memfds, sealed against every further write once published.
+"""Segments in host memory: memfds, sealed against every write once published.
 
-Relies on: ``memfd_create(2)`` seals. ``F_SEAL_WRITE`` is refused while a writable shared mapping exists, and from then
-on refuses ``write``, writable shared mappings and truncation, for every process and through ``/proc/self/fd`` as well.
-Private (copy-on-write) mappings stay possible: they are what readers get, so a stray in-place write costs the writer a
-page instead of its life, and never reaches anyone else.
+Relies on the seals of ``memfd_create(2)``. ``F_SEAL_WRITE`` is refused while a writable shared mapping exists.
+Afterwards it refuses ``write``, writable shared mappings and truncation, for every process and also through
+``/proc/self/fd``. Private (copy-on-write) mappings stay possible, and readers get these: a stray in-place write costs
+its process one page, and no other process sees it.
 
-Does not promise: that sealed memory is never swapped.
+Does not promise that sealed memory is never swapped out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from pathlib import Path
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
 from shared_store.memory.cgroup import group_free, machine_free
+from shared_store.memory.descriptors import duplicate, refused
+from shared_store.runtime.fds import OwnedFd
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
-_HEADROOM = 256 << 20  # left to the machine: taking the last page would wake the kernel's killer, not raise an error
+_HEADROOM = 256 << 20  # never allocated: taking the last page invokes the kernel's OOM killer instead of an error
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -42,9 +44,9 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class MemfdSegment(Segment):
-    """A memfd that this process holds."""
+    """A memfd, owned by the segment."""
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    def __init__(self, fd: OwnedFd, nbytes: int) -> None:
         super().__init__(nbytes)
         self.fd = fd
 
@@ -56,43 +58,41 @@ class MemfdBackend(Backend):
     host_readable = True
     granularity = mmap.PAGESIZE
 
-    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
+    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         free = self.free_bytes()
         if nbytes > free:
-            raise OutOfMemoryError(f"no room for a segment of {nbytes} bytes on {self.device}: {free} bytes are free")
+            raise self._out_of_memory(nbytes, free)
         try:
-            fd = os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
-            raise _refused("cannot create a memfd", error) from error
+            raise refused("cannot create a memfd", error) from error
         try:
-            # Pages are allocated now: later, a full machine would kill whoever touches them instead of refusing.
-            os.posix_fallocate(fd, 0, nbytes)
+            # Allocate the pages now. Later, a full machine kills the process that touches them instead of refusing.
+            os.posix_fallocate(fd.fileno(), 0, nbytes)
         except OSError as error:
-            os.close(fd)
+            fd.close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise OutOfMemoryError(
-                    f"no room for a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free"
-                ) from error
+                raise self._out_of_memory(nbytes, self.free_bytes()) from error
             raise MemoryBackendError(f"cannot allocate a memfd of {nbytes} bytes: {error.strerror}") from error
         return MemfdSegment(fd, nbytes)
 
-    def export(self, segment: Segment) -> int:  # noqa: D102 - the interface's
+    def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - documented by the interface
         return duplicate(self._fd(segment))
 
-    def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - the interface's
+    def import_fd(self, fd: int, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         try:
-            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # only memory files answer
+            fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # refused for everything but memory files
             size = os.fstat(fd).st_size
         except OSError as error:
-            raise MemoryBackendError(f"fd {fd} is not a segment in host memory: {error.strerror}") from error
+            raise MemoryBackendError(f"descriptor {fd} is not a segment in host memory: {error.strerror}") from error
         if size < nbytes:
-            raise MemoryBackendError(f"a segment of {size} bytes, where {nbytes} were announced")
+            raise MemoryBackendError(f"the segment has {size} bytes, where {nbytes} were announced")
         return MemfdSegment(duplicate(fd), nbytes)
 
-    def seal(self, segment: Segment) -> None:  # noqa: D102 - the interface's
+    def seal(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
         fd = self._fd(segment)
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS:
-            return  # the last seal refuses all further ones, but a commit may be tried again
+            return  # F_SEAL_SEAL refuses further seals, but a commit may be repeated
         try:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         except OSError as error:
@@ -100,32 +100,31 @@ class MemfdBackend(Backend):
                 raise MemoryBackendError("the segment is still mapped for writing; unmap it before commit") from error
             raise MemoryBackendError(f"cannot seal the segment: {error.strerror}") from error
 
-    def sealed(self, segment: Segment) -> bool:  # noqa: D102 - the interface's
+    def sealed(self, segment: Segment) -> bool:  # noqa: D102 - documented by the interface
         return fcntl.fcntl(self._fd(segment), fcntl.F_GET_SEALS) & _SEALS == _SEALS
 
-    def reserve(self, nbytes: int) -> int:  # noqa: D102 - the interface's
+    def reserve(self, nbytes: int) -> int:  # noqa: D102 - documented by the interface
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         return self._mmap(None, nbytes, _PROT_NONE, flags, -1)
 
-    def unreserve(self, address: int, nbytes: int) -> None:  # noqa: D102 - the interface's
+    def unreserve(self, address: int, nbytes: int) -> None:  # noqa: D102 - documented by the interface
         if _libc.munmap(address, nbytes):
             raise MemoryBackendError(f"munmap: {os.strerror(ctypes.get_errno())}")
 
-    def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - the interface's
+    def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - documented by the interface
         sharing = mmap.MAP_SHARED if access is Access.WRITE else mmap.MAP_PRIVATE | _MAP_NORESERVE
         self._mmap(address, segment.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, sharing | _MAP_FIXED, self._fd(segment))
 
-    def unmap(self, address: int, nbytes: int) -> None:  # noqa: D102 - the interface's
-        # Mapping nothing over it, instead of unmapping, keeps the range ours.
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Replace the mapping by an inaccessible one: ``munmap`` would let other code have the range."""
         self._mmap(address, nbytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED, -1)
 
-    def release(self, segment: Segment) -> None:  # noqa: D102 - the interface's
-        if not segment.released:
-            segment.released = True
-            os.close(self._fd(segment))
+    def release(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
+        segment.released = True
+        self._own(segment).fd.close()
 
     def private_bytes(self, address: int, nbytes: int) -> int:
-        """Anonymous pages in the range, from ``/proc/self/smaps`` (see ``proc_pid_smaps(5)``)."""
+        """Count anonymous pages in the range, from ``/proc/self/smaps`` (see ``proc_pid_smaps(5)``)."""
         end, total, inside = address + nbytes, 0, False
         with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -138,13 +137,23 @@ class MemfdBackend(Backend):
         return total
 
     def free_bytes(self) -> int:
-        """Memory that the machine and this process's control group could still give, less a little headroom."""
+        """Estimate what the machine and this process's control group have left, less a headroom of 256 MiB."""
         return max(0, min(machine_free(), group_free()) - _HEADROOM)
 
+    def _out_of_memory(self, nbytes: int, free: int) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"cannot allocate a segment of {nbytes} bytes on {self.device}: {free} bytes are free; free host memory, "
+            "or raise the memory limit of this container"
+        )
+
+    @classmethod
+    def _fd(cls, segment: Segment) -> int:
+        return cls._own(segment).fd.fileno()
+
     @staticmethod
-    def _fd(segment: Segment) -> int:
-        assert isinstance(segment, MemfdSegment)  # noqa: S101 - segments go back to the backend they came from
-        return segment.fd
+    def _own(segment: Segment) -> MemfdSegment:
+        assert isinstance(segment, MemfdSegment)  # noqa: S101 - segments return to the backend that made them
+        return segment
 
     @staticmethod
     def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
@@ -152,16 +161,3 @@ class MemfdBackend(Backend):
         if result is None or result == _MAP_FAILED:
             raise MemoryBackendError(f"mmap of {nbytes} bytes: {os.strerror(ctypes.get_errno())}")
         return int(result)
-
-
-def duplicate(fd: int) -> int:
-    """A copy of a segment's fd, close-on-exec. Raises :class:`MemoryBackendError`."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    except OSError as error:
-        raise _refused("cannot duplicate a segment's fd", error) from error
-
-
-def _refused(what: str, error: OSError) -> MemoryBackendError:
-    advice = "; raise the limit of open files (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-    return MemoryBackendError(f"{what}: {error.strerror}{advice}")

@@ -1,1 +1,1 @@
-"""How clients and the store talk: msgpack frames and file descriptors over a Unix socket (``docs/protocol.md``)."""
+"""Communication between clients, store and keeper: msgpack frames and fds over Unix sockets (``docs/protocol.md``)."""

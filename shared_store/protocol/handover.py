@@ -1,7 +1,9 @@
-"""The one way in for a keeper that follows another: a memory file that says what its fds are.
+"""Start a keeper from an earlier one: a memfd describes the inherited fds and the state.
 
-A keeper that becomes another version of itself (``exec``) leaves one, and so does a store whose keeper died and that
-starts a new one. All fds, this one too, are inherited by number.
+A keeper that upgrades itself (``exec``) writes one. So does a store whose keeper died, for the keeper that it starts.
+The new keeper inherits every fd by number, the memfd's included.
+
+Relies on: fds that keep their numbers over ``exec``.
 """
 
 from __future__ import annotations
@@ -11,23 +13,26 @@ import os
 import msgspec
 
 from shared_store.base.errors import ProtocolError
-from shared_store.protocol import control
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol import keeper_messages
+from shared_store.protocol.durable_state import DurableState
+from shared_store.runtime.fds import OwnedFd, OwnedFds
 
 
 class Handover(msgspec.Struct, frozen=True, kw_only=True):
-    """What a keeper takes over. Numbers of fds unless said otherwise.
+    """Contents of the memfd. Integers are numbers of inherited fds unless stated otherwise.
 
     Attributes:
         options: a ``ServeOptions`` as JSON.
-        lock: holds the runtime directory.
+        lock: the lock of the runtime directory.
         listen: the listening socket.
-        control: the other end of the running store's connection with its keeper.
-        store: the running store, by a pidfd; ``store_pid``: its pid, for people.
-        unread: what had arrived from it of a message that was not whole; ``unread_fds``: the fds that came with it.
-        restarts: how often a store was started again.
-        upgrade: start a store of this installation in place of the running one.
-        changes: the state, with the fd of each segment.
+        control: the keeper's end of the connection with the running store.
+        store: pidfd of the running store.
+        store_pid: pid of the running store, for logs.
+        unread: bytes received of an incomplete message from the store.
+        unread_fds: fds received with ``unread``.
+        restarts: number of restarts of the store so far.
+        upgrade: start a store of this installation, and let it replace the running one.
+        changes: state changes as msgpack, each with its fds.
     """
 
     options: str
@@ -44,38 +49,38 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fds(self) -> tuple[int, ...]:
-        """All fds that must be inherited, but for that of the handover itself."""
+        """Return all fds that the keeper must inherit, except for the memfd."""
         segments = (fd for _, fds in self.changes for fd in fds)
         return (self.lock, self.listen, self.control, self.store, *self.unread_fds, *segments)
 
-    def holdings(self) -> Holdings:
-        """The state; it owns the fds of the segments from now on."""
-        held = Holdings()
+    def state(self) -> DurableState:
+        """Build the state, which owns the fds of the segments from now on. Call once."""
+        state = DurableState()
         for payload, fds in self.changes:
-            held.apply(control.decode_state(payload), fds)
-        return held
+            state.apply(keeper_messages.decode_state(payload), OwnedFds.from_ints(fds))
+        return state
 
 
-def changes_of(held: Holdings) -> tuple[tuple[bytes, tuple[int, ...]], ...]:
-    """Holdings as a handover has them."""
-    return tuple((control.encode(change), fds) for change, fds in held.changes())
+def changes_of(state: DurableState) -> tuple[tuple[bytes, tuple[int, ...]], ...]:
+    """Return the state in the form of :attr:`Handover.changes`. The fds are borrowed."""
+    return tuple((keeper_messages.encode(change), fds) for change, fds in state.changes())
 
 
-def leave(handover: Handover) -> int:
-    """Write it down; the fd to be inherited, which is the caller's."""
-    fd = os.memfd_create("wooly-handover", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as file:
+def leave(handover: Handover) -> OwnedFd:
+    """Write the handover to a memfd."""
+    memfd = OwnedFd(os.memfd_create("wooly-handover", os.MFD_CLOEXEC))
+    with os.fdopen(os.dup(memfd.fileno()), "wb") as file:
         file.write(msgspec.msgpack.encode(handover))
-    return fd
+    return memfd
 
 
-def take(fd: int) -> Handover:
-    """Read what was left, and close it. Its fds are close-on-exec from now on.
+def take(memfd: OwnedFd) -> Handover:
+    """Read a handover, and close the memfd. Sets close-on-exec on the inherited fds.
 
     Raises:
-        ProtocolError: it is no handover.
+        ProtocolError: the file is not a handover.
     """
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(memfd.detach(), "rb") as file:
         file.seek(0)
         data = file.read()
     try:

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, as the kernel says (``SO_PEERCRED`` in ``unix(7)``)."""
+"""Identify the process at the other end of a Unix socket (``SO_PEERCRED`` in ``unix(7)``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UCRED = struct.Struct("iII")
 
 @dataclass(frozen=True)
 class Peer:
-    """The process that connected, at the time it did."""
+    """Credentials of a process at the time it connected."""
 
     pid: int
     uid: int
@@ -19,5 +19,5 @@ class Peer:
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """The credentials of the socket's other end."""
+    """Return the credentials of the peer of a connected socket."""
     return Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))

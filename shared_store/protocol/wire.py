@@ -1,8 +1,12 @@
-"""Frames with file descriptors, over a stream socket.
+"""Frames with file descriptors over a stream socket.
 
-A frame is a header (payload length, number of fds; both big-endian) and a payload. Fds travel as SCM_RIGHTS, at most
-253 with one ``sendmsg`` (``SCM_MAX_FD``), so a frame with more of them spreads them over its bytes; the receiver
-collects fds in order and gives each frame as many as its header says. See ``unix(7)``.
+A frame is a header (payload length, number of fds; both big-endian) and a payload. Fds travel as ``SCM_RIGHTS``, at
+most 253 with one ``sendmsg`` (``SCM_MAX_FD``, see ``unix(7)``). A frame with more fds spreads them over its bytes. The
+receiver collects fds in order of arrival and gives each frame as many as its header announces.
+
+Relies on: an ordered stream that delivers fds with the bytes that they were sent with, or earlier.
+
+Does not promise: that payloads are messages. :mod:`shared_store.protocol.messages` decodes and checks them.
 """
 
 from __future__ import annotations
@@ -12,63 +16,68 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
+from shared_store.runtime.fds import OwnedFd, OwnedFds
+
+_Fd = TypeVar("_Fd")
 
 HEADER = struct.Struct(">IH")
 FDS_AT_ONCE = 253
 MAX_FDS = 4096
 MAX_FROM_STORE = 64 << 20
-"""Bytes of a payload that a client accepts: manifests of very large models stay far below."""
+"""Largest payload in bytes that a client accepts. Manifests of very large models stay far below."""
 
 _CHUNK = 256 << 10
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One payload and the fds that came with it, which are the receiver's to close."""
+    """A payload and the fds that came with it. The receiver closes the fds, or detaches them."""
 
     payload: bytes
-    fds: tuple[int, ...] = ()
+    fds: OwnedFds = field(default_factory=OwnedFds)
 
 
-def close_fds(fds: Sequence[int]) -> None:
-    """Close fds that nobody will use."""
+def close_fds(fds: Iterable[int]) -> None:
+    """Close plain descriptors."""
     for fd in fds:
         os.close(fd)
 
 
 def header(payload: bytes, fds: int) -> bytes:
-    """The frame's header for a payload and a number of fds."""
+    """Return the header of a frame with this payload and this number of fds."""
     return HEADER.pack(len(payload), fds)
 
 
 class Decoder:
-    """Turns what arrives, in whatever pieces, into frames."""
+    """Assembles frames from the bytes and fds of single reads. Owns fds until their frame is complete."""
 
     def __init__(self, limit: int, *, max_fds: int = MAX_FDS) -> None:
-        """Accept payloads of at most ``limit`` bytes and frames of at most ``max_fds`` fds."""
+        """Accept payloads of at most ``limit`` bytes, and at most ``max_fds`` fds for each frame."""
         self.limit = limit
         self.max_fds = max_fds
         self._data = bytearray()
-        self._fds: deque[int] = deque()
+        self._fds: deque[OwnedFd] = deque()
 
     @property
     def in_frame(self) -> bool:
-        """Whether an incomplete frame has begun."""
+        """True after the first byte or fd of an incomplete frame."""
         return bool(self._data or self._fds)
 
-    def feed(self, data: bytes, fds: Sequence[int] = ()) -> list[Frame]:
-        """Take what arrived; return the frames that are complete now.
+    def feed(self, data: bytes, fds: OwnedFds | None = None) -> list[Frame]:
+        """Add the result of one read, and return the frames that are complete now. Takes over the fds.
 
         Raises:
-            MessageTooLargeError: a frame announces more than the limit.
-            ProtocolError: more fds arrived than frames announced.
+            MessageTooLargeError: a header announces a payload over the limit.
+            ProtocolError: the number of fds is not the announced one, or is over the limit.
         """
         self._data += data
-        self._fds.extend(fds)
+        if fds is not None:
+            self._fds.extend(fds.detach())
         if len(self._fds) > self.max_fds:
             raise ProtocolError(f"{len(self._fds)} fds; at most {self.max_fds} are accepted")
         frames: list[Frame] = []
@@ -76,7 +85,7 @@ class Decoder:
             self._take(frames)
         except ProtocolError:
             for frame in frames:
-                close_fds(frame.fds)
+                frame.fds.close()
             raise
         return frames
 
@@ -94,43 +103,45 @@ class Decoder:
                 raise ProtocolError(f"a message announced {count} fds and came with {len(self._fds)}")
             payload = bytes(self._data[HEADER.size : HEADER.size + length])
             del self._data[: HEADER.size + length]
-            frames.append(Frame(payload, tuple(self._fds.popleft() for _ in range(count))))
+            frames.append(Frame(payload, OwnedFds(self._fds.popleft() for _ in range(count))))
         if not self._data and self._fds:
             raise ProtocolError("fds without a message")
 
     @property
     def rest(self) -> tuple[bytes, tuple[int, ...]]:
-        """What has arrived of an incomplete frame, and its fds."""
-        return bytes(self._data), tuple(self._fds)
+        """Return the bytes and the fds of an incomplete frame. The fds are borrowed."""
+        return bytes(self._data), tuple(fd.fileno() for fd in self._fds)
 
     def close(self) -> None:
-        """Close fds of frames that never became complete."""
+        """Close the fds of an incomplete frame."""
         while self._fds:
-            os.close(self._fds.popleft())
+            self._fds.popleft().close()
 
 
-def receive(sock: socket.socket) -> tuple[bytes, list[int]]:
-    """One read: some bytes (none: the peer is gone) and the fds that came with them.
+def receive(sock: socket.socket) -> tuple[bytes, OwnedFds]:
+    """Read once. Return the bytes (empty at the end of the stream) and the fds that came with them.
 
     Raises:
-        ProtocolError: the kernel dropped fds because this process may not open more.
+        ProtocolError: the kernel dropped fds because this process reached its limit of open files.
+        OSError: as ``recvmsg``.
     """
-    room = socket.CMSG_SPACE(FDS_AT_ONCE * array.array("i").itemsize)
-    data, ancillary, flags, _ = sock.recvmsg(_CHUNK, room, socket.MSG_CMSG_CLOEXEC)
-    fds = array.array("i")
+    space = socket.CMSG_SPACE(FDS_AT_ONCE * array.array("i").itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(_CHUNK, space, socket.MSG_CMSG_CLOEXEC)
+    numbers = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    fds = OwnedFds.from_ints(numbers)
     if flags & socket.MSG_CTRUNC:
-        close_fds(fds)
+        fds.close()
         raise ProtocolError("file descriptors were lost on the way: raise the limit of open files (ulimit -n)")
-    return data, list(fds)
+    return data, fds
 
 
-def _pieces(payload: bytes, fds: Sequence[int]) -> list[tuple[memoryview, tuple[int, ...]]]:
-    """A frame as what goes out with one ``sendmsg`` each: bytes, and the fds that come with their first."""
+def _pieces(payload: bytes, fds: Sequence[_Fd]) -> list[tuple[memoryview, Sequence[_Fd]]]:
+    """Split a frame into the bytes of single ``sendmsg`` calls and the fds that go with the first byte of each."""
     data = memoryview(header(payload, len(fds)) + payload)
-    groups = [tuple(fds[i : i + FDS_AT_ONCE]) for i in range(0, len(fds), FDS_AT_ONCE)] or [()]
+    groups = [fds[i : i + FDS_AT_ONCE] for i in range(0, len(fds), FDS_AT_ONCE)] or [fds[:0]]
     # All groups of fds go out before the last byte, so that the frame is never complete without them.
     pieces = [(data[i : i + 1], group) for i, group in enumerate(groups[:-1])]
     return [*pieces, (data[len(pieces) :], groups[-1])]
@@ -141,52 +152,62 @@ def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
 
 
 class Outbox:
-    """Frames on their way out of a socket that may not take them at once. Owns the fds until they are sent."""
+    """Queue of frames for a non-blocking socket. Owns the fds until they are sent."""
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self._chunks: deque[tuple[memoryview, OwnedFds]] = deque()
         self.pending_bytes = 0
 
-    def put(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        """Queue a frame; its fds are closed once they are sent, or by :meth:`close`."""
-        pieces = _pieces(payload, fds)
-        self._chunks.extend(pieces)
-        self.pending_bytes += sum(len(data) for data, _ in pieces)
+    def put(self, payload: bytes, fds: OwnedFds | None = None) -> None:
+        """Queue a frame. Takes over the fds, and closes them once they are sent or by :meth:`close`."""
+        owned = [] if fds is None else fds.detach()
+        for data, group in _pieces(payload, owned):
+            self._chunks.append((data, OwnedFds(group)))
+            self.pending_bytes += len(data)
 
     def send(self, sock: socket.socket) -> bool:
-        """Send what the socket takes; return whether everything is out. Raises ``OSError`` when the peer is gone."""
+        """Send as much as the socket accepts. Return True when nothing is left to send.
+
+        Raises:
+            OSError: the peer has closed the connection.
+        """
         while self._chunks:
             data, fds = self._chunks[0]
             try:
-                sent = sock.sendmsg([data], _ancillary(fds))
+                sent = sock.sendmsg([data], _ancillary(fds.filenos()))
             except BlockingIOError:
                 return False
-            close_fds(fds)
+            fds.close()
             self.pending_bytes -= sent
             if sent < len(data):
-                self._chunks[0] = (data[sent:], ())
+                self._chunks[0] = (data[sent:], OwnedFds())
             else:
                 self._chunks.popleft()
         return True
 
     def close(self) -> None:
-        """Drop what was not sent."""
+        """Drop all unsent frames, and close their fds."""
         for _, fds in self._chunks:
-            close_fds(fds)
+            fds.close()
         self._chunks.clear()
         self.pending_bytes = 0
 
 
 class BlockingChannel:
-    """A socket with frames, for a client that waits. Sending and receiving may be done by two threads."""
+    """Frames over a blocking socket. One thread may send while another receives."""
 
     def __init__(self, sock: socket.socket, *, limit: int = MAX_FROM_STORE) -> None:
+        """Take over a connected socket; accept payloads of at most ``limit`` bytes."""
         self.sock = sock
         self._decoder = Decoder(limit)
         self._ready: deque[Frame] = deque()
 
     def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a frame; the fds stay the caller's. Raises :class:`ConnectionLostError`."""
+        """Send a frame. The fds are borrowed.
+
+        Raises:
+            ConnectionLostError: the store closed the connection, or did not accept the frame in time.
+        """
         try:
             for data, group in _pieces(payload, fds):
                 sent = self.sock.sendmsg([data], _ancillary(group)) if group else 0
@@ -200,7 +221,7 @@ class BlockingChannel:
 
         Raises:
             ConnectionLostError: the store closed the connection, or (``TimeoutError`` as cause) did not answer.
-            ProtocolError: what came is not a frame.
+            ProtocolError: the stream is not made of frames.
         """
         while not self._ready:
             try:
@@ -208,14 +229,15 @@ class BlockingChannel:
             except OSError as error:
                 raise ConnectionLostError(f"the store is gone: {error.strerror or error}") from error
             if not data:
+                fds.close()
                 cut = " in the middle of a message" if self._decoder.in_frame else ""
                 raise ConnectionLostError(f"the store closed the connection{cut}")
             self._ready.extend(self._decoder.feed(data, fds))
         return self._ready.popleft()
 
     def close(self) -> None:
-        """Close the socket, and fds that nobody took."""
+        """Close the socket, and the fds of frames that were not received."""
         self.sock.close()
         self._decoder.close()
         while self._ready:
-            close_fds(self._ready.popleft().fds)
+            self._ready.popleft().fds.close()

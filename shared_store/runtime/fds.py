@@ -1,21 +1,26 @@
-"""Ownership of file descriptors: whoever has an :class:`OwnedFd` closes it, or passes it on.
+"""File descriptors with an owner.
 
-Functions that return descriptors return these types, so that a path that raises closes what it had. A plain ``int`` is
-borrowed: valid during the call, closed by somebody else.
+An :class:`OwnedFd` closes its descriptor, or passes it on with :meth:`OwnedFd.detach`. Functions that return
+descriptors return these types, so that a path that raises closes them. A plain ``int`` is borrowed: valid during the
+call, and closed by its owner.
 
-Relies on reference counting only as the last resort: an :class:`OwnedFd` that is collected while open is closed with a
-:class:`ResourceWarning`, which the tests turn into a failure.
+Relies on reference counting as a last resort only: an :class:`OwnedFd` that is collected while it is open closes its
+descriptor and emits a :class:`ResourceWarning`, which fails a test.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
 _CLOSED = -1
+_LOWEST = 3  # a duplicate must not become standard input, output or error where these are closed
 
 
 class OwnedFd:
@@ -24,26 +29,29 @@ class OwnedFd:
     __slots__ = ("_fd",)
 
     def __init__(self, fd: int) -> None:
-        """Take over an open descriptor."""
+        """Take ownership of an open descriptor. Raises :class:`ValueError` for a negative number."""
+        self._fd = _CLOSED
+        if fd < 0:
+            raise ValueError(f"{fd} is not a descriptor")
         self._fd = fd
 
     def fileno(self) -> int:
-        """The descriptor, borrowed. Raises :class:`ValueError` after :meth:`close` or :meth:`detach`."""
+        """Return the descriptor, borrowed. Raises :class:`ValueError` after :meth:`close` or :meth:`detach`."""
         if self._fd == _CLOSED:
-            raise ValueError("this descriptor is closed")
+            raise ValueError("the descriptor is closed, or was passed on")
         return self._fd
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed or passed on."""
+        """True after :meth:`close` or :meth:`detach`."""
         return self._fd == _CLOSED
 
     def dup(self) -> OwnedFd:
-        """A second descriptor of the same open file, close-on-exec."""
-        return OwnedFd(os.dup(self.fileno()))
+        """Return a second descriptor of the same open file, as :func:`duplicate` does."""
+        return duplicate(self.fileno())
 
     def detach(self) -> int:
-        """Pass the descriptor on: the caller closes it from now on."""
+        """Return the descriptor and give up ownership: the caller closes it."""
         fd = self.fileno()
         self._fd = _CLOSED
         return fd
@@ -64,43 +72,53 @@ class OwnedFd:
         return f"OwnedFd({'closed' if self.closed else self._fd})"
 
     def __del__(self) -> None:
-        if not self.closed:
-            fd = self._fd
-            self.close()
-            warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, source=self, stacklevel=2)
+        if self.closed or sys.is_finalizing():  # the end of the process closes everything
+            return
+        fd = self._fd
+        self.close()
+        warnings.warn(f"descriptor {fd} was never closed", ResourceWarning, source=self, stacklevel=2)
 
 
 class OwnedFds:
-    """Descriptors in an order that a message gives them, owned together: a context manager, like :class:`OwnedFd`."""
+    """Several descriptors, owned together and in the order in which a message carries them."""
 
     __slots__ = ("_fds",)
 
     def __init__(self, fds: Iterable[OwnedFd] = ()) -> None:
-        """Take over the descriptors."""
+        """Take ownership of the descriptors."""
         self._fds = list(fds)
 
     @classmethod
     def from_ints(cls, fds: Iterable[int]) -> OwnedFds:
-        """Take over plain descriptors, as ``recvmsg`` gives them."""
-        return cls(OwnedFd(fd) for fd in fds)
+        """Take ownership of plain descriptors, as ``recvmsg`` returns them."""
+        return cls([OwnedFd(fd) for fd in fds])
+
+    @classmethod
+    def duplicates(cls, fds: Iterable[int]) -> OwnedFds:
+        """Duplicate borrowed descriptors: all of them, or none where one fails with :class:`OSError`."""
+        with cls() as made:
+            for fd in fds:
+                made.add(duplicate(fd))
+            return cls(made.detach())
 
     def add(self, fd: OwnedFd) -> None:
-        """Take over one more."""
+        """Take ownership of another descriptor, which becomes the last."""
         self._fds.append(fd)
 
     def filenos(self) -> tuple[int, ...]:
-        """The descriptors in order, borrowed."""
+        """Return the descriptors in order, borrowed."""
         return tuple(fd.fileno() for fd in self._fds)
 
     def detach(self) -> list[OwnedFd]:
-        """Pass all of them on, in order: the caller closes them from now on."""
+        """Return the descriptors in order and give up ownership: the caller closes them."""
         fds, self._fds = self._fds, []
         return fds
 
     def close(self) -> None:
-        """Close all of them. Idempotent."""
-        for fd in self.detach():
-            fd.close()
+        """Close all descriptors, also where closing one fails. Idempotent."""
+        with contextlib.ExitStack() as closing:
+            for fd in self.detach():
+                closing.callback(fd.close)
 
     def __len__(self) -> int:
         return len(self._fds)
@@ -114,3 +132,8 @@ class OwnedFds:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def duplicate(fd: int) -> OwnedFd:
+    """Duplicate a borrowed descriptor, close-on-exec. Raises :class:`OSError`, for example ``EMFILE``."""
+    return OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST))

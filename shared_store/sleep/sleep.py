@@ -37,7 +37,9 @@ from shared_store.base.keys import host_key
 from shared_store.base.manifest import Manifest
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping
+from shared_store.memory.mapping import map_writable
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds, duplicate
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, copier_for, unheard
 from shared_store.transfer.files import OpenFile, close_all
 from shared_store.transfer.reading import duplicated
@@ -78,10 +80,11 @@ class Woken:
 class _HostCopy:
     """Where the blobs lie in host memory, by their digests: a file (a segment) and the first byte in it."""
 
-    def __init__(self, key: str, attached: messages.Attached, fds: Sequence[int]) -> None:
+    def __init__(self, key: str, attached: messages.Attached, owned: OwnedFds) -> None:
         """Takes over the fds."""
         self.key = key
         self.manifest = manifests.decode(attached.manifest)
+        fds = [fd.detach() for fd in owned.detach()]
         files = [OpenFile(self.manifest.name, fd) for fd in fds]
         self._close = weakref.finalize(self, wire.close_fds, tuple(fds))
         self._places = {
@@ -199,13 +202,13 @@ class Sleeper:
             raise DigestMismatchError(f"the host copy of {self._manifest.name} is one of another model")
         return host
 
-    def _publish_host_copy(self, key: str, progress: Progress) -> tuple[messages.Attached, tuple[int, ...]]:
+    def _publish_host_copy(self, key: str, progress: Progress) -> tuple[messages.Attached, OwnedFds]:
         """Copy what is mapped to host memory; the store checks the digests."""
         manifest = msgspec.structs.replace(
             self._manifest, key=key, device=HOST, name=f"{self._manifest.name} (host copy)"
         )
         planned, fds = self._session.plan(key, manifest.blobs)
-        wire.close_fds(fds)  # of segments that exist: nothing is written there
+        fds.close()  # of segments that exist: nothing is written there
         files: dict[int, OpenFile] = {}
         try:
             with copier_for(self._backend) as copier, Workers(copier, "save", progress) as workers:
@@ -213,7 +216,7 @@ class Sleeper:
                     if not place.new:
                         continue
                     if place.segment not in files:
-                        fd = self._session.fill(key, planned.segments[place.segment].id)
+                        fd = self._session.fill(key, planned.segments[place.segment].id).detach()
                         files[place.segment] = OpenFile("a segment in host memory", fd)
                     span = (self._address(index), manifest.blobs[index].nbytes)
                     workers.put(Piece(files[place.segment], place.offset, *span))
@@ -228,7 +231,7 @@ class Sleeper:
     def _let_go(self) -> None:
         for extent in self._extents:
             for mapping in extent.mappings:
-                mapping.let_go()
+                mapping.release_segment()
 
     # Waking up.
 
@@ -295,15 +298,15 @@ class Sleeper:
             for number, extent in enumerate(self._extents):
                 at = filled.get(number)
                 segment = self._same(extent, attached) if at is None else self._index_of(at, attached)
-                found.append(None if segment is None else duplicated([fds[segment]])[0])
+                found.append(None if segment is None else duplicated([fds.filenos()[segment]])[0])
         finally:
-            wire.close_fds(fds)
+            fds.close()
         return found, "the store has it in other places by now"
 
     def _attach_or_publish(
         self, host: _HostCopy, copier: Copier, progress: Progress
-    ) -> tuple[tuple[messages.Attached, tuple[int, ...]], dict[int, int]]:
-        """What the store has of the model (fds: the caller's), and what :meth:`_publish` filled, if it did."""
+    ) -> tuple[tuple[messages.Attached, OwnedFds], dict[int, int]]:
+        """What the store has of the model, and what :meth:`_publish` filled, if it did."""
         key = self._manifest.key
         for left in reversed(range(_TRIES)):
             try:
@@ -335,12 +338,12 @@ class Sleeper:
 
     def _publish(
         self, host: _HostCopy, copier: Copier, progress: Progress
-    ) -> tuple[tuple[messages.Attached, tuple[int, ...]], dict[int, int]]:
+    ) -> tuple[tuple[messages.Attached, OwnedFds], dict[int, int]]:
         """Publish the model again; the store's answer, and ids of segments that were filled as extents were."""
         key, blobs = self._manifest.key, self._manifest.blobs
         sizes = [extent.nbytes for extent in self._extents]
         planned, fds = self._session.plan(key, blobs, wish=self._wish, sizes=sizes)
-        wire.close_fds(fds)  # of segments that exist: nothing is written there
+        fds.close()  # of segments that exist: nothing is written there
         filled: dict[int, int] = {}
         with contextlib.ExitStack() as writable:
             spans: list[tuple[bytes, Span]] = []
@@ -357,7 +360,9 @@ class Sleeper:
                     if whole is not None:  # also what lies elsewhere by now: this process has addresses for it here
                         contents = self._extents[whole].blobs
                         filled[whole] = info.id
-                    address = writable.enter_context(self._writable(self._session.fill(key, info.id), info.nbytes))
+                    address = writable.enter_context(
+                        map_writable(self._backend, self._session.fill(key, info.id), info.nbytes)
+                    )
                     spans += self._load(contents, address, host, workers)
             _check(spans, copier)
         return self._session.commit(self._manifest), filled
@@ -375,11 +380,11 @@ class Sleeper:
         """Memory of this process's own with an extent's blobs in their places: an fd, the caller's."""
         memory = self._backend.create(extent.nbytes)
         try:
-            fd = self._backend.export(memory)
+            fd = self._backend.export(memory).detach()
         finally:
             self._backend.release(memory)  # the fd holds it
         try:
-            with self._writable(os.dup(fd), extent.nbytes) as address:
+            with map_writable(self._backend, duplicate(fd), extent.nbytes) as address:
                 with Workers(copier, "load", progress) as workers:
                     spans = self._load(extent.blobs, address, host, workers)
                 _check(spans, copier)
@@ -400,28 +405,17 @@ class Sleeper:
             workers.put(host.piece(digest, span))
         return [(digest, span) for span, digest in spans.items()]
 
-    @contextlib.contextmanager
-    def _writable(self, fd: int, nbytes: int) -> Iterator[int]:
-        """Map a segment for writing, somewhere, for the block; its address. Takes over the fd."""
-        try:
-            mapping = Mapping(self._backend, self._backend.import_fd(fd, nbytes))
-        finally:
-            os.close(fd)
-        with contextlib.closing(mapping):
-            mapping.map(Access.WRITE)
-            yield mapping.address
-
     def _map(self, fds: Sequence[int | None]) -> None:
         for extent, fd in zip(self._extents, fds, strict=True):
             for mapping in extent.mappings:
                 assert fd is not None  # noqa: S101 - every extent has memory by now
-                mapping.let_go()  # what could not be let go before
-                mapping.take(self._backend.import_fd(fd, extent.nbytes))
+                mapping.release_segment()  # what could not be let go before
+                mapping.set_segment(self._backend.import_fd(fd, extent.nbytes))
                 mapping.map(Access.READ)
 
     # Both ways.
 
-    def _open(self, key: str, device: str, *, name: str) -> tuple[messages.Attached, tuple[int, ...]] | None:
+    def _open(self, key: str, device: str, *, name: str) -> tuple[messages.Attached, OwnedFds] | None:
         return self._session.open(
             key, name=name, engine=self._manifest.engine, device=device, publish=True, timeout_s=self._timeout_s
         )

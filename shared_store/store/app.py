@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.memory import MemfdBackend, backend_for
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol.durable_state import DurableState
 from shared_store.runtime.claim import claim, listen, raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
@@ -55,7 +55,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
     lock = claim(paths)
     try:
-        asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, Holdings()), None, ready))
+        asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready))
     finally:
         os.close(lock)
     return 0

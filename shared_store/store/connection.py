@@ -10,7 +10,6 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from dataclasses import dataclass, field
 
 from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.protocol import messages, wire
@@ -26,14 +25,6 @@ MAX_UNREAD = 64 << 20
 MAX_OFFERED_FDS = 1024
 
 
-@dataclass(frozen=True)
-class Received:
-    """A frame's payload and its descriptors."""
-
-    payload: bytes
-    fds: OwnedFds = field(default_factory=OwnedFds)
-
-
 class Connection:
     """A connected client."""
 
@@ -47,7 +38,7 @@ class Connection:
         self._sock = sock
         self._decoder = wire.Decoder(MAX_BEFORE_HELLO, max_fds=0)
         self._outbox = wire.Outbox()
-        self._received: deque[Received] = deque()
+        self._frames: deque[wire.Frame] = deque()
         self._arrived = asyncio.Event()
         self._writing = False
         self._loop = asyncio.get_running_loop()
@@ -64,22 +55,22 @@ class Connection:
         """Accept up to ``count`` descriptors with the next messages, within :data:`MAX_OFFERED_FDS`."""
         self._decoder.max_fds = min(count, MAX_OFFERED_FDS)
 
-    async def receive(self) -> Received | None:
+    async def receive(self) -> wire.Frame | None:
         """Wait for the next frame; return None once the connection is closed and its frames are read."""
-        while not self._received:
+        while not self._frames:
             if self.closed.is_set():
                 return None
             self._arrived.clear()
             await self._arrived.wait()
-        return self._received.popleft()
+        return self._frames.popleft()
 
     def send(self, message: messages.Message, fds: OwnedFds | None = None) -> None:
         """Queue a message; take over its descriptors."""
-        owned = OwnedFds() if fds is None else fds
         if self.closed.is_set():
-            owned.close()
+            if fds is not None:
+                fds.close()
             return
-        self._outbox.put(messages.encode(message), [fd.detach() for fd in owned.detach()])
+        self._outbox.put(messages.encode(message), fds)
         if self._outbox.pending_bytes > MAX_UNREAD:
             self.cut("client is not reading its socket")
             return
@@ -118,8 +109,8 @@ class Connection:
 
     def drop_frames(self) -> None:
         """Drop frames that were not received, and close their descriptors."""
-        while self._received:
-            self._received.popleft().fds.close()
+        while self._frames:
+            self._frames.popleft().fds.close()
 
     def _read(self) -> None:
         try:
@@ -127,9 +118,8 @@ class Connection:
             if not data:
                 self.close("cut off in the middle of a message" if self._decoder.in_frame else "closed by the client")
                 return
-            frames = self._decoder.feed(data, fds)
-            self._received.extend(Received(frame.payload, OwnedFds.from_ints(frame.fds)) for frame in frames)
-            if len(self._received) > MAX_REQUESTS_WAITING:
+            self._frames.extend(self._decoder.feed(data, fds))
+            if len(self._frames) > MAX_REQUESTS_WAITING:
                 raise ProtocolError(f"more than {MAX_REQUESTS_WAITING} requests wait for an answer")
         except BlockingIOError:
             return

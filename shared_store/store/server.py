@@ -17,11 +17,11 @@ from shared_store.base.errors import (
     TooManyClientsError,
     WoolyError,
 )
-from shared_store.protocol import messages
+from shared_store.protocol import messages, wire
 from shared_store.protocol.peers import peer_of
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.clients.sessions import Sessions
-from shared_store.store.connection import Connection, Received
+from shared_store.store.connection import Connection
 from shared_store.store.dispatch import Dispatch
 from shared_store.store.session import Session
 from shared_store.store.state.clients import Client
@@ -127,8 +127,8 @@ class Server:
             session = await self._greet(connection)
             if session is not None:
                 self._sessions.begin(session)
-                while (received := await connection.receive()) is not None:
-                    await self._answer(connection, session, received)
+                while (frame := await connection.receive()) is not None:
+                    await self._answer(connection, session, frame)
         except WoolyError as error:
             connection.refuse(error)
         except Exception:
@@ -147,13 +147,13 @@ class Server:
         """Receive and answer the greeting; return None if the connection ended before."""
         try:
             async with asyncio.timeout(HELLO_WITHIN_S):
-                received = await connection.receive()
+                frame = await connection.receive()
         except TimeoutError:
             connection.cut(f"no greeting within {HELLO_WITHIN_S:.0f} s")
             return None
-        if received is None:
+        if frame is None:
             return None
-        hello = messages.decode_from_client(received.payload)
+        hello = messages.decode_from_client(frame.payload)
         if not isinstance(hello, messages.Hello):
             raise ProtocolError("a connection begins with a greeting")
         if hello.protocol != messages.VERSION:
@@ -171,14 +171,14 @@ class Server:
             lambda kind, detail: connection.send(messages.Push(next(self._pushes), kind, detail)),
         )
 
-    async def _answer(self, connection: Connection, session: Session, received: Received) -> None:
+    async def _answer(self, connection: Connection, session: Session, frame: wire.Frame) -> None:
         """Answer one message."""
-        with received.fds:
-            request = self._dispatch.check(messages.decode_from_client(received.payload), received.fds)
+        with frame.fds:
+            request = self._dispatch.check(messages.decode_from_client(frame.payload), frame.fds)
             if request is None:
                 return
             connection.expect_fds(0)
-            answer = await self._dispatch.answer(session, request, received.fds)
+            answer = await self._dispatch.answer(session, request, frame.fds)
         refused = isinstance(answer.reply, messages.Failed) and answer.reply.code == ModelNotFoundError.code
         if isinstance(request, messages.Rejoin) and refused:
             connection.expect_fds(len(request.segments))  # the client may offer the model next

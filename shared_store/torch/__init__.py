@@ -1,1 +1,1 @@
-"""The part of the client that deals in torch tensors and modules; the two plugins share it."""
+"""The client for torch: publish a loaded model, bind another process's tensors. Both plugins build on it."""

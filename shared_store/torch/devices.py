@@ -1,4 +1,4 @@
-"""What differs between devices on the client's side: digests where the bytes lie, waiting, and giving memory back."""
+"""Work on a device that publishing needs: digests, synchronisation, and release of freed memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from shared_store.base.digest import digest_at
 from shared_store.memory import Backend, backend_for
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-"""The C library's, see ``malloc_trim(3)``; only glibc has it."""
+"""Of the C library, see ``malloc_trim(3)``; None where it is not glibc."""
 
 
 class DeviceWork(Protocol):
-    """Work that publishing does on a device."""
+    """Work on one device."""
 
     def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:
-        """BLAKE3-256 of each of some contiguous uint8 tensors."""
+        """Return the BLAKE3-256 digest of each of some contiguous uint8 tensors, on their device."""
 
     def settle(self) -> None:
-        """Wait until everything that was started has ended: what it uses may be unmapped after that."""
+        """Wait for all work in flight; the memory that it uses may be unmapped after that."""
 
     def reclaim(self) -> None:
-        """Give memory that this process freed back, so that others can have it."""
+        """Return memory that this process has freed to the device."""
 
 
 class HostWork:
-    """Host memory: nothing is in flight, but the C library keeps what was freed, often a large part of a model."""
+    """Host memory. No work is in flight; the C library caches freed memory, often a large part of a model."""
 
     def digests(self, ranges: Sequence[torch.Tensor]) -> list[bytes]:  # noqa: D102 - the protocol's
         with ThreadPoolExecutor(4, thread_name_prefix="wooly-digest") as pool:
@@ -45,7 +45,7 @@ class HostWork:
 
 
 class CudaWork:
-    """A GPU: digests by a kernel, work in flight on streams, freed memory kept by torch until it is told."""
+    """A GPU. A kernel computes digests, work is in flight on streams, and torch caches freed memory."""
 
     def __init__(self, device: torch.device) -> None:
         from shared_store.memory.cuda.digests import CudaDigests
@@ -62,16 +62,16 @@ class CudaWork:
 
     def reclaim(self) -> None:  # noqa: D102 - the protocol's
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # returns blocks that nothing uses; what is in use stays where it is
+        torch.cuda.empty_cache()  # releases unused blocks; used ones keep their addresses
 
 
 def work_on(device: torch.device) -> DeviceWork:
-    """The work of a device."""
+    """Return the work of a device."""
     return CudaWork(device) if device.type == "cuda" else HostWork()
 
 
 def store_device(device: torch.device) -> str:
-    """The store's name for a torch device: ``cpu``, or the GPU's UUID."""
+    """Return the store's name of a torch device: ``cpu``, or the GPU's UUID."""
     if device.type != "cuda":
         return device.type
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -79,5 +79,5 @@ def store_device(device: torch.device) -> str:
 
 
 def backend_of(device: torch.device) -> Backend:
-    """The memory backend of a torch device. Raises :class:`UnknownDeviceError`."""
+    """Return the memory backend of a torch device. Raises :class:`UnknownDeviceError`."""
     return backend_for(store_device(device))

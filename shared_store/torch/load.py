@@ -1,44 +1,217 @@
-"""What every engine's loader does around loading: show progress, tell what was not shared, keep the lease."""
+"""Loading a shared model, for every engine: connect, identify, obtain, attach or publish, retain.
+
+The engine's own steps are passed in, see :mod:`shared_store.torch.steps`. A model that cannot be shared falls back to
+the engine's stock loading, see :mod:`shared_store.torch.fallback`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
 
-from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are another package
 
+from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
+from shared_store.base.keys import weight_key
 from shared_store.client.session import Session
+from shared_store.disk.obtain import Need, Opened, obtain, published
+from shared_store.memory import Backend
+from shared_store.torch.devices import backend_of, store_device
+from shared_store.torch.fallback import Fallback
+from shared_store.torch.mapped_model import MappedModel
+from shared_store.torch.publish import Publication, publish
+from shared_store.torch.steps import Identity, Loaded, LoadSteps, Shared
+
+R = TypeVar("R")
 
 SHARE_MIN_BYTES = 16 << 10
-"""Tensors below this size are copied into the process: engines write to small ones."""
+"""Smaller tensors are copied into the process, because engines write to small ones."""
 
 TIMEOUT_S = 1800.0
 """Seconds that another process may take to load the same model."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How an engine loads.
+
+    Attributes:
+        engine: the engine's name.
+        version: the engine's version.
+        fallback: the rule for models that cannot be shared.
+        runtime_dir: the store's directory; None is the default of ``WOOLY_RUNTIME_DIR``.
+        timeout_s: seconds that another process may take to load the same model.
+        publish: load and publish a model that the store does not have; False makes that an error.
+        restore_from: a directory of ``wooly save`` to restore the model from; None looks in the cache.
+        min_bytes: smaller tensors are copied instead of mapped.
+    """
+
+    engine: str
+    version: str
+    fallback: Fallback
+    runtime_dir: Path | None = None
+    timeout_s: float = TIMEOUT_S
+    publish: bool = True
+    restore_from: Path | None = None
+    min_bytes: int = SHARE_MIN_BYTES
+
+    @property
+    def log(self) -> logging.Logger:
+        """The engine's logger."""
+        return self.fallback.log
+
+    def connect(self, name: str) -> Session:
+        """Connect to the store, for a model. Raises as :meth:`Session.connect` does."""
+        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}")
+
+
+def load(steps: LoadSteps[R], settings: Settings) -> R:
+    """Load a model: attach to it, publish it, or fall back.
+
+    Args:
+        steps: the engine's part.
+        settings: how to load.
+
+    Returns:
+        What the engine's own load function returns.
+
+    Raises:
+        WoolyError: the model cannot be shared, and ``settings.fallback`` does not allow stock loading.
+    """
+    session: Session | None = None
+    try:
+        steps.prepare()
+        session = settings.connect(steps.name)
+        with steps.sharing():
+            return _SharedLoad(steps, settings, session).run().result
+    except WoolyError as error:
+        settings.fallback.report(session, steps.name, error)
+        return steps.load_stock()
+    except BaseException:
+        if session is not None:
+            session.close()  # ends a publication that other clients wait for
+        raise
+
+
+@contextlib.contextmanager
+def key_of(identity: Identity, session: Session, timeout_s: float) -> Iterator[str]:
+    """Compute a weight key, hashing the checkpoint if the store does not remember its digest.
+
+    A process that hashed the checkpoint is first in line for the model until the block ends.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changes.
+        TimedOutError: another process hashes the checkpoint for more than ``timeout_s`` seconds.
+    """
+    checkpoint = identity.checkpoint
+    with (
+        progress("wooly: hashing the checkpoint", checkpoint.nbytes) as hashed,
+        checkpoint.digest(session, timeout_s=timeout_s, progress=hashed) as digest,
+    ):
+        yield weight_key(digest, identity.facts)
+
+
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes, shown once there is something to show. Call it with bytes done; 0 is no known total."""
+    """Show a progress bar after one second; yield a function that takes bytes done. ``total`` 0: not known."""
     with tqdm(desc=title, total=total or None, unit="B", unit_scale=True, unit_divisor=1024, delay=1.0) as bar:
         yield bar.update
 
 
-def report_fallback(session: Session | None, name: str, error: WoolyError, log: logging.Logger) -> None:
-    """Count in the store that a model is loaded the stock way, and end the connection."""
-    if session is None:
-        return
-    try:
-        session.report_fallback(name, f"{error.code}: {error}")
-    except WoolyError as report_error:
-        log.warning("wooly: the store could not be told: %s", report_error)
-    finally:
-        session.close()
+class _SharedLoad(Generic[R]):
+    """One load over an open session."""
 
+    def __init__(self, steps: LoadSteps[R], settings: Settings, session: Session) -> None:
+        self._steps = steps
+        self._settings = settings
+        self._session = session
+        self._began = time.perf_counter()
 
-def keep(session: Session, model: nn.Module) -> None:
-    """The connection is the lease: it ends when the model does."""
-    weakref.finalize(model, session.close)
+    def run(self) -> Loaded[R]:
+        """Attach, or publish where the store grants that."""
+        settings = self._settings
+        identity = self._steps.identify()
+        with key_of(identity, self._session, settings.timeout_s) as key:
+            backend = backend_of(identity.device)
+            need = Need(
+                key,
+                self._steps.name,
+                f"{settings.engine} {settings.version}",
+                publish=settings.publish,
+                timeout_s=settings.timeout_s,
+                restore_from=settings.restore_from,
+            )
+            opened = obtain(self._session, need, backend, progress)
+        if opened is None:
+            return self._publish(need, identity, backend)
+        return self._attach(opened, backend)
+
+    def _attach(self, opened: Opened, backend: Backend) -> Loaded[R]:
+        attached, fds = opened
+        with fds:
+            manifest = manifests.decode(attached.manifest)
+            mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
+        mapped.map_for_reading()
+        loaded, bound = self._steps.attach(manifest, mapped)
+        return self._retain(Shared(loaded, self._session, manifest, mapped, bound, published=False), "attached")
+
+    def _publish(self, need: Need, identity: Identity, backend: Backend) -> Loaded[R]:
+        loaded = self._steps.load_to_publish()
+        loading_s = time.perf_counter() - self._began
+        try:
+            identity.checkpoint.unchanged()
+            description = self._steps.describe(loaded)
+            publication = Publication(
+                key=need.key,
+                name=need.name,
+                engine=need.engine,
+                device=store_device(identity.device),
+                state=description.state,
+            )
+            with progress("wooly: publishing", 0) as copied:
+                manifest, mapped, bound = publish(
+                    self._session,
+                    publication,
+                    loaded.model,
+                    backend,
+                    min_bytes=self._settings.min_bytes,
+                    select=description.select,
+                    progress=copied,
+                )
+        except WoolyError as error:
+            self._settings.fallback.report(self._session, need.name, error)
+            self._steps.left_private(loaded)
+            return loaded
+        published(need.key, self._settings.runtime_dir)
+        shared = Shared(loaded, self._session, manifest, mapped, bound, published=True)
+        return self._retain(shared, f"loaded in {loading_s:.3f} s and published")
+
+    def _retain(self, shared: Shared[R], how: str) -> Loaded[R]:
+        """Report a shared model, and close the session with it: the connection is the lease."""
+        bound = self._steps.bound(shared)
+        log, name, key = self._settings.log, self._steps.name, shared.manifest.key
+        try:
+            self._session.report(key, bound.private_bytes + shared.mapped.private_bytes())
+        except WoolyError as error:  # a status without this number is no reason to load the model again
+            log.warning(
+                "wooly: could not report the private bytes of %s to the store: %s [%s]", name, error, error.code
+            )
+        weakref.finalize(shared.loaded.model, self._session.close)
+        log.info(
+            "wooly: %s %s in %.3f s (%d tensors, %.1f MiB mapped, %.1f MiB private, key %s)",
+            how,
+            name,
+            time.perf_counter() - self._began,
+            bound.tensors,
+            bound.mapped_bytes / 2**20,
+            bound.private_bytes / 2**20,
+            key[:12],
+        )
+        return shared.loaded

@@ -1,4 +1,4 @@
-"""A model's blobs in this process: segments mapped once, blobs found in them."""
+"""A model's segments, mapped in this process, and the blobs in them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import torch
 from shared_store.base.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
-from shared_store.protocol.wire import close_fds
+from shared_store.torch.mapping_registry import register
 from shared_store.torch.views import bytes_in, part_of, storage_of
-from shared_store.torch.where import remember
 
 REPLICA_MIN_BYTES = 1 << 20
-"""A blob that one model has more than once is copied below this size, and mapped once more from it on."""
+"""A blob that occurs more than once in a model is mapped again for each occurrence from this size on, else copied."""
 
 
-class MappedBlobs:
-    """The blobs of one model. Tensors made of them keep their mappings alive; this object need not live on."""
+class MappedModel:
+    """The blobs of one model. Tensors over them keep their mappings alive, without this object.
+
+    Attributes:
+        places: location of each blob.
+        segments: the segments that the locations number.
+        occurrence: for each blob, the number of earlier blobs of the model with the same digest.
+    """
 
     def __init__(
         self,
@@ -28,12 +33,18 @@ class MappedBlobs:
         places: Sequence[messages.BlobPlace],
         segments: Sequence[messages.SegmentInfo],
         fds: Sequence[int],
-        before: MappedBlobs | None = None,
+        before: MappedModel | None = None,
     ) -> None:
-        """Take over the segments of an answer (its fds are closed here); nothing is mapped yet.
+        """Import the segments of an answer of the store; nothing is mapped yet.
 
-        Promised segments have no fd; :meth:`add` brings them in later. Segments that were mapped ``before`` keep their
-        mappings, and so their addresses.
+        Args:
+            backend: of the model's device.
+            blobs: in the manifest's order.
+            places: location of each blob.
+            segments: those that ``places`` numbers.
+            fds: a descriptor, borrowed, for each segment that exists. Segments that are only planned are imported by
+                :meth:`add`.
+            before: an earlier answer about the model. Its segments keep their mappings, and so their addresses.
         """
         self._backend = backend
         self._before = before.mappings_by_id() if before else {}
@@ -45,43 +56,41 @@ class MappedBlobs:
         self._replicas: dict[tuple[int, int], Mapping] = {}
         copies: Counter[bytes] = Counter()
         self.occurrence: list[int] = []
-        """For each blob: how many of the same digest come before it in this model."""
         for blob in blobs:
             self.occurrence.append(copies[blob.digest])
             copies[blob.digest] += 1
         existing = [index for index, info in enumerate(segments) if not info.promised]
-        try:
-            for index, fd in zip(existing, fds, strict=True):
-                self._import(index, fd)
-        finally:
-            close_fds(fds)
-            self._before = {}
+        for index, fd in zip(existing, fds, strict=True):
+            self._import(index, fd)
+        self._before = {}
 
     def mappings(self) -> list[tuple[int, Mapping]]:
-        """Every mapping, with the index of its segment."""
+        """Return every mapping, with the index of its segment."""
         again = ((index, mapping) for (index, _), mapping in self._replicas.items())
         return [*self._mappings.items(), *again]
 
     def mappings_by_id(self) -> dict[tuple[int, int], Mapping]:
-        """Every mapping, by its segment's id and which repetition of blobs it is for (0: it is the segment's first)."""
+        """Return every mapping by its segment's id and the occurrence that it is for (0: the segment's first)."""
         first = {(self.segments[index].id, 0): mapping for index, mapping in self._mappings.items()}
         again = {(self.segments[index].id, number): mapping for (index, number), mapping in self._replicas.items()}
         return first | again
 
     def add(self, index: int, fd: int) -> None:
-        """Bring in a promised segment, to be written: by its index, with its fd (closed here)."""
-        try:
-            self._import(index, fd)
-        finally:
-            close_fds((fd,))
+        """Import a segment that was only planned, and map it for writing.
+
+        Args:
+            index: of the segment.
+            fd: its descriptor, borrowed.
+        """
+        self._import(index, fd)
         self._mappings[index].map(Access.WRITE)
 
     def has(self, index: int) -> bool:
-        """Whether the segment with this index is here (a promised one is not, until it is added)."""
+        """Return True if a segment (by its index) was imported."""
         return index in self._mappings
 
     def map_for_reading(self) -> None:
-        """Map all segments that are here for reading, each at its address."""
+        """Map all imported segments for reading, each at its address."""
         for mapping in (*self._mappings.values(), *self._replicas.values()):
             mapping.map(Access.READ)
 
@@ -97,28 +106,28 @@ class MappedBlobs:
             again.map(Access.READ)
 
     def _mapping(self, index: int, occurrence: int, fd: int) -> Mapping:
-        """The mapping that there was, or a new one."""
+        """Return the earlier mapping, or a new one."""
         found = self.segments[index]
         known = self._before.get((found.id, occurrence))
-        return known or remember(Mapping(self._backend, self._backend.import_fd(fd, found.nbytes)))
+        return known or register(Mapping(self._backend, self._backend.import_fd(fd, found.nbytes)))
 
     def unmap(self) -> None:
-        """Unmap all; addresses stay."""
+        """Unmap all segments; their addresses stay reserved."""
         for mapping in (*self._mappings.values(), *self._replicas.values()):
             mapping.unmap()
 
     def shared(self, index: int, min_bytes: int) -> bool:
-        """Whether the blob is to be mapped: large enough, and not a small repetition of another."""
+        """Return True if a blob is to be mapped: it has ``min_bytes``, and is not a small repetition of another."""
         nbytes = self._blobs[index].nbytes
         return nbytes >= max(min_bytes, REPLICA_MIN_BYTES if self.occurrence[index] else 1)
 
-    def where(self, index: int) -> tuple[int, int]:
-        """The blob's segment (by the store's number) and first byte."""
+    def location(self, index: int) -> tuple[int, int]:
+        """Return the id of a blob's segment, and the blob's first byte in it."""
         place = self.places[index]
         return self.segments[place.segment].id, place.offset
 
     def storage(self, index: int) -> torch.UntypedStorage:
-        """The blob's storage, its own; a repetition of a blob has a mapping of its own, too."""
+        """Return a storage of exactly a blob's bytes. Occurrences of one blob have different addresses."""
         place, nbytes = self.places[index], self._blobs[index].nbytes
         mapping = self._replicas.get((place.segment, self.occurrence[index]), self._mappings[place.segment])
         whole = self._storages.get(mapping)
@@ -127,14 +136,14 @@ class MappedBlobs:
         return part_of(whole, place.offset, nbytes)
 
     def bytes(self, index: int) -> torch.Tensor:
-        """The blob's bytes (uint8, shape ``(nbytes,)``)."""
+        """Return a blob's bytes: uint8, shape ``(nbytes,)``, not copied."""
         return bytes_in(self.storage(index))
 
     def covers(self, address: int) -> bool:
-        """Whether an address lies in this model's mappings."""
+        """Return True if an address is in a mapping of this model."""
         mappings = (*self._mappings.values(), *self._replicas.values())
         return any(mapping.address <= address < mapping.address + mapping.nbytes for mapping in mappings)
 
     def private_bytes(self) -> int:
-        """Bytes of mapped memory that this process wrote to, and so holds for itself."""
+        """Return the bytes of the mappings that became private because this process wrote to them."""
         return sum(mapping.private_bytes() for mapping in (*self._mappings.values(), *self._replicas.values()))

@@ -1,11 +1,11 @@
-"""Placeholders: what a model's constructor gets instead of memory for weights that are about to be bound.
+"""Placeholders: tensors without memory of their own, for a model whose weights are about to be bound.
 
-While :class:`Placeholders` is active, a call that would return *uninitialised* memory of some size returns a
-zero-dimensional tensor expanded to the shape: right shape, dtype and device, one element of memory. Only uninitialised
-factories are intercepted: their values mean nothing until somebody writes them, so nobody can have computed with them.
-Constants and everything that is computed (rotary tables, slopes, index maps) are real from the start.
+While :class:`Placeholders` is active, a call that would return *uninitialised* memory of a minimum size returns a
+zero-dimensional tensor expanded to the shape: the right shape, dtype and device, with one element of memory. Only
+uninitialised factories are intercepted: nothing can have been computed from their values before they are written.
+Constants and computed tensors (rotary tables, slopes, index maps) are real from the start.
 
-The one element is NaN (or the largest integer), so that a placeholder that was read shows.
+The element is NaN, or the largest integer, so that a read of a placeholder is visible in results.
 """
 
 from __future__ import annotations
@@ -31,26 +31,31 @@ _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 _COPIES: frozenset[Callable[..., Any]] = frozenset({torch.clone, torch.Tensor.clone, torch.Tensor.__deepcopy__})
-# Those that torch shows to a mode. The methods that others are made of are carried out: `nn.init.trunc_normal_` looks
-# at what they drew, and would draw for ever.
+# Of the initialisers, those that torch passes to a mode. The methods that others are made of are executed:
+# `nn.init.trunc_normal_` inspects the drawn values, and would never end without them.
 _RANDOM: frozenset[Callable[..., Any]] = frozenset({nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_})
 _NOT_WRITING = frozenset({"requires_grad_", "detach_"})
-_EXPOSING = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr"})  # who asks for the address may write there
-_OURS_TO_LEAVE = ("out", "pin_memory", "layout", "names")
+_EXPOSING = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr"})  # with the address, a caller may write
+_NOT_REPLACED = ("out", "pin_memory", "layout", "names")
 
 
 @dataclass
 class _Placeholder:
-    element: torch.Tensor  # kept: its address must not be given to another tensor
+    element: torch.Tensor  # kept allocated: no other tensor may get its address
     shape: torch.Size
-    real: torch.Tensor | None = None  # the memory, if the constructor wrote to it after all
+    real: torch.Tensor | None = None  # memory, if the constructor wrote to the placeholder
 
 
 class Placeholders(TorchFunctionMode):
-    """A context in which large uninitialised tensors are placeholders, and the register of those it made."""
+    """A context that makes placeholders of large uninitialised tensors, and the register of them.
+
+    Attributes:
+        min_bytes: smaller tensors are real.
+        avoided_bytes: bytes that the placeholders would have had.
+    """
 
     def __init__(self, min_bytes: int) -> None:
-        """Replace tensors of at least ``min_bytes`` bytes."""
+        """Replace uninitialised tensors of at least ``min_bytes`` bytes."""
         super().__init__()
         self.min_bytes = min_bytes
         self.avoided_bytes = 0
@@ -63,11 +68,11 @@ class Placeholders(TorchFunctionMode):
         return key in self._made
 
     def elements(self) -> Iterator[tuple[StorageKey, torch.Tensor]]:
-        """The single element behind each placeholder, by the key of its storage."""
+        """Return the element of each placeholder, with the key of its storage."""
         return ((key, made.element) for key, made in self._made.items())
 
     def is_one(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor lies in a placeholder's single element."""
+        """Return True if a tensor's storage is that of a placeholder."""
         return self._find(tensor) is not None
 
     def _find(self, tensor: torch.Tensor) -> _Placeholder | None:
@@ -81,28 +86,28 @@ class Placeholders(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace a factory's result, or carry the call out."""
+        """Replace the result of a factory; execute all other calls."""
         kwargs = dict(kwargs or {})
-        if func in _FACTORIES and not any(kwargs.get(name) for name in _OURS_TO_LEAVE):
+        if func in _FACTORIES and not any(kwargs.get(name) for name in _NOT_REPLACED):
             return self._make(func, args, kwargs)
         if self._made:
             if func in _COPIES and self._unwritten(args[0]):
                 return self._copy(*args)
             if func is torch.Tensor.copy_ and all(self._unwritten(value) for value in args[:2]):
-                return args[0]  # no values, copied to where none are
+                return args[0]  # from a placeholder to a placeholder: there are no values to copy
             target = _written(func, args, kwargs)
             if target is not None and func in _RANDOM and self._unwritten(target):
-                return target  # random initial values, about to be replaced: not worth the memory
+                return target  # random values are about to be replaced, and not worth the memory
             self._before_write(target, (*args, *kwargs.values()))
         return func(*args, **kwargs)
 
     def written(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The memory of a placeholder that the constructor wrote to, for another name of it; else None."""
+        """Return the memory of a placeholder that the constructor wrote to, if this tensor is all of it; else None."""
         made = self._find(tensor)
         return made.real if made is not None and _is_whole(tensor, made) else None
 
     def _copy(self, source: torch.Tensor, memo: dict[int, Any] | None = None) -> torch.Tensor:
-        """A copy of what has no values yet has none either. ``memo``: deepcopy's."""
+        """Copy a placeholder as a placeholder. ``memo``: of ``deepcopy``."""
         copy = self._make(torch.empty_like, (source,), {})
         if memo is not None:
             memo[id(source)] = copy.requires_grad_(source.requires_grad)
@@ -119,11 +124,11 @@ class Placeholders(TorchFunctionMode):
             return real
         element = torch.full((), _poison(wanted.dtype), dtype=wanted.dtype, device=device)
         key = storage_key(element)
-        if key is None:  # a surrounding context makes tensors that have no memory anyway
+        if key is None:  # a surrounding context makes tensors without memory
             return wanted
         self._made[key] = _Placeholder(element, wanted.shape)
         self.avoided_bytes += nbytes
-        # Detached, it is nobody's view; what has a base is then a view of a placeholder.
+        # Detached, so that it has no base: a tensor with a base is then a view of a placeholder.
         return element.expand(wanted.shape).detach().requires_grad_(wanted.requires_grad)
 
     def _unwritten(self, value: Any) -> bool:
@@ -131,7 +136,7 @@ class Placeholders(TorchFunctionMode):
         return made is not None and made.real is None
 
     def _before_write(self, target: torch.Tensor | None, values: tuple[Any, ...]) -> None:
-        """Give a placeholder memory before it is written to; let other names of it see that memory."""
+        """Allocate memory for a placeholder before it is written to, and put its other tensor objects there too."""
         for tensor in _tensors_in(values):
             made = self._find(tensor)
             if made is None or (made.real is None and tensor is not target):
@@ -148,7 +153,7 @@ class Placeholders(TorchFunctionMode):
 
 
 def _is_whole(tensor: torch.Tensor, made: _Placeholder) -> bool:
-    """Whether this is the placeholder by another name, and no view: a transposed square has the same shape."""
+    """Return True for a tensor of the whole placeholder; a view may have the same shape (a transposed square)."""
     return tensor.shape == made.shape and tensor._base is None
 
 
@@ -161,7 +166,7 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The tensor that a call writes to, going by torch's naming of in-place functions."""
+    """Return the tensor that a call writes to, by torch's naming of in-place functions."""
     if isinstance(out := kwargs.get("out"), torch.Tensor):
         return out
     name = getattr(func, "__name__", "")

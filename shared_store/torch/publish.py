@@ -1,7 +1,7 @@
-"""Publishing: a loaded model's tensors move into the store, segment by segment, and the model with them.
+"""Publishing: move a loaded model's tensors into the store, segment by segment.
 
-The originals of a segment are freed as soon as it is full, so that the peak over the loaded model is one segment. The
-addresses that the model is bound to while it writes are those that it keeps as a reader.
+The originals of a segment are freed as soon as it is written, so that the peak over the loaded model is one segment.
+The model keeps the addresses at which it wrote when it becomes a reader.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared_store.client.session import Session
 from shared_store.memory import Backend
 from shared_store.torch.bind import Bound
 from shared_store.torch.devices import work_on
-from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.tensors import NamedTensor, collect, named_tensors
 from shared_store.torch.views import StorageKey, storage_key
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published, and under which key. ``state``: see :class:`shared_store.base.manifest.Manifest`."""
+    """The parts of a manifest beside tensors, see :class:`shared_store.base.manifest.Manifest`."""
 
     key: str
     name: str
@@ -49,26 +49,30 @@ def publish(
     min_bytes: int,
     select: Callable[[NamedTensor], bool] = lambda _: True,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[Manifest, MappedBlobs, Bound]:
-    """Move a model's tensors into the store. The session must have been granted the key.
+) -> tuple[Manifest, MappedModel, Bound]:
+    """Move a model's tensors into the store, and commit them.
 
     Args:
-        session: the connection, which becomes the model's reader.
-        publication: what to call it.
+        session: was granted the publication; becomes a reader.
+        publication: the other parts of the manifest.
         model: loaded and post-processed, on the backend's device.
         backend: of that device.
-        min_bytes: storages below this size are published, but the model keeps its own.
-        select: which of the model's named tensors to publish; the others stay as they are.
+        min_bytes: smaller storages are published too, but the model keeps its private ones.
+        select: True for the named tensors to publish; the others are left alone.
         progress: called with bytes copied since the last call.
 
+    Returns:
+        The manifest, the model's mapped segments, and the bytes that are shared and private.
+
     Raises:
-        UnsupportedError: a tensor cannot be shared. The model is as it was.
-        OutOfMemoryError: the store has no room. The model is as it was.
-        CommitFailedError: the store is gone or refused the result. The model is whole, and private.
+        UnsupportedError: a tensor cannot be shared. The model is unchanged.
+        OutOfMemoryError: the model does not fit under the device's limit. The model is unchanged.
+        CommitFailedError: the store ended, or refused the commit. The model is complete, and private.
     """
     source = _Source(publication, model, select)
     planned, fds = session.plan(publication.key, source.manifest.blobs)
-    mapped = MappedBlobs(backend, source.manifest.blobs, planned.places, planned.segments, fds)
+    with fds:
+        mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds.filenos())
     mapped.map_for_reading()
     moved: dict[int, list[torch.Tensor]] = {}
     try:
@@ -76,7 +80,8 @@ def publish(
             segment = mapped.places[index].segment
             if not mapped.has(segment):
                 source.work.reclaim()
-                mapped.add(segment, session.fill(publication.key, mapped.segments[segment].id))
+                with session.fill(publication.key, mapped.segments[segment].id) as fd:
+                    mapped.add(segment, fd.fileno())
             source.move(index, mapped, moved, share=mapped.shared(index, min_bytes))
             progress(source.manifest.blobs[index].nbytes)
         source.work.settle()
@@ -85,14 +90,15 @@ def publish(
         mapped.unmap()
         attached, attached_fds = session.commit(source.manifest)
     except WoolyError as error:
-        raise CommitFailedError(f"{publication.name} was loaded, but the store did not take it: {error}") from error
+        raise CommitFailedError(f"{publication.name} was loaded, but could not be published: {error}") from error
     finally:
         source.work.settle()
-        mapped.map_for_reading()  # whatever happened, the model needs what it is bound to
+        mapped.map_for_reading()  # also after an error: the model is bound to these addresses
     blobs = source.manifest.blobs
-    kept = MappedBlobs(backend, blobs, attached.places, attached.segments, attached_fds, before=mapped)
+    with attached_fds:
+        kept = MappedModel(backend, blobs, attached.places, attached.segments, attached_fds.filenos(), before=mapped)
     _follow(mapped, kept, moved)
-    del mapped  # and with it segments that were written in vain
+    del mapped  # and with it segments that another publisher's replaced
     source.work.reclaim()
     mapped_bytes = sum(blobs[index].nbytes for index in moved)
     tensors = len({entry.alias for entry in source.manifest.tensors})
@@ -100,10 +106,10 @@ def publish(
 
 
 class _Source:
-    """A loaded model as what is to be published: its manifest, its storages, and who uses them."""
+    """A loaded model: its manifest, and its storages with the tensors that use them."""
 
     def __init__(self, publication: Publication, model: nn.Module, select: Callable[[NamedTensor], bool]) -> None:
-        """Describe and digest a model; nothing is changed. Raises :class:`UnsupportedError`."""
+        """Describe and digest a model, without changing it. Raises :class:`UnsupportedError`."""
         first = next((named for named in named_tensors(model) if select(named)), None)
         if first is None:
             raise UnsupportedError(f"{publication.name} has no tensors to share")
@@ -112,7 +118,7 @@ class _Source:
         self.users: dict[StorageKey | None, list[torch.Tensor]] = defaultdict(list)
         for _, tensor in tensors_from(model):
             self.users[storage_key(tensor)].append(tensor)
-            if (base := tensor._base) is not None:  # a view keeps what it was made of, and so the original's memory
+            if (base := tensor._base) is not None:  # a view keeps its base, and so the original's memory, alive
                 self.users[storage_key(base)].append(base)
         others = (tensor for tensors in self.users.values() for tensor in tensors)
         collection = collect(model, self.device, others, select=select)
@@ -131,10 +137,10 @@ class _Source:
         try:
             encode(self.manifest)
         except (OverflowError, TypeError, ValueError) as error:  # before anything moves
-            raise UnsupportedError(f"the state of {publication.name} cannot be written down: {error}") from error
+            raise UnsupportedError(f"the state of {publication.name} cannot be encoded: {error}") from error
 
-    def move(self, index: int, mapped: MappedBlobs, moved: dict[int, list[torch.Tensor]], *, share: bool) -> None:
-        """Copy a storage to its blob, if that is new, and put the model's tensors there, if they are to be shared."""
+    def move(self, index: int, mapped: MappedModel, moved: dict[int, list[torch.Tensor]], *, share: bool) -> None:
+        """Copy a storage to its blob if that is new, and if ``share``, put the model's tensors there."""
         found = self.ranges[index]
         if mapped.places[index].new:
             mapped.bytes(index).copy_(found.bytes())
@@ -144,11 +150,11 @@ class _Source:
             found.sample = mapped.bytes(index)  # the last reference to the original
 
 
-def _check_copies(mapped: MappedBlobs, source: _Source) -> None:
-    """Digest what was written, where the store cannot do it.
+def _check_copies(mapped: MappedModel, source: _Source) -> None:
+    """Verify the digests of written blobs, for a store that cannot read the device.
 
     Raises:
-        DigestMismatchError: a copy is not what it is a copy of.
+        DigestMismatchError: a copy differs from its original.
     """
     written = [index for index, place in enumerate(mapped.places) if place.new]
     found = source.work.digests([mapped.bytes(index) for index in written])
@@ -159,7 +165,7 @@ def _check_copies(mapped: MappedBlobs, source: _Source) -> None:
 
 
 def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None:
-    """Put tensors of one storage onto a blob that has the storage's bytes from ``start`` on."""
+    """Put tensors of one storage onto a blob, which has the storage's bytes from ``start`` on."""
     for tensor in tensors:
         size = tensor.element_size()
         offset = (tensor.storage_offset() * size - start) // size if tensor.numel() else 0
@@ -167,9 +173,9 @@ def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None
         tensor.data = empty.set_(blob.untyped_storage(), offset, tensor.shape, tensor.stride())
 
 
-def _follow(planned: MappedBlobs, kept: MappedBlobs, moved: dict[int, list[torch.Tensor]]) -> None:
-    """Where another publisher brought the same blob first, the store kept that copy: use it, and free ours."""
+def _follow(planned: MappedModel, kept: MappedModel, moved: dict[int, list[torch.Tensor]]) -> None:
+    """Use the store's copy of blobs that another publisher committed first, instead of this process's."""
     kept.map_for_reading()
     for index, tensors in moved.items():
-        if planned.where(index) != kept.where(index):
+        if planned.location(index) != kept.location(index):
             _rebind(tensors, 0, kept.bytes(index))

@@ -1,7 +1,7 @@
-"""Every tensor that a model can reach, also through plain objects: what a state dict does not show.
+"""The tensors that a model reaches, also through plain objects that a state dict does not show.
 
 Engines keep references in attention implementations, kernel objects, lists, dicts, closures and bound methods. They
-must follow when a weight moves into shared memory, or they would keep the old copy alive, or read a placeholder.
+must follow when a weight moves to shared memory. Otherwise they keep the old copy alive, or read a placeholder.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ _LEAVES = (
     torch.device,
 )
 EXACT_LEAVES = frozenset(_LEAVES)
-"""Types of things that have no parts, and are no tensors."""
+"""Types of objects without parts that are not tensors."""
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})  # modules have a dozen empty ones each
 
 
 class Step(NamedTuple):
-    """Something that was reached: from where, and how. Most steps lead to no tensor, so text is made when asked for."""
+    """An object that was reached, from where, and how.
+
+    Most steps lead to no tensor, so the path is formatted on demand.
+    """
 
     before: Step | None
     how: str
@@ -44,12 +47,12 @@ class Step(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The way from the model, as it would be written."""
+        """The path from the model, as Python code would write it."""
         steps = [step.how.format(step.key) for step in self.way() if step.before is not None]
         return "".join(reversed(steps)).removeprefix(".")
 
     def way(self) -> Iterator[Step]:
-        """This step and those before it, back to the model."""
+        """Iterate over this step and those before it, back to the model."""
         step: Step | None = self
         while step is not None:
             yield step
@@ -57,12 +60,12 @@ class Step(NamedTuple):
 
 
 def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Yield each tensor object once, with the first way by which it was met.
+    """Yield each tensor object once, with the first path to it.
 
     Looks into modules, containers, ``__dict__`` and ``__slots__``, closures, default arguments, partials and bound
-    methods. Does not look into classes, Python modules, or other objects that hide their parts in C.
+    methods. Does not look into classes, Python modules, or objects of C code that do not show their parts.
     """
-    steps = [Step(None, "", None, root)]  # keeps all alive: a part made on the way must not leave its id to the next
+    steps = [Step(None, "", None, root)]  # keeps all alive: a temporary part must not pass its id to the next
     seen: set[int] = {id(root)}
     slots: Slots = {}
     for step in steps:  # grows on the way
@@ -80,16 +83,16 @@ def tensors_from(root: torch.nn.Module) -> Iterator[tuple[Step, torch.Tensor]]:
 
 
 Groups: TypeAlias = Iterator[tuple[str, Iterable[tuple[Any, Any]]]]
-"""What a thing is made of: pairs of a key and a part, in groups that are written in the same way."""
+"""Parts of an object: pairs of key and part, in groups with one format for the path."""
 
 Slots: TypeAlias = dict[type, list[tuple[str, str]]]
-"""Slots of types: the name as written, and the attribute that it became."""
+"""Slots of types: the name in the source, and the (mangled) attribute."""
 
 
 def parts(thing: Any, slots: Slots) -> Groups:
-    """What a thing is made of, its attributes included. ``slots``: what is known of types, kept between calls."""
+    """Yield the parts of an object, attributes included. ``slots``: a cache for all calls of one walk."""
     yield from contents(thing)
-    # Also of a list, a dict or a function: subclasses and decorators set attributes.
+    # Lists, dicts and functions too: subclasses and decorators set attributes.
     own = getattr(thing, "__dict__", None)
     if own and isinstance(thing, torch.nn.Module):
         for group in (thing._parameters, thing._buffers, thing._modules):
@@ -105,7 +108,7 @@ def parts(thing: Any, slots: Slots) -> Groups:
 
 
 def contents(thing: Any) -> Groups:
-    """The parts of a thing of Python's own types."""
+    """Yield the contents of an object of a built-in type."""
     if isinstance(thing, dict):
         yield "[{!r}]", list(thing.items())
     elif isinstance(thing, (list, tuple, set, frozenset, deque)):
@@ -123,7 +126,7 @@ def contents(thing: Any) -> Groups:
 
 
 def hides(thing: Any) -> bool:
-    """Whether a thing may have parts that :func:`parts` cannot see, because C code keeps them."""
+    """Return True if an object may have parts in C code that :func:`parts` cannot see."""
     shown = isinstance(thing, _PYTHONS_OWN) or hasattr(thing, "__dict__")
     return not shown and not any("__slots__" in vars(base) for base in type(thing).__mro__)
 
@@ -138,7 +141,7 @@ _MODULE_GROUPS = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _slots(cls: type) -> list[tuple[str, str]]:
-    """A class's slots: the name as written, and the attribute that it became."""
+    """Return a class's slots: the name in the source, and the attribute."""
     found = []
     for base in cls.__mro__:
         names = base.__dict__.get("__slots__", ())

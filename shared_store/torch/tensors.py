@@ -14,17 +14,19 @@ from shared_store.base.manifest import ITEM_SIZES, TensorEntry
 from shared_store.torch.reach import EXACT_LEAVES
 from shared_store.torch.views import StorageKey, is_plain, storage_key
 
-_ALIGN = 16  # the largest element; a blob begins at a multiple of it, so that offsets are whole elements of any dtype
+_ALIGN = (
+    16  # size of the largest element: blobs begin at a multiple of it, so that offsets are whole elements of any dtype
+)
 
 MAX_HOST_BYTES = 1 << 20
-"""Engines keep copies of scales in host memory, beside a model on a GPU; up to this size they travel too."""
+"""Largest tensor in host memory that is published with a model on a GPU: engines keep copies of scales there."""
 
 Kind = Literal["parameter", "buffer", "attribute"]
 
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor that a module holds by a name."""
+    """A tensor that a module names."""
 
     module: str
     name: str
@@ -40,14 +42,20 @@ class NamedTensor:
 
 @dataclass
 class StorageRange:
-    """The part of a storage that tensors of the model lie in: bytes ``[start, end)``. ``sample``: any of them."""
+    """The part of a storage that tensors of the model use.
+
+    Attributes:
+        sample: one of the tensors.
+        start: first byte.
+        end: byte after the last.
+    """
 
     sample: torch.Tensor
     start: int
     end: int
 
     def bytes(self) -> torch.Tensor:
-        """The range as uint8, shape ``(end - start,)``, without a copy."""
+        """Return the range: uint8, shape ``(end - start,)``, not copied."""
         empty = torch.empty(0, dtype=torch.uint8, device=self.sample.device)
         storage = self.sample.untyped_storage()
         return empty.set_(storage, self.start, (self.end - self.start,), (1,))
@@ -55,22 +63,22 @@ class StorageRange:
 
 @dataclass(frozen=True)
 class Collection:
-    """A model's tensors: the entries of its manifest, and for each blob that they name the range that has its bytes."""
+    """The entries of a model's manifest, and the range with the bytes of each blob."""
 
     entries: tuple[TensorEntry, ...]
     ranges: tuple[StorageRange, ...]
 
 
 def named_tensors(model: nn.Module) -> Iterator[NamedTensor]:
-    """Every parameter, buffer, and tensor attribute of every module, under every name that it has.
+    """Iterate over every parameter, buffer and tensor attribute of every module, under every name.
 
-    Attributes without elements are left out: engines keep them as marks of what is to come (an unset KV cache).
+    Attributes without elements are left out: engines use them as markers (an unset KV cache).
     """
     return tensors_of(dict(model.named_modules(remove_duplicate=False)))
 
 
 def tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[NamedTensor]:
-    """The same of modules by their paths."""
+    """Iterate as :func:`named_tensors` does, over modules by their paths."""
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -80,7 +88,7 @@ def tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[NamedTensor]:
                 persistent = name not in module._non_persistent_buffers_set
                 yield NamedTensor(path, name, "buffer", buffer, persistent)
         for name, value in vars(module).items():
-            # The type of most attributes tells at once; asking torch is ten times slower.
+            # Most attributes are excluded by their type, which is ten times faster than isinstance of torch.
             if type(value) not in EXACT_LEAVES and isinstance(value, torch.Tensor) and value.numel():
                 yield NamedTensor(path, name, "attribute", value, persistent=False)
 
@@ -96,10 +104,10 @@ def collect(
 
     Args:
         model: loaded and post-processed.
-        device: where all of its tensors must lie, but for small ones in host memory.
-        others: tensors that the model reaches by other ways. They are not described, but where they lie in a storage
-            of the model, the range is wide enough for them.
-        select: which of the named tensors are described.
+        device: of all tensors, except small ones in host memory.
+        others: tensors that the model reaches otherwise. They are not described, but ranges of storages that they
+            share are extended to contain them.
+        select: True for the named tensors to describe.
 
     Raises:
         UnsupportedError: a tensor cannot be shared; the message names it.
@@ -115,7 +123,7 @@ def collect(
     for tensor in others:
         if tensor.numel() and (known := ranges.get(_key(tensor))):
             if tensor.is_conj() or tensor.is_neg():
-                raise UnsupportedError("the model keeps a lazily conjugated or negated view of one of its tensors")
+                raise UnsupportedError("the model has a lazily conjugated or negated view of one of its tensors")
             first, end = _extent(tensor)
             known.start, known.end = min(known.start, first), max(known.end, end)
     for found in ranges.values():
@@ -147,12 +155,12 @@ def collect(
 
 
 def _key(tensor: torch.Tensor) -> StorageKey | int:
-    """The storage; tensors without memory are each their own."""
+    """Return the key of a tensor's storage; without memory, one of its own."""
     return storage_key(tensor) or id(tensor)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and end of the elements, in their storage."""
+    """Return the first byte of a tensor's elements in their storage, and the byte after the last."""
     size = tensor.element_size()
     first = int(tensor.storage_offset()) * size
     if not tensor.numel():

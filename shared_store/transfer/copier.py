@@ -16,11 +16,13 @@ from typing import Final, TypeAlias
 
 from shared_store.base.digest import digest_at
 from shared_store.memory import Backend
-from shared_store.memory.cuda import transfer as copies
 from shared_store.memory.cuda.digests import CudaDigests
+from shared_store.memory.cuda.transfer import CudaTransfer
+from shared_store.memory.transfer import BUFFER_BYTES
+from shared_store.memory.transfer import Lane as TransferLane
 from shared_store.transfer.files import OpenFile
 
-PIECE_BYTES: Final = copies.BUFFER_BYTES
+PIECE_BYTES: Final = BUFFER_BYTES
 """Most that is copied in one step: enough to keep a disk busy, little enough to divide a model evenly."""
 
 _MOST_THREADS: Final = 16
@@ -129,7 +131,7 @@ class GpuCopier(Copier):
     def __init__(self, ordinal: int) -> None:
         """``ordinal``: the GPU's number in this process. Raises :class:`UnsupportedError` without CuPy."""
         self._digests = CudaDigests(ordinal)
-        self._copies = copies.GpuCopies(ordinal)
+        self._copies = CudaTransfer(ordinal)
 
     def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - the interface's
         return self._copies.current()
@@ -149,7 +151,7 @@ class GpuCopier(Copier):
 
 
 class _GpuLane(Lane):
-    def __init__(self, lane: copies.Lane) -> None:
+    def __init__(self, lane: TransferLane) -> None:
         self._lane = lane
 
     def load(self, piece: Piece) -> None:

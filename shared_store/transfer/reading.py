@@ -80,7 +80,8 @@ def reading(session: Session, model: ModelStatus, backend: Backend) -> Iterator[
     )
     assert opened is not None  # noqa: S101 - granted is only who would publish
     try:
-        with mapped(backend, *opened) as holding:
+        attached, fds = opened
+        with mapped(backend, attached, [fd.detach() for fd in fds.detach()]) as holding:
             yield holding
     finally:
         if session.alive:

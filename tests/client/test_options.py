@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shared_store.base.errors import BindingError, ConfigError
-from wooly_vllm.loading.options import CHECKPOINT_FORMATS, Options, parse
 from wooly_vllm.loading.state import changes, plain_state, restore
+from wooly_vllm.options import CHECKPOINT_FORMATS, Options, parse
 
 VALID = {
     "mode": "load",

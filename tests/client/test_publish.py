@@ -112,7 +112,7 @@ def test_store_killed_while_publishing(store, directory, moment):
             store.kill()
 
     session = Session.connect(directory, autostart=False)
-    with pytest.raises(CommitFailedError, match="was loaded, but the store did not take it"):
+    with pytest.raises(CommitFailedError, match="was loaded, but could not be published"):
         publish_model(session, model, progress=progress)
     session.close()
     model.assert_right()

@@ -5,8 +5,8 @@ from client.torch_models import KEY, MIN_BYTES, attach, grant
 from torch import nn
 
 from shared_store.memory import MemfdBackend
+from shared_store.torch.mapping_registry import mapping_of
 from shared_store.torch.publish import Publication, publish
-from shared_store.torch.where import mapping_of
 
 
 class Partly(nn.Module):

@@ -9,7 +9,7 @@ from support.content import key
 from shared_store.base.manifest import decode
 from shared_store.memory import MemfdBackend
 from shared_store.torch.bind import bind
-from shared_store.torch.mapped_model import MappedBlobs
+from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.publish import Publication, publish
 
@@ -35,7 +35,8 @@ def attach(session, model_key=KEY):
     opened = session.open(model_key, name="model", engine="test", device="cpu", publish=False, timeout_s=30)
     attached, fds = opened
     manifest = decode(attached.manifest)
-    blobs = MappedBlobs(MemfdBackend(), manifest.blobs, attached.places, attached.segments, fds)
+    with fds:
+        blobs = MappedModel(MemfdBackend(), manifest.blobs, attached.places, attached.segments, fds.filenos())
     blobs.map_for_reading()
     return manifest, blobs
 

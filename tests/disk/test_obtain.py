@@ -16,7 +16,6 @@ from shared_store.disk.cache import configured
 from shared_store.disk.obtain import Need, obtain
 from shared_store.disk.verify import quarantine
 from shared_store.memory import MemfdBackend
-from shared_store.protocol import wire
 from shared_store.transfer.reading import committed, reading
 
 NAME = "model.safetensors"
@@ -40,7 +39,7 @@ def ask(session, model_key=KEY, *, may_publish=True, restore_from=None):
         return "loads"
     attached, fds = opened
     assert len(fds) == len(attached.segments)
-    wire.close_fds(fds)
+    fds.close()
     return "attached"
 
 

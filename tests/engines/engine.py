@@ -27,6 +27,10 @@ SETTINGS: dict[str, Any] = {
     "disable_log_stats": True,
 }
 
+CPU_KV_BLOCKS = 128
+"""Blocks of the KV cache of engines on a CPU: enough for `max_num_seqs` of `max_model_len`, in blocks of 16 tokens and
+up. vLLM zeroes them all when it starts, and by default that is a GiB."""
+
 
 def say(event: str, **facts: Any) -> None:
     sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
@@ -285,6 +289,16 @@ def lease_of_this_process() -> dict[str, Any]:
     }
 
 
+def freeze_imports() -> None:
+    """Take what imports have made out of garbage collection, for good.
+
+    vLLM collects several times for each engine, and each time would visit hundreds of thousands of objects of modules.
+    It freezes an engine that has started and unfreezes all when that ends; here engines are not frozen at all.
+    """
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     os.environ.update(
@@ -294,7 +308,11 @@ def main() -> None:
         HF_HUB_OFFLINE="1",
     )
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    freeze_imports()
+    if current_platform.is_cpu():
+        SETTINGS["num_gpu_blocks_override"] = CPU_KV_BLOCKS
     say("imported", pid=os.getpid())
     if job.get("gate"):
         wait_for("start")

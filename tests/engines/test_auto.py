@@ -11,7 +11,7 @@ import pytest
 from support.engines import status_of
 
 from shared_store.base.errors import ConfigError, UnsupportedError
-from wooly_vllm.loading.options import Options, split
+from wooly_vllm.options import Options, split
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -89,13 +89,13 @@ def test_only_shared_weights_cannot_be_reloaded(loading: Any, monkeypatch: pytes
     """What was loaded the stock way is reloaded the stock way; what others read is refused, with a way out."""
     import torch
 
-    from wooly_vllm.residency import sleep as sleeping
+    from wooly_vllm.residency import shared_models
 
     reached = []
     monkeypatch.setattr(loading.DefaultModelLoader, "load_weights", lambda *arguments: reached.append(arguments[1]))
     loader = loading.ours.AutoLoader(loading.LoadConfig())
     private, shared = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    sleeping.share(shared)
+    shared_models.add(shared)
     loader.load_weights(private, None)
     with pytest.raises(UnsupportedError, match="without WOOLYAI_WEIGHTS_DEDUP"):
         loader.load_weights(shared, None)

@@ -28,13 +28,13 @@ def compat() -> Any:
         from wooly_vllm import compat
         from wooly_vllm.loading import loader
 
-    assert loader.logger is not None
+    assert loader.WoolyLoader is not None
     return compat
 
 
 def _hooks(folder: Path) -> Iterator[tuple[str, ...]]:
     """Module and names of every ``find`` and ``replace_function`` in the plugin's source, where it writes them out."""
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         tree = ast.parse(path.read_text())
         assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
         known = {node.targets[0].id: node.value.value for node in assigned if isinstance(node.targets[0], ast.Name)}  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_no
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "DefaultModelLoader"
     said = "vllm.model_executor.model_loader.base_loader.BaseModelLoader where wooly looks for it"
-    assert "wooly: nothing can be shared, and --load-format wooly is refused: this vLLM" in done.stdout + done.stderr
+    assert "wooly: cannot share weights, --load-format wooly is refused: this vLLM" in done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("shared_store.base.errors.ConfigError: ")
     assert said in last

@@ -30,7 +30,7 @@ def test_the_control_group_is_full_in_the_middle_of_publishing(group, start_stor
     reader.publish(key=key(1), model=[[1, 40 * MIB]])
     publisher.open(key=key(2))
     publisher.plan(key=key(2), model=[[2, 60 * MIB]])
-    with pytest.raises(OutOfMemoryError, match=r"no room for a segment of \d+ bytes on cpu: \d+ bytes are free"):
+    with pytest.raises(OutOfMemoryError, match=r"cannot allocate a segment of \d+ bytes on cpu: \d+ bytes are free"):
         publisher.fill(key=key(2))
     assert resident(client) == 40 * MIB
     late = actor()

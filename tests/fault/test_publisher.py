@@ -261,7 +261,9 @@ def test_the_machine_is_full(store):
     client.open(key(1))
     huge = 1 << 50
     planned, _ = client.session.plan(key(1), [Blob(bytes(32), huge)])
-    with pytest.raises(OutOfMemoryError, match=f"no room for a segment of {huge} bytes on cpu: [0-9]+ bytes are free"):
+    with pytest.raises(
+        OutOfMemoryError, match=f"cannot allocate a segment of {huge} bytes on cpu: [0-9]+ bytes are free"
+    ):
         client.session.fill(key(1), planned.segments[0].id)
     assert resident(client) == 0
     client.abandon(key(1))

@@ -10,7 +10,7 @@ import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
 from support.waiting import wait_until
 
-__all__ = ["checkpoint", "engine", "gpu", "gpu_memory_mib", "module_runtime_dir", "runtime_dir"]
+__all__ = ["checkpoint", "engine", "gpu", "module_runtime_dir", "runtime_dir", "vram_returned"]
 
 BESIDE_OTHERS: dict[str, Any] = {
     "enforce_eager": True,
@@ -24,7 +24,7 @@ BESIDE_OTHERS: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def gpu() -> str:
     """The UUID of the GPU that the test runs on."""
-    visible_gpus = pytest.importorskip("shared_store.memory.cuda.vmm").visible_gpus()
+    visible_gpus = pytest.importorskip("shared_store.memory.cuda.driver").visible_gpus()
     if not visible_gpus:
         pytest.skip("no NVIDIA GPU is visible")
     return next(iter(visible_gpus))
@@ -37,8 +37,11 @@ def used_mib(device: str) -> int:
 
 
 @pytest.fixture
-def gpu_memory_mib(gpu: str) -> Iterator[int]:
-    """VRAM in use when the test begins; when it is over, that must be so again."""
+def vram_returned(gpu: str) -> Iterator[None]:
+    """Fail the test unless VRAM in use returns, within a minute, to what it was before the test (give or take 16 MiB).
+
+    Request it first: it looks again when everything else of the test has been torn down.
+    """
     before = used_mib(gpu)
-    yield before
-    wait_until(lambda: used_mib(gpu) <= before + 16, "VRAM is back to where it was", timeout_s=60)
+    yield
+    wait_until(lambda: used_mib(gpu) <= before + 16, "VRAM in use to return to its value before the test", timeout_s=60)

@@ -62,8 +62,9 @@ def test_each_model_was_published_once(module_runtime_dir: Path) -> None:
     assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), 2 * len(FAMILIES), 0)
 
 
+@pytest.mark.usefixtures("vram_returned")
 def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
-    gpu_memory_mib: int, engine: Any, tmp_path: Path, runtime_dir: Path
+    engine: Any, tmp_path: Path, runtime_dir: Path
 ) -> None:
     """Three start at once with one utilization: equal KV caches, whoever published; VRAM is free in the end."""
     gpu_model = pytest.importorskip("gpu_model")
@@ -82,11 +83,11 @@ def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
         process.tell("go on")
         assert process.wait("answered again")["tokens"] == answers[0]["tokens"]
         assert process.finish() == 0
-    assert gpu_memory_mib >= 0
 
 
+@pytest.mark.usefixtures("vram_returned")
 def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
-    gpu_memory_mib: int, engine: Any, checkpoint: Any, runtime_dir: Path
+    engine: Any, checkpoint: Any, runtime_dir: Path
 ) -> None:
     """With CUDA graphs, all the time: every answer is stock vLLM's; in the end the VRAM is free."""
     pytest.importorskip("vllm")
@@ -116,7 +117,6 @@ def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
     assert [answer["tokens"] for answer in answers] == [right] * 3
     counters = status_of(runtime_dir).counters
     assert (counters.publishes, counters.attaches, counters.fallbacks) == (1, 3, 0)
-    assert gpu_memory_mib >= 0
 
 
 _CANARY = """
@@ -149,7 +149,7 @@ def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: 
     torch.zeros(1, device="cuda")
     backend = CudaBackend(gpu)
     segment = backend.create(2 << 20)
-    fd = backend.export(segment)
+    fd = backend.export(segment).detach()
     mapping = Mapping(backend, backend.import_fd(fd, 2 << 20))
     mapping.map(Access.WRITE)
     bytes_in(part_of(storage_of(mapping), 0, 1 << 20)).fill_(3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -33,9 +32,8 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def other(gpu_memory_mib: int) -> Iterator[subprocess.Popen[str]]:
+def other() -> Iterator[subprocess.Popen[str]]:
     """A process that holds nearly all of the GPU until its input ends."""
-    assert gpu_memory_mib >= 0
     pytest.importorskip("torch")
     command = [sys.executable, "-c", _HOLD, str(LEFT)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -54,6 +52,7 @@ def _processes(gpu: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
+@pytest.mark.usefixtures("vram_returned")
 def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
     gpu: str, other: subprocess.Popen[str], runtime_dir: Path
 ) -> None:
@@ -65,7 +64,7 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
         with pytest.raises(OutOfMemoryError) as refused:
             session.fill(KEY, segment.id)
         text = str(refused.value)
-        assert f"no room for a segment of {segment.nbytes} bytes on {gpu}" in text
+        assert f"cannot allocate a segment of {segment.nbytes} bytes on {gpu}" in text
         assert segment.nbytes >= ASKED
         free = re.search(r": (\d+) bytes are free", text)
         assert free is not None
@@ -75,8 +74,8 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
             assert all(f"pid {pid} (" in text for pid in listed)
         else:
             assert "nvidia-smi names no process" in text
-        assert "stop one of its users" in text
+        assert "stop a process that uses this GPU" in text
         assert "unpin a model (`wooly unpin KEY`)" in text
         other.kill()
         other.wait()
-        os.close(session.fill(KEY, segment.id))
+        session.fill(KEY, segment.id).close()

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
 @pytest.fixture
 def two_gpus(gpu: str) -> None:
-    visible_gpus = pytest.importorskip("shared_store.memory.cuda.vmm").visible_gpus()
+    visible_gpus = pytest.importorskip("shared_store.memory.cuda.driver").visible_gpus()
     assert gpu in visible_gpus
     if len(visible_gpus) < 2:
         pytest.skip("one GPU is visible, and two are needed")

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 EAGER: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.15}
 
 
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_an_engine_whose_model_writes_ends_with_a_pointer_and_others_go_on(engine: Any, checkpoint: Any) -> None:
     """The illegal access is told with wooly's note, in the traceback and once in vLLM's log."""
     pytest.importorskip("vllm")

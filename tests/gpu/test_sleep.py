@@ -50,7 +50,7 @@ def awake(engine: Any, model: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_twenty_cycles(engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir: Path, gpu: str, lora: bool) -> None:
     """Graphs that were captured before replay on the weights that came back: stock's tokens, each time."""
     pytest.importorskip("vllm")
@@ -75,7 +75,8 @@ def test_twenty_cycles(engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir
     assert resident(runtime_dir, gpu) > 0  # a cache, now that nobody sleeps
 
 
-def test_two_engines(gpu_memory_mib: int, engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
+@pytest.mark.usefixtures("vram_returned")
+def test_two_engines(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
     """One sleeps while the other works; when both sleep the VRAM is free; they wake in either order, and share."""
     pytest.importorskip("vllm")
     one = engine(large, settings=SLEEPY, obey=True, **SHARING)
@@ -115,10 +116,9 @@ def test_two_engines(gpu_memory_mib: int, engine: Any, large: Path, runtime_dir:
         assert process.finish() == 0
     counters = status_of(runtime_dir).counters
     assert counters.fallbacks == 0
-    assert gpu_memory_mib >= 0
 
 
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_the_kv_cache_alone_does_not_bring_the_weights(
     engine: Any, checkpoint: Any, runtime_dir: Path, gpu: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_the_kv_cache_alone_does_not_bring_the_weights(
     assert process.finish() == 0
 
 
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_what_would_write_is_refused_and_the_engine_goes_on(
     engine: Any, checkpoint: Any, runtime_dir: Path, gpu: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_what_would_write_is_refused_and_the_engine_goes_on(
     assert process.finish() == 0
 
 
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
     """Sleeping is refused while there is no store, and the engine goes on."""
     from support.engines import stop_store
@@ -168,7 +168,7 @@ def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_di
     assert process.finish() == 0
 
 
-@pytest.mark.usefixtures("gpu_memory_mib")
+@pytest.mark.usefixtures("vram_returned")
 def test_what_the_pool_of_sleep_mode_has(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
     """A publisher's originals are given back: it keeps as much for itself as a reader, which never had any."""
     pytest.importorskip("vllm")

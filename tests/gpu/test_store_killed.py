@@ -29,9 +29,9 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def test_store_killed_under_load_on_a_gpu(gpu_memory_mib: int, engine: Any, model: Path, runtime_dir: Path) -> None:
+@pytest.mark.usefixtures("vram_returned")
+def test_store_killed_under_load_on_a_gpu(engine: Any, model: Path, runtime_dir: Path) -> None:
     """With CUDA graphs; in the end the VRAM is free."""
     pytest.importorskip("vllm")
     settings = {"enforce_eager": False, "gpu_memory_utilization": 0.15, "enable_prefix_caching": False}
     kill_store_under_load(engine, model, runtime_dir, settings=settings)
-    assert gpu_memory_mib >= 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+from support.preloaded import Pool
 from support.waiting import readable
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -21,7 +20,7 @@ _SETTINGS = {
     # Sums of floats depend on how they are divided among threads.
     "OMP_NUM_THREADS": "1",
 }
-
+_POOL = Pool(("hf.preloaded_modules",), _SETTINGS)
 
 _BEGINNING = """
 import gc, torch, transformers, wooly_hf
@@ -50,19 +49,17 @@ class Job:
         stock = {name: text for name, text in os.environ.items() if not name.startswith("WOOLY")}
         self._log = Path(log)
         with self._log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("job_main.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                bufsize=0,
-                env={
+            self._process = _POOL.start(
+                str(Path(__file__).with_name("job_main.py")),
+                environment={
                     **stock,
                     **_SETTINGS,
                     "WOOLY_RUNTIME_DIR": str(directory),
                     "WOOLY_AUTOSTART": "0",
                     **environment,
                 },
+                stderr=stderr,
+                text=False,
             )
         self._unread = b""
         self.run(_BEGINNING)

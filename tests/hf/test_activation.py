@@ -56,7 +56,7 @@ import sys
 from transformers import AutoModelForCausalLM
 for device_map in {maps}:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map=device_map)
-    from shared_store.torch.where import mapping_of
+    from shared_store.torch.mapping_registry import mapping_of
     print(mapping_of(model.model.embed_tokens.weight) is not None)
 """
 

@@ -71,23 +71,19 @@ def test_a_changed_file_is_not_published(job, served, fresh):
     """A checkpoint that is written to while it is loaded serves nobody else; this process has what it read."""
     path = fresh("llama")
     code = """
-    import pathlib, wooly_hf.loading
-    compat_outcome = wooly_hf.compat.outcome
+    import pathlib
+    from wooly_hf.steps import TransformersSteps
     file = pathlib.Path(path, "model.safetensors")
-    stock = wooly_hf.loading._Loading._load_shared
-    def touched(self, session):
-        load_stock = self._load_stock
-        def load_and_touch():
-            found = load_stock()
-            file.touch()
-            return found
-        self._load_stock = load_and_touch
-        return stock(self, session)
-    wooly_hf.loading._Loading._load_shared = touched
+    stock = TransformersSteps.load_to_publish
+    def load_and_touch(self):
+        found = stock(self)
+        file.touch()
+        return found
+    TransformersSteps.load_to_publish = load_and_touch
     try:
         my_model = load(path)
     finally:
-        wooly_hf.loading._Loading._load_shared = stock
+        TransformersSteps.load_to_publish = stock
     result = [logits(my_model), facts(my_model)[0]]
     """
     answer = job("one").run("my_stock = load(path, None); result = logits(my_stock)", path=path)
@@ -131,5 +127,5 @@ def test_a_model_with_its_own_way_to_load(job, served, checkpoint):
     one, counted = job("one"), served().counters.fallbacks
     answer = one.run("my_stock = load(path, None); result = logits(my_stock)", path=checkpoint("llama"))
     assert one.run(code, path=checkpoint("llama")) == [answer, 0]
-    assert "it has its own way to load weights" in one.log()
+    assert "has its own way to load weights" in one.log()
     assert served().counters.fallbacks == counted + 1

@@ -40,7 +40,7 @@ import peft
 options = {{"device_map": base_map}} if base_map else {{}}
 {WAYS[way]}
 lora = [it for name, it in my_model.named_parameters() if "lora_" in name]
-from shared_store.torch.where import mapping_of
+from shared_store.torch.mapping_registry import mapping_of
 result = [logits(my_model), len(lora), sum(it.nbytes for it in lora), any(mapping_of(it) for it in lora),
           facts(my_model)]
 """

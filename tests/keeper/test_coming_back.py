@@ -46,8 +46,8 @@ def test_tries_are_not_logged(kept, caplog):
             wait_until(lambda: caplog.messages, "the line that says so")
         finally:
             again.clean_up()
-    said = [record.getMessage() for record in caplog.records if record.name == "shared_store.client.session"]
-    assert said == [f"wooly: back with the store (pid {client.session.store_pid})"]
+    said = [record.getMessage() for record in caplog.records if record.name == "shared_store.client.connection"]
+    assert said == [f"wooly: rejoined the store (pid {client.session.store_pid})"]
 
 
 def test_session_without_models_comes_back_when_it_asks(kept):

@@ -13,8 +13,8 @@ from support.waiting import wait_until
 from shared_store.base.checkpoint import FileId
 from shared_store.keeper import journal
 from shared_store.keeper.journal import MAGIC, Journal, boot_id, read, record
-from shared_store.protocol import control, handover
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol import handover, keeper_messages
+from shared_store.protocol.durable_state import DurableState
 
 ONE = "a" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]
@@ -24,11 +24,17 @@ keys = st.sampled_from(["k1", "k2", "k3"])
 places = st.lists(st.tuples(numbers, st.integers(0, 1 << 40)), max_size=3).map(tuple)
 files = st.tuples(st.integers(0, 3), st.builds(FileId, *[st.integers(0, 9)] * 5), st.binary(min_size=32, max_size=32))
 changes = st.one_of(
-    st.builds(control.Hold, st.builds(control.SegmentRecord, numbers, st.sampled_from(["cpu", "GPU-1"]), numbers)),
-    st.builds(control.Release, numbers),
-    st.builds(control.NoteModel, st.builds(control.ModelRecord, keys, st.binary(max_size=9), places, st.booleans())),
-    st.builds(control.ForgetModel, keys),
-    st.builds(control.NoteFiles, st.lists(files, max_size=3).map(tuple)),
+    st.builds(
+        keeper_messages.Hold,
+        st.builds(keeper_messages.SegmentRecord, numbers, st.sampled_from(["cpu", "GPU-1"]), numbers),
+    ),
+    st.builds(keeper_messages.Release, numbers),
+    st.builds(
+        keeper_messages.NoteModel,
+        st.builds(keeper_messages.ModelRecord, keys, st.binary(max_size=9), places, st.booleans()),
+    ),
+    st.builds(keeper_messages.ForgetModel, keys),
+    st.builds(keeper_messages.NoteFiles, st.lists(files, max_size=3).map(tuple)),
 )
 
 
@@ -37,7 +43,7 @@ def state(held):
 
 
 def applied(history):
-    held = Holdings()
+    held = DurableState()
     for change in history:
         held.apply(change)
     return held
@@ -47,7 +53,7 @@ def applied(history):
 def test_what_was_written_is_read(tmp_path_factory, history):
     """However often it was written anew in between, the journal is the state; and so is a handover."""
     path = tmp_path_factory.mktemp("journal") / "journal"
-    held, written = Holdings(), Journal(path)
+    held, written = DurableState(), Journal(path)
     written.rewrite([])
     for change in history:
         if change == "rewrite":
@@ -58,9 +64,9 @@ def test_what_was_written_is_read(tmp_path_factory, history):
     written.close()
     found, damage = read(path)
     assert (state(applied(found)), damage, written.reason) == (state(held), "", "")
-    copied = Holdings()
+    copied = DurableState()
     for payload, _ in handover.changes_of(held):
-        copied.apply(control.decode_state(payload))
+        copied.apply(keeper_messages.decode_state(payload))
     assert state(copied) == state(held)
 
 
@@ -96,8 +102,11 @@ def test_turned_bit(tmp_path_factory, history, data):
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"something else", "no journal of this version"),
-        (MAGIC + b"00000000-0000-0000-0000-000000000000\n" + record(control.Release(1)), "another boot"),
+        (b"something else", "not a journal of this version"),
+        (
+            MAGIC + b"00000000-0000-0000-0000-000000000000\n" + record(keeper_messages.Release(1)),
+            "before this machine was rebooted",
+        ),
     ],
     ids=["foreign", "of another boot"],
 )
@@ -119,23 +128,23 @@ def test_link_in_the_journals_place(tmp_path):
     found, damage = read(path)
     assert (found, bool(damage)) == ([], True)
     written = Journal(path)
-    written.rewrite([control.Release(1)])
+    written.rewrite([keeper_messages.Release(1)])
     written.close()
     assert target.read_bytes() == b"precious"
-    assert read(path) == ([control.Release(1)], "")
+    assert read(path) == ([keeper_messages.Release(1)], "")
 
 
 def test_history_is_dropped(tmp_path, monkeypatch):
     """A file that is mostly history is due to be written anew; one that is all state is not, however large."""
     monkeypatch.setattr(journal, "COMPACT_FROM", 1000)
     written = Journal(tmp_path / "journal")
-    model = control.ModelRecord(ONE, b"m" * 500, ())
-    written.rewrite([control.NoteModel(model)] * 4)
+    model = keeper_messages.ModelRecord(ONE, b"m" * 500, ())
+    written.rewrite([keeper_messages.NoteModel(model)] * 4)
     assert not written.due()
     for _ in range(5):
-        written.append(control.NoteModel(model))
+        written.append(keeper_messages.NoteModel(model))
     assert written.due()
-    written.rewrite([control.NoteModel(model)])
+    written.rewrite([keeper_messages.NoteModel(model)])
     assert not written.due()
     written.close()
 
@@ -143,17 +152,17 @@ def test_history_is_dropped(tmp_path, monkeypatch):
 def test_disk_full(tmp_path):
     """What does not fit is not half there for the next reader: writing stops, with a reason, until all fits again."""
     written = Journal(tmp_path / "journal")
-    written.rewrite([control.Release(1)])
+    written.rewrite([keeper_messages.Release(1)])
     full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(full, written._fd, inheritable=False)
+    os.dup2(full, written._fd.fileno(), inheritable=False)
     os.close(full)
-    written.append(control.Release(2))
+    written.append(keeper_messages.Release(2))
     assert "No space left" in written.reason
-    written.append(control.Release(3))
-    assert read(tmp_path / "journal") == ([control.Release(1)], "")
-    written.rewrite([control.Release(3)])
+    written.append(keeper_messages.Release(3))
+    assert read(tmp_path / "journal") == ([keeper_messages.Release(1)], "")
+    written.rewrite([keeper_messages.Release(3)])
     assert written.reason == ""
-    assert read(tmp_path / "journal") == ([control.Release(3)], "")
+    assert read(tmp_path / "journal") == ([keeper_messages.Release(3)], "")
     written.close()
 
 

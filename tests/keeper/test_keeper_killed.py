@@ -10,7 +10,7 @@ from support.stores import KeptStore
 from support.waiting import open_segments, wait_until
 
 from shared_store.keeper.journal import read
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol.durable_state import DurableState
 
 ONE, OTHER = "a" * 64, "b" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]
@@ -22,7 +22,7 @@ def readers(kept, key=ONE):
 
 def journal_state(kept):
     """Segments and models as the journal has them."""
-    held = Holdings()
+    held = DurableState()
     for change in read(kept.paths.journal)[0]:
         held.apply(change)
     return held.segments, held.models

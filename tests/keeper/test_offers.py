@@ -27,7 +27,7 @@ def segment():
 
     def make(data=DATA, *, sealed=True, nbytes=NBYTES):
         memory = backend.create(nbytes)
-        fds.append(backend.export(memory))
+        fds.append(backend.export(memory).detach())
         with contextlib.closing(Mapping(backend, memory)) as mapping:
             mapping.map(Access.WRITE)
             ctypes.memmove(mapping.address, data, len(data))

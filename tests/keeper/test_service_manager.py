@@ -85,7 +85,7 @@ def test_fd_that_the_journal_does_not_know(service, manager, actor):
     again = service()
     assert again.status().totals.resident_bytes == 0
     wait_until(lambda: list(manager.kept) == ["listen"], "the segment to be kept no more")
-    assert "the journal does not know segment-" in again.log()
+    assert "the journal has no record of segment-" in again.log()
 
 
 def test_fd_that_is_not_what_the_journal_says(service, manager, actor):

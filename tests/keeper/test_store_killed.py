@@ -165,7 +165,7 @@ def test_store_hangs(start_kept, actor):
     pid = kept.store_pid
     os.kill(pid, signal.SIGSTOP)
     back(reader, pid)
-    assert f"(pid {pid}) said nothing for 1.5 s" in kept.log()
+    assert f"no message from the store (pid {pid}) for 1.5 s" in kept.log()
     wait_until(lambda: readers(kept) == 1, "the reader to be counted")
 
 

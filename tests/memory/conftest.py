@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,8 @@ class Kind:
 
 
 def _first_gpu() -> Backend:
-    from shared_store.memory.cuda.vmm import CudaBackend, visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
+    from shared_store.memory.cuda.vmm import CudaBackend
 
     return CudaBackend(next(iter(visible_gpus())))
 
@@ -59,7 +59,7 @@ def kind(request):
     if request.param is not GPU:
         yield request.param
         return
-    from shared_store.memory.cuda.vmm import visible_gpus
+    from shared_store.memory.cuda.driver import visible_gpus
 
     if not visible_gpus():
         pytest.skip("no NVIDIA GPU is visible")
@@ -98,9 +98,8 @@ def imported(backend):
     made = []
 
     def make(segment, access=None):
-        fd = backend.export(segment)
-        made.append(Mapping(backend, backend.import_fd(fd, segment.nbytes)))
-        os.close(fd)  # the mapping has its own
+        with backend.export(segment) as fd:
+            made.append(Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes)))
         if access is not None:
             made[-1].map(access)
         return made[-1]

@@ -139,14 +139,12 @@ except OSError as error:
 else:
     print("done")
 """
-    try:
-        status, output = run_child(program, fd, pass_fds=(fd,))
+    with fd:
+        status, output = run_child(program, fd.fileno(), pass_fds=(fd.fileno(),))
         assert status == 0
         assert output in {"refused 1", "refused 13"}, output  # EPERM, EACCES
-        assert os.fstat(fd).st_size == segment.nbytes
-        assert os.pread(fd, 9, 0) == b"published"
-    finally:
-        os.close(fd)
+        assert os.fstat(fd.fileno()).st_size == segment.nbytes
+        assert os.pread(fd.fileno(), 9, 0) == b"published"
 
 
 def test_a_readers_write_stays_private_and_is_counted(backend, segment, write, imported, capable):
@@ -212,25 +210,21 @@ def test_a_segment_smaller_than_announced_is_refused(backend, segment, capable):
     fd = backend.export(segment)
     before = open_fds()
     with pytest.raises(MemoryBackendError, match=f"{segment.nbytes} bytes, where {segment.nbytes + 1} were announced"):
-        backend.import_fd(fd, segment.nbytes + 1)
+        backend.import_fd(fd.fileno(), segment.nbytes + 1)
     assert open_fds() == before
-    os.close(fd)
+    fd.close()
 
 
 def test_exported_fds_are_not_inherited(backend, segment):
-    fd = backend.export(segment)
-    try:
-        assert not os.get_inheritable(fd)
-    finally:
-        os.close(fd)
+    with backend.export(segment) as fd:
+        assert not os.get_inheritable(fd.fileno())
 
 
 def test_release_is_idempotent_and_leaves_mappings_alone(backend, kind, capable):
     capable("host_access")
     segment = backend.create(2 * MIB)
-    fd = backend.export(segment)
-    mapping = Mapping(backend, backend.import_fd(fd, 2 * MIB))
-    os.close(fd)
+    with backend.export(segment) as fd:
+        mapping = Mapping(backend, backend.import_fd(fd.fileno(), 2 * MIB))
     mapping.map(Access.WRITE)
     before = open_fds()
     backend.release(segment)
@@ -257,31 +251,33 @@ def test_a_mapping_lets_its_segment_go_and_takes_another_at_the_same_address(bac
     address = mapping.address
     poke(address, b"first")
     before = open_fds()
-    mapping.let_go()
-    mapping.let_go()
+    mapping.release_segment()
+    mapping.release_segment()
     assert (mapping.access, mapping.address) == (None, address)
     assert open_fds() == before - 1
-    with pytest.raises(ValueError, match="let its segment go"):
+    with pytest.raises(ValueError, match="has no segment"):
         mapping.map(Access.READ)
     other = backend.create(segment.nbytes)
-    fd = backend.export(other)
-    with pytest.raises(ValueError, match="another size"):
-        mapping.take(type(segment)(fd, 1) if kind.fd_backed else type(segment)(None, 1, None))
-    mapping.take(backend.import_fd(fd, segment.nbytes))
-    os.close(fd)
+    with backend.export(other) as fd:
+        smaller = backend.import_fd(fd.fileno(), 1) if kind.fd_backed else type(segment)(None, 1, None)
+        with pytest.raises(ValueError, match="another size"):
+            mapping.set_segment(smaller)
+        if kind.fd_backed:
+            backend.release(smaller)
+        mapping.set_segment(backend.import_fd(fd.fileno(), segment.nbytes))
     mapping.map(Access.WRITE)
     poke(address, b"other")
     mapping.map(Access.READ)
     assert peek(address, 5) == b"other"
     with pytest.raises(ValueError, match="has a segment"):
-        mapping.take(other)
+        mapping.set_segment(other)
     mapping.close()
     backend.release(other)
 
 
 def test_a_mapping_without_a_segment_closes(segment, imported):
     mapping = imported(segment, Access.READ)
-    mapping.let_go()
+    mapping.release_segment()
     mapping.close()
     with pytest.raises(ValueError, match="closed"):
         mapping.map(Access.READ)
@@ -291,9 +287,8 @@ def test_a_mapping_that_nobody_refers_to_gives_everything_back(backend, segment,
     capable("fd_backed")  # a driver keeps ranges of its own
     gc.collect()
     fds, ranges = open_fds(), mapped_ranges()
-    fd = backend.export(segment)
-    mapping = Mapping(backend, backend.import_fd(fd, segment.nbytes))
-    os.close(fd)
+    with backend.export(segment) as fd:
+        mapping = Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes))
     mapping.map(Access.READ)
     assert open_fds() == fds + 1
     assert mapped_ranges() > ranges
@@ -308,9 +303,8 @@ def test_two_hundred_rounds_leak_neither_fds_nor_address_space(backend, capable)
 
     def one_round(number):
         segment = backend.create(2 * MIB)
-        fd = backend.export(segment)
-        mapping = Mapping(backend, backend.import_fd(fd, 2 * MIB))
-        os.close(fd)
+        with backend.export(segment) as fd:
+            mapping = Mapping(backend, backend.import_fd(fd.fileno(), 2 * MIB))
         mapping.map(Access.WRITE)
         poke(mapping.address, b"%8d" % number)
         mapping.unmap()

@@ -38,7 +38,7 @@ def test_pages_are_allocated_when_a_segment_is_created():
     backend = MemfdBackend()
     segment = backend.create(64 * MIB)
     try:
-        assert os.fstat(segment.fd).st_blocks * 512 == 64 * MIB
+        assert os.fstat(segment.fd.fileno()).st_blocks * 512 == 64 * MIB
     finally:
         backend.release(segment)
 
@@ -60,14 +60,14 @@ print("holds", flush=True)
 sys.stdin.read()
 """
     child = subprocess.Popen(
-        [sys.executable, "-c", program, str(fd), str(nbytes)],
-        pass_fds=(fd,),
+        [sys.executable, "-c", program, str(fd.fileno()), str(nbytes)],
+        pass_fds=(fd.fileno(),),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     try:
         assert child.stdout.readline() == b"holds\n"
-        os.close(fd)
+        fd.close()
         backend.release(segment)
         assert shared_memory_bytes() - before > nbytes * 3 // 4
         child.kill()
@@ -89,7 +89,7 @@ def test_a_limit_of_open_files_is_a_typed_error():
     calls = {
         "create": lambda: backend.create(MIB),
         "export": lambda: backend.export(segment),
-        "import": lambda: backend.import_fd(fd, MIB),
+        "import": lambda: backend.import_fd(fd.fileno(), MIB),
     }
     backend.free_bytes()  # opens files of its own
     caught = {}
@@ -110,8 +110,9 @@ def test_a_limit_of_open_files_is_a_typed_error():
                 caught[name] = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for one in [*spare, fd]:
+        for one in spare:
             os.close(one)
+        fd.close()
         backend.release(segment)
     assert set(caught) == set(calls)
     assert all("ulimit -n" in text for text in caught.values()), caught
@@ -122,11 +123,11 @@ def test_the_fake_backend_has_the_capacity_that_it_is_given():
     one = backend.create(2 * MIB)
     with pytest.raises(OutOfMemoryError, match=f"{MIB} bytes are free"):
         backend.create(2 * MIB)
-    assert backend.held == 2 * MIB
+    assert backend.allocated_bytes == 2 * MIB
     assert backend.free_bytes() == MIB
     backend.release(one)
     backend.release(one)
-    assert backend.held == 0
+    assert backend.allocated_bytes == 0
     backend.release(backend.create(3 * MIB))
 
 
@@ -137,11 +138,11 @@ def test_the_fake_backend_fails_where_it_is_told_and_nowhere_else():
     with pytest.raises(MemoryBackendError, match="as planned"):
         backend.create(MIB)
     two = backend.create(MIB)
-    assert backend.held == 2 * MIB
+    assert backend.allocated_bytes == 2 * MIB
     backend.faults.fail_at("seal", 1)
     with pytest.raises(MemoryBackendError, match="as planned"):
         backend.seal(one)
     backend.seal(one)
     backend.release(one)
     backend.release(two)
-    assert backend.held == 0
+    assert backend.allocated_bytes == 0

@@ -82,7 +82,7 @@ class CacheMachine(StoreMachine):
             for name, model in self.expected.items()
             if model.committed is not None
         }
-        assert sum(segment.nbytes for segment in segments) <= self.backend.held
+        assert sum(segment.nbytes for segment in segments) <= self.backend.allocated_bytes
         return evict(models, segments, needed)
 
     # Chance alone would seldom fill a store with models that nobody reads.
@@ -186,7 +186,7 @@ class CacheMachine(StoreMachine):
         number = self._pick(sorted(set(self.copying) & set(self._idle())) or [None], which)
         if number is None:
             return
-        copying, before = self.copying[number], self.backend.held
+        copying, before = self.copying[number], self.backend.allocated_bytes
         request = messages.Compacted(self._request(), copying.task.target.id)
         (outcome,) = self._together([self.handlers.compaction.compacted(self.clients[number], request)])
         if isinstance(outcome, MemoryBackendError):
@@ -197,7 +197,9 @@ class CacheMachine(StoreMachine):
             return
         assert copying.right or not any(move.nbytes for move in copying.task.moves)
         if outcome.reply.freed_bytes:
-            assert self.backend.held <= before - outcome.reply.freed_bytes  # sources that had lost all blobs go, too
+            assert (
+                self.backend.allocated_bytes <= before - outcome.reply.freed_bytes
+            )  # sources that had lost all blobs go, too
         self._check_committed()
 
     @precondition(lambda self: self._idle())
@@ -222,9 +224,9 @@ class CacheMachine(StoreMachine):
 
     @rule(share=st.sampled_from([0.0, 0.25, 0.9]))
     def store_compacts(self, share):
-        before = self.backend.held
+        before = self.backend.allocated_bytes
         freed = self.loop.run_until_complete(self.parts.host_compaction.run(DEVICE, share=share))
-        assert self.backend.held == before - freed
+        assert self.backend.allocated_bytes == before - freed
         self._check_committed()
 
     @precondition(lambda self: self._idle() and self._committed())
@@ -427,7 +429,7 @@ class CacheMachine(StoreMachine):
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
         nbytes = sum(held.nbytes for held in segments.all() if held.allocated)
-        assert nbytes == segments.resident_bytes(DEVICE) == self.backend.held
+        assert nbytes == segments.resident_bytes(DEVICE) == self.backend.allocated_bytes
         assert nbytes <= self.backend.capacity
         promised = sum(held.nbytes for held in segments.all())
         assert promised <= segments.limits.get(DEVICE, CAPACITY)

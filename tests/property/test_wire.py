@@ -16,6 +16,13 @@ from support.waiting import open_fds
 
 from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
 from shared_store.protocol import messages, wire
+from shared_store.runtime.fds import OwnedFds
+
+
+def owned(count):
+    """Descriptors that can be counted."""
+    return OwnedFds.from_ints(os.dup(0) for _ in range(count))
+
 
 PAYLOADS = st.lists(st.binary(max_size=300), min_size=1, max_size=8)
 
@@ -54,27 +61,26 @@ def test_a_frame_over_the_limit_is_refused_before_it_arrives(limit, length):
         with pytest.raises(MessageTooLargeError, match=f"{length} bytes; at most {limit}"):
             decoder.feed(header)
     else:
-        assert decoder.feed(header + bytes(length)) == [wire.Frame(bytes(length))]
+        assert [(one.payload, len(one.fds)) for one in decoder.feed(header + bytes(length))] == [(bytes(length), 0)]
 
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.data())
 def test_each_frame_gets_its_own_fds_in_order(counts, data):
     """Fds arrive with any byte of their frame, or earlier."""
+    sent = [wire.header(b"%d" % index, count) + b"%d" % index for index, count in enumerate(counts)]
+    cuts = [data.draw(st.integers(1, len(one) - 1)) for one in sent]  # a draw may end the example: no fds before it
     before = open_fds()
-    fds = [os.dup(0) for _ in range(sum(counts))]
     decoder = wire.Decoder(100)
-    given_to, left, frames = [], list(fds), []
-    for index, count in enumerate(counts):
-        given_to.append(left[:count])
-        del left[:count]
-        frame = wire.header(b"%d" % index, count) + b"%d" % index
-        early = data.draw(st.integers(1, len(frame) - 1))
-        frames += decoder.feed(frame[:early], given_to[-1])
-        frames += decoder.feed(frame[early:])
-    assert [list(frame.fds) for frame in frames] == given_to
+    given_to, frames = [], []
+    for one, cut, count in zip(sent, cuts, counts, strict=True):
+        fds = owned(count)
+        given_to.append(list(fds.filenos()))
+        frames += decoder.feed(one[:cut], fds)
+        frames += decoder.feed(one[cut:])
+    assert [list(frame.fds.filenos()) for frame in frames] == given_to
     for frame in frames:
-        wire.close_fds(frame.fds)
+        frame.fds.close()
     assert open_fds() == before
 
 
@@ -97,7 +103,7 @@ def test_fds_that_do_not_fit_the_frame_are_refused_and_closed(announced, sent):
     """Together with those of complete frames that came in the same read."""
     before = open_fds()
     decoder = wire.Decoder(100)
-    fds = [os.dup(0) for _ in range(1 + sent)]
+    fds = owned(1 + sent)
     good = wire.header(b"good", 1) + b"good"
     with pytest.raises(ProtocolError, match="fds"):
         decoder.feed(good + wire.header(b"bad", announced) + b"bad", fds)
@@ -109,7 +115,7 @@ def test_more_fds_than_allowed_are_refused_and_closed():
     before = open_fds()
     decoder = wire.Decoder(100, max_fds=0)
     with pytest.raises(ProtocolError, match="at most 0"):
-        decoder.feed(b"\0", [os.dup(0)])
+        decoder.feed(b"\0", owned(1))
     decoder.close()
     assert open_fds() == before
 
@@ -128,7 +134,7 @@ def test_an_outbox_delivers_through_a_socket_that_takes_little(frames, room):
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
         outbox = wire.Outbox()
         for index, (length, count) in enumerate(frames):
-            outbox.put(bytes([index]) * (length + 8), [os.dup(0) for _ in range(count)])
+            outbox.put(bytes([index]) * (length + 8), owned(count))
         decoder, arrived, done = wire.Decoder(10_000), [], False
         while len(arrived) < len(frames):
             done = done or outbox.send(ours)
@@ -138,14 +144,14 @@ def test_an_outbox_delivers_through_a_socket_that_takes_little(frames, room):
         assert [(len(frame.payload) - 8, len(frame.fds)) for frame in arrived] == frames
         assert [frame.payload[:1] for frame in arrived] == [bytes([index]) for index in range(len(frames))]
         for frame in arrived:
-            wire.close_fds(frame.fds)
+            frame.fds.close()
     assert open_fds() == before
 
 
 def test_an_outbox_that_is_dropped_closes_its_fds():
     before = open_fds()
     outbox = wire.Outbox()
-    outbox.put(b"never sent", [os.dup(0) for _ in range(300)])
+    outbox.put(b"never sent", owned(300))
     assert open_fds() == before + 300
     outbox.close()
     assert open_fds() == before

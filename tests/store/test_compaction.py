@@ -171,7 +171,7 @@ def test_where_the_host_cannot_read_the_client_is_believed(directory):
         assert client.compact()["freed_bytes"] == 8 * MIB
         assert client.open(key(2)) == "attached"
         assert client.digests() == client.expected()
-        assert backend.held == 2 * MIB
+        assert backend.allocated_bytes == 2 * MIB
 
 
 def test_a_wrong_blob_is_not_carried_on(directory):
@@ -185,7 +185,7 @@ def test_a_wrong_blob_is_not_carried_on(directory):
             client.compact()
         client.close()
         other = served.client()
-        wait_until(lambda: backend.held == 10 * MIB, "the compaction to end with its client")
+        wait_until(lambda: backend.allocated_bytes == 10 * MIB, "the compaction to end with its client")
         assert other.session.status().counters.compactions == 0
 
 
@@ -194,5 +194,5 @@ def test_only_segments_with_enough_that_is_unused_are_packed_by_the_store(direct
     with ServedStore(directory, FakeBackend("cpu")) as served:
         leave_loose(served.client())
         assert served.run(served.parts.host_compaction.run("cpu", share=1.0)) == 0
-        assert served.backend.held == 10 * MIB
+        assert served.backend.allocated_bytes == 10 * MIB
         assert served.run(served.parts.host_compaction.run("cpu", share=0.87)) == 8 * MIB

@@ -61,7 +61,7 @@ def test_a_wrong_blob_is_taken_out_of_service(served):
     assert client.session.status().quarantine[0].readers == 1
     reader.unmap_all()
     reader.close()
-    wait_until(lambda: served.backend.held == 4 * MIB, "the quarantined segment to go with its last reader")
+    wait_until(lambda: served.backend.allocated_bytes == 4 * MIB, "the quarantined segment to go with its last reader")
     assert client.session.status().quarantine == ()
 
 
@@ -73,9 +73,9 @@ def test_who_found_it_may_publish_it_anew_at_once(served):
     client.quarantine(key(1), [0, 1])
     assert client.publish(key(1), MODEL) == "granted"
     assert client.digests() == client.expected()
-    assert served.backend.held == 8 * MIB
+    assert served.backend.allocated_bytes == 8 * MIB
     client.leave(key(1))
-    assert served.backend.held == 4 * MIB
+    assert served.backend.allocated_bytes == 4 * MIB
     assert client.session.status().models[0].readers == 0
 
 
@@ -95,9 +95,9 @@ def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
     client.leave(key(3))
     client.remove(key(3))
     assert reader.digests()[1] == reader.expected()[1]
-    assert served.backend.held == 4 * MIB + 2 * MIB + 2 * MIB  # what the reader maps, and model 4
+    assert served.backend.allocated_bytes == 4 * MIB + 2 * MIB + 2 * MIB  # what the reader maps, and model 4
     reader.leave(key(2))
-    assert served.backend.held == 2 * MIB
+    assert served.backend.allocated_bytes == 2 * MIB
 
 
 def test_a_false_claim_changes_nothing(served):

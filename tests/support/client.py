@@ -19,7 +19,6 @@ from shared_store.base.manifest import decode
 from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping, backend_for
-from shared_store.protocol.wire import close_fds
 from shared_store.sleep.sleep import Sleeper
 
 
@@ -72,9 +71,9 @@ class Client:
     def fill(self, key, *, lie=None, half=False):
         """Get the promised segments, and write new blobs: `lie` with one bit turned, or only `half` of every one."""
         for index, segment in self.promised:
-            fd = self.session.fill(key, segment)
-            self.mappings[index] = Mapping(self.backend, self.backend.import_fd(fd, os.fstat(fd).st_size))
-            os.close(fd)
+            with self.session.fill(key, segment) as fd:
+                nbytes = os.fstat(fd.fileno()).st_size
+                self.mappings[index] = Mapping(self.backend, self.backend.import_fd(fd.fileno(), nbytes))
             self.mappings[index].map(Access.WRITE)
         self.promised = []
         for index, (seed, nbytes) in enumerate(self.model):
@@ -184,9 +183,8 @@ class Client:
         task, fds = self.session.compact(device)
         if copy:
             with _worker(self.backend) as work:
-                work.copy(task, fds)
-        else:
-            close_fds(fds)
+                work.copy(task, fds.filenos())
+        fds.close()
         return [len(task.moves), task.target.id]
 
     def compacted(self, segment):
@@ -205,7 +203,7 @@ class Client:
         return self.session.alive
 
     def acquire_for_good(self, lease, timeout_s=60.0):
-        self.leases.append(self.session.lease(lease, timeout_s))
+        self.leases.append(self.session.turn(lease, timeout_s))
         self.leases[-1].__enter__()
 
     def store_pid(self):
@@ -245,14 +243,13 @@ class Client:
 
     def _mappings(self, segments, fds):
         """One for each segment; None for one that is only promised."""
-        made, left = [], list(fds)
+        made, left = [], fds.detach()
         for segment in segments:
             if segment.promised:
                 made.append(None)
                 continue
-            fd = left.pop(0)
-            made.append(Mapping(self.backend, self.backend.import_fd(fd, segment.nbytes)))
-            os.close(fd)
+            with left.pop(0) as fd:
+                made.append(Mapping(self.backend, self.backend.import_fd(fd.fileno(), segment.nbytes)))
         assert not left
         return made
 

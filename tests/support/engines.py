@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from support.preloaded import Pool, PreloadedProcess
 from support.waiting import wait_until
 
 from shared_store.base.errors import StoreUnavailableError
@@ -22,6 +23,18 @@ from shared_store.runtime.versions import Range
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0
+HAS_GPU = Path("/dev/nvidiactl").exists()
+"""CUDA does not survive a fork: engines on a GPU are started from nothing."""
+CPU_SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Two threads that meet after each operation wait for each other longer than one computes, where several engines
+    # run on few cores.
+    "OMP_NUM_THREADS": "1",
+}
+PRELOADED = Pool(
+    ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"), CPU_SETTINGS
+)
 SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 """Of a job: share, or fail."""
 
@@ -31,19 +44,27 @@ def vllm_since(version: str) -> bool:
     return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
 
 
+def _start(job: str, environment: dict[str, str]) -> subprocess.Popen[str] | PreloadedProcess:
+    """Start ``engine.py`` with its output and its errors in one pipe; on a CPU, with vLLM imported already."""
+    if not HAS_GPU and PRELOADED.forks:
+        return PRELOADED.start(str(ENGINE), job, environment=environment, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ENGINE), job],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
 class EngineProcess:
     """A running ``engine.py``; its JSON lines are events, everything else is its log."""
 
     def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
-        variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ENGINE), json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=variables,
-        )
+        settings = {} if HAS_GPU else CPU_SETTINGS
+        variables = {**os.environ, **settings, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
+        self.process = _start(json.dumps(job), variables)
         self.log: list[str] = []
         self.events: list[dict[str, Any]] = []
         self._commands = 0

@@ -49,7 +49,7 @@ class RawClient:
         while True:
             frame = self.channel.receive()
             message = messages.decode_from_store(frame.payload)
-            wire.close_fds(frame.fds)
+            frame.fds.close()
             if not isinstance(message, messages.Push):
                 return message
 

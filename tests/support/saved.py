@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 from support.client import Client
@@ -22,22 +21,19 @@ def publish(session, manifest, contents):
     asked = {"name": manifest.name, "engine": manifest.engine, "device": "cpu", "publish": True, "timeout_s": 10}
     assert session.open(manifest.key, **asked) is None
     planned, fds = session.plan(manifest.key, manifest.blobs)
-    for fd in fds:
-        os.close(fd)
+    fds.close()
     for number, info in enumerate(planned.segments):
         if not info.promised:
             continue
-        fd = session.fill(manifest.key, info.id)
-        mapping = Mapping(backend, backend.import_fd(fd, info.nbytes))
-        os.close(fd)
+        with session.fill(manifest.key, info.id) as fd:
+            mapping = Mapping(backend, backend.import_fd(fd.fileno(), info.nbytes))
         mapping.map(Access.WRITE)
         for place, data in zip(planned.places, contents, strict=True):
             if place.new and place.segment == number:
                 ctypes.memmove(mapping.address + place.offset, data, len(data))
         mapping.close()
     _, fds = session.commit(manifest)
-    for fd in fds:
-        os.close(fd)
+    fds.close()
     session.leave(manifest.key)
 
 

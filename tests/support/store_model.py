@@ -124,7 +124,7 @@ class ModelledStore(RuleBasedStateMachine):
             self._run(self.handlers.administration.remove(None, messages.Remove(self._request(), name)))
         assert self.opening == {}
         assert self.state.models.all() == []
-        assert self.backend.held == self.state.segments.resident_bytes(DEVICE) == 0
+        assert self.backend.allocated_bytes == self.state.segments.resident_bytes(DEVICE) == 0
         assert self.state.segments.blobs.all() == self.state.segments.blobs.references() == {}
         assert self.state.segments.all() == self.parts.waiters.all() == self.state.compactions.all() == []
         assert self.state.plans == self.state.committed == {}

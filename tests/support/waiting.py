@@ -18,10 +18,13 @@ def wait_until(condition, what, timeout_s=15.0):
 
 
 def readable(file, timeout_s):
-    """Whether there is something to read (or an end of file) in time; for any number of open files."""
+    """Return whether there is something to read (or an end of file) in time; None waits without limit.
+
+    Unlike select(), poll() has no limit on file descriptors.
+    """
     poller = select.poll()
     poller.register(file, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1000))
+    return bool(poller.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def process_state(pid):

@@ -48,15 +48,10 @@ def check_supported(vllm_config: Any, model_config: Any, load_config: Any, *, un
         raise UnsupportedError("weights offloaded to the CPU are this process's own")
     if getattr(vllm_config.cache_config, "cpu_offload_gb", 0):
         raise UnsupportedError("weights offloaded to the CPU are this process's own")
-    if load_config.device is not None and torch.device(load_config.device).type != device_of(vllm_config).type:
+    if load_config.device is not None and torch.device(load_config.device).type != compat.device_of(vllm_config).type:
         raise UnsupportedError(f"the load device {load_config.device} is not the engine's")
-    if device_of(vllm_config).type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"weights on {device_of(vllm_config).type} cannot be shared")
-
-
-def device_of(vllm_config: Any) -> torch.device:
-    """Where the engine's weights lie."""
-    return torch.device(vllm_config.device_config.device)
+    if compat.device_of(vllm_config).type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"weights on {compat.device_of(vllm_config).type} cannot be shared")
 
 
 def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
         "lora": _lora(vllm_config.lora_config),
         # Some buffers have a row for each position, token or sequence.
         "lengths": [model_config.max_model_len, scheduler.max_num_batched_tokens, scheduler.max_num_seqs],
-        "device": _processor(device_of(vllm_config)),
+        "device": _processor(compat.device_of(vllm_config)),
         "environment": {name: text for name, text in os.environ.items() if _KERNEL_VARIABLES.match(name)},
     }
 

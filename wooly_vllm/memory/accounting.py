@@ -1,18 +1,17 @@
-"""How much memory an engine on a GPU may use beside weights that it shares.
+"""The memory that an engine on a GPU may use beside weights that it shares.
 
-vLLM sizes its KV cache by what the device lost while the engine started: that is right for a process alone on its GPU,
-and for the one that publishes. ``--gpu-memory-utilization`` stays what it is for every engine, *the share of the GPU
-that it may use, weights included*, whether it brought the weights itself or found them in the store:
+vLLM sizes its KV cache by the memory that the device lost while the engine started. That is right for a process alone
+on its GPU, and for a publisher. ``--gpu-memory-utilization`` keeps its meaning for every engine, the fraction of the
+GPU that it may use *including weights*, whether it loaded the weights itself or attached to them:
 
-* An engine that will attach is charged for what it maps, as vLLM does for weights that another process holds
-  (``get_external_weight_memory``, from 0.32 on; before, the same rule is applied here).
-* Engines on one GPU start one after the other, by a lease in the store, from the first look at free memory until the
-  KV cache and the CUDA graphs are in place. Otherwise one would be charged for what its neighbour allocates meanwhile.
-  Ranks that wait for each other take one turn, on all of their GPUs: if each took its own, those of two engines could
-  wait in a circle.
+* An engine that will attach is charged for the bytes that it maps, as vLLM does for weights of another process
+  (``get_external_weight_memory``, from 0.32 on; for earlier versions the same rule is applied here).
+* Engines on one GPU start one after the other, in a turn of the store, from the first look at free memory until the KV
+  cache and the CUDA graphs exist. Otherwise an engine would be charged for memory that its neighbour allocates
+  meanwhile. Ranks that wait for each other take one turn, on all of their GPUs: with a turn for each rank, those of two
+  engines could deadlock.
 
-Processes that know nothing of the lease can still change free memory while an engine starts, as they can beside stock
-vLLM.
+Processes without wooly can still change free memory while an engine starts, as they can with stock vLLM.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.torch.devices import store_device
 from wooly_vllm import compat
-from wooly_vllm.loading.options import Options
-
-if TYPE_CHECKING:
-    from wooly_vllm.loading.loader import WoolyLoader  # which asks this module what to charge
+from wooly_vllm.options import Options
+from wooly_vllm.sharing_loader import SharingLoader, sharing_loader
 
 _WORKER = "vllm.v1.worker.gpu_worker"
 _STARTING = "_wooly_starting"
-"""Attribute of a worker that is starting: what ends its turn."""
+"""Attribute of a worker that is starting: the turn, an ``ExitStack``."""
 
 
 def install() -> None:
-    """Have GPU workers take turns, and charge them for weights that they map. Idempotent."""
+    """Make GPU workers take turns, and charge them for weights that they map. Idempotent."""
     (worker,) = compat.find(_WORKER, "Worker")
     if getattr(worker.init_device, "wooly", False):
         return
@@ -49,37 +48,55 @@ def install() -> None:
         compat.replace_function(_WORKER, "request_memory", _charged_for_shared)
 
 
-def external_bytes(vllm_config: Any) -> int:
-    """Bytes of an engine's models, its draft model too, that the store has already on this engine's device.
+def charged_bytes(vllm_config: Any) -> int:
+    """Return the bytes of shared weights that an engine is charged for; 0 on a CPU."""
+    device = compat.device_of(vllm_config)
+    if device.type != "cuda":
+        return 0
+    total = torch.cuda.mem_get_info(device)[1]
+    return charge(external_bytes(vllm_config), total, vllm_config.cache_config)
 
-    0 where that cannot be told.
+
+def external_bytes(vllm_config: Any) -> int:
+    """Return the bytes of an engine's models, with its draft model, that the store has on the engine's device.
+
+    0 for a model whose bytes cannot be determined, with a warning.
     """
-    loader = _loader(vllm_config)
+    loader = sharing_loader(vllm_config)
     if loader is None:
         return 0
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    models = [vllm_config.model_config, *([draft] if _is_loaded_apart(vllm_config, draft) else [])]
+    models = [vllm_config.model_config, *([draft] if _has_own_checkpoint(vllm_config, draft) else [])]
     return sum(_resident_bytes(loader, vllm_config, model) for model in models)
 
 
-def _resident_bytes(loader: WoolyLoader, vllm_config: Any, model_config: Any) -> int:
+def _resident_bytes(loader: SharingLoader, vllm_config: Any, model_config: Any) -> int:
     try:
         return loader.resident_bytes(vllm_config, model_config)
     except WoolyError as error:
-        compat.logger().warning("wooly: cannot tell what the store holds of %s: %s", model_config.model, error)
+        compat.logger().warning(
+            "wooly: cannot determine the shared bytes of %s, the size of the KV cache may be wrong: %s",
+            model_config.model,
+            error,
+        )
         return 0
 
 
-def _is_loaded_apart(vllm_config: Any, draft: Any) -> bool:
-    """Whether there is a draft model with a checkpoint of its own; n-gram drafts name their target as the model."""
+def _has_own_checkpoint(vllm_config: Any, draft: Any) -> bool:
+    """Return True for a draft model with its own checkpoint; n-gram drafts name the target's."""
     return draft is not None and draft.model != vllm_config.model_config.model
 
 
 def charge(external: int, total: int, cache_config: Any) -> int:
-    """What of the shared weights an engine is charged for, in bytes, so that its share of the GPU is not used up by it.
+    """Return the part of ``external`` shared bytes that an engine is charged for.
 
-    A KV cache of a fixed size (``--kv-cache-memory-bytes``) is not made to fit ``--gpu-memory-utilization``: stock vLLM
-    then takes the share only as what must be free at the start, and lets the weights exceed it. So must shared ones.
+    It is all of them, unless the KV cache has a fixed size (``--kv-cache-memory-bytes``). Stock vLLM then only requires
+    the fraction ``--gpu-memory-utilization`` to be free at the start, and lets weights exceed it; so may shared ones.
+
+    Args:
+        external: bytes of shared weights on the device.
+        total: bytes of the device.
+        cache_config: vLLM's.
     """
     if cache_config.kv_cache_memory_bytes is None:
         return external
@@ -87,23 +104,17 @@ def charge(external: int, total: int, cache_config: Any) -> int:
 
 
 def _requested(total: int, cache_config: Any) -> int:
-    """The share of a GPU's memory that was asked for, in bytes."""
+    """Return ``--gpu-memory-utilization`` in bytes."""
     share: float = cache_config.gpu_memory_utilization
     return math.ceil(total * share)
 
 
-def _loader(vllm_config: Any) -> WoolyLoader | None:
-    """A configuration's loader, if it shares weights."""
-    from wooly_vllm.loading.loader import WoolyLoader
-
-    loader = compat.loader_of(vllm_config)
-    return loader if isinstance(loader, WoolyLoader) else None
-
-
 def _within_a_turn(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap ``Worker.init_device``: note the worker for the hooks below, and end its turn if it fails."""
+
     @functools.wraps(init_device)
     def wrapper(self: Any) -> Any:
-        if self.vllm_config.device_config.device_type == "cuda" and _loader(self.vllm_config) is not None:
+        if self.vllm_config.device_config.device_type == "cuda" and sharing_loader(self.vllm_config) is not None:
             _current.append(self)
         try:
             return init_device(self)
@@ -118,15 +129,15 @@ def _within_a_turn(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _current: list[Any] = []
-"""The worker that prepares its device right now."""
+"""The worker whose ``init_device`` is running, or nothing."""
 
 
 def _taking_a_turn(init_distributed: Callable[..., Any]) -> Callable[..., Any]:
-    """In the function of vLLM in which ranks meet: a worker knows its GPU then, and has yet to look at its memory."""
+    """Wrap the function in which ranks meet: a worker has chosen its GPU by then, and not measured its memory."""
 
     @functools.wraps(init_distributed)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if _current and (loader := _loader(_current[0].vllm_config)) is not None:
+        if _current and (loader := sharing_loader(_current[0].vllm_config)) is not None:
             setattr(_current[0], _STARTING, _turn(_current[0], loader.options))
         return init_distributed(*args, **kwargs)
 
@@ -134,9 +145,7 @@ def _taking_a_turn(init_distributed: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
-    """Wait for this worker's turn on its GPUs, and on those of the ranks that it speaks for."""
-    import torch
-
+    """Wait for the turns on the GPUs that :func:`spoken_for` names, in one order for all engines."""
     turn = contextlib.ExitStack()
     gpus = spoken_for(worker, torch.cuda.device_count())
     if not gpus:
@@ -144,20 +153,26 @@ def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
     try:
         session = turn.enter_context(Session.connect(options.runtime_dir, name="vllm, starting"))
         for name in sorted(store_device(compat.gpu_of(rank)) for rank in gpus):
-            turn.enter_context(session.lease(f"start:{name}", options.timeout_s))
+            turn.enter_context(session.turn(f"start:{name}", options.timeout_s))
     except WoolyError as error:
-        compat.logger().warning("wooly: this engine starts out of turn, its KV cache may come out wrong: %s", error)
+        compat.logger().warning(
+            "wooly: this engine starts without a turn, the size of its KV cache may be wrong: %s", error
+        )
         turn.close()
     return turn
 
 
 def spoken_for(worker: Any, visible: int) -> range:
-    """Local ranks whose GPUs a worker takes a turn on, of those that are ``visible`` to it; none for most workers.
+    """Return the local ranks whose GPUs a worker takes turns on; empty for most workers.
 
-    The first rank of those that wait for each other speaks for all of them. These are the tensor and pipeline parallel
-    ranks of an engine; and all data parallel ones of a model with experts (those of other models are independent, and
-    vLLM sets their size to 1). GPUs that it does not see, on other nodes or beside it under an external load balancer,
-    are left without a turn.
+    The first of several ranks that wait for each other takes the turns of all. These are the tensor and pipeline
+    parallel ranks of an engine, and all data parallel ranks of a model with experts (those of other models are
+    independent: vLLM sets their size to 1). GPUs that the worker does not see, on other nodes or assigned to another
+    process by an external load balancer, get no turn.
+
+    Args:
+        worker: vLLM's GPU worker.
+        visible: number of GPUs that its process sees.
     """
     parallel = worker.vllm_config.parallel_config
     if worker.rank != 0 or (parallel.data_parallel_size > 1 and parallel.data_parallel_rank != 0):
@@ -167,6 +182,8 @@ def spoken_for(worker: Any, visible: int) -> range:
 
 
 def _ending_the_turn(warm_up: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.compile_or_warm_up_model``, the last step that measures memory."""
+
     @functools.wraps(warm_up)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -183,11 +200,13 @@ def _end_turn(worker: Any) -> None:
         try:
             turn.close()
         except WoolyError as error:
-            compat.logger().warning("wooly: the store is gone, and with it this engine's turn: %s", error)
+            compat.logger().warning(
+                "wooly: lost the connection to the store, and this engine's turn with it: %s", error
+            )
 
 
 def _charged_for_shared(stock: Callable[..., int]) -> Callable[..., int]:
-    """The ``request_memory`` of vLLM, with weights in the store counted as part of what is asked for."""
+    """Wrap vLLM's ``request_memory`` to count shared weights as part of the requested bytes."""
 
     @functools.wraps(stock)
     def request_memory(init_snapshot: Any, cache_config: Any) -> int:
@@ -198,9 +217,9 @@ def _charged_for_shared(stock: Callable[..., int]) -> Callable[..., int]:
         own = requested - charge(found, init_snapshot.total_memory, cache_config)
         if own <= 0 or init_snapshot.free_memory < own:
             raise ValueError(
-                f"--gpu-memory-utilization {cache_config.gpu_memory_utilization} asks for {requested} bytes, of which "
-                f"{found} are shared weights that are there already; of the other {max(0, own)}, "
-                f"{init_snapshot.free_memory} are free. Change it, or free memory on the GPU."
+                f"--gpu-memory-utilization {cache_config.gpu_memory_utilization} requests {requested} bytes; "
+                f"{found} are shared weights in the store, and of the other {max(0, own)} only "
+                f"{init_snapshot.free_memory} are free. Raise it if it is below the weights, or free memory on the GPU."
             )
         return own
 

@@ -1,63 +1,41 @@
-"""Sleeping and waking of engines whose weights are shared; and refusals of what would write to such weights.
+"""vLLM's sleep mode for shared weights: hooks around the sleep and wake of engines and workers.
 
-vLLM's sleep mode frees what lies in a memory pool of its own, which shared weights do not. So a worker that falls
-asleep first has its shared models leave the device, and before it wakes up they come back, to the same addresses.
+vLLM offloads a memory pool of its own, which shared weights are not part of. A worker that goes to sleep therefore
+first removes its shared models from the device, and maps them again, at the same addresses, before it wakes.
 
-Sleep level 2 throws weights away, to load others in their place: that is refused, as reloading is. A worker refuses by
-itself; the engine asks its workers before it stops answering, so that one that may not sleep goes on as it was.
+Sleep level 2 discards weights in order to load others in their place. It is refused, as a reload in place is. A worker
+refuses on its own; the engine asks its workers before it stops serving, so that a refusal leaves it running.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from shared_store.base.errors import UnsupportedError, WoolyError
-from shared_store.sleep.sleep import Sleeper
 from wooly_vllm import compat
-
-_sleepers: weakref.WeakKeyDictionary[nn.Module, Sleeper] = weakref.WeakKeyDictionary()
-"""Shared models of this process's worker, if its engine may sleep. vLLM has one such worker in a process."""
-
-_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models of this process whose weights lie in the store."""
+from wooly_vllm.residency import shared_models
+from wooly_vllm.sharing_loader import sharing_loader
 
 _REFUSAL = "wooly_refusal"
-"""A worker's method: why it may not sleep at a level, or nothing."""
+"""A worker's method: prepare to sleep at a level, and return the reason if that is impossible."""
 
 _STAY_AWAKE = "wooly_stay_awake"
-
-
-def share(model: nn.Module, sleeper: Sleeper | None = None) -> None:
-    """A model's weights are shared, and not to be written to. ``sleeper``: in an engine that may sleep."""
-    _shared.add(model)
-    if sleeper is not None:
-        _sleepers[model] = sleeper
-
-
-def refuse_shared(models: Iterable[nn.Module | None], what: str = "reloaded in place") -> None:
-    """Raise :class:`UnsupportedError` if weights of one of the models must not be written to."""
-    if any(model in _shared for model in models if model is not None):
-        raise UnsupportedError(
-            f"these weights are shared and cannot be {what}; to update weights, start the engine with "
-            "--load-format auto and without WOOLYAI_WEIGHTS_DEDUP"
-        )
+"""A worker's method: undo the preparation."""
 
 
 def install_in_engine() -> None:
-    """Have engines of this process ask their workers before they sleep. Idempotent."""
+    """Make engines of this process ask their workers before they sleep. Idempotent."""
     (core,) = compat.find("vllm.v1.engine.core", "EngineCore")
     if not getattr(core.sleep, "wooly", False):
         core.sleep = _asking(core.sleep)
 
 
 def install_in_workers() -> None:
-    """Have workers of this process look after shared models. Idempotent."""
+    """Make workers of this process put shared models to sleep, and refuse writes to them. Idempotent."""
     (worker,) = compat.find("vllm.v1.worker.gpu_worker", "Worker")
     if getattr(worker, _REFUSAL, None) is not None:
         return
@@ -70,45 +48,42 @@ def install_in_workers() -> None:
 
 
 def _refusal(worker: Any, level: int) -> str:
-    """Prepare to sleep at a level; why that cannot be, or nothing. Does not raise that: other workers answer too."""
+    """Prepare to sleep at a level; return the reason if that fails, else "". Raises nothing: all workers answer."""
     try:
         _prepare(worker, level)
     except WoolyError as error:
         return f"{error} [{error.code}]"
-    except (OSError, RuntimeError) as error:  # the kernel's, torch's
+    except (OSError, RuntimeError) as error:  # of the kernel, or of torch
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def _stay_awake(_worker: Any) -> None:
-    """What was prepared is not needed."""
-    for sleeper in list(_sleepers.values()):
+    """Release the host copies that were prepared."""
+    for sleeper in shared_models.sleepers():
         sleeper.stay_awake()
 
 
 def _prepare(worker: Any, level: int) -> None:
     if level > 1:
-        refuse_shared([*_sleepers, *compat.models_of(worker)], "thrown away (sleep level 2), only set aside (level 1)")
-    for sleeper in list(_sleepers.values()):
+        shared_models.refuse_writes(
+            [*shared_models.models_that_sleep(), *compat.models_of(worker)],
+            "discarded (sleep level 2), only offloaded (sleep level 1)",
+        )
+    for sleeper in shared_models.sleepers():
         sleeper.prepare()
 
 
-def _may_share(vllm_config: Any) -> bool:
-    from wooly_vllm.loading.loader import WoolyLoader  # which imports this module
-
-    return isinstance(compat.loader_of(vllm_config), WoolyLoader)
-
-
 def _asking(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineCore.sleep``, with the workers asked first."""
+    """Wrap ``EngineCore.sleep`` to ask the workers first."""
 
     @functools.wraps(stock)
     def sleep(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
-        if level >= 1 and _may_share(self.vllm_config) and not self.model_executor.is_sleeping:
+        if level >= 1 and sharing_loader(self.vllm_config) is not None and not self.model_executor.is_sleeping:
             reasons = [reason for reason in self.collective_rpc(_REFUSAL, args=(level,)) if reason]
             if reasons:
                 self.collective_rpc(_STAY_AWAKE)
-                raise UnsupportedError(f"this engine cannot sleep, and goes on: {reasons[0]}")
+                raise UnsupportedError(f"this engine cannot sleep, and stays awake: {reasons[0]}")
         return stock(self, level, *args, **kwargs)
 
     sleep.wooly = True  # type: ignore[attr-defined]
@@ -116,6 +91,8 @@ def _asking(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.sleep``."""
+
     @functools.wraps(stock)
     def sleep(self: Any, level: int = 1) -> Any:
         try:
@@ -123,16 +100,16 @@ def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException:
             _stay_awake(self)
             raise
-        if not _sleepers:
+        if not shared_models.sleepers():
             return stock(self, level)
-        torch.cuda.synchronize()  # nothing may use what is unmapped
+        torch.cuda.synchronize()  # no kernel may use memory that is about to be unmapped
         try:
-            for sleeper in list(_sleepers.values()):
+            for sleeper in shared_models.sleepers():
                 sleeper.sleep()
-                compat.logger().info("wooly: %.1f MiB of shared weights left this engine", sleeper.nbytes / 2**20)
+                compat.logger().info("wooly: unmapped %.1f MiB of shared weights for sleep", sleeper.nbytes / 2**20)
             return stock(self, level)
         except BaseException:
-            for sleeper in list(_sleepers.values()):
+            for sleeper in shared_models.sleepers():
                 sleeper.wake()
             raise
 
@@ -140,13 +117,15 @@ def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _waking(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.wake_up``."""
+
     @functools.wraps(stock)
     def wake_up(self: Any, tags: list[str] | None = None) -> Any:
         if tags is None or "weights" in tags:
-            for sleeper in [sleeper for sleeper in _sleepers.values() if sleeper.asleep]:
+            for sleeper in [sleeper for sleeper in shared_models.sleepers() if sleeper.asleep]:
                 woken = sleeper.wake()
                 compat.logger().info(
-                    "wooly: weights are back, %.1f MiB shared, %.1f MiB private",
+                    "wooly: mapped weights again, %.1f MiB shared, %.1f MiB private",
                     woken.shared_bytes / 2**20,
                     woken.private_bytes / 2**20,
                 )
@@ -156,9 +135,11 @@ def _waking(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refused(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a worker's method that writes to weights."""
+
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_shared(compat.models_of(self))
+        shared_models.refuse_writes(compat.models_of(self))
         return stock(self, *args, **kwargs)
 
     return method

@@ -1,1 +1,1 @@
-"""What needs CUDA's compiler or CuPy: digests of memory on a GPU. Nothing here is imported without a GPU in use."""
+"""GPU memory: segments, copies and digests. Imported only where a GPU is used."""

@@ -3,7 +3,7 @@
 // hash_groups: one thread hashes one chunk of 1 KiB, one thread block the subtree over its THREADS chunks (a group).
 // join_groups: one thread block for each range of several groups joins their chaining values, in place.
 // Relies on THREADS being a power of two, so that a group is a whole subtree of the range's tree.
-// Needs sm_75 or later and no header. `one` is 1, and an argument so that the compiler cannot know it (see `add`).
+// Needs sm_75 or later and no header. `one` is 1, passed as an argument to hide its value from the compiler (see `add`).
 
 #ifndef THREADS
 #error "compile with -DTHREADS=..., the number that the launches use"
@@ -17,22 +17,22 @@ enum { RESIDENT = 1280 / THREADS };  // thread blocks on a multiprocessor: 48 re
 enum { BLOCK = 64, CHUNK = 1024, GROUP = THREADS * CHUNK };  // bytes
 enum { CHUNK_START = 1, CHUNK_END = 2, PARENT = 4, ROOT = 8 };
 
-// A row of the table that the host makes. Every range has at least one group; groups are numbered over all ranges.
+// A row of the table from the host. Every range has at least one group; groups are numbered over all ranges.
 struct Range {
   u64 address;
   u64 nbytes;
   u64 first_group;
 };
 
-// Additions are written as multiply-adds: they issue to the multiplier, which would idle, while the xors and rotations
-// keep the other integer unit busy. With a plain `+` the compiler puts many of them beside the xors: 10% slower (H100).
+// Additions are written as multiply-adds: these issue to the multiplier, which would idle, while the xors and rotations
+// keep the other integer unit busy. With a plain `+` the compiler issues many of them beside the xors: 10% slower (H100).
 __device__ __forceinline__ u32 add(u32 a, u32 b, u32 one) { return a * one + b; }
 
 __device__ __forceinline__ u32 rotr(u32 x, int n) { return __funnelshift_r(x, x, n); }
 
 // The specification's G.
 __device__ __forceinline__ void mix(u32 &a, u32 &b, u32 &c, u32 &d, u32 x, u32 y, u32 one) {
-  a = add(add(a, x, one), b, one);  // b is known last
+  a = add(add(a, x, one), b, one);  // b is computed last
   d = __byte_perm(d ^ a, 0, 0x1032);  // rotate by 16
   c = add(c, d, one);
   b = rotr(b ^ c, 12);
@@ -91,15 +91,15 @@ __device__ __forceinline__ void unpack(u32 words[4], uint4 v) {
   words[3] = v.w;
 }
 
-// A whole block from a multiple of 16 bytes. Lanes are 1 KiB apart: every load touches half a sector, the next one
-// finds the other half in the L1 cache. Staging through shared memory was slower (docs/decisions/0005).
+// Load a whole block from a multiple of 16 bytes. Lanes are 1 KiB apart: every load touches half a sector, and the next
+// load finds the other half in the L1 cache. Staging through shared memory was slower (docs/decisions/0005).
 __device__ __forceinline__ void load_aligned(u32 m[16], const u8 *source) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) unpack(m + 4 * i, ((const uint4 *)source)[i]);
 }
 
-// Up to a block from anywhere, zeros after its end. Reads aligned words that hold at least one byte of it: up to 3
-// bytes beside the range, never from a page that the range is not in.
+// Load up to a block from any address, zeros after its end. Reads aligned words with at least one byte of it: up to 3
+// bytes outside of the range, never from a page that the range is not in.
 __device__ __forceinline__ void load_any(u32 m[16], const u8 *source, int length) {
   const int skew = (int)((u64)source & 3);
   const u32 *words = (const u32 *)(source - skew);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_value(uint4 to[2], const u32 cv[8]) {
   to[1] = make_uint4(cv[4], cv[5], cv[6], cv[7]);
 }
 
-// Joins `count` chaining values (two uint4 each, shared or global memory) into the first, by all threads of the block.
+// Join `count` chaining values (two uint4 each, shared or global memory) into the first, by all threads of the block.
 // Pairs of neighbours, level by level, an odd last one moving up as it is: the same tree as the specification's, whose
 // left subtrees hold the largest power of two of chunks. `top` is added to the flags of the last join.
 __device__ __forceinline__ void join(uint4 *values, u64 count, u32 top, u32 one) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void join(uint4 *values, u64 count, u32 top, u32 one)
         unpack(cv, values[4 * i]);
         unpack(cv + 4, values[4 * i + 1]);
       }
-      __syncthreads();  // all have read: what is written lies before what later turns of this loop read
+      __syncthreads();  // all have read; the values written next lie before those that later iterations read
       if (i < parents + left_over) store_value(values + 2 * i, cv);
       __syncthreads();
     }
@@ -157,8 +157,8 @@ __device__ __forceinline__ u64 range_of(const Range *ranges, u64 range_count, u6
   return low;
 }
 
-// Grid: all groups. A range of one group gets its digest, any other one chaining value for each group.
-// Scalar arguments are 64 bits wide, as CuPy passes Python's integers.
+// Grid: all groups. Writes the digest of a range of one group, and a chaining value for each group of other ranges.
+// Scalar arguments are 64 bits wide, because CuPy passes Python integers so.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_groups(const Range *ranges, u64 range_count, uint4 *group_values, uint4 *digests, u64 one64) {
   __shared__ uint4 values[2 * THREADS];
@@ -197,7 +197,7 @@ hash_groups(const Range *ranges, u64 range_count, uint4 *group_values, uint4 *di
   if (threadIdx.x < 2) result[threadIdx.x] = values[threadIdx.x];
 }
 
-// Grid: all ranges. Those of one group have their digest already.
+// Grid: all ranges. Ranges of one group have their digest already.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 join_groups(const Range *ranges, uint4 *group_values, uint4 *digests, u64 one64) {
   const Range range = ranges[blockIdx.x];

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shared_store.base.digest import SIZE
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import messages
-from shared_store.protocol.control import NoteFiles
+from shared_store.protocol.keeper_messages import NoteFiles
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.session import Answer, Session
 from shared_store.store.state.store_state import StoreState

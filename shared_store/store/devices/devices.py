@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shared_store.base.errors import UnknownDeviceError
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, KeptSegment, Segment, backend_for
+from shared_store.memory import Backend, FdSegment, Segment, backend_for
 from shared_store.memory import Mapping as MemoryMapping
 from shared_store.runtime.fds import OwnedFd, OwnedFds
-from shared_store.store.devices.digest_check import Check, export_owned, mapping_of
+from shared_store.store.devices.digest_check import Check, mapping_of
 
 
 class Devices:
@@ -84,9 +84,9 @@ class Devices:
     def export(self, segment: int) -> OwnedFd:
         """Return a new descriptor of an allocated segment."""
         device, memory = self._memory[segment]
-        if isinstance(memory, KeptSegment):  # from the keeper; its device's driver may not have started
-            return OwnedFd(memory.export())
-        return export_owned(self.backend(device), memory)
+        if isinstance(memory, FdSegment):  # from the keeper; its device's driver may not have started
+            return memory.export()
+        return self.backend(device).export(memory)
 
     def export_all(self, segments: Iterable[int]) -> OwnedFds:
         """Return a new descriptor of each allocated segment, in order."""
@@ -124,7 +124,7 @@ class Devices:
         return Check(parts)
 
     def _release(self, device: str, memory: Segment) -> None:
-        if isinstance(memory, KeptSegment):
+        if isinstance(memory, FdSegment):
             memory.release()
         else:
             self.backend(device).release(memory)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from shared_store.base.digest import digest_at
 from shared_store.base.manifest import Blob
 from shared_store.memory import Access, Backend, Mapping, Segment, export
-from shared_store.runtime.fds import OwnedFd
 
 Part = tuple[Backend, Segment, Sequence[tuple[Blob, int]]]
 """A segment that the host can read, and blobs in it with their first bytes."""
@@ -42,14 +41,9 @@ class Check:
         self._parts.clear()
 
 
-def export_owned(backend: Backend, memory: Segment) -> OwnedFd:
-    """Return a new descriptor of a segment."""
-    return OwnedFd(export(backend, memory))
-
-
 def mapping_of(backend: Backend, memory: Segment) -> Mapping:
     """Return a mapping with its own reference to a segment. The caller closes it."""
-    with export_owned(backend, memory) as fd:
+    with export(backend, memory) as fd:
         return Mapping(backend, backend.import_fd(fd.fileno(), memory.nbytes))
 
 

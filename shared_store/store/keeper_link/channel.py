@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
-from shared_store.protocol import control, wire
+from shared_store.protocol import keeper_messages, wire
 from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,10 @@ class ControlChannel:
         self._writing = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._hear: Callable[[control.FromKeeper], None] = lambda _: None
+        self._hear: Callable[[keeper_messages.FromKeeper], None] = lambda _: None
         self._over: Callable[[], None] = lambda: None
 
-    def wait_for(self) -> tuple[control.FromKeeper, OwnedFds]:
+    def wait_for(self) -> tuple[keeper_messages.FromKeeper, OwnedFds]:
         """Wait for the next message and its descriptors. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
@@ -38,22 +38,22 @@ class ControlChannel:
                 raise ConnectionLostError("the keeper ended while it started this store")
             self._frames.extend(self._decoder.feed(data, fds))
         frame = self._frames.popleft()
-        return control.decode_from_keeper(frame.payload), OwnedFds.from_ints(frame.fds)
+        return keeper_messages.decode_from_keeper(frame.payload), frame.fds
 
-    def attend(self, hear: Callable[[control.FromKeeper], None], over: Callable[[], None]) -> None:
+    def attend(self, hear: Callable[[keeper_messages.FromKeeper], None], over: Callable[[], None]) -> None:
         """Call ``hear`` with each message, and ``over`` once when the keeper has closed its end."""
         self._hear, self._over = hear, over
         self._sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sock, self._read)
         self._pass_on()
 
-    def send(self, message: control.ControlMessage, fds: OwnedFds | None = None) -> None:
+    def send(self, message: keeper_messages.KeeperMessage, fds: OwnedFds | None = None) -> None:
         """Queue a message; take over its descriptors."""
-        owned = OwnedFds() if fds is None else fds
         if self._sock.fileno() < 0:
-            owned.close()
+            if fds is not None:
+                fds.close()
             return
-        self._outbox.put(control.encode(message), [fd.detach() for fd in owned.detach()])
+        self._outbox.put(keeper_messages.encode(message), fds)
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -86,7 +86,7 @@ class ControlChannel:
         self._outbox.close()
         self._empty.set()
         while self._frames:
-            wire.close_fds(self._frames.popleft().fds)
+            self._frames.popleft().fds.close()
 
     def _read(self) -> None:
         try:
@@ -105,9 +105,9 @@ class ControlChannel:
     def _pass_on(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            wire.close_fds(frame.fds)  # a keeper sends descriptors only before the store serves
+            frame.fds.close()  # a keeper sends descriptors only before the store serves
             try:
-                message = control.decode_from_keeper(frame.payload)
+                message = keeper_messages.decode_from_keeper(frame.payload)
             except ProtocolError as error:  # a later version's keeper, during an upgrade
                 log.warning("ignoring a message of the keeper that this version does not know: %s", error)
                 continue

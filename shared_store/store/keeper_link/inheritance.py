@@ -6,8 +6,8 @@ import socket
 from dataclasses import dataclass
 
 import shared_store
-from shared_store.protocol import control
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol import keeper_messages
+from shared_store.protocol.durable_state import DurableState
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.keeper_link.channel import ControlChannel
 
@@ -29,7 +29,7 @@ class Inheritance:
     options: ServeOptions
     listen: socket.socket
     lock: int
-    held: Holdings
+    held: DurableState
     keeper: int = 0
     restarts: int = 0
     supervised: bool = False
@@ -41,15 +41,15 @@ def inherit(channel: ControlChannel) -> Inheritance:
     Raises:
         ConnectionLostError: the keeper ended.
     """
-    channel.send(control.Prepared(shared_store.__version__))
-    held = Holdings()
+    channel.send(keeper_messages.Prepared(shared_store.__version__))
+    held = DurableState()
     while True:
         message, fds = channel.wait_for()
-        if isinstance(message, control.Begin):
+        if isinstance(message, keeper_messages.Begin):
             listen, lock = (fd.detach() for fd in fds.detach())
             options = ServeOptions.from_json(message.options)
             sock = socket.socket(fileno=listen)
             return Inheritance(options, sock, lock, held, message.keeper, message.restarts, message.supervised)
-        if isinstance(message, control.StateChange):
-            held.apply(message, [fd.detach() for fd in fds.detach()])
+        if isinstance(message, keeper_messages.StateChange):
+            held.apply(message, fds)
         fds.close()

@@ -1,7 +1,7 @@
 """Replicates state to the keeper, and replaces a keeper that died. No-op without a keeper.
 
-State is sent in order and without acknowledgement (see :mod:`shared_store.protocol.control`). A keeper that reads
-slowly or not at all does not block the store: what it has not received waits in the channel, and the status reports it.
+State is sent in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`). A keeper that
+reads slowly or not at all does not block the store: unread messages wait in the channel, and the status reports it.
 Under a service manager, the manager replaces a keeper that died.
 """
 
@@ -17,7 +17,7 @@ from typing import Final
 
 from shared_store.base.errors import UpgradeError
 from shared_store.base.status import KeeperStatus
-from shared_store.protocol import control
+from shared_store.protocol import keeper_messages
 from shared_store.runtime.backoff import delays
 from shared_store.runtime.fds import OwnedFds
 from shared_store.store.keeper_link.channel import ControlChannel
@@ -77,7 +77,7 @@ class KeeperLink:
         if self._channel is None or self._inheritance is None:
             return
         self._channel.attend(self._hear, self._lost)
-        self._channel.send(control.Ready())
+        self._channel.send(keeper_messages.Ready())
         if patience := self._inheritance.options.watchdog_s:
             self._run(self._show_life(patience / 4))
 
@@ -86,7 +86,7 @@ class KeeperLink:
         for task in self._tasks:
             task.cancel()
         if self._channel is not None:
-            self._channel.send(control.Stop())
+            self._channel.send(keeper_messages.Stop())
             await self._channel.flushed(TAKES_WITHIN_S)
 
     async def upgrade(self, python: str, environment: dict[str, str]) -> None:
@@ -104,7 +104,7 @@ class KeeperLink:
         if self._upgrade is not None:
             raise UpgradeError("another upgrade is in progress; wait until it ends")
         self._upgrade = asyncio.get_running_loop().create_future()
-        self._channel.send(control.Upgrade(python, environment))
+        self._channel.send(keeper_messages.Upgrade(python, environment))
         try:
             raise UpgradeError(await self._upgrade)
         finally:
@@ -126,14 +126,14 @@ class KeeperLink:
         for number in record.segments - self._sent:
             fds = OwnedFds([self._records.export(number)])
             self._sent.add(number)
-            self._channel.send(control.Hold(self._records.segment(number)), fds)
-        self._channel.send(control.NoteModel(record))
+            self._channel.send(keeper_messages.Hold(self._records.segment(number)), fds)
+        self._channel.send(keeper_messages.NoteModel(record))
 
     def forget(self, key: str) -> None:
         """Report that a model is no longer committed."""
-        self._send(control.ForgetModel(key))
+        self._send(keeper_messages.ForgetModel(key))
 
-    def note_files(self, files: control.NoteFiles) -> None:
+    def note_files(self, files: keeper_messages.NoteFiles) -> None:
         """Send digests of files."""
         self._send(files)
 
@@ -142,7 +142,7 @@ class KeeperLink:
         if segment in self._sent or segment in self._lost_fds:
             self._sent.discard(segment)
             self._lost_fds.discard(segment)
-            self._send(control.Release(segment))
+            self._send(keeper_messages.Release(segment))
 
     async def flushed(self) -> None:
         """Wait until the keeper will receive everything that was sent, even if this process ends now."""
@@ -172,26 +172,26 @@ class KeeperLink:
 
     # Messages from the keeper, and its end.
 
-    def _send(self, message: control.ControlMessage) -> None:
+    def _send(self, message: keeper_messages.KeeperMessage) -> None:
         if self._channel is not None:
             self._channel.send(message)
 
     async def _show_life(self, interval_s: float) -> None:
         while True:
             if self._channel is not None and not self._channel.behind:
-                self._channel.send(control.Alive())
+                self._channel.send(keeper_messages.Alive())
             await asyncio.sleep(interval_s)
 
-    def _hear(self, message: control.FromKeeper) -> None:
+    def _hear(self, message: keeper_messages.FromKeeper) -> None:
         match message:
-            case control.JournalState(reason):
+            case keeper_messages.JournalState(reason):
                 self._journal = reason
                 if self._gone:
                     self._gone = ""
                     log.info("another keeper (pid %d) has taken over", self._pid)
-            case control.Notice(kind, detail):
+            case keeper_messages.Notice(kind, detail):
                 self._signals.event(kind, detail=detail)
-            case control.NotUpgraded(reason):
+            case keeper_messages.NotUpgraded(reason):
                 self._not_upgraded(reason)
 
     def _not_upgraded(self, reason: str) -> None:

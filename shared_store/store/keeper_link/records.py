@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shared_store.protocol.control import ModelRecord, SegmentRecord
-from shared_store.protocol.durable_state import HeldFd, Holdings
+from shared_store.protocol.durable_state import DurableState, RetainedSegment
+from shared_store.protocol.keeper_messages import ModelRecord, SegmentRecord
 from shared_store.runtime.fds import OwnedFd
 from shared_store.store.devices.devices import Devices
 from shared_store.store.state.store_state import StoreState
@@ -33,17 +33,17 @@ class Records:
         """Return a new descriptor of a segment."""
         return self._devices.export(number)
 
-    def holdings(self) -> Holdings:
+    def holdings(self) -> DurableState:
         """Return all records, with new descriptors of the segments that committed models are in. The caller closes it.
 
         Raises:
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         models = {key: self.model(key) for key in self._state.committed}
-        held = Holdings(models=models, files=self._state.files.all())
+        held = DurableState(models=models, files=self._state.files.all())
         try:
             for number in {segment for model in models.values() for segment in model.segments}:
-                held.segments[number] = HeldFd(self.segment(number), self.export(number).detach())
+                held.segments[number] = RetainedSegment(self.segment(number), self.export(number))
         except BaseException:
             held.close()
             raise

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 
-from shared_store.protocol.durable_state import Holdings
+from shared_store.protocol.durable_state import DurableState
 from shared_store.protocol.handover import Handover, changes_of, leave
 from shared_store.store.keeper_link.inheritance import Inheritance
 
 
-def start_keeper(inheritance: Inheritance, held: Holdings, control: socket.socket) -> subprocess.Popen[bytes]:
+def start_keeper(inheritance: Inheritance, held: DurableState, control: socket.socket) -> subprocess.Popen[bytes]:
     """Start a keeper for this process.
 
     Args:
@@ -37,10 +37,9 @@ def start_keeper(inheritance: Inheritance, held: Holdings, control: socket.socke
             restarts=inheritance.restarts,
             changes=changes_of(held),
         )
-        left = leave(handover)
-        closing.callback(os.close, left)
+        left = closing.enter_context(leave(handover))
         directory = os.fspath(inheritance.options.runtime_dir)
-        command = [sys.executable, "-m", "shared_store.keeper", directory, "", "", str(left)]
+        command = [sys.executable, "-m", "shared_store.keeper", directory, "", "", str(left.fileno())]
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=(left, *handover.fds), start_new_session=True
+            command, stdin=subprocess.DEVNULL, pass_fds=(left.fileno(), *handover.fds), start_new_session=True
         )

@@ -67,7 +67,11 @@ class Opening:
         name, engine = request.name[:MAX_NAME], request.engine[:MAX_NAME]
         outcomes = self._state.models.open(request.key, asker, name=name, engine=engine, device=request.device)
         self._signals.changed()
-        outcome = outcomes[0] if outcomes else await self._waiters.for_model(session, request.key, self._publisher(request.key))
+        outcome = (
+            outcomes[0]
+            if outcomes
+            else await self._waiters.for_model(session, request.key, self._publisher(request.key))
+        )
         if isinstance(outcome, Refused):
             raise outcome.error
         if isinstance(outcome, MayPublish):

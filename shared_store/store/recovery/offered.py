@@ -14,7 +14,7 @@ from shared_store.base import manifest as manifests
 from shared_store.base.errors import MemoryBackendError, OfferRefusedError, ProtocolError
 from shared_store.base.manifest import Manifest
 from shared_store.memory import Backend
-from shared_store.protocol.control import ModelRecord, SegmentRecord
+from shared_store.protocol.keeper_messages import ModelRecord, SegmentRecord
 from shared_store.store.state.grace import Grace
 
 

@@ -21,9 +21,9 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, KeptSegment
+from shared_store.memory import Backend, FdSegment
 from shared_store.protocol import messages
-from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.runtime.fds import OwnedFd, OwnedFds, duplicate
 from shared_store.store.devices.devices import Devices
 from shared_store.store.devices.digest_check import Check, Part
 from shared_store.store.keeper_link.link import KeeperLink
@@ -108,7 +108,7 @@ class Offers:
                 for (number, nbytes), fd in zip(offered.segments.items(), fds, strict=True):
                     if not state.segments.has(number):
                         device = offered.manifest.device
-                        self._devices.put(number, device, KeptSegment(fd.dup().detach(), nbytes))
+                        self._devices.put(number, device, FdSegment(fd.dup(), nbytes))
                         state.segments.take_back(number, device, nbytes)
                 state.admit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
                 self._signals.changed()
@@ -174,7 +174,7 @@ def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> 
         for number, nbytes in offered.segments.items():
             check_memory(backend, fds[number], nbytes)
             if backend.host_readable:
-                memory = KeptSegment(os.dup(fds[number]), nbytes)
+                memory = FdSegment(duplicate(fds[number]), nbytes)
                 held.callback(memory.release)
                 blobs = {(blob, at) for blob, (segment, at) in placed if segment == number}
                 parts.append((backend, memory, sorted(blobs, key=_offset)))

@@ -12,8 +12,8 @@ import logging
 from collections.abc import Iterator
 
 from shared_store.base.errors import MemoryBackendError, WoolyError
-from shared_store.memory import KeptSegment
-from shared_store.protocol.durable_state import Holdings
+from shared_store.memory import FdSegment
+from shared_store.protocol.durable_state import DurableState
 from shared_store.runtime.fds import OwnedFd
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
@@ -45,18 +45,18 @@ class Restore:
         self._signals = signals
         self._arrivals = arrivals
 
-    def restore(self, held: Holdings) -> None:
+    def restore(self, held: DurableState) -> None:
         """Take over all that an earlier store left, and its descriptors. Models without segments are awaited."""
         with _without_collections():
             self._restore(held)
 
-    def _restore(self, held: Holdings) -> None:
+    def _restore(self, held: DurableState) -> None:
         state = self._state
         records = {number: found.record for number, found in held.segments.items()}
         state.grace.begin(held.models, records)
         for number, found in held.segments.items():
             if found.fd is not None:
-                self._take_segment(number, found.record.device, found.record.nbytes, OwnedFd(found.fd))
+                self._take_segment(number, found.record.device, found.record.nbytes, OwnedFd(found.fd.detach()))
         for record in held.models.values():
             try:
                 model = OfferedModel.recorded(record, records)
@@ -87,7 +87,7 @@ class Restore:
                 self._keeper.release(number)
                 self._dropped("segment_dropped", f"segment {number}: {error}")
                 return
-        self._devices.put(number, device, KeptSegment(fd.detach(), nbytes))
+        self._devices.put(number, device, FdSegment(fd, nbytes))
         self._state.segments.take_back(number, device, nbytes)
 
     def _dropped(self, kind: str, detail: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from shared_store.base.errors import WoolyError
 from shared_store.memory import Mapping
-from shared_store.memory.blob_copy import Copy, close_all, copy_blobs
+from shared_store.memory.mapping import close_all
+from shared_store.memory.transfer import Copy, HostTransfer, copy_blobs
 from shared_store.store.devices.devices import Devices
 from shared_store.store.space.compaction import Compactor
 from shared_store.store.state.compactions import Compaction
@@ -62,7 +63,7 @@ class HostCompaction:
 
         def copy() -> None:
             try:
-                copy_blobs(mappings[:-1], mappings[-1], copies)
+                copy_blobs(HostTransfer(), mappings[:-1], mappings[-1], copies)
             finally:
                 close_all(mappings)
 

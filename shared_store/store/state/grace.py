@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Mapping
 
-from shared_store.protocol.control import ModelRecord, SegmentRecord
+from shared_store.protocol.keeper_messages import ModelRecord, SegmentRecord
 
 GRACE_S = 5.0
 """Seconds that clients have to rejoin after a restart. They retry at least once a second."""

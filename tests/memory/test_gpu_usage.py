@@ -1,18 +1,18 @@
 """Who uses a GPU, as the text of an error tells it."""
 
-from shared_store.memory.cuda.vmm import holders
+from shared_store.memory.cuda.nvidia_smi import describe
 
 
 def test_users_are_named_with_what_they_hold():
-    text = holders("1234, 70120\n88, 310")
+    text = describe("1234, 70120\n88, 310")
     assert text == "the rest is used by pid 1234 (70120 MiB), pid 88 (310 MiB)"
 
 
 def test_an_amount_that_is_not_told_is_not_made_up():
-    assert holders("1234, [N/A]") == "the rest is used by pid 1234 (not told how much)"
+    assert describe("1234, [N/A]") == "the rest is used by pid 1234 (amount unknown)"
 
 
 def test_no_list_is_said_to_be_none():
     """In a container nvidia-smi often lists nobody: that is no proof that nobody is there."""
-    assert "names no process" in holders("")
-    assert "on the host" in holders("")
+    assert "names no process" in describe("")
+    assert "on the host" in describe("")

@@ -1,7 +1,7 @@
-"""Where a process's memory lies: in which of the store's mappings, and how much of that went private.
+"""All mappings of this process, to tell for any tensor whether it is shared, and which of its pages became private.
 
-Knows every mapping that this process has, whatever model it was made for, so that it can tell of any tensor: of a part
-of a model, a wrapped model, or one that outlived its model.
+Independent of models: it also answers for a part of a model, for a wrapped model, and for a tensor that outlives its
+model.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from shared_store.torch.views import storage_key
 _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 _lock = threading.Lock()
 
-_PAGE_ENTRY = 8
-_SHARED = 61  # bit: a page of a file or of shared memory
-_THERE = 62  # two bits: swapped out, in memory
+# Format of /proc/self/pagemap, see proc_pid_pagemap(5). Reading these flags needs no privileges.
+_ENTRY_BYTES = 8
+_SHARED_BIT = 61  # a page of a file, or shared anonymous memory
+_PRESENT_BITS = 62  # two bits: swapped, present
 
 
-def remember(mapping: Mapping) -> Mapping:
-    """Take a new mapping into the register, for as long as it lives."""
+def register(mapping: Mapping) -> Mapping:
+    """Register a mapping for as long as it lives, and return it."""
     with _lock:
         _mappings.add(mapping)
     return mapping
 
 
 def mapping_of(tensor: torch.Tensor) -> Mapping | None:
-    """The mapping that a tensor's storage lies in; None where the memory is the process's own."""
+    """Return the mapping that contains a tensor's storage; None for private memory."""
     key = storage_key(tensor)
     if key is None:
         return None
@@ -47,18 +48,22 @@ def _covers(mapping: Mapping, address: int) -> bool:
 
 
 def written_bytes(mapping: Mapping, address: int, nbytes: int) -> int:
-    """Bytes of a mapped range that went private because this process wrote to their pages.
+    """Return the bytes of a range that became private because this process wrote to their pages.
 
-    On a GPU there are none: mappings are read-only. Relies on ``/proc/self/pagemap`` (see ``proc_pid_pagemap(5)``; its
-    flags need no rights), one entry a page.
+    Always 0 on a GPU, whose mappings are read-only.
+
+    Args:
+        mapping: contains the range.
+        address: of the first byte.
+        nbytes: of the range; pages count as far as they are in it.
     """
     if mapping.ordinal is not None or nbytes == 0:
         return 0
     page = mmap.PAGESIZE
     first, last = address // page, (address + nbytes - 1) // page
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        pagemap.seek(first * _PAGE_ENTRY)
-        entries = torch.frombuffer(bytearray(pagemap.read((last - first + 1) * _PAGE_ENTRY)), dtype=torch.int64)
-    own = ((entries >> _THERE) & 0b11).bool() & ~((entries >> _SHARED) & 1).bool()
+        pagemap.seek(first * _ENTRY_BYTES)
+        entries = torch.frombuffer(bytearray(pagemap.read((last - first + 1) * _ENTRY_BYTES)), dtype=torch.int64)
+    own = ((entries >> _PRESENT_BITS) & 0b11).bool() & ~((entries >> _SHARED_BIT) & 1).bool()
     outside = (address - first * page) * int(own[0]) + ((last + 1) * page - address - nbytes) * int(own[-1])
     return int(own.sum()) * page - outside

@@ -1,0 +1,262 @@
+"""A connection to the store of a runtime directory that outlives the store.
+
+When the link is lost, a client that reads models or has turns reconnects in the background, and rejoins: see
+:func:`_rejoin`. A call that may be repeated is sent again to the new store; others raise
+:class:`~shared_store.base.errors.ConnectionLostError`.
+
+Calls may come from any thread. A connection does not survive a fork: the child gets an error, and its copies of the
+descriptors are closed, so that the connection ends when the parent closes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import TypeVar
+
+from shared_store.base.errors import (
+    ConnectionLostError,
+    ModelNotFoundError,
+    StoreUnavailableError,
+    TimedOutError,
+    TooManyClientsError,
+    WoolyError,
+)
+from shared_store.client.link import CALL_TIMEOUT_S, Link
+from shared_store.client.retained import RetainedModel
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
+from shared_store.runtime.paths import locate
+
+log = logging.getLogger(__name__)
+R = TypeVar("R", bound=messages.Reply)
+
+GREETING_TIMEOUT_S = 60.0
+"""Seconds for a store to greet a client that reconnects: the store may be starting."""
+
+OFFER_TIMEOUT_S = 600.0
+"""Seconds for a store to digest an offered model."""
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.02, 1.0
+"""Seconds between two attempts to reconnect; the delay doubles."""
+
+
+class Connection:
+    """The current link to the store, and what the client claims again after a restart.
+
+    Attributes:
+        retained: models that this client reads, by key.
+        turns: names of the turns that this client has, in order.
+    """
+
+    def __init__(self, directory: Path, name: str, timeout_s: float) -> None:
+        """Connect to the store of a runtime directory.
+
+        Args:
+            directory: the runtime directory.
+            name: shown for this client in the status.
+            timeout_s: seconds for the store to greet.
+
+        Raises:
+            StoreUnavailableError: no store answers.
+            WoolyError: the store refuses this client.
+        """
+        self.retained: dict[str, RetainedModel] = {}
+        self.turns: dict[str, None] = {}
+        self._directory = directory
+        self._name = name
+        self._pid = os.getpid()
+        self._ids = itertools.count(1)
+        self._closed = threading.Event()
+        self._connecting = threading.Lock()
+        self._dialled: socket.socket | None = None
+        with self._connecting:
+            self._link = self._dial(timeout_s)
+        _open_connections.add(self)
+
+    @property
+    def link(self) -> Link:
+        """The current link, or the last one."""
+        return self._link
+
+    @property
+    def alive(self) -> bool:
+        """True while the store is connected."""
+        return self._link.alive and not self._closed.is_set()
+
+    def next_id(self) -> int:
+        """Return a number for a request."""
+        return next(self._ids)
+
+    def call(
+        self,
+        request: messages.Request,
+        kind: type[R] | tuple[type[R], ...],
+        timeout_s: float = CALL_TIMEOUT_S,
+        *,
+        repeat: bool,
+    ) -> tuple[R, OwnedFds]:
+        """Send a request, and wait for the answer and its descriptors.
+
+        Args:
+            request: the message.
+            kind: the type of answer that is expected.
+            timeout_s: seconds to wait, reconnecting included.
+            repeat: send the request again if the store ends before it answers.
+
+        Raises:
+            TimedOutError: no answer in time. This connection is closed.
+            ConnectionLostError: the connection ended, and ``repeat`` is False.
+            StoreUnavailableError: no store could be reached again; or this process is a fork.
+            WoolyError: the error that the store answered.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._check()
+            link = self._link
+            try:
+                return link.call(request, kind, max(0.0, deadline - time.monotonic()))
+            except TimedOutError:
+                self.close()
+                raise
+            except ConnectionLostError:
+                if not repeat:
+                    raise
+                self._check()
+            self._reconnect(link, min(GREETING_TIMEOUT_S, max(1.0, deadline - time.monotonic())))
+
+    def reconnect(self, lost: Link) -> None:
+        """Replace a link that has ended. Raises as the constructor does."""
+        self._reconnect(lost, GREETING_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End the connection, also while it reconnects. Idempotent."""
+        self._closed.set()
+        if self._pid == os.getpid():
+            dialled = self._dialled
+            if dialled is not None:
+                with contextlib.suppress(OSError):  # it may have ended by itself
+                    dialled.shutdown(socket.SHUT_RDWR)
+            self._link.close()
+        self.retained.clear()
+
+    def forget(self) -> None:
+        """Close a forked child's copies of the descriptors."""
+        self._link.forget()
+        if self._dialled is not None:
+            self._dialled.close()
+        self.retained.clear()
+
+    def _check(self) -> None:
+        if self._pid != os.getpid():
+            raise StoreUnavailableError("this session belongs to the parent process; connect again after a fork")
+        if self._closed.is_set():
+            raise ConnectionLostError("this session was closed")
+
+    def _dial(self, timeout_s: float) -> Link:
+        """Connect a socket, and greet the store."""
+        paths = locate(self._directory)
+        sock = self._dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout_s)
+        try:
+            if self._closed.is_set():
+                raise ConnectionLostError("this session was closed")
+            sock.connect(os.fspath(paths.socket))
+        except OSError as error:
+            sock.close()
+            raise StoreUnavailableError(
+                f"no store answers at {paths.socket} ({error.strerror or error}); start one with `wooly serve --detach`"
+            ) from error
+        except WoolyError:
+            sock.close()
+            raise
+        return Link(sock, self._name, self._link_ended)
+
+    def _link_ended(self, link: Link) -> None:
+        """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""
+        with self._connecting:
+            current = link is self._link
+        if not current or link.closing or not isinstance(link.ended, ConnectionLostError):
+            return
+        delay = FIRST_DELAY_S
+        while (self.retained or self.turns) and not self._closed.is_set():
+            try:
+                self._reconnect(link, GREETING_TIMEOUT_S)
+            except (StoreUnavailableError, TimedOutError, TooManyClientsError):
+                self._closed.wait(delay)
+                delay = min(LONGEST_DELAY_S, 2 * delay)
+            except WoolyError as error:
+                log.warning(
+                    "wooly: cannot rejoin the restarted store, keeping existing mappings: %s [%s]", error, error.code
+                )
+                return
+            else:
+                return
+
+    def _reconnect(self, lost: Link, timeout_s: float) -> None:
+        """Replace the link ``lost``, unless another thread has done so, and rejoin.
+
+        Raises:
+            StoreUnavailableError: no store answers.
+            WoolyError: the store refuses this client.
+        """
+        with self._connecting:
+            if self._link is not lost and self._link.alive:
+                return
+            link = self._dial(timeout_s)
+            try:
+                self._rejoin(link)
+            except BaseException:
+                link.close()
+                raise
+            self._link, self._dialled = link, None
+            if self._closed.is_set():
+                link.close()
+                raise ConnectionLostError("this session was closed")
+        if self.retained:
+            log.info("wooly: rejoined the store (pid %d)", link.welcome.pid)
+
+    def _rejoin(self, link: Link) -> None:
+        """Take all turns again, and become a reader of all models again.
+
+        A store that was restarted by its keeper has the models. One that does not is offered their segments.
+        """
+        for name in list(self.turns):
+            link.call(messages.Acquire(self.next_id(), name, wait=False), messages.Granted)[1].close()
+        for key, model in list(self.retained.items()):
+            try:
+                link.call(model.rejoin(self.next_id(), key), messages.Done)[1].close()
+            except ModelNotFoundError:
+                self._offer(link, key, model)
+
+    def _offer(self, link: Link, key: str, model: RetainedModel) -> None:
+        request = model.offer(self.next_id(), key)
+        try:
+            link.call(request, messages.Done, OFFER_TIMEOUT_S, model.fds.filenos())[1].close()
+        except WoolyError as error:
+            if not link.alive:
+                raise
+            log.warning(
+                "wooly: the restarted store refused model %s, keeping the existing mapping: %s [%s]",
+                key[:12],
+                error,
+                error.code,
+            )
+
+
+_open_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for connection in list(_open_connections):
+        connection.forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

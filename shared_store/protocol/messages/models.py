@@ -1,0 +1,122 @@
+"""Messages about a model: open, publish, read, rejoin, offer."""
+
+from __future__ import annotations
+
+from shared_store.base.manifest import Blob
+from shared_store.protocol.messages.envelope import Reply, Request
+from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
+
+
+class Open(Request, frozen=True, tag="open"):
+    """Request a model by its key. Answered by :class:`Attached`, or, with ``publish``, by :class:`Granted`.
+
+    While another client publishes the model, the reply waits until that client commits or aborts.
+    """
+
+    key: str
+    name: str
+    engine: str
+    device: str
+    publish: bool
+
+
+class Plan(Request, frozen=True, tag="plan"):
+    """Request locations for the blobs of a granted model. Answered by :class:`Planned`.
+
+    ``wish`` has a preferred :class:`BlobPlace` for each blob, in segments of ``sizes`` bytes: addresses that the client
+    has mapped already. New blobs go there. If ``wish`` is empty, the store computes the layout.
+    """
+
+    key: str
+    blobs: tuple[Blob, ...]
+    wish: tuple[BlobPlace, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+class Planned(Reply, frozen=True, tag="planned"):
+    """Locations of the plan's blobs, in its order, in existing and in promised segments."""
+
+    places: tuple[BlobPlace, ...]
+    segments: tuple[SegmentInfo, ...]
+
+
+class Fill(Request, frozen=True, tag="fill"):
+    """Allocate a promised segment for writing. Answered by :class:`Filled`.
+
+    One at a time, so that a publisher can free the original tensors that it has copied before the next allocation.
+    """
+
+    key: str
+    segment: int
+
+
+class Filled(Reply, frozen=True, tag="filled"):
+    """The segment is allocated. The message carries its fd, to be mapped for writing until the commit."""
+
+
+class Commit(Request, frozen=True, tag="commit"):
+    """All bytes are written and no segment is mapped for writing. Answered by :class:`Attached`."""
+
+    key: str
+    manifest: bytes
+
+
+class Attached(Reply, frozen=True, tag="attached"):
+    """A committed model: its manifest, and the locations of the manifest's blobs in sealed segments."""
+
+    manifest: bytes
+    places: tuple[BlobPlace, ...]
+    segments: tuple[SegmentInfo, ...]
+
+
+class Abandon(Request, frozen=True, tag="abandon"):
+    """Abort a publication. Its new segments are released, and the next waiter may publish."""
+
+    key: str
+    reason: str
+
+
+class Leave(Request, frozen=True, tag="leave"):
+    """Stop reading a model. The client has unmapped all of it."""
+
+    key: str
+
+
+class Report(Request, frozen=True, tag="report"):
+    """Report a reader's private bytes of a model: small tensors, and pages that the reader wrote to."""
+
+    key: str
+    private_bytes: int
+
+
+class ReportFallback(Request, frozen=True, tag="report_fallback"):
+    """Report that a model was loaded the engine's stock way, and why."""
+
+    name: str
+    reason: str
+
+
+class Rejoin(Request, frozen=True, tag="rejoin"):
+    """Claim a model that the client has mapped since before a restart, in the segments with these ids.
+
+    Answered by :class:`Done`, or by :class:`Failed` (``model_not_found``) when the store does not have the model there.
+    The client may then send an :class:`Offer`.
+    """
+
+    key: str
+    segments: tuple[int, ...]
+    private_bytes: int = 0
+
+
+class Offer(Request, frozen=True, tag="offer"):
+    """Send a model to a store that lost it: the contents of the original :class:`Attached`, and the segments' fds.
+
+    The only client message with fds. The store accepts them right after it refused a :class:`Rejoin` of the same key.
+    Answered by :class:`Done`: the client reads the model.
+    """
+
+    key: str
+    manifest: bytes
+    places: tuple[BlobPlace, ...]
+    segments: tuple[SegmentInfo, ...]
+    private_bytes: int = 0

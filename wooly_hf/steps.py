@@ -1,0 +1,116 @@
+"""transformers' steps of loading a shared model; :func:`shared_store.torch.load.load` calls them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from shared_store.base import envs
+from shared_store.base.manifest import Manifest
+from shared_store.client.identify import Checkpoint
+from shared_store.torch.bind import Bound
+from shared_store.torch.fallback import Fallback
+from shared_store.torch.load import SHARE_MIN_BYTES, Settings
+from shared_store.torch.mapped_model import MappedModel
+from shared_store.torch.steps import Description, Identity, Loaded, Shared
+from shared_store.torch.tensors import NamedTensor
+from wooly_hf import compat, guards, identity
+from wooly_hf.attach import attach
+from wooly_hf.sharing import leave_files
+
+log = logging.getLogger(__name__)
+
+Result: TypeAlias = tuple[Any, Any]
+"""What ``_load_pretrained_model`` returns: its ``LoadStateDictInfo``, and the index of offloaded weights or None."""
+
+publishing: ContextVar[bool] = ContextVar("wooly_publishing", default=False)
+"""True while transformers loads a model that will be published."""
+
+
+def settings() -> Settings:
+    """Return how this process loads, by its environment."""
+    advice = "Set WOOLY_STRICT=1 to make this an error."
+    return Settings("transformers", compat.version(), Fallback(not envs.STRICT.get(), advice, log))
+
+
+class TransformersSteps:
+    """The steps of one call of ``_load_pretrained_model``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state_dict: Any,
+        files: list[str] | None,
+        load_config: Any,
+        load_stock: Callable[[], Result],
+    ) -> None:
+        """Take the call's arguments. ``load_stock``: makes the call as transformers would."""
+        self._model = model
+        self._state_dict = state_dict
+        self._files = files
+        self._load_config = load_config
+        self._load_stock = load_stock
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name or path."""
+        return str(self._load_config.pretrained_model_name_or_path)
+
+    def prepare(self) -> None:
+        """Do nothing: everything is checked in :meth:`identify`, so that the store counts refusals."""
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Return an empty context."""
+        return nullcontext()
+
+    def identify(self) -> Identity:
+        """Check that the model can be shared, and collect the facts of the weight key."""
+        compat.check_supported(self._state_dict, self._files, self._load_config)
+        device = compat.device_of(self._load_config)
+        files = identity.named_files(self._files or ())
+        facts = identity.facts(self._model, files, self._load_config, device)
+        return Identity(device, Checkpoint(files), facts)
+
+    def attach(self, manifest: Manifest, mapped: MappedModel) -> tuple[Loaded[Result], Bound]:
+        """Set the manifest's tensors on the model, and what else loading would have left on it."""
+        bound = attach(self._model, manifest, mapped, min_bytes=SHARE_MIN_BYTES)
+        info = compat.restore(self._model, self._load_config, manifest.state)
+        return Loaded(self._model, (info, None)), bound
+
+    def load_to_publish(self) -> Loaded[Result]:
+        """Load the stock way, without the warm-up of the allocator."""
+        token = publishing.set(True)
+        try:
+            return Loaded(self._model, self._load_stock())
+        finally:
+            publishing.reset(token)
+
+    def describe(self, loaded: Loaded[Result]) -> Description:
+        """Describe the outcome of the load, and select the tensors that came from the checkpoint."""
+        info, _ = loaded.result
+        state = compat.outcome(self._model, self._load_config, info)
+        from_checkpoint = set(self._model.state_dict()) - info.missing_and_mismatched()
+
+        def select(named: NamedTensor) -> bool:
+            return named.kind != "attribute" and named.persistent and named.path in from_checkpoint
+
+        return Description(state, select)
+
+    def bound(self, shared: Shared[Result]) -> Bound:
+        """Release the checkpoint's files, and guard shared tensors against writes."""
+        if shared.published and shared.manifest.device == "cpu":
+            leave_files(self._model)
+        guards.watch(self._model)
+        return shared.bound
+
+    def left_private(self, loaded: Loaded[Result]) -> None:
+        """Do nothing: the model is as transformers loaded it."""
+
+    def load_stock(self) -> Result:
+        """Load as transformers does."""
+        return self._load_stock()
