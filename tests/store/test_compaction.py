@@ -181,7 +181,7 @@ def test_a_wrong_blob_is_not_carried_on(directory):
         client = served.client()
         leave_loose(client)
         served.turn_a_bit(client.blobs[0].digest)
-        with pytest.raises(DigestMismatchError, match=r"nothing was changed; `wooly verify --all`"):
+        with pytest.raises(DigestMismatchError, match=r"nothing was changed\. `wooly verify --all`"):
             client.compact()
         client.close()
         other = served.client()
