@@ -275,7 +275,7 @@ class ModelledStore(RuleBasedStateMachine):
         return [name for name in self._publishing(planned=True) if self.writing[name].promised]
 
     def _filled(self):
-        """Keys whose plans have all tsuccessor segments."""
+        """Keys whose plans have all their segments."""
         return [name for name in self._publishing(planned=True) if not self.writing[name].promised]
 
     def _request(self):

@@ -109,7 +109,7 @@ class Model:
 
 
 class Models:
-    """All models of a store."""
+    """The models of a store."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """``clock`` returns Unix seconds. Setting it back does not change the order of last uses."""
@@ -120,11 +120,11 @@ class Models:
         self._latest = 0.0
 
     def all(self) -> list[Model]:
-        """Return every model that is being published or committed, in the order of tsuccessor first opens."""
+        """Return every model that is being published or committed, in the order of their first opens."""
         return list(self._models.values())
 
     def withdrawn(self) -> dict[str, Model]:
-        """Return the withdrawn models, which have readers, by tsuccessor tokens."""
+        """Return the withdrawn models, which have readers, by their tokens."""
         return dict(self._withdrawn)
 
     def get(self, key: str) -> Model | None:
@@ -266,7 +266,7 @@ class Models:
         self._models[key] = model
 
     def withdraw(self, key: str) -> list[Outcome]:
-        """Free the key of a committed model that has wrong bytes; its readers keep tsuccessor mappings."""
+        """Free the key of a committed model that has wrong bytes; its readers keep their mappings."""
         model = self._models[key]
         self._step(model, Event.QUARANTINE)
         del self._models[key]

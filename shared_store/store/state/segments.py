@@ -144,6 +144,10 @@ class Segments:
         blobs = [(Blob(digest, blob.nbytes), blob.offset) for digest, blob in present.items()]
         return sorted(blobs, key=lambda found: (found[1], found[0].nbytes, found[0].digest))
 
+    def whole_references(self) -> dict[str, frozenset[int]]:
+        """Return the index of writers and of references to whole segments by owner, for tests."""
+        return self._owners.all()
+
     # A publication.
 
     def refer_known(self, draft: Draft) -> None:
