@@ -1,4 +1,4 @@
-"""The store: one process a node that allocates segments, decides who publishes, and passes descriptors to clients.
+"""The store: one process for each runtime directory. It allocates segments, decides, and passes descriptors to clients.
 
 A message goes from a connection through the server and dispatch to one handler (``models``, ``clients``, ``space``,
 ``recovery``), which reads and changes the state and returns an answer. All state belongs to one event loop. Slow work

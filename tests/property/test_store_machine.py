@@ -1,8 +1,8 @@
-"""The store's state under any sequence of what clients do and what can fail, against a plain model of it.
+"""The store's handlers under any sequence of requests and failures, against a plain model of the state.
 
-To what `support/store_machine.py` has come pins, evictions when room is short, compaction by clients and by the store,
-and quarantine. What must hold is said at the end: no blob is lost while somebody has it, nothing leaks, counts are
-exact, and what is read or pinned stays.
+Adds pins, eviction, compaction by clients and by the store, and quarantine to `support/store_machine.py`. The
+invariants are at the end: no referenced blob is lost, nothing leaks, reference counts are exact, and models with readers
+or pins are not evicted. `test_store_state.py` drives the state alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shared_store.store.state.models import State
 
 @dataclass
 class Copying:
-    """A compaction, as the client sees it that copies. `right`: whether the copies are."""
+    """A compaction, as the copying client sees it. `right`: whether the copies are."""
 
     task: messages.Compacting
     target: Mapping
@@ -43,9 +43,9 @@ class Copying:
 
 @dataclass
 class Withdrawn:
-    """A model that was withdrawn, and still has readers.
+    """A withdrawn model with readers.
 
-    `mapped`: ids of the segments that each reader was given; `shared`: digests of its blobs that are not condemned.
+    `mapped`: ids of the segments that each reader maps; `shared`: digests of its blobs that are not quarantined.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Withdrawn:
 
 
 SMALL = st.lists(st.integers(0, len(SIZES) - 4), max_size=3)
-"""Models that have a segment of 2 MiB between them, once they are packed."""
+"""Models that fit into one segment of 2 MiB together, once they are compacted."""
 
 
 class CacheMachine(StoreMachine):
@@ -68,14 +68,14 @@ class CacheMachine(StoreMachine):
         admission_module.evict = self.evict
 
     def teardown(self):
-        """As for the other machine."""
+        """Check that nothing is left."""
         admission_module.evict = evict
         super().teardown()
         assert self.withdrawn == {}
         assert self.copying == {}
 
     def evict(self, models, segments, needed):
-        """What the policy is asked about is true; what it answers is for its own tests."""
+        """Check the snapshot that the policy gets; `test_policy.py` tests its answers."""
         asked = {model.key: (model.readers, model.pinned) for model in models}
         assert asked == {
             name: (len(model.readers), model.pinned)
@@ -85,14 +85,14 @@ class CacheMachine(StoreMachine):
         assert sum(segment.nbytes for segment in segments) <= self.backend.allocated_bytes
         return evict(models, segments, needed)
 
-    # Chance alone would seldom fill a store with models that nobody reads.
+    # Random steps alone would rarely fill a store with models without readers.
 
     @initialize(
         limit=st.sampled_from([6 * MIB, CAPACITY, 10 * MIB]),
         models=st.lists(SMALL | MODELS, min_size=2, max_size=len(KEYS)),
     )
-    def there_is_a_cache_and_a_limit(self, limit, models):
-        """Below what the device has, equal to it, or above."""
+    def a_cache_and_a_limit(self, limit, models):
+        """Below the device's capacity, equal to it, or above."""
         self.state.segments.limits[DEVICE] = limit
         for name, model in zip(KEYS, models, strict=False):
             self._cache(name, model)
@@ -100,7 +100,7 @@ class CacheMachine(StoreMachine):
     @precondition(lambda self: len(self.clients) < 5)
     @rule(name=st.sampled_from(KEYS), model=SMALL | MODELS)
     def cache(self, name, model):
-        """A client publishes a model, as far as nothing fails, and goes."""
+        """A client publishes a model, unless a step fails, and disconnects."""
         if name not in self.expected:
             self._cache(name, model)
 
@@ -115,7 +115,7 @@ class CacheMachine(StoreMachine):
     def attach(self, which, opener):
         self.open(opener, self._pick(self._committed(), which), publish=False)
 
-    # Pins, and clocks.
+    # Pins and clocks.
 
     @rule(name=st.sampled_from(KEYS), pinned=st.sampled_from([True, True, False]))
     def pin(self, name, pinned):
@@ -160,7 +160,7 @@ class CacheMachine(StoreMachine):
     @precondition(lambda self: self.copying)
     @rule(which=INDEX, lie=st.booleans())
     def copy(self, which, lie):
-        """All blobs; or with one bit turned in the last that has any."""
+        """Copy all blobs; for a lie, flip a bit of the last one that is not empty."""
         copying = self.copying[self._pick(sorted(self.copying), which)]
         try:
             copying.target.map(Access.WRITE)
@@ -170,7 +170,7 @@ class CacheMachine(StoreMachine):
             mapping.map(Access.READ)
         for move in copying.task.moves:
             found = peek(copying.sources[move.source].address + move.start, move.nbytes)
-            assert digest(found) == move.digest  # also of what was removed or read meanwhile
+            assert digest(found) == move.digest  # also of blobs that were removed or got readers meanwhile
             poke(copying.target.address + move.offset, found)
         liable = [move for move in copying.task.moves if move.nbytes]
         copying.right = not (lie and liable)
@@ -199,13 +199,13 @@ class CacheMachine(StoreMachine):
         if outcome.reply.freed_bytes:
             assert (
                 self.backend.allocated_bytes <= before - outcome.reply.freed_bytes
-            )  # sources that had lost all blobs go, too
+            )  # sources without live blobs are released, too
         self._check_committed()
 
     @precondition(lambda self: self._idle())
     @rule(which=INDEX, lie=st.sampled_from([False, False, True]))
     def compact(self, which, lie):
-        """The steps above in a row, as far as nothing fails."""
+        """The steps above in a row, until one fails."""
         number = self._pick(self._idle(), which)
         self.begin_to_compact(self._idle().index(number))
         if number in self.copying:
@@ -232,7 +232,7 @@ class CacheMachine(StoreMachine):
     @precondition(lambda self: self._idle() and self._committed())
     @rule(which=INDEX, opener=INDEX, moment=st.sampled_from(["create", "map"]))
     def reader_comes_while_the_store_compacts(self, which, opener, moment):
-        """While memory is allocated or copied; what the reader gets is right, and stays where it is."""
+        """During the allocation or the copy; the reader gets the right bytes, and they do not move."""
         reached, may_go_on, call = threading.Event(), threading.Event(), getattr(self.backend, moment)
 
         def wait(*arguments):
@@ -253,24 +253,24 @@ class CacheMachine(StoreMachine):
     # Quarantine.
 
     @precondition(lambda self: self._idle() and self._committed())
-    @rule(which=INDEX, accuser=INDEX, blob=INDEX, believed=st.booleans())
-    def quarantine(self, which, accuser, blob, believed):
-        """Where the host reads the memory, a claim is looked into (all bytes are right here); else it is believed."""
+    @rule(which=INDEX, reporter=INDEX, blob=INDEX, trusted=st.booleans())
+    def quarantine(self, which, reporter, blob, trusted):
+        """Where the host can read, the store verifies the report (all bytes are right here); else it is trusted."""
         name = self._pick(self._committed(), which)
         model = self.expected[name].committed
         if not model:
             return
-        accused = BLOBS[self._pick(model, blob)].digest
-        bad = self._blobs()[accused].segment
+        reported = BLOBS[self._pick(model, blob)].digest
+        bad = self._blobs()[reported].segment
         inside = set(self.state.segments.at(bad).blobs)
         hit = [one for one in self._committed() if inside & self._digests(one)]
         planned = [one for one, writing in self.writing.items() if inside & writing.counted_on]
-        client = self.clients[self._pick(self._idle(), accuser)]
-        self.backend.host_readable = not believed
-        request = messages.Quarantine(self._request(), name, (accused, bytes(32)))
+        client = self.clients[self._pick(self._idle(), reporter)]
+        self.backend.host_readable = not trusted
+        request = messages.Quarantine(self._request(), name, (reported, bytes(32)))
         (outcome,) = self._together([self.handlers.quarantining.quarantine(client, request)])
         self.backend.host_readable = True
-        if not believed:
+        if not trusted:
             assert isinstance(outcome, Answer | MemoryBackendError)
             return
         assert isinstance(outcome.reply, messages.Done)
@@ -290,7 +290,7 @@ class CacheMachine(StoreMachine):
                         self._digests_of(gone) - inside,
                     )
 
-    # What the other machine does, with withdrawn models and compactions in mind.
+    # Steps of the base class, extended by withdrawn models and compactions.
 
     def _lose(self, number):
         if number in self.copying:
@@ -329,14 +329,14 @@ class CacheMachine(StoreMachine):
         return {BLOBS[index].digest for index in model.committed}
 
     def _read(self):
-        """Digests of blobs that somebody maps, or counts on."""
+        """Digests of blobs that a reader maps or a plan counts on."""
         read = set().union(*(self._digests(name) for name in self._committed() if self.expected[name].readers))
         return read.union(
             *(writing.counted_on for writing in self.writing.values()), *(one.shared for one in self.withdrawn.values())
         )
 
     def _check_committed(self):
-        """The bytes of every blob, where the store says that they are."""
+        """Check the bytes of every blob at its location."""
         for segment in {entry.segment for entry in self._blobs().values()}:
             mapping = mapping_of(self.clients_backend, self.parts.devices.memory(segment))
             mapping.map(Access.READ)
@@ -345,7 +345,7 @@ class CacheMachine(StoreMachine):
                     assert peek(mapping.address + held.offset, held.nbytes) == DATA[found]
             mapping.close()
 
-    # What holds after every step.
+    # Invariants.
 
     @invariant()
     def states_are_as_expected(self):
@@ -370,7 +370,7 @@ class CacheMachine(StoreMachine):
 
     @invariant()
     def last_uses_are_in_order(self):
-        """Whatever the clock does."""
+        """Whichever way the clock is set."""
         told = {model.key: model.last_used for model in self.state.models.all()}
         by_use = sorted(self._committed(), key=lambda name: self.expected[name].used)
         for earlier, later in itertools.pairwise(by_use):
@@ -402,8 +402,8 @@ class CacheMachine(StoreMachine):
         assert self.state.segments.blobs.references() == index
 
     @invariant()
-    def what_is_mapped_is_accounted_for(self):
-        """A segment that a reader was given is held as long as it reads, though blobs may move."""
+    def mapped_segments_exist(self):
+        """A segment that a reader maps exists as long as it reads, even if blobs move."""
         there = {entry.id for entry in self.state.segments.all()}
         for name in self._committed():
             for reader in self.expected[name].readers:

@@ -1,4 +1,4 @@
-"""Bytes that turn out wrong: nobody new gets them, those who have them go on, and the model is published anew."""
+"""Quarantine of wrong bytes: no new reader gets them, readers keep their mappings, and the model is published anew."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MODEL = [[1, 3 * MIB], [2, 100]]
 
 @pytest.fixture
 def served(directory):
-    """A store whose memory can be written after it was published."""
+    """A store whose memory stays writable after a commit."""
     with ServedStore(directory, FakeBackend("cpu", seals=False)) as served:
         yield served
 
 
-def test_a_wrong_blob_is_taken_out_of_service(served):
-    """From the claim to the last reader's end."""
+def test_a_wrong_blob_is_quarantined(served):
+    """From the report to the end of the last reader."""
     reader, client, engine = served.client("reader"), served.client(), served.client()
     reader.publish(key(1), MODEL)
     served.turn_a_bit(reader.blobs[0].digest)
@@ -46,7 +46,7 @@ def test_a_wrong_blob_is_taken_out_of_service(served):
     assert status.counters.quarantines == 1
     assert [kind for kind, _ in served.events][-2:] == ["quarantined", "withdrawn"]
 
-    # None of the old bytes counts for the next engine.
+    # The next engine shares none of the old bytes.
     assert engine.open(key(1)) == "granted"
     assert engine.plan(key(1), MODEL) == [True, True]
     engine.fill(key(1))
@@ -61,12 +61,14 @@ def test_a_wrong_blob_is_taken_out_of_service(served):
     assert client.session.status().quarantine[0].readers == 1
     reader.unmap_all()
     reader.close()
-    wait_until(lambda: served.backend.allocated_bytes == 4 * MIB, "the quarantined segment to go with its last reader")
+    wait_until(
+        lambda: served.backend.allocated_bytes == 4 * MIB, "the quarantined segment to be released with its last reader"
+    )
     assert client.session.status().quarantine == ()
 
 
-def test_who_found_it_may_publish_it_anew_at_once(served):
-    """Without leaving first: what it read before is its own matter, and ends with the same leave."""
+def test_the_client_that_found_wrong_bytes_may_publish_at_once(served):
+    """It need not leave first: the next leave ends its use of the withdrawn model, too."""
     client = served.client()
     client.publish(key(1), MODEL)
     served.turn_a_bit(client.blobs[1].digest)
@@ -80,7 +82,7 @@ def test_who_found_it_may_publish_it_anew_at_once(served):
 
 
 def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
-    """A model that shares nothing with it stays; so does what a withdrawn one has elsewhere."""
+    """Models without blobs there are not, and blobs of withdrawn models in other segments remain."""
     client, reader = served.client(), served.client()
     client.publish(key(1), MODEL)
     client.leave(key(1))
@@ -100,7 +102,7 @@ def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
     assert served.backend.allocated_bytes == 2 * MIB
 
 
-def test_a_false_claim_changes_nothing(served):
+def test_a_false_report_changes_nothing(served):
     client = served.client()
     client.publish(key(1), MODEL)
     client.quarantine(key(1), [0, 1])
@@ -113,7 +115,7 @@ def test_a_false_claim_changes_nothing(served):
         client.session.quarantine(key(2), [])
 
 
-def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
+def test_where_the_host_cannot_read_only_the_same_user_is_trusted(served):
     client = served.client()
     client.publish(key(1), MODEL)
     served.backend.host_readable = False
@@ -130,7 +132,7 @@ def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
 
 
 def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
-    """It has mapped what is wrong; the commit is refused, and the plan after it counts on nothing of it."""
+    """Its commit is refused, and its next plan does not count on the blob."""
     reader, publisher = served.client(), served.client()
     reader.publish(key(1), MODEL)
     publisher.open(key(2))
@@ -148,8 +150,8 @@ def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
     assert publisher.digests() == publisher.expected()
 
 
-def test_a_model_that_is_withdrawn_as_it_is_admitted_is_published_by_who_waited():
-    """Between the commit and the moment when a waiting client takes what it was promised."""
+def test_a_model_withdrawn_right_after_its_commit_is_published_by_the_waiter():
+    """Between the commit and the answer to the waiting `Open`."""
 
     async def scenario():
         parts = Parts({"cpu": FakeBackend("cpu")}, {})

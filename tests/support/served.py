@@ -1,4 +1,4 @@
-"""A store in a thread of this process, at a real socket: for what its backend must do, such as hold wrong bytes."""
+"""A store in a thread of this process, at a real socket: for tests that control its backend or its state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared_store.store.server import Server
 
 
 class ServedStore:
-    """Serves a store over a backend until the `with` block ends. `events` are what it told, in order."""
+    """Serves a store over a backend until the `with` block ends. `events`: kind and fields of each event, in order."""
 
     def __init__(self, directory, backend, limit=None):
         self.paths = prepare(Path(directory))
@@ -60,12 +60,12 @@ class ServedStore:
         parts.devices.close()
 
     def client(self, name=""):
-        """A client in this process, which ends with the block."""
+        """A client in this process, closed at the end of the block."""
         self._clients.append(Client(self.paths.directory, name))
         return self._clients[-1]
 
     def call(self, function):
-        """Call something in the store's loop, which owns its state; what it returns."""
+        """Call a function in the store's event loop, which owns the state; return its result."""
 
         async def run():
             return function()
@@ -73,11 +73,11 @@ class ServedStore:
         return self.run(run())
 
     def run(self, coroutine):
-        """Run something in the store's loop to its end; what it returns."""
+        """Run a coroutine in the store's event loop; return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
     def turn_a_bit(self, digest):
-        """Make a committed blob wrong, where the backend does not seal."""
+        """Flip a bit of a committed blob; the backend must not seal."""
         entry = self.call(lambda: self.parts.state.segments.blobs.at(self.backend.device, digest))
         mapping = self.call(lambda: self.parts.devices.map(entry.segment))
         mapping.map(Access.WRITE)

@@ -36,7 +36,7 @@ from shared_store.store.state.clients import Client
 class StoreMachine(ModelledStore):
     """See the module."""
 
-    # What may happen.
+    # Rules.
 
     @initialize()
     def two_clients(self):
@@ -81,7 +81,7 @@ class StoreMachine(ModelledStore):
         which=INDEX, name=st.sampled_from(KEYS), model=MODELS, upto=st.sampled_from(["plan", "fill", "write", "commit"])
     )
     def publish(self, which, name, model, upto):
-        """The steps below in a row, as far as nothing fails: chance alone would seldom put them so."""
+        """The steps below in a row, until one fails: random steps alone would rarely be in this order."""
         number = self._pick(self._idle(), which)
         if name in self.expected:
             return
@@ -130,7 +130,7 @@ class StoreMachine(ModelledStore):
     @precondition(lambda self: self._promised())
     @rule(chosen=st.lists(INDEX, min_size=1, max_size=3))
     def fill(self, chosen):
-        """Up to three publishers get a segment's memory at once."""
+        """Up to three publishers fill a segment at once."""
         self._fill_one_each(list(dict.fromkeys(self._pick(self._promised(), which) for which in chosen)))
 
     def _fill_one_each(self, names):
@@ -147,7 +147,7 @@ class StoreMachine(ModelledStore):
     @precondition(lambda self: self._promised())
     @rule(which=INDEX)
     def abandon_while_memory_is_allocated(self, which):
-        """What comes too late is freed."""
+        """Memory that is allocated too late is released."""
         name = self._pick(self._promised(), which)
         may_go_on, create = threading.Event(), self.backend.create
         self.backend.create = lambda nbytes: may_go_on.wait() and create(nbytes)
@@ -158,7 +158,7 @@ class StoreMachine(ModelledStore):
         self.loop.run_until_complete(asyncio.wait([task]))
         del self.backend.create
         assert isinstance(task.exception(), NotPublisherError | OutOfMemoryError | MemoryBackendError)
-        self._gave_up(name)
+        self._aborted(name)
 
     @precondition(lambda self: self._promised())
     @rule(which=INDEX)
@@ -169,7 +169,7 @@ class StoreMachine(ModelledStore):
     @precondition(lambda self: self._filled())
     @rule(which=INDEX, lie=st.booleans())
     def write(self, which, lie):
-        """All that is new; or with one bit turned in the last new blob that has any."""
+        """Write all new blobs; for a lie, flip a bit of the last one that is not empty."""
         self._write(self._pick(self._filled(), which), lie=lie)
 
     def _write(self, name, *, lie):
@@ -253,12 +253,12 @@ class StoreMachine(ModelledStore):
     def abandon(self, which):
         name = self._pick(self._publishing(), which)
         self._abandon(name)
-        self._gave_up(name)
+        self._aborted(name)
 
     @precondition(lambda self: self._idle())
     @rule(which=INDEX, name=st.sampled_from(KEYS))
     def leave(self, which, name):
-        """A reader, a publisher, or one that has nothing to do with the model."""
+        """A reader, a publisher, or a client without a lease on the model."""
         number = self._pick(self._idle(), which)
         self._run(self.handlers.opening.leave(self.clients[number], messages.Leave(self._request(), name)))
         self._left(number, name)

@@ -37,7 +37,7 @@ INDEX = st.integers(0, 7)
 
 @dataclass
 class Writing:
-    """A plan, as its publisher sees it. `counted_on`: digests that were here before.
+    """A plan, as its publisher sees it. `counted_on`: digests that were committed before.
 
     `mappings` and `promised` (ids of segments) are by the index of the segment in `planned`.
     """
@@ -52,9 +52,9 @@ class Writing:
 
 @dataclass
 class Expected:
-    """What the store should know of a key. `publisher`, `readers`, `waiters` are clients' numbers.
+    """Expected state of a key. `publisher`, `readers` and `waiters` are client numbers.
 
-    `used`: number of the step in which a reader came or left last.
+    `used`: number of the step in which a reader attached or left last.
     """
 
     publisher: int | None = None
@@ -151,15 +151,15 @@ class ModelledStore(RuleBasedStateMachine):
             self._used(name)
         model.waiters = deque(waiter for waiter in model.waiters if waiter[0] != number)
         if model.publisher == number:
-            self._gave_up(name)
+            self._aborted(name)
 
     def _used(self, *names):
-        """Readers came or left, all in one step."""
+        """Record that readers attached or left, all in one step."""
         self.uses += 1
         for name in names:
             self.expected[name].used = self.uses
 
-    def _gave_up(self, name):
+    def _aborted(self, name):
         """The next waiter that may publish does; without one, all waiters are refused."""
         self._forget_plan(name)
         self._turn()
@@ -223,7 +223,7 @@ class ModelledStore(RuleBasedStateMachine):
         )
 
     def _sealed(self, writing):
-        """Whether a commit that failed got as far as sealing."""
+        """Whether a failed commit sealed the segments."""
         for mapping in writing.mappings.values():
             try:
                 mapping.map(Access.WRITE)

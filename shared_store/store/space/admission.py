@@ -23,7 +23,7 @@ MAX_NAMED: Final = 5
 """Most models that an error lists by name."""
 
 COMPACT_WITHIN_S: Final = 20.0
-"""Seconds after which no further segment is compacted for a publisher, who waits for an answer meanwhile."""
+"""Seconds after which no further segment is compacted for a publisher that waits for its answer."""
 
 
 class Admission:
