@@ -1,8 +1,8 @@
 """The store's handlers under any sequence of requests and failures, against a plain model of the state.
 
 Adds pins, eviction, compaction by clients and by the store, and quarantine to `support/store_machine.py`. The
-invariants are at the end: no referenced blob is lost, nothing leaks, reference counts are exact, and models with readers
-or pins are not evicted. `test_store_state.py` drives the state alone.
+invariants are at the end: no referenced blob is lost, nothing leaks, reference counts are exact, and models with
+readers or pins are not evicted. `test_store_state.py` drives the state alone.
 """
 
 from __future__ import annotations

@@ -41,13 +41,14 @@ TURNS = ("start:cpu", "start:gpu")
 class Around:
     """The process around the state, as effects change it.
 
-    `memory`: allocated segments; `waits`: (key, client) of opens; `granted` and `reading`: answers to them; `turns`:
-    clients that were told of a turn; `kept`: locations of models, as the keeper has them.
+    `memory`: allocated segments; `waits`: (key, client) of queued opens; `reading` and `publishing`: answers to opens,
+    `reading` with the segments that the client maps; `turns`: holders; `kept`: locations of models, as the keeper has
+    them.
     """
 
     memory: set[int] = field(default_factory=set)
     waits: set[tuple[str, int]] = field(default_factory=set)
-    reading: set[tuple[str, int]] = field(default_factory=set)
+    reading: dict[tuple[str, int], set[int]] = field(default_factory=dict)
     publishing: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     kept: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class StateMachine(RuleBasedStateMachine):
         self.models = {}  # key: blobs of the committed model
         self.counted_on = {}  # key of a planned publication: digests that were committed before
         self.shared = {}  # token of a withdrawn model: its digests that are not quarantined
-        self.number = 0
+        self.number = self.limit = 0
 
     def teardown(self):
         """Nothing is left after the last client disconnected and all models were removed."""
@@ -96,7 +97,7 @@ class StateMachine(RuleBasedStateMachine):
                     self.around.publishing[name] = client
                 case MayRead(name, client):
                     self.around.waits.discard((name, client))  # the publisher does not wait
-                    self.around.reading.add((name, client))
+                    self.around.reading[name, client] = set(self.state.segments_of(name))
                 case Refused(name, client, error):
                     assert isinstance(error, ModelNotFoundError)
                     self.around.waits.remove((name, client))
@@ -105,11 +106,14 @@ class StateMachine(RuleBasedStateMachine):
 
     # Clients.
 
-    @initialize(limit=st.sampled_from([6 * MIB, 10 * MIB, 1 << 40]))
-    def a_limit_and_two_clients(self, limit):
-        self.state.segments.limits["cpu"] = limit
+    @initialize(limit=st.sampled_from([6 * MIB, 10 * MIB, 1 << 40]), models=st.lists(MODELS, max_size=len(KEYS)))
+    def a_limit_a_cache_and_two_clients(self, limit, models):
+        """Random steps alone would rarely fill a store with models without readers."""
+        self.limit = self.state.segments.limits["cpu"] = limit
         self.join()
         self.join()
+        for name, blobs in zip(KEYS, models, strict=False):
+            self.cache(name, blobs)
 
     @precondition(lambda self: len(self.state.clients) < 5)
     @rule()
@@ -127,7 +131,7 @@ class StateMachine(RuleBasedStateMachine):
         for name in published:
             self._end_publication(name)
         self.around.waits = {wait for wait in self.around.waits if wait[1] != number}
-        self.around.reading = {read for read in self.around.reading if read[1] != number}
+        self.around.reading = {read: ids for read, ids in self.around.reading.items() if read[1] != number}
         self.around.turns = {name: client for name, client in self.around.turns.items() if client != number}
         counted = self.state.counts.snapshot().aborted_publishes
         self._carry_out(self.state.lost(self.state.clients[number]))
@@ -142,11 +146,18 @@ class StateMachine(RuleBasedStateMachine):
                     assert name not in self.around.turns
                     self.around.turns[name] = number
             except ValueError:
-                assert self.state.turns.holder(name) is not None
+                assert name in self.around.turns
+
+    @rule(which=st.permutations(range(3)), name=st.sampled_from(TURNS))
+    def queue_for_a_turn(self, which, name):
+        """Several clients, one after the other."""
+        for one in which[:2]:
+            self.acquire_a_turn(one, name)
 
     @rule(which=INDEX, name=st.sampled_from(TURNS))
     def yield_a_turn(self, which, name):
-        if number := self._pick(self._free(), which):
+        holder = self.state.turns.holder(name)
+        if number := holder if which < 4 else self._pick(self._free(), which):
             if self.around.turns.get(name) == number:
                 del self.around.turns[name]
             self._carry_out(self.state.turns.leave(name, number))
@@ -187,6 +198,17 @@ class StateMachine(RuleBasedStateMachine):
                 self._fill(name)
             if upto == "commit":
                 self._commit(name)
+
+    @rule(name=st.sampled_from(KEYS), blobs=MODELS)
+    def cache(self, name, blobs):
+        """A client publishes a model, unless it exceeds the limit, and disconnects."""
+        self.join()
+        if self.state.models.get(name) is None:
+            self._open(self.number, name, publish=True)
+            self._plan(name, blobs)
+            self._fill(name)
+            self._commit(name)
+        self._lose(self.number)
 
     @precondition(lambda self: self._unplanned())
     @rule(which=INDEX, blobs=MODELS)
@@ -269,7 +291,7 @@ class StateMachine(RuleBasedStateMachine):
             if self.around.publishing.get(name) == number:
                 self._end_publication(name)
             self.around.waits.discard((name, number))
-            self.around.reading.discard((name, number))
+            self.around.reading.pop((name, number), None)
             self._carry_out(self.state.leave(self.state.clients[number], name))
             self._forget_unread()
 
@@ -299,8 +321,17 @@ class StateMachine(RuleBasedStateMachine):
     # Compaction and quarantine.
 
     @rule(device=st.sampled_from(DEVICES), which=INDEX)
+    def compact(self, device, which):
+        """Begin and end a compaction in one step."""
+        before = len(self.state.compactions.all())
+        self.begin_to_compact(device, which)
+        if len(self.state.compactions.all()) > before:
+            self.end_to_compact(before)
+
+    @rule(device=st.sampled_from(DEVICES), which=INDEX)
     def begin_to_compact(self, device, which):
-        plan = choose(self.state.compactions.sources(device), free=1 << 40)
+        free = self.limit - self.state.segments.used(device) if device == "cpu" else 1 << 40
+        plan = choose(self.state.compactions.sources(device), free=free)
         if plan is not None:
             compaction = self.state.compactions.begin(device, plan, self._pick(sorted(self.state.clients), which))
             self.around.memory.add(compaction.segment)
@@ -391,11 +422,20 @@ class StateMachine(RuleBasedStateMachine):
         state = self.state
         assert {model.key: model.publisher for model in state.models.all() if model.publisher} == self.around.publishing
         assert self._queued() == self.around.waits
-        assert self._reading_by_key() | self._reading_withdrawn() >= self.around.reading
-        assert self._reading_by_key() <= self.around.reading
+        assert self._reading_by_key() | self._reading_withdrawn() == self.around.reading.keys()
         assert set(state.committed) == set(self.models)
         assert set(state.plans) == set(self.counted_on)
         assert {name: state.turns.holder(name) for name in TURNS if state.turns.holder(name)} == self.around.turns
+
+    @invariant()
+    def limits_are_kept(self):
+        assert sum(entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu") <= self.limit
+
+    @invariant()
+    def segments_of_readers_exist(self):
+        """Also while their blobs move, and after a quarantine."""
+        for segments in self.around.reading.values():
+            assert segments <= self.around.memory
 
     @invariant()
     def the_keeper_knows_all_models_and_their_locations(self):
@@ -448,4 +488,4 @@ def _digests(blobs):
 
 
 TestState = StateMachine.TestCase
-TestState.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestState.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

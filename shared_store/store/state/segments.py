@@ -250,14 +250,8 @@ class Segments:
         return self._sweep(touched)
 
     def rename(self, owner: str, other: str) -> None:
-        """Turn all references of an owner into those of another name."""
+        """Turn all references of a committed model, which are to blobs alone, into those of another name."""
         self.blobs.rename(owner, other)
-        for segment in self._owners.of(owner):
-            entry = self._entries[segment]
-            if owner in entry.references:
-                entry.references.discard(owner)
-                self._owners.discard(owner, segment)
-                self.refer(segment, other)
 
     def move(self, digest: bytes, segment: int, offset: int) -> BlobEntry:
         """Give a committed blob another location, in a segment of the same device."""
