@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared_store.runtime.paths import name_node
+from shared_store.runtime.node import ensure_node_id
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,5 @@ class Identity:
 
 def identify(runtime_dir: Path, node_file: Path) -> Identity:
     """Return the identity of a store that starts now; the node's name is stored in a file."""
-    node = name_node(node_file)
+    node = ensure_node_id(node_file)
     return Identity(node, os.urandom(8).hex(), socket.gethostname(), runtime_dir, time.time(), time.monotonic())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared_store.base.errors import ProtocolError
-from shared_store.base.layout import Layout, as_wished, pack
+from shared_store.base.layout import Layout, pack, restrict
 from shared_store.base.manifest import Blob
 from shared_store.store.state.blobs import Blobs
 
@@ -77,7 +77,7 @@ def draft(known: Blobs, device: str, token: str, blobs: Sequence[Blob], preferre
         device: where the segments will be allocated.
         token: the owner of the plan's references.
         blobs: all blobs of the model.
-        preferred: an offset per blob, stable because the client has mapped it; see :func:`as_wished`.
+        preferred: an offset per blob, stable because the client has mapped it; see :func:`restrict`.
 
     Raises:
         ProtocolError: a digest has another size than in the store, or the preferred layout is not possible.
@@ -95,7 +95,7 @@ def draft(known: Blobs, device: str, token: str, blobs: Sequence[Blob], preferre
         layout = pack(list(sizes.values()))
     else:
         try:
-            layout = as_wished(preferred, [blob.nbytes for blob in blobs], new)
+            layout = restrict(preferred, [blob.nbytes for blob in blobs], new)
         except ValueError as error:
             raise ProtocolError(f"the plan's preferred layout is not possible: {error}") from error
     return Draft(token, device, tuple(blobs), sizes, layout)
