@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shared_store.base.status import Status
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-MAKER, EXAMINER = SUPPORT / "architectures.py", SUPPORT / "architecture_main.py"
+MAKER, EXAMINER = SUPPORT / "checkpoints_main.py", SUPPORT / "architecture_main.py"
 CASES = [(each.name, dtype) for each in ARCHITECTURES for dtype in (each.stored, each.other_dtype)]
 GENERATING = {each.name for each in ARCHITECTURES if each.generates}
 WITHIN_S = 500
