@@ -4,8 +4,8 @@ The engine that published the model starts it detached, so it goes on when the e
 for it. Savers wait for each other: one model at a time is written on a node. It is configured by the environment and
 logs to ``saver.log`` in the cache directory.
 
-On a GPU it takes the turn of engines that start there: it needs a CUDA context, and an engine that measures free memory
-at the same time would count that context as its own memory.
+On a GPU it takes a turn with the engines that start there: it needs a CUDA context, and an engine that measures free
+memory at the same time would count that context as its own memory.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.disk.cache import Cache, available, configured
 from shared_store.disk.save import save_resident
+from shared_store.runtime.spawn import detach
 from shared_store.transfer.resident import committed
 
 log = logging.getLogger(__name__)
 
 LOG: Final = "saver.log"
 _TURN_TIMEOUT_S: Final = 1800.0
-_DETACH: Final = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 &'
 
 
 def save_in_background(key: str, runtime_dir: Path | None = None) -> None:
@@ -45,10 +45,9 @@ def save_in_background(key: str, runtime_dir: Path | None = None) -> None:
     if cache is None or cache.find(key) is not None:
         return
     command = [sys.executable, "-m", "shared_store.disk.saver", key]
-    shell = ["/bin/sh", "-c", _DETACH, "wooly", os.fspath(cache.directory / LOG), *command]
     environment = {**os.environ, envs.RUNTIME_DIR.name: os.fspath(runtime_dir or envs.RUNTIME_DIR.get())}
     try:
-        subprocess.run(shell, start_new_session=True, check=True, env=environment)
+        detach(command, cache.directory / LOG, env=environment)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("wooly: cannot start the saver; the model is not cached: %s", error)
 

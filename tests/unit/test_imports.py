@@ -1,4 +1,4 @@
-"""Calls that wait for a module to be imported."""
+"""Calls that wait until a module was imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared_store.runtime.import_hooks import when_imported
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module that nobody has imported, and what the import system looked like before."""
+    """Write modules that can be imported; the import system must be unchanged at the end."""
     monkeypatch.syspath_prepend(str(tmp_path))
     before = list(sys.meta_path)
     yield lambda name, text: (tmp_path / f"{name}.py").write_text(text)
@@ -20,8 +20,8 @@ def module(tmp_path, monkeypatch):
     assert sys.meta_path == before
 
 
-def test_called_once_when_the_import_is_over(module):
-    """Not before, not for other modules, and with all of the module there."""
+def test_called_once_when_the_import_has_finished(module):
+    """Not before, not for other modules, and with the complete module."""
     module("awaited_one", "value = 5")
     module("other_one", "")
     seen = []
@@ -33,14 +33,14 @@ def test_called_once_when_the_import_is_over(module):
     assert seen == [5]
 
 
-def test_called_at_once_when_it_is_there():
+def test_called_at_once_for_an_imported_module():
     seen = []
     when_imported("json", seen.append)
     assert seen == [sys.modules["json"]]
 
 
-def test_asked_for_from_inside_of_the_import(module):
-    """A module that is just being imported is waited for: until it is over, and the next import begins."""
+def test_requested_from_within_the_import(module):
+    """The call waits until the import has finished and the next import begins."""
     module(
         "awaited_two",
         "from shared_store.runtime.import_hooks import when_imported\n"
