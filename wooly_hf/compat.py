@@ -1,9 +1,9 @@
-"""The one module that knows transformers' versions: what of its inside wooly uses, and whether it is still there.
+"""transformers' internals that wooly uses, and the check that they exist. No other module knows versions.
 
 Relies on, in every supported version: ``PreTrainedModel.from_pretrained`` builds a model of meta tensors and calls the
-static ``_load_pretrained_model``, which fills in what the checkpoint has, notes the weight conversions that it used on
-the model, and returns a ``LoadStateDictInfo``; what it did not fill in is made afterwards. :func:`check` is called
-before anything is replaced, so that a transformers that moved one of these is refused and not half used.
+static ``_load_pretrained_model``, which loads the checkpoint's tensors, records the weight conversions that it used on
+the model, and returns a ``LoadStateDictInfo``. All other tensors are initialised afterwards. :func:`check` runs before
+anything is replaced, so that a transformers that moved one of these names is refused and stays unchanged.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _INFO_FIELDS = {
     "skipped_pp_keys",
 }
 _BETWEEN_LOADS = {"collected_tensors", "layer_targets", "compiled_sources", "_was_used", "_active"}
-"""What a weight conversion holds only while it is used; the rest says what it does."""
+"""Attributes that a weight conversion has only while it is used; all others define it."""
 
 
 def version() -> str:
-    """The version of transformers."""
+    """Return transformers' version."""
     import transformers
 
     return str(transformers.__version__)
 
 
 def check() -> None:
-    """Look at every inner name that wooly uses.
+    """Check every internal name that wooly uses.
 
     Raises:
-        ConfigError: transformers is too old, or has moved one.
+        ConfigError: transformers is too old, or has moved a name.
     """
     known = supported.range_of("transformers")
     if known is not None and known.follows(version()):
@@ -67,7 +67,7 @@ def check() -> None:
 
 
 def _problems() -> Iterator[str]:
-    """What is not where it should be."""
+    """Yield a description of each name that is missing or different."""
     try:
         from transformers.core_model_loading import WeightTransform
         from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel, caching_allocator_warmup
@@ -86,17 +86,17 @@ def _problems() -> Iterator[str]:
     if not wrong and list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters) != _LOAD_PARAMETERS:
         yield "PreTrainedModel._load_pretrained_model takes other arguments"
     if not isinstance(caching_allocator_warmup, FunctionType):
-        yield "caching_allocator_warmup is no function"
+        yield "caching_allocator_warmup is not a function"
     if missing := _CONFIG_FIELDS - _fields(LoadStateDictConfig):
         yield f"LoadStateDictConfig has no {', '.join(sorted(missing))}"
     if _fields(LoadStateDictInfo) != _INFO_FIELDS:
         yield "LoadStateDictInfo has other fields"
     if not hasattr(WeightTransform, "was_used") or not hasattr(WeightTransform, "_was_used"):
-        yield "WeightTransform does not know whether it was used"
+        yield "WeightTransform does not record whether it was used"
 
 
 def replace(name: str, wrap: Wrapper) -> None:
-    """Put a wrapper in the place of a method of ``PreTrainedModel``, of the same kind."""
+    """Replace a method of ``PreTrainedModel`` by a wrapper of it, of the same kind."""
     from transformers.modeling_utils import PreTrainedModel
 
     stock = vars(PreTrainedModel)[name]
@@ -107,14 +107,14 @@ def replace(name: str, wrap: Wrapper) -> None:
 
 
 def replace_warmup(wrap: Wrapper) -> None:
-    """Put a wrapper in the place of ``caching_allocator_warmup``, which the load calls first."""
+    """Replace ``caching_allocator_warmup``, which the load calls first, by a wrapper."""
     from transformers import modeling_utils
 
     modeling_utils.caching_allocator_warmup = wrap(modeling_utils.caching_allocator_warmup)
 
 
 def replace_distributed(wrap: Wrapper) -> None:
-    """Put a wrapper around what loads distributed checkpoints, where transformers has that (since 5.23)."""
+    """Wrap the loading of distributed checkpoints, which transformers has from 5.23 on."""
     from transformers.modeling_utils import PreTrainedModel
 
     name = "_load_and_finalize_distributed_pretrained_model"
@@ -123,18 +123,18 @@ def replace_distributed(wrap: Wrapper) -> None:
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Raise :class:`UnsupportedError` for what ``from_pretrained`` is asked for that cannot be shared.
+    """Raise :class:`UnsupportedError` for arguments of ``from_pretrained`` with which weights cannot be shared.
 
-    These are known before transformers does anything; some versions have read all weights when they call the load.
+    Checked before transformers does anything: some versions have read all weights when they call the load.
     """
     if arguments.get("gguf_file"):
         raise UnsupportedError("GGUF files are converted while they are read")
     if arguments.get("state_dict") is not None:
-        raise UnsupportedError("weights that are passed as a state dict have no checkpoint to be known by")
+        raise UnsupportedError("weights that are passed as a state dict have no checkpoint that identifies them")
 
 
 def check_supported(state_dict: Any, files: list[str] | None, load_config: Any) -> None:
-    """Raise :class:`UnsupportedError` for ways of loading that cannot be shared, before anything is loaded."""
+    """Raise :class:`UnsupportedError` for loads that cannot be shared, before anything is loaded."""
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
     quantizer = load_config.hf_quantizer
@@ -152,10 +152,10 @@ def check_supported(state_dict: Any, files: list[str] | None, load_config: Any) 
 
 
 def device_of(load_config: Any) -> torch.device:
-    """The one device that weights go to.
+    """Return the device that weights are loaded to.
 
     Raises:
-        UnsupportedError: they go to several, to the disk, or to a device that has no shared memory.
+        UnsupportedError: there are several, or the disk is one, or the device has no shared memory.
     """
     places = {_torch_device(place) for place in (load_config.device_map or {"": "cpu"}).values()}
     if len(places) > 1:
@@ -168,13 +168,13 @@ def device_of(load_config: Any) -> torch.device:
 
 
 def onto_one_device(load_config: Any) -> bool:
-    """Whether all weights go to one place, which is not the disk; settled by now, whatever the device map was."""
+    """Return True if all weights go to one device. The device map is resolved by now."""
     places = set(map(_torch_device, (load_config.device_map or {"": "cpu"}).values()))
     return len(places) == 1 and None not in places
 
 
 def _torch_device(place: Any) -> torch.device | None:
-    """A device map's value; None for the disk."""
+    """Return the device of a device map's value; None for the disk."""
     if place == "disk":
         return None
     device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
@@ -184,10 +184,10 @@ def _torch_device(place: Any) -> torch.device | None:
 
 
 def conversions(load_config: Any) -> list[Any]:
-    """What each weight conversion of a load does, in plain JSON types.
+    """Describe each weight conversion of a load, in plain JSON types.
 
     Raises:
-        UnsupportedError: one holds something that has no lasting description.
+        UnsupportedError: a conversion depends on an object that cannot be compared between processes.
     """
     return [_describe(conversion) for conversion in load_config.weight_mapping or []]
 
@@ -214,13 +214,13 @@ def _describe(thing: Any) -> Any:
 
 
 def outcome(model: nn.Module, load_config: Any, info: Any) -> dict[str, Any]:
-    """What a load left behind beside tensors, in plain JSON types.
+    """Return the result of a load beside tensors, in plain JSON types.
 
     Raises:
-        UnsupportedError: it met errors; transformers will tell them.
+        UnsupportedError: the load had errors, which transformers reports.
     """
     if info.error_msgs or info.conversion_errors:
-        raise UnsupportedError("loading met errors")
+        raise UnsupportedError("loading had errors")
     if info.skipped_pp_keys:
         raise UnsupportedError("pipeline parallelism divides weights among processes")
     named: Any = model
@@ -234,7 +234,7 @@ def outcome(model: nn.Module, load_config: Any, info: Any) -> dict[str, Any]:
 
 
 def restore(model: nn.Module, load_config: Any, state: dict[str, Any]) -> Any:
-    """Leave behind what the publisher's load did; its ``LoadStateDictInfo``."""
+    """Restore the result of the publisher's load; return its ``LoadStateDictInfo``."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
     mapping = load_config.weight_mapping or []
@@ -257,8 +257,8 @@ def _fields(cls: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
-def _moved(what: str) -> ConfigError:
+def _moved(problem: str) -> ConfigError:
     return ConfigError(
-        f"this transformers ({version()}) is not as wooly knows it: {what}; "
+        f"this transformers ({version()}) differs from those that wooly supports: {problem}; "
         f"install {supported.named('transformers')}, or a newer wooly"
     )

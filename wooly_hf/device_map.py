@@ -1,4 +1,4 @@
-"""The device maps that ask for shared weights: ``wooly``, ``wooly:DEVICE``, and dicts with such values."""
+"""Device maps that request shared weights: ``wooly``, ``wooly:DEVICE``, and dicts with such values."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ _NAME = "wooly"
 
 @dataclass(frozen=True)
 class Wanted:
-    """Weights that are to be shared. ``inner``: the device map that transformers gets."""
+    """A request for shared weights. ``inner``: the device map to pass to transformers."""
 
     inner: Any
 
 
 def parse(device_map: Any) -> Wanted | None:
-    """Read a ``device_map`` argument; None where it does not ask for shared weights.
+    """Parse a ``device_map`` argument; return None if it does not request shared weights.
 
-    ``wooly`` is the current GPU where there is one, else the CPU; ``wooly:cpu``, ``wooly:cuda:0``, ``wooly:0`` and
-    ``wooly:auto`` are what comes after the colon. In a dict, modules with and without it may stand beside each other.
+    ``wooly`` is the current GPU if there is one, else the CPU. ``wooly:cpu``, ``wooly:cuda:0``, ``wooly:0`` and
+    ``wooly:auto`` name the device map after the colon. A dict may mix values with and without ``wooly``.
 
     Raises:
-        ConfigError: what comes after the colon is no device; the message says what would be one.
+        ConfigError: there is no device after the colon; the message lists examples.
     """
     if isinstance(device_map, dict):
-        if not any(_asks(value) for value in device_map.values()):
+        if not any(_requests_sharing(value) for value in device_map.values()):
             return None
-        return Wanted({name: _device(value) if _asks(value) else value for name, value in device_map.items()})
-    if not _asks(device_map):
+        return Wanted(
+            {name: _device(value) if _requests_sharing(value) else value for name, value in device_map.items()}
+        )
+    if not _requests_sharing(device_map):
         return None
     inner = _device(device_map)
-    # Without any map transformers loads onto the default device, and does not need accelerate for it.
+    # Without a map, transformers loads onto the default device, and does not require accelerate.
     onto_default = inner == torch.get_default_device().type == "cpu"
     return Wanted(None if onto_default else inner)
 
 
-def _asks(value: Any) -> bool:
+def _requests_sharing(value: Any) -> bool:
     return isinstance(value, str) and (value == _NAME or value.startswith(f"{_NAME}:"))
 
 
@@ -52,7 +54,7 @@ def _device(value: str) -> Any:
         return int(inner)
     if inner != "auto" and not _is_device(inner):
         raise ConfigError(
-            f"device_map {value!r}: {inner!r} is no device; "
+            f"device_map {value!r}: {inner!r} is not a device; "
             "use wooly, wooly:cpu, wooly:cuda, wooly:cuda:0 or wooly:auto"
         )
     return inner

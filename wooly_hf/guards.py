@@ -1,8 +1,8 @@
-"""Guards for memory that refuses writes: a clear error before a kernel writes to weights that others read.
+"""Guards against writes to shared weights: an error in Python before a kernel writes.
 
-Shared weights on a GPU are mapped read-only: a kernel that writes to them would fail later, somewhere else, and take
-the process's CUDA context with it. The writers that are known are stopped here, in Python. On a CPU, writes are
-allowed and make private what they touch; the first optimizer that would do so to whole weights is told of.
+On a GPU shared weights are mapped read-only. A kernel that writes to them fails later and elsewhere, and corrupts the
+process's CUDA context. So known writers raise an error before that. On a CPU, writes are allowed and make the written
+pages private; a warning is logged for the first optimizer that would do that to whole weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def refuses_writes(mapping: Mapping) -> bool:
-    """Whether a write to a mapping would fail instead of making a private page."""
+    """Return True if a write to a mapping fails, instead of making its page private."""
     return mapping.ordinal is not None
 
 
@@ -46,35 +46,35 @@ def _own(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
 
 def _refusal(what: str, which: str) -> SharedWriteError:
     return SharedWriteError(
-        f"{what} would write to {which}, which other processes read: it is mapped read-only. "
-        "Call wooly_hf.unshare(model), or unshare only the module that is to change, before it"
+        f"{what} would write to {which}, which is shared with other processes and mapped read-only. "
+        "Call wooly_hf.unshare(model) first, or unshare only the module that changes"
     )
 
 
 def install() -> None:
-    """Guard optimizers, the initialization of weights, and PEFT's merging."""
+    """Guard optimizers, the initialisation of weights, and merges of PEFT."""
     register_optimizer_step_pre_hook(_before_step)
     compat.replace("_initialize_weights", _wrap_initialize)
     when_imported("peft.tuners.tuners_utils", _guard_peft)
 
 
 def watch(model: nn.Module) -> None:
-    """Guard a model's shared tensors against ``load_state_dict``."""
+    """Guard the shared tensors of a model against ``load_state_dict``."""
     for module in model.modules():
         if any(_refuses(tensor) for _, tensor in _own(module)):
             module.register_load_state_dict_pre_hook(_BeforeLoad())  # type: ignore[no-untyped-call]  # torch's
 
 
 class _BeforeLoad:
-    """A module's hook before it copies values in.
+    """A module's hook that runs before ``load_state_dict`` copies values.
 
-    A copy of the module, in this process or pickled into another, has memory of its own and needs no guard: what is
-    copied is a callable of the standard library that takes anything and does nothing.
+    A copy of the module, in this process or unpickled in another, has private memory and needs no guard. So the hook
+    is copied as a callable of the standard library that accepts any arguments and does nothing.
     """
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *_: Any) -> None:
         if local_metadata.get("assign_to_params_buffers", False):
-            return  # takes the given tensors instead of their values
+            return  # replaces the tensors, and writes nothing
         for name, tensor in _own(module):
             if prefix + name in state_dict and _refuses(tensor):
                 raise _refusal("load_state_dict", prefix + name)
@@ -99,9 +99,9 @@ def _before_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> 
             if not _warned:
                 _warned = True
                 log.warning(
-                    "wooly: %s writes to shared weights, which makes them this process's own, page by page. "
-                    "To train adapters only, freeze the others with requires_grad_(False); "
-                    "to make all private at once, call wooly_hf.unshare(model) first.",
+                    "wooly: %s writes to shared weights, which makes them private page by page. "
+                    "To train adapters only, freeze all other parameters with requires_grad_(False); "
+                    "to make all weights private at once, call wooly_hf.unshare(model) first.",
                     name,
                 )
 
@@ -112,10 +112,10 @@ def _wrap_initialize(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not getattr(module, "_is_hf_initialized", False):
             shared = [(name, tensor) for name, tensor in _own(module) if _refuses(tensor)]
             for name, tensor in shared:
-                if not getattr(tensor, "_is_hf_initialized", False):  # transformers leaves those that have it alone
+                if not getattr(tensor, "_is_hf_initialized", False):  # transformers skips tensors that have it
                     raise _refusal("initializing weights", f"{type(module).__name__}.{name}")
             if shared and is_custom_code:
-                log.info("wooly: %s initializes itself, so it gets memory of its own", type(module).__name__)
+                log.info("wooly: %s initializes itself, so its weights become private", type(module).__name__)
                 unshare(module)
         return stock(self, module, is_custom_code)
 
@@ -123,7 +123,7 @@ def _wrap_initialize(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guard_peft(tuners_utils: ModuleType) -> None:
-    """Guard ``merge`` of every kind of PEFT layer: those that are, and those whose modules come later."""
+    """Guard ``merge`` of all classes of PEFT layers, also of those that are imported later."""
     base = tuners_utils.BaseTunerLayer
 
     base.__init_subclass__ = classmethod(_guard_merge)
@@ -140,11 +140,11 @@ def _guard_merge(cls: type) -> None:
 
     @functools.wraps(stock)
     def merge(self: Any, safe_merge: bool = False, *args: Any, **kwargs: Any) -> Any:
-        if not safe_merge:  # a safe merge makes new tensors
+        if not safe_merge:  # a safe merge allocates new tensors
             for name, tensor in _own(self.get_base_layer()):
                 if _refuses(tensor):
                     raise _refusal("merging an adapter in place (safe_merge=True would not)", name)
         return stock(self, safe_merge, *args, **kwargs)
 
-    merge._wooly = True  # type: ignore[attr-defined]  # a mark for the next look
-    cls.merge = merge  # type: ignore[attr-defined]  # has one: see above
+    merge._wooly = True  # type: ignore[attr-defined]  # do not wrap again
+    cls.merge = merge  # type: ignore[attr-defined]  # the class has one, see above

@@ -1,7 +1,7 @@
-"""What must be equal for one process's loaded tensors to serve another: the facts of the weight key.
+"""The facts of a weight key: every setting that must be equal for two processes to share loaded tensors.
 
-When in doubt a fact is in: one too many costs a load (equal tensors still meet in the store), one too few would serve
-wrong weights.
+In doubt a setting is included. One too many costs another load (equal tensors are still deduplicated); one too few
+would serve wrong weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXTRA_STATE = "_extra_state"
 
 
 def named_files(files: Sequence[str]) -> list[tuple[str, Path]]:
-    """Checkpoint files by their names in the folder that has them all, in the order in which they are read."""
+    """Return checkpoint files with their names relative to the common folder, in the order of reading."""
     paths = [Path(file).absolute() for file in files]
     folder = os.path.commonpath([path.parent for path in paths])
     return [(os.path.relpath(path, folder), path) for path in paths]
@@ -34,16 +34,16 @@ def named_files(files: Sequence[str]) -> list[tuple[str, Path]]:
 def facts(
     model: nn.Module, files: Sequence[tuple[str, Path]], load_config: Any, device: torch.device
 ) -> dict[str, Any]:
-    """Everything beside the checkpoint's bytes that shapes the loaded tensors, in plain JSON types.
+    """Return every setting that shapes the loaded tensors, in plain JSON types.
 
     Args:
-        model: built, of meta tensors, and not loaded yet.
-        files: the checkpoint's, in the order in which they are read.
-        load_config: transformers' own.
-        device: where the weights go.
+        model: of meta tensors, not loaded yet.
+        files: of the checkpoint, in the order of reading.
+        load_config: transformers'.
+        device: of the weights.
 
     Raises:
-        UnsupportedError: something that shapes them cannot be compared.
+        UnsupportedError: a setting cannot be compared between processes.
     """
     named: Any = model
     return {
@@ -66,6 +66,6 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
     found = {}
     for name, value in model.state_dict().items():
         if name.rpartition(".")[2] == _EXTRA_STATE:
-            raise UnsupportedError(f"{name} is no tensor: modules with extra state are not shared")
+            raise UnsupportedError(f"{name} is not a tensor: modules with extra state are not shared")
         found[name] = [list(value.shape), str(value.dtype)]
     return found

@@ -1,4 +1,4 @@
-"""What of a model is shared now, and how to make it private."""
+"""Measure which bytes of a model are shared, and make them private."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shared_store.torch.views import StorageKey, storage_key
 
 @dataclass(frozen=True)
 class Stats:
-    """Bytes of a model's tensors, by where they lie now.
+    """Bytes of a model's tensors.
 
     Attributes:
         shared_bytes: in memory that all processes with this model share.
-        private_bytes: this process's own.
-        written_bytes: the part of the private bytes that was shared until this process wrote there.
+        private_bytes: in private memory of this process.
+        written_bytes: the part of the private bytes that was shared until this process wrote to it.
     """
 
     shared_bytes: int
@@ -29,7 +29,7 @@ class Stats:
 
 
 def stats(model: nn.Module) -> Stats:
-    """Measure a model, or any part of one; what wraps a model (as PEFT does) counts too. Tied tensors count once."""
+    """Measure a model, a part of one, or a wrapper of one, such as PEFT's. Tied tensors count once."""
     shared = private = written = 0
     for (_, address), tensors in _by_storage(model).items():
         nbytes = tensors[0].untyped_storage().nbytes()
@@ -45,26 +45,26 @@ def stats(model: nn.Module) -> Stats:
 
 
 def unshare(module: nn.Module) -> int:
-    """Give a model, or a part of one, memory of its own, so that it may be written to.
+    """Move a model, or a part of one, to private memory, so that it can be written to.
 
-    Tensor objects stay the same ones, so ties stay ties, and whoever refers to them follows. Views that are neither in
-    the module nor reached from it keep the shared memory.
+    Tensor objects stay the same, so tied tensors stay tied and references stay valid. Views that the module does not
+    reach keep the shared memory.
 
     Returns:
-        Bytes that were shared and are private now.
+        The bytes that became private.
     """
     return sum(_copy(tensors) for tensors in _by_storage(module).values() if mapping_of(tensors[0]) is not None)
 
 
 def leave_files(model: nn.Module) -> None:
-    """Copy what is not shared: a tensor that stock loading left in a mapped checkpoint file keeps all of it mapped."""
+    """Copy all private tensors: one that stock loading left in a mapped checkpoint file keeps the whole file mapped."""
     for tensors in _by_storage(model).values():
         if mapping_of(tensors[0]) is None:
             _copy(tensors)
 
 
 def _copy(tensors: list[torch.Tensor]) -> int:
-    """Move all tensors of one storage to a copy of it; its size in bytes."""
+    """Move all tensors of one storage to a copy of it, and return its size in bytes."""
     shared = tensors[0].untyped_storage()
     own = torch.UntypedStorage(shared.nbytes(), device=shared.device)  # type: ignore[no-untyped-call]  # torch's
     own.copy_(shared, non_blocking=False)

@@ -1,9 +1,9 @@
-"""Which of a model's tensors does an engine write to after loading? ``python -m wooly_vllm.canary MODEL``.
+"""Find tensors of a model that an engine writes to after loading: ``python -m wooly_vllm.canary MODEL``.
 
-Shared tensors are mapped read-only, and small ones are copied, because engines write to some of those (scales, say). A
-large tensor that an engine writes to would stop it. This finds such tensors without sharing anything: the model is
-loaded as vLLM does, every tensor that it reaches is digested, the engine warms up (compiles, captures CUDA graphs) and
-answers a few requests, and all are digested again. The digests are taken on the model's device.
+Shared tensors are mapped read-only. Small ones are copied, because engines write to some of them, such as scales. A
+write to a large one would crash the engine. The canary finds such writes without sharing anything: it loads the model
+with vLLM's own loader, digests every tensor that the model reaches, lets the engine warm up (compile, capture CUDA
+graphs) and answer some requests, and digests all tensors again, on the model's device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ LOAD_FORMAT = "wooly-canary"
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A tensor whose memory an engine wrote to: the first way to it, and what it is. ``nbytes``: of its storage."""
+    """A tensor whose memory an engine wrote to.
+
+    Attributes:
+        path: the first path to it from the model.
+        dtype: torch's name.
+        shape: of the tensor.
+        nbytes: size of its storage.
+    """
 
     path: str
     dtype: str
@@ -40,33 +47,33 @@ class Written:
 
     @property
     def would_be_shared(self) -> bool:
-        """Whether wooly would map it read-only, so that the write would stop the engine."""
+        """True if wooly would map it read-only, so that the write would crash the engine."""
         return self.nbytes >= SHARE_MIN_BYTES
 
 
 class Watch:
-    """The storages of a model's tensors, and their digests at one time."""
+    """The storages of a model's tensors, and their digests when this object was made."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Digest all that the model reaches now. Keeps those tensors alive."""
+        """Digest all tensors that the model reaches, and keep them alive."""
         self._found: dict[Any, tuple[Step, torch.Tensor]] = {}
         for step, tensor in tensors_from(model):
             if tensor.numel() and (key := storage_key(tensor)) is not None:
                 self._found.setdefault(key, (step, tensor))
-        self._digests = self._now()
+        self._digests = self._digest()
 
     def __len__(self) -> int:
         return len(self._found)
 
     def written(self) -> list[Written]:
-        """What has other bytes than when this object was made."""
+        """Return the tensors whose bytes have changed since."""
         return [
             Written(step.path, str(tensor.dtype), tuple(tensor.shape), tensor.untyped_storage().nbytes())
-            for (step, tensor), before, now in zip(self._found.values(), self._digests, self._now(), strict=True)
+            for (step, tensor), before, now in zip(self._found.values(), self._digests, self._digest(), strict=True)
             if before != now
         ]
 
-    def _now(self) -> list[bytes]:
+    def _digest(self) -> list[bytes]:
         digests: dict[int, bytes] = {}
         by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
         for number, (_, tensor) in enumerate(self._found.values()):
@@ -81,43 +88,43 @@ class Watch:
 
 
 class CanaryLoader(InnerLoader):
-    """vLLM's own loader; it watches what it loads, and shares nothing."""
+    """vLLM's own loader, which watches the models that it loads."""
 
     watches: list[Watch] = []  # noqa: RUF012 - of this process, on purpose
-    """One for each model that was loaded (a draft model is one, too)."""
+    """One for each loaded model; a draft model is another."""
 
     def __init__(self, load_config: Any) -> None:
-        """Load as for the load format ``auto``."""
+        """Load as the load format ``auto`` does."""
         super().__init__(dataclasses.replace(load_config, load_format="auto"))
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Load, and digest."""
+        """Load a model, and digest it."""
         model = super().load_model(*args, **kwargs)
         self.watches.append(Watch(model))
         return model
 
 
 def install() -> None:
-    """Make the load format known to vLLM."""
+    """Register the load format with vLLM."""
     compat.register_loader(LOAD_FORMAT, CanaryLoader)
 
 
 def written() -> list[Written]:
-    """What the engines of this process have written to since they loaded, in all models."""
+    """Return the tensors that engines of this process have written to since they loaded."""
     return [found for watch in CanaryLoader.watches for found in watch.written()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Load, warm up, ask, and report. Exit codes: 0 nothing that would be shared was written to, 1 something was."""
+    """Run the command. Exit codes: 0 if no tensor that would be shared was written to, else 1."""
     parser = argparse.ArgumentParser(prog="python -m wooly_vllm.canary", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model", help="a directory or a name, as for `vllm serve`")
+    parser.add_argument("model", help="directory or name of the model, as for `vllm serve`")
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON", help="keyword arguments of vLLM's LLM"
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="keyword arguments of vLLM's LLM class"
     )
-    parser.add_argument("--requests", type=int, default=4, help="how many to answer, with growing prompts (default: 4)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--requests", type=int, default=4, help="number of requests, with growing prompts (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model has to be in this process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model must be in this process
     from vllm import LLM, SamplingParams
 
     install()
@@ -147,7 +154,7 @@ def _report(found: Sequence[Written], early: set[str], watched: int, *, as_json:
         sys.stdout.write(json.dumps({"vllm": compat.version(), "watched": watched, "written": rows}) + "\n")
         return
     for row in rows:
-        kind = "would be shared" if row["would_be_shared"] else "private, being small"
+        kind = "would be shared" if row["would_be_shared"] else "small, stays private"
         sys.stdout.write(
             f"{row['path']}: {row['dtype']} {row['shape']}, {row['nbytes']} bytes ({kind}), {row['during']}\n"
         )

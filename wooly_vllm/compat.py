@@ -1,8 +1,8 @@
-"""The one module that knows vLLM's versions: what moved between those that we support, and what of its inside we use.
+"""vLLM's internals that wooly uses, and the differences between supported versions. No other module knows versions.
 
-Relies on, in every supported version: ``DefaultModelLoader._prepare_weights`` names the files it will read;
-``initialize_model`` builds without loading; ``process_weights_after_loading`` runs each layer's post-processing;
-layers register themselves in ``compilation_config.static_forward_context``.
+Relies on, in every supported version: ``DefaultModelLoader._prepare_weights`` names the files that it will read;
+``initialize_model`` builds a model without loading it; ``process_weights_after_loading`` runs each layer's
+post-processing; layers register themselves in ``compilation_config.static_forward_context``.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from shared_store.base.errors import ConfigError, UnsupportedError
 from shared_store.runtime import versions as supported
 
 
-def moved(what: str, error: Exception) -> ConfigError:
-    """The error for a hook that is not where it was."""
+def moved(name: str, error: Exception) -> ConfigError:
+    """Return the error for a name that this vLLM does not have where wooly expects it."""
     return ConfigError(
-        f"this vLLM ({version()}) has no {what} where wooly looks for it ({error}); install "
+        f"this vLLM ({version()}) has no {name} where wooly looks for it ({error}); install "
         f"{supported.named('vllm')}, which wooly supports, or a newer wooly"
     )
 
 
 @functools.cache
 def warn_of_version() -> None:
-    """Say, once in a process, that wooly was not made for this vLLM. It may work: what has moved is noticed."""
+    """Warn once in a process if this vLLM is not a supported version. It may work: names that moved are detected."""
     known = supported.range_of("vllm")
     if known is not None and not known.has(version()):
         logger().warning(
-            "wooly: vLLM %s is not a version that wooly supports, and was not tested with it: install '%s', or a newer "
-            "wooly. What wooly misses in it is an error, or a model that is loaded the stock way.",
+            "wooly: vLLM %s is not a version that wooly supports and was tested with: install '%s', or a newer wooly. "
+            "Models may be loaded the stock way, or fail to load.",
             version(),
             known,
         )
 
 
 def find(module: str, *names: str) -> tuple[Any, ...]:
-    """Names of a vLLM module. Raises :class:`ConfigError` with advice when one is missing."""
+    """Return objects of a vLLM module by name. Raises :class:`ConfigError` with advice if one is missing."""
     try:
         found = importlib.import_module(module)
         return tuple(getattr(found, name) for name in names)
@@ -55,61 +55,61 @@ def find(module: str, *names: str) -> tuple[Any, ...]:
 
 
 def version() -> str:
-    """The version of vLLM."""
+    """Return vLLM's version."""
     import vllm
 
     return str(vllm.__version__)
 
 
 def logger() -> logging.Logger:
-    """A logger that vLLM's workers have a handler for."""
+    """Return a logger for which vLLM's workers have a handler."""
     (init,) = find("vllm.logger", "init_logger")
     found: logging.Logger = init("vllm.wooly")
     return found
 
 
 def loader_of(vllm_config: Any) -> Any:
-    """A loader of a configuration's load format."""
+    """Return a new loader of a configuration's load format."""
     (make,) = find("vllm.model_executor.model_loader", "get_model_loader")
     return make(vllm_config.load_config)
 
 
 def knows_external_weights() -> bool:
-    """Whether this vLLM asks its loaders for weights that another process holds (from 0.32 on)."""
+    """Return True if this vLLM asks loaders for the bytes of another process's weights (0.32 and later)."""
     (base,) = find("vllm.model_executor.model_loader.base_loader", "BaseModelLoader")
     return hasattr(base, "get_external_weight_memory")
 
 
 def when_on_gpu(then: Callable[[], None]) -> None:
-    """Call a function if this process's vLLM runs on GPUs. Touches none."""
+    """Call a function if vLLM runs on GPUs here. Initialises none."""
     (platform,) = find("vllm.platforms", "current_platform")
     if platform.is_cuda():
         then()
 
 
 def packs_small_weights() -> bool:
-    """Whether this vLLM has the kernel for small packed weights as a function that we know (from 0.29 on)."""
+    """Return True if this vLLM has the known kernel for small packed weights on a CPU (0.29 and later)."""
     return hasattr(importlib.import_module("vllm._custom_ops"), "weight_packed_linear_cpu")
 
 
 def replace_function(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a wrapper in the place of a module's function."""
+    """Replace a module's function by a wrapper of it."""
     (stock,) = find(module, name)
     setattr(importlib.import_module(module), name, wrap(stock))
 
 
 def register_loader(name: str, loader: type) -> None:
-    """Register a load format, in the place of vLLM's own where it has one of that name; once is enough."""
+    """Register a load format, replacing vLLM's own of that name. Idempotent."""
     register, formats = find(
         "vllm.model_executor.model_loader", "register_model_loader", "_LOAD_FORMAT_TO_MODEL_LOADER"
     )
     if name not in formats:
         register(name)(loader)
-    formats[name] = loader  # registering warns of a name that is taken, and here that is meant
+    formats[name] = loader  # `register_model_loader` warns about a name that is taken, which is intended here
 
 
 def refuse_format(name: str, error: ConfigError) -> None:
-    """Have vLLM raise an error whenever it makes a loader of a load format."""
+    """Make vLLM raise an error when it makes a loader of a load format."""
 
     def refuse(_: Any) -> NoReturn:
         raise error
@@ -124,16 +124,17 @@ def device_of(vllm_config: Any) -> torch.device:
 
 
 def gpu_of(local_rank: int) -> torch.device:
-    """The GPU, as this process numbers them, of one of the ranks on this node."""
+    """Return the GPU of a rank on this node, by its number in this process."""
     (platform,) = find("vllm.platforms", "current_platform")
     return torch.device("cuda", platform.logical_device_id_to_visible_device_id(local_rank))
 
 
 def where_gpu_errors_show(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
-    """Classes and methods of a worker that wait for its GPU: there an error of an earlier kernel comes up.
+    """Iterate over classes and methods of a worker that synchronise with its GPU, and raise errors of earlier kernels.
 
-    ``imported_only``: of those that this process has imported. A worker that has loaded a model has imported the one
-    model runner of vLLM's two that it uses; importing the other would take it a quarter second.
+    Args:
+        imported_only: skip modules that this process has not imported. A worker that has loaded a model has imported
+            the model runner that it uses, of vLLM's two; importing the other would take a quarter of a second.
     """
     for module, name, methods in _WAITING_FOR_THE_GPU:
         if imported_only and module not in sys.modules:
@@ -154,14 +155,14 @@ _WAITING_FOR_THE_GPU = (
 
 
 def models_of(worker: Any) -> list[nn.Module]:
-    """The models that a worker has loaded: its own, and a draft model if there is one."""
+    """Return the models that a worker has loaded: the target, and a draft model if there is one."""
     runner = worker.model_runner
     found = (runner.get_model() if getattr(runner, "model", None) is not None else None, worker.get_draft_model())
     return [model for model in found if model is not None]
 
 
 def what_writes_weights(worker: type) -> list[tuple[str, Callable[..., Any]]]:
-    """Methods of a worker's class that write to a loaded model's weights, or begin to."""
+    """Return the methods of a worker's class that write to weights, or prepare to."""
     find(worker.__module__, worker.__name__)
     if not hasattr(worker, "reload_weights"):
         raise moved(f"{worker.__name__}.reload_weights", AttributeError("reload_weights"))
@@ -180,11 +181,11 @@ _WRITING_WEIGHTS = (
 
 @contextlib.contextmanager
 def outside_sleep_pool() -> Iterator[bool]:
-    """In the block, memory does not come from the pool that a worker of an engine with sleep mode loads weights in.
+    """Allocate outside of the memory pool for weights of an engine with sleep mode; yield True if there is one.
 
-    The block is told whether there is such a pool. What is freed in it is not given back before loading has ended, not
-    even by ``torch.cuda.empty_cache``; and what lies in it is set aside when the engine sleeps, of which wooly looks
-    after itself. A second pool inside of the first would not do: torch takes the first that fits a thread.
+    Memory that is freed in the pool is not released to the device before loading has ended, not even by
+    ``torch.cuda.empty_cache``. Memory in the pool is offloaded when the engine sleeps, which wooly does itself for
+    shared weights. A nested pool has no effect: torch uses the first pool that matches the thread.
     """
     pool = _sleep_pool()
     if pool is None:
@@ -196,11 +197,11 @@ def outside_sleep_pool() -> Iterator[bool]:
         yield True
     finally:
         torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool.id)
-        torch._C._cuda_releasePool(device, pool.id)  # counted a user more when begun again
+        torch._C._cuda_releasePool(device, pool.id)  # `begin` has counted another user
 
 
 def _sleep_pool() -> Any:
-    """The pool that this process allocates from right now, if vLLM's allocator for sleep mode made it."""
+    """Return the pool that this process allocates from now, if it belongs to vLLM's sleep mode."""
     if _SLEEP_ALLOCATOR not in sys.modules:
         return None
     (kind,) = find(_SLEEP_ALLOCATOR, "CuMemAllocator")
@@ -208,7 +209,7 @@ def _sleep_pool() -> Any:
     if allocator is None or allocator.current_tag == kind.default_tag:
         return None
     made = allocator.allocator_and_pools[allocator.current_tag]
-    latest = made[-1] if isinstance(made, list) else made  # a list of all from 0.32 on
+    latest = made[-1] if isinstance(made, list) else made  # a list of all pools in 0.32 and later
     return latest[0]
 
 
@@ -216,10 +217,10 @@ _SLEEP_ALLOCATOR = "vllm.device_allocator.cumem"
 
 
 def weight_files(loader: Any, model_config: Any, model_class: type[nn.Module]) -> list[tuple[str, Path]]:
-    """The files that vLLM's default loader will read for a model: name in the checkpoint, and path.
+    """Return the files that vLLM's default loader will read for a model: name in the checkpoint, and path.
 
     Raises:
-        UnsupportedError: the model reads weights from elsewhere too.
+        UnsupportedError: the model reads weights from other places too.
         ConfigError: the model's path has no weights.
     """
     if hasattr(model_class, "secondary_weights"):
@@ -243,7 +244,7 @@ def weight_files(loader: Any, model_config: Any, model_class: type[nn.Module]) -
 
 
 def model_class(model_config: Any) -> type[nn.Module]:
-    """The class that vLLM will build for a configuration."""
+    """Return the class that vLLM will build for a configuration."""
     (architecture,) = find("vllm.model_executor.model_loader.utils", "get_model_architecture")
     found: type[nn.Module] = architecture(model_config)[0]
     return found
@@ -251,10 +252,10 @@ def model_class(model_config: Any) -> type[nn.Module]:
 
 @contextlib.contextmanager
 def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
-    """Defaults for building a model; what a build that fails left behind in vLLM's registers is taken out again.
+    """Set defaults for building a model; if the build fails, restore vLLM's registers.
 
-    Layers register under their names, and rotary modules are cached by their settings: a second build would trip over
-    the first one's, or keep a module that was made of placeholders.
+    Layers register by name, and rotary modules are cached by their settings. Without this a second build would raise
+    an error about a duplicate layer, or reuse a module that was made of placeholders.
     """
     (default_dtype,) = find("vllm.utils.torch_utils", "set_default_torch_dtype")
     (ropes,) = find("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
@@ -279,7 +280,7 @@ _LAYER_LISTS = ("static_all_moe_layers",)
 
 
 def initialize(vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
-    """Build a model without loading it."""
+    """Build a model without loading its weights."""
     (build,) = find("vllm.model_executor.model_loader.utils", "initialize_model")
     model = build(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
     assert isinstance(model, nn.Module)  # noqa: S101 - vLLM's contract
@@ -287,21 +288,21 @@ def initialize(vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
 
 
 def method_of(layer: nn.Module) -> Any:
-    """The method whose post-processing vLLM runs for a layer, or None."""
+    """Return the method whose post-processing vLLM runs for a layer, or None."""
     (base,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")
     method = getattr(layer, "quant_method", None)
     return method if isinstance(method, base) else None
 
 
 def is_configuration(thing: Any) -> bool:
-    """Whether an object says what an engine is to be: it follows from the weight key, or is about processes."""
+    """Return True for a configuration object: it follows from the weight key, or concerns processes."""
     (quantization,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig")
     elsewhere = ("vllm.config", "vllm.distributed", "torch.distributed", "transformers.")
     return isinstance(thing, quantization) or type(thing).__module__.startswith(elsewhere)
 
 
 def takes_final_tensors(method: Any) -> bool:
-    """Whether a method can be told that its layer's tensors are final already (from 0.30 on)."""
+    """Return True if a method accepts that its layer's tensors are final already (0.30 and later)."""
     return _declaring_final() is not None and bool(method.supports_pre_processed_weights)
 
 
@@ -310,12 +311,12 @@ def _declaring_final() -> Callable[[], contextlib.AbstractContextManager[None]] 
 
 
 def completes_itself(layer: nn.Module) -> bool:
-    """Whether a layer has post-processing of its own, apart from a method's: attention layers have."""
+    """Return True if a layer has post-processing beside its method's, as attention layers do."""
     return callable(getattr(layer, "process_weights_after_loading", None))
 
 
 def post_process_layer(method: Any, layer: nn.Module, device: torch.device) -> None:
-    """Run one layer's post-processing as vLLM does after loading."""
+    """Run the post-processing of one layer as vLLM does after loading."""
     (moved_there,) = find("vllm.model_executor.model_loader.utils", "device_loading_context")
     with moved_there(layer, device):
         method.process_weights_after_loading(layer)
@@ -325,9 +326,15 @@ def post_process_layer(method: Any, layer: nn.Module, device: torch.device) -> N
 
 
 def post_process_bound(model: nn.Module, model_config: Any, device: torch.device, done: Iterable[nn.Module]) -> None:
-    """Run the post-processing of a model whose tensors are final, but for layers where it is ``done``.
+    """Run the post-processing of a model whose tensors are final.
 
-    Versions that can are told that the tensors are final (0.30 on).
+    Declares them final to versions that support it (0.30 and later).
+
+    Args:
+        model: bound.
+        model_config: vLLM's.
+        device: of the weights.
+        done: layers whose methods are not run.
     """
     (process,) = find("vllm.model_executor.model_loader.utils", "process_weights_after_loading")
     declared = _declaring_final()
@@ -341,7 +348,7 @@ def post_process_bound(model: nn.Module, model_config: Any, device: torch.device
 
 @contextlib.contextmanager
 def _doing_nothing(method: Any) -> Iterator[None]:
-    """In this context a method leaves its layers alone."""
+    """Make a method's post-processing do nothing in this context."""
     own = vars(method)
     before = dict(own)
     own.update(process_weights_after_loading=lambda _: None, supports_pre_processed_weights=True)
@@ -353,7 +360,7 @@ def _doing_nothing(method: Any) -> Iterator[None]:
 
 
 def parallel_ranks(vllm_config: Any, model_config: Any) -> dict[str, int]:
-    """Sizes and this process's ranks of every way that weights are divided."""
+    """Return the sizes of all parallel groups that divide weights, and this process's ranks."""
     tensor_rank, tensor_size = find(
         "vllm.distributed", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"
     )
@@ -368,10 +375,10 @@ def parallel_ranks(vllm_config: Any, model_config: Any) -> dict[str, int]:
 
 
 def divided_further(parallel: Any, *, experts: bool) -> dict[str, int]:
-    """Sizes and ranks beside those of tensors and pipelines.
+    """Return the sizes and ranks of groups other than tensor and pipeline parallel ones.
 
-    Experts are divided among data parallel ranks, too: as a whole with expert parallelism, in slices without it. A
-    model without experts is the same on all of them.
+    Data parallel ranks divide experts: whole experts with expert parallelism, slices of each without it. A model
+    without experts is the same on all of them.
     """
     context = parallel.prefill_context_parallel_size
     return {

@@ -1,11 +1,11 @@
 """vLLM's linear layers on a CPU, with weights that can be shared.
 
-As shipped, vLLM packs each linear layer's weight when loading has ended: small ones into a tensor that only a closure
-knows, larger ones into a oneDNN handle in private memory. Neither can be mapped by another process. Here small ones
-use the same kernel, with the packed tensor held by the layer, and larger ones keep their plain weight, multiplied by
-``torch.nn.functional.linear``. Results equal those of stock vLLM bit by bit where the kernel is the same; where it is
-not, they equal those of stock vLLM with ``WOOLY_CPU_DISPATCH=1``, which uses this module whatever the load format.
-Before 0.29 all weights stay plain: the kernel for small ones took other arguments.
+After loading, vLLM packs the weight of each linear layer: a small one into a tensor that only a closure refers to, a
+large one into a oneDNN handle in private memory. Other processes can map neither. With this module, small weights use
+the same kernel, with the packed tensor as an attribute of the layer, and large ones stay plain, for
+``torch.nn.functional.linear``. Results are bitwise equal to stock vLLM's where the kernel is the same, and elsewhere to
+those of stock vLLM with ``WOOLY_CPU_DISPATCH=1``, which uses this module with every load format. Before vLLM 0.29 all
+weights stay plain, because the kernel for small ones took other arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wooly_vllm import compat
 PACKED = "wooly_packed"
 """Attribute of a layer: its packed weight (tensor)."""
 ROWS = "wooly_packed_rows"
-"""Attribute of a layer: rows of the weight before it was packed (int)."""
+"""Attribute of a layer: number of rows of the weight before it was packed."""
 
 _MODULE = "vllm.model_executor.layers.utils"
 _NAME = "dispatch_cpu_unquantized_gemm"
@@ -32,11 +32,11 @@ _bound: ContextVar[bool] = ContextVar("wooly_bound", default=False)
 
 @contextlib.contextmanager
 def shareable(device: torch.device, *, bound: bool) -> Iterator[None]:
-    """In this context vLLM prepares linear layers so that they can be shared.
+    """Make vLLM prepare linear layers for sharing in this context.
 
     Args:
-        device: the engine's; only CPUs need any of this.
-        bound: the layers have their final tensors already, and only need to be told which kernel to call.
+        device: the engine's; nothing is done unless it is a CPU.
+        bound: the layers have their final tensors, and only select a kernel.
     """
     if device.type != "cpu":
         yield
@@ -51,7 +51,7 @@ def shareable(device: torch.device, *, bound: bool) -> Iterator[None]:
 
 
 def install() -> Callable[[], None]:
-    """Put this module's dispatch in the place of vLLM's; the result takes it out again."""
+    """Replace vLLM's dispatch by this module's; return a function that restores it."""
     import importlib
 
     (stock,) = compat.find(_MODULE, _NAME)
@@ -85,7 +85,7 @@ def _prepare(layer: Any, *, remove_weight: bool, stock: Callable[..., None]) -> 
     setattr(layer, PACKED, torch.ops._C.convert_weight_packed(layer.weight))
     setattr(layer, ROWS, rows)
     if getattr(layer, "bias", None) is not None:
-        layer.bias.data = layer.bias.to(torch.float32)  # what the kernel takes
+        layer.bias.data = layer.bias.to(torch.float32)  # the kernel requires float32
     if remove_weight:
         layer.weight = nn.Parameter(torch.empty(0, dtype=layer.weight.dtype), requires_grad=False)
     layer.cpu_linear = _packed_linear(layer)

@@ -14,7 +14,7 @@ from shared_store.base.errors import ConfigError
 from shared_store.torch.load import SHARE_MIN_BYTES, TIMEOUT_S
 
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "fastsafetensors")
-"""Load formats whose weights come from files that can be hashed, and nowhere else."""
+"""Load formats that read weights from files only, so that a digest identifies them."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Options:
     """How to load.
 
     Attributes:
-        mode: ``auto``: attach, or publish where nobody has; ``save``: the same, but a model that could not be
-            published is an error (what is in the store is never replaced); ``load``: attach or fail.
-        inner_load_format: what reads the checkpoint when it has to be read.
-        fallback: whether a model that cannot be shared is loaded the stock way, with a warning, instead of failing.
-        restore_from: a directory that ``wooly save`` wrote: a model that the store does not have is restored from it.
-            One that cannot be is loaded, or, with ``mode`` ``load``, an error.
-        runtime_dir: the store's directory, instead of what ``WOOLY_RUNTIME_DIR`` says.
-        timeout_s: how long to wait for another process that loads the same model, in seconds.
-        share_min_bytes: tensors below this size are copied into the process: engines write to small ones.
-        unproven: also share models whose layers have methods that no comparison with stock vLLM has passed with; for
-            making that comparison.
+        mode: ``auto`` attaches, or publishes a model that the store does not have. ``save`` does the same, but a model
+            that cannot be published is an error (a model in the store is never replaced). ``load`` attaches or fails.
+        inner_load_format: load format that reads the checkpoint of a model that is not in the store.
+        fallback: load a model that cannot be shared the stock way, with a warning; False makes that an error.
+        restore_from: a directory of ``wooly save``, to restore a model that the store does not have. If it cannot be
+            restored it is loaded, or, with ``mode`` ``load``, an error.
+        runtime_dir: the store's directory; None is the default of ``WOOLY_RUNTIME_DIR``.
+        timeout_s: seconds to wait for another process that loads the same model.
+        share_min_bytes: smaller tensors are copied into the process, because engines write to small ones.
+        unproven: also share models with layer methods for which no comparison with stock vLLM has passed; for making
+            that comparison.
     """
 
     mode: Literal["auto", "save", "load"] = "auto"
@@ -46,7 +46,7 @@ class Options:
 
     @property
     def falls_back(self) -> bool:
-        """Whether the stock way is a way out."""
+        """True if a model that cannot be shared is loaded the stock way."""
         return self.fallback and self.mode == "auto"
 
 
@@ -54,12 +54,14 @@ def parse(extra: Mapping[str, Any] | str | None) -> Options:
     """Read the extra config.
 
     Raises:
-        ConfigError: a key is unknown, or a value is of the wrong kind; the message lists what is valid.
+        ConfigError: a key is unknown, or a value is invalid; the message lists the valid ones.
     """
     given: Any = extra or {}
     valid = ", ".join(Options.__dataclass_fields__)
     if not isinstance(given, Mapping):
-        raise ConfigError(f"--model-loader-extra-config for load format wooly is a JSON object with keys: {valid}")
+        raise ConfigError(
+            f"--model-loader-extra-config for load format wooly must be a JSON object; valid keys: {valid}"
+        )
     unknown = sorted(set(given) - set(Options.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown key {', '.join(unknown)} in --model-loader-extra-config; valid keys: {valid}")
@@ -74,17 +76,17 @@ def parse(extra: Mapping[str, Any] | str | None) -> Options:
         )
     if not 0 < options.timeout_s <= threading.TIMEOUT_MAX or options.share_min_bytes < 1:
         raise ConfigError(
-            f"timeout_s is more than 0 and at most {threading.TIMEOUT_MAX:.0f}, share_min_bytes is at least 1; "
-            f"not {options.timeout_s} and {options.share_min_bytes}"
+            f"timeout_s must be above 0 and at most {threading.TIMEOUT_MAX:.0f}, share_min_bytes at least 1; "
+            f"they are {options.timeout_s} and {options.share_min_bytes}"
         )
     return options
 
 
 def split(extra: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """Read an extra config that may be for another loader too; the second result is what is not for us.
+    """Split an extra config into wooly's options and the keys of another loader.
 
     Raises:
-        ConfigError: a value of one of our keys is of the wrong kind.
+        ConfigError: a value of one of wooly's keys is invalid.
     """
     ours = {key: value for key, value in extra.items() if key in Options.__dataclass_fields__}
     return parse(ours), {key: value for key, value in extra.items() if key not in ours}
@@ -93,4 +95,4 @@ def split(extra: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 def _path(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value).expanduser()
-    raise ValueError(f"{value!r} is no {kind.__name__}")
+    raise ValueError(f"{value!r} is not a {kind.__name__}")

@@ -28,11 +28,15 @@ def sequence(source: str, *_arguments: Any, **_options: Any) -> str:
     actors = list(dict.fromkeys(name for step in steps for name in (step.source, step.target) if name))
     at = {name: index for index, name in enumerate(actors)}
     pitch = [_pitch(steps, at, index) for index in range(len(actors) - 1)]
-    margin = max(_width(actors[0]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[0])), 60)
+    margin = max(
+        _width(actors[0]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[0])), 60
+    )
     xs = [margin]
     for width in pitch:
         xs.append(xs[-1] + width)
-    last = max(_width(actors[-1]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[-1])), 60)
+    last = max(
+        _width(actors[-1]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[-1])), 60
+    )
     drawing = Drawing(width=xs[-1] + last)
     y = 52.0
     bodies: list[str] = []
@@ -76,18 +80,18 @@ def states(source: str, *_arguments: Any, **_options: Any) -> str:
     routes = [_Route(at[a], at[b], labels) for (a, b), labels in edges.items() if a != b]
     above = [route for route in routes if route.target > route.source]
     below = [route for route in routes if route.target < route.source]
-    boxes = [max(_width(text) for text in (name, *lines)) + 28 for name, lines in zip(names, inside, strict=True)]
+    boxes = [max(_width(text) for text in (name, *events)) + 28 for name, events in zip(names, inside, strict=True)]
     lefts = [10.0]
     for index in range(1, len(names)):
         lefts.append(lefts[-1] + boxes[index - 1] + _gap(routes, boxes, index - 1))
     up, down = _levels(above), _levels(below)
     top, height = 14.0 + sum(up), 36.0 + LINE * max(map(len, inside))
     drawing = Drawing(width=lefts[-1] + boxes[-1] + 10, height=top + height + sum(down) + 14)
-    for name, lines, left, width in zip(names, inside, lefts, boxes, strict=True):
+    for name, events, left, width in zip(names, inside, lefts, boxes, strict=True):
         drawing.add(drawing.box(left, top, width, height, kind="state"))
         drawing.add(drawing.text(left + width / 2, top + 23, [name], kind="strong"))
-        if lines:
-            drawing.add(drawing.text(left + width / 2, top + 23 + LINE, lines, kind="inside"))
+        if events:
+            drawing.add(drawing.text(left + width / 2, top + 23 + LINE, events, kind="inside"))
     labels = []
     for side, heights, edge, way in ((above, up, top, -1), (below, down, top + height, 1)):
         for route, (x1, x2) in zip(side, _ports(side, lefts, boxes), strict=True):
@@ -103,8 +107,8 @@ def stack(source: str, *_arguments: Any, **_options: Any) -> str:
     """Draw layers; each uses those below it."""
     rows = []
     for line in _lines(source):
-        names, _, text = line.partition(": ")
-        rows.append(([name.strip() for name in names.split("|")], text.strip()))
+        beside, _, text = line.partition(": ")
+        rows.append(([name.strip() for name in beside.split("|")], text.strip()))
     inner = max(sum(_width(name) + 40 for name in names) for names, _ in rows)
     texts = max(_width(text) for _, text in rows)
     drawing = Drawing(width=inner + texts + 40)
@@ -197,7 +201,7 @@ def _levels(routes: list[_Route]) -> list[float]:
 
 
 def _ports(routes: Sequence[_Route], lefts: Sequence[float], boxes: Sequence[float]) -> list[tuple[float, float]]:
-    """Return where each route leaves and enters: spread over a state's side, in the order in which fewest lines cross."""
+    """Return where each route leaves and enters: spread over a state's side, so that few lines cross."""
     ends: dict[int, list[tuple[int, float, int, int]]] = defaultdict(list)
     for number, route in enumerate(routes):
         for end, (state, other) in enumerate([(route.source, route.target), (route.target, route.source)]):
@@ -230,7 +234,9 @@ class Drawing:
     @staticmethod
     def text(x: float, y: float, lines: Sequence[str], *, kind: str = "plain", anchor: str = "middle") -> str:
         """Lines of text, the first with its base line at ``y``. A ``label`` covers the lines below it."""
-        spans = "".join(f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines))
+        spans = "".join(
+            f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines)
+        )
         return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{spans}</text>'
 
     @staticmethod

@@ -30,8 +30,10 @@ def commands() -> str:
     group = typer.main.get_command(app)
     parts = [
         "# Every option\n",
-        "Generated from the commands' own help texts; `wooly COMMAND --help` prints the same. What commands mean, "
-        "their output and their exit codes are on [The wooly command](../cli.md).\n",
+        (
+            "Generated from the commands' own help texts; `wooly COMMAND --help` prints the same. What commands mean, "
+            "their output and their exit codes are on [The wooly command](../cli.md).\n"
+        ),
     ]
     for name, command in group.commands.items():  # type: ignore[attr-defined]  # a group, which typer does not say
         context = click.Context(command, info_name=f"wooly {name}")
@@ -74,9 +76,11 @@ def metrics() -> str:
     return "\n".join(
         [
             "# Metrics\n",
-            "Generated from the store's exposition. `wooly serve --metrics HOST:PORT` serves them at `/metrics`; "
-            "[Operations](../operations.md#monitoring) has the dashboard and the alerts. A histogram has the "
-            "suffixes `_bucket`, `_sum` and `_count`.\n",
+            (
+                "Generated from the store's exposition. `wooly serve --metrics HOST:PORT` serves them at `/metrics`; "
+                "[Operations](../operations.md#monitoring) has the dashboard and the alerts. A histogram has the "
+                "suffixes `_bucket`, `_sum` and `_count`.\n"
+            ),
             *_table(("metric", "type", "labels", "meaning"), rows),
         ]
     )
@@ -126,8 +130,10 @@ def failures() -> str:
     return "\n".join(
         [
             "# Errors and exit codes\n",
-            "Generated from the error classes. The code is in brackets at the end of every message of the `wooly` "
-            "command, in warnings of engines, and in events; it is stable. The exit code is that of the command.\n",
+            (
+                "Generated from the error classes. The code is in brackets at the end of every message of the `wooly` "
+                "command, in warnings of engines, and in events; it is stable. The exit code is that of the command.\n"
+            ),
             *_table(("code", "exit code", "meaning"), rows),
         ]
     )
@@ -141,8 +147,10 @@ def every_message() -> str:
     """Every message of the protocol: tag, fields with types and defaults, and meaning."""
     parts = [
         "# Every message\n",
-        "Generated from the message structs. A message is a msgpack map whose `type` is the tag; the keys are the "
-        "fields, in any order. Conversations, limits and errors are on [The protocol](../protocol.md).\n",
+        (
+            "Generated from the message structs. A message is a msgpack map whose `type` is the tag; the keys are the "
+            "fields, in any order. Conversations, limits and errors are on [The protocol](../protocol.md).\n"
+        ),
     ]
     for title, union in (("From a client", messages.ClientMessage), ("From the store", messages.StoreMessage)):
         parts.append(f"## {title}\n")

@@ -10,7 +10,7 @@ __all__ = ["directory", "sessions", "start_store", "store"]
 
 @pytest.fixture
 def store(start_store, directory):
-    """A running store. Its catalog's server is away: nothing here needs it."""
+    """A running store without a catalog, which nothing here needs."""
     return start_store(redis_url=f"unix://{directory}/away")
 
 

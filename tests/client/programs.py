@@ -1,4 +1,4 @@
-"""Python programs in processes of their own. Imports no torch, for those that need none."""
+"""Python programs in separate processes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def start_program(program, *arguments, **popen):
-    """A new Python process that can import what tests do."""
+    """Start a Python process with the import paths of the tests."""
     path = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{program}", *map(str, arguments)],
@@ -20,7 +20,7 @@ def start_program(program, *arguments, **popen):
 
 
 def finish_program(process, timeout_s=90):
-    """What it printed; it must have ended well."""
+    """Return the output of a program, which must exit with 0."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:

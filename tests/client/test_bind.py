@@ -1,4 +1,4 @@
-"""A model built of placeholders becomes the published one: all of it, and all that refers to its tensors."""
+"""A model built of placeholders becomes the published one, with all references to its tensors."""
 
 import collections
 import copy
@@ -27,7 +27,7 @@ def weight(*shape):
 
 
 class Base(nn.Module):
-    """A large and a small parameter, and a large and a small buffer; the publisher's have values of their own."""
+    """A large and a small parameter, and a large and a small buffer, with distinct values in the publisher."""
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ WAYS = {
 
 
 class References(Base):
-    """Every way of holding each of the tensors, and each tensor's memory, once."""
+    """Every kind of reference to each tensor, and to its memory, once."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ class References(Base):
 
 
 def test_references_follow(sessions):
-    """What an object beside the modules holds of a tensor, or of its memory, is the store's at publisher and reader."""
+    """References of other objects to a tensor, or to its memory, are in the store's memory in publisher and reader."""
     model = References().load()
     publish_model(sessions(), model)
     wrong = []
@@ -143,7 +143,7 @@ class Halves(Base):
 
 
 def test_views_of_computed_tensors_follow(sessions):
-    """A part of a table stays that part of the published table, which loading had changed."""
+    """A view of a table becomes the same view of the published table, which loading had changed."""
     model = Halves().load()
     publish_model(sessions(), model)
     reader, _ = read_model(sessions(), Halves)
@@ -156,7 +156,7 @@ def test_views_of_computed_tensors_follow(sessions):
 
 
 class Computed(Base):
-    """A list of what the constructor computed, which nobody names."""
+    """A list of computed tensors that no module names."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ class Computed(Base):
 
 
 def test_unnamed_values_of_the_constructor_stay(sessions):
-    """Tensors that no name leads to keep what the constructor computed, also where it wrote into a placeholder."""
+    """Unnamed tensors keep the values that the constructor computed, also those that it wrote to a placeholder."""
     publish_model(sessions(), Computed().load())
     reader, _ = read_model(sessions(), Computed)
     assert torch.equal(reader.known[0], torch.arange(4096.0))
@@ -202,15 +202,15 @@ class Chunked(Base):
         (Chunked, r"holder\[0\] could be any of 3 tensors"),
     ],
 )
-def test_what_cannot_follow_is_an_error_that_names_it(sessions, build, message):
-    """A placeholder whose weight cannot be told is never left, and never guessed."""
+def test_a_reference_that_cannot_follow_is_an_error_that_names_it(sessions, build, message):
+    """A placeholder whose weight is ambiguous is neither left nor guessed."""
     publish_model(sessions(), build().load())
     with pytest.raises(BindingError, match=message):
         read_model(sessions(), build)
 
 
 class Repacked(Base):
-    """What loading makes of a model: some names go, some come, some change their kind, shape or dtype."""
+    """Loading removes names, adds names, and changes their kind, shape or dtype."""
 
     def process(self):
         del self.small
@@ -223,8 +223,8 @@ class Repacked(Base):
         return self
 
 
-def test_the_manifest_decides_what_there_is(sessions):
-    """What the publisher dropped goes, what it added appears, what it changed is changed; no placeholder is left."""
+def test_the_reader_has_exactly_the_tensors_of_the_manifest(sessions):
+    """Tensors that the publisher removed, added or changed are removed, added or changed; no placeholder is left."""
     model = Repacked().load().process()
     publish_model(sessions(), model)
     manifest, blobs = attach(sessions())
@@ -260,7 +260,7 @@ def test_a_missing_module_is_an_error_that_names_it(sessions):
 
 
 def test_an_extra_module_ends_up_empty(sessions):
-    """A module that the publisher did not have has no tensors left, rather than placeholders."""
+    """A module that the publisher did not have ends without tensors, not with placeholders."""
     model = Nested(inner=False)
     model.first.load()
     publish_model(sessions(), model)
@@ -270,7 +270,7 @@ def test_an_extra_module_ends_up_empty(sessions):
 
 
 class Outer(nn.Module):
-    """A parameter that a module above has too, as a plain attribute and as a buffer."""
+    """A parameter that the parent module has too, as a plain attribute and as a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -282,7 +282,7 @@ class Outer(nn.Module):
 
 
 def test_a_parameter_that_is_also_an_attribute_stays_a_parameter(sessions):
-    """Whichever name comes first, the one object is the Parameter that engines put attributes on."""
+    """Whichever name comes first, the object is the Parameter with the attributes that engines set."""
     model = Outer()
     model.inner.load()
     publish_model(sessions(), model)
@@ -305,8 +305,8 @@ class Untied(nn.Module):
         self.register_buffer("d", self.c)
 
 
-def test_what_loading_untied_is_apart(sessions):
-    """One object of the constructor that is two at the publisher becomes two, with the attributes of the one."""
+def test_tensors_that_loading_untied_are_separate(sessions):
+    """One object of the constructor that is two in the publisher becomes two, with the same attributes."""
     model = Untied()
     model.a.fill_(1)
     model.b = nn.Parameter(torch.full((SIDE, SIDE), 2.0), requires_grad=False)
@@ -324,8 +324,8 @@ class Tied(nn.Module):
         self.a, self.b = weight(), weight()
 
 
-def test_what_loading_tied_is_one(sessions):
-    """Two objects of the constructor that are one at the publisher become one."""
+def test_tensors_that_loading_tied_are_one(sessions):
+    """Two objects of the constructor that are one in the publisher become one."""
     model = Tied()
     model.a.fill_(1)
     model.b = model.a
@@ -337,7 +337,7 @@ def test_what_loading_tied_is_one(sessions):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_private(sessions, duplicate):
-    """A deep copy or an unpickled model has memory of its own, which outlives the original."""
+    """A deep copy or an unpickled model has private memory, which outlives the original."""
     model = Base().load()
     publish_model(sessions(), model)
     reader, _ = read_model(sessions(), Base)
@@ -353,8 +353,8 @@ def test_a_copy_is_private(sessions, duplicate):
     assert torch.equal(copied.large, model.large + 1)
 
 
-def test_everything_goes_with_the_model(sessions):
-    """When a reader's model and then the publisher's are gone, no segment is mapped and no fd of one is open."""
+def test_everything_is_released_with_the_model(sessions):
+    """After a reader's model and then the publisher's are deleted, no segment is mapped and none of its fds is open."""
     publisher, reader = sessions(), sessions()
     gc.collect()
     ranges, fds = mapped_segments(), open_fds()
@@ -368,11 +368,11 @@ def test_everything_goes_with_the_model(sessions):
     del bound
     gc.collect()
     assert gone() is None
-    assert mapped_segments() > published[0]  # one tensor keeps its segment
+    assert mapped_segments() > published[0]  # one tensor keeps its segment mapped
     assert table[1, 1] == 2065
     del table
     gc.collect()
-    reader.leave(KEY)  # until then its session could give the model back to a store that lost it
+    reader.leave(KEY)  # until then its session retains fds to offer the model to a restarted store
     assert (mapped_segments(), open_fds(), open_segments()) == published
     del model
     gc.collect()
@@ -381,7 +381,7 @@ def test_everything_goes_with_the_model(sessions):
 
 
 def test_a_failed_binding_leaves_nothing(sessions):
-    """The mappings of a model that could not be bound go with it."""
+    """The mappings of a model that could not be bound are released with it."""
     publisher, reader = sessions(), sessions()
     model = Leftover().load()
     publish_model(publisher, model)

@@ -1,4 +1,4 @@
-"""Binding layer by layer: a layer that makes its own final tensors of placeholders is bound after it did."""
+"""Binding layer by layer: a layer that makes its final tensors itself is bound after that."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Packing(nn.Module):
         self.kernel = None
 
     def pack(self, *, rows=SIDE // 2):
-        """What a method does after loading: it reads the weight, and leaves tensors that hold other bytes."""
+        """Post-process: read the weight, and replace it by tensors with other bytes."""
         packed = (self.weight[: 2 * rows] * 2).to(torch.float64).reshape(rows, -1)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("table", self.weight.sum(dim=0, keepdim=True).expand(SIDE, -1).contiguous())
-        # A kernel object keeps the parameter, a view of it, and another name of its memory.
+        # A kernel object refers to the parameter, a view of it, and another tensor of its memory.
         self.kernel = {"weight": self.weight, "half": self.weight[:4], "data": self.weight.data}
 
 
@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def binder_of(session, device=None):
-    """A reader's model before it is bound, and what binds it."""
+    """Return a reader's unbound model, and its binder."""
     manifest, blobs = attach(session)
     with Placeholders(MIN_BYTES) as placeholders:
         model = Model(device)
@@ -58,8 +58,8 @@ def binder_of(session, device=None):
 
 
 @pytest.mark.parametrize("device", [None, "meta"])
-def test_a_layer_that_packs_is_bound_after_it_did(sessions, device) -> None:
-    """It packs zeros, and has the publisher's tensors then: in its registers and wherever its kernel refers to them."""
+def test_a_layer_that_packs_is_bound_after_packing(sessions, device) -> None:
+    """It packs zeros. Then its registers and its kernel refer to the publisher's tensors."""
     published = Model().load()
     packed, table = published.packing.weight.clone(), published.packing.table.clone()
     publish_model(sessions(), published)
@@ -81,8 +81,8 @@ def test_a_layer_that_packs_is_bound_after_it_did(sessions, device) -> None:
     assert bound.mapped_bytes >= packed.nbytes + table.nbytes
 
 
-def test_a_layer_that_comes_out_otherwise_is_named(sessions) -> None:
-    """Other shapes mean that the publisher took another way, so that its kernel would not fit these tensors."""
+def test_a_layer_that_differs_is_named(sessions) -> None:
+    """Other shapes mean that the publisher packed otherwise, so that this kernel would not fit its tensors."""
     publish_model(sessions(), Model().load())
     model, binder = binder_of(sessions())
     binder.bind([model.packing])
@@ -93,7 +93,7 @@ def test_a_layer_that_comes_out_otherwise_is_named(sessions) -> None:
 
 
 def test_a_late_layer_that_was_forgotten_is_found(sessions) -> None:
-    """Its placeholders must not stay."""
+    """Its placeholders must not be left."""
     publish_model(sessions(), Model().load())
     model, binder = binder_of(sessions())
     binder.bind([model.packing])
@@ -102,7 +102,7 @@ def test_a_late_layer_that_was_forgotten_is_found(sessions) -> None:
 
 
 class Completing(nn.Module):
-    """Makes a tensor of its weight when that is there, as latent attention does."""
+    """Makes a tensor of its weight after that is bound, as latent attention does."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class Completing(nn.Module):
 
 
 def test_a_layer_that_completes_itself_ends_with_the_shared_tensors(sessions) -> None:
-    """What it computes anew of the shared weight is replaced by the publisher's; without it, that is an error."""
+    """The tensor that it makes is replaced by the publisher's; if it makes none, that is an error."""
     published = Completing()
     published.weight.data = torch.arange(SIDE * SIDE, dtype=torch.float32).view(SIDE, SIDE)
     published.complete()

@@ -1,4 +1,4 @@
-"""What a checkpoint's bytes are: read once by one process, remembered by identity, and never taken on trust."""
+"""Checkpoint digests: computed once by one process, remembered by file identity, and never assumed."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def write(path, data):
 
 
 def digest_of(session, files, **options):
-    """The digest, and how many bytes were read for it."""
+    """Return the digest, and the number of bytes that were read for it."""
     read = []
     with Checkpoint(files).digest(session, timeout_s=30, progress=read.append, **options) as found:
         return found, sum(read)
@@ -59,8 +59,8 @@ def test_of_four_processes_one_reads(sessions, tmp_path):
     assert digest_of(session, [(path.name, path) for path in files]) == (bytes.fromhex(answers[0][0]), 0)
 
 
-def test_who_waited_comes_after_the_block(sessions, tmp_path, caplog):
-    """A process that waits while another hashes gets the digest when that one's block has ended, and reads nothing."""
+def test_a_process_that_waited_continues_after_the_block(sessions, tmp_path, caplog):
+    """A process that waits while another hashes gets the digest after that block has ended, and reads nothing."""
     path = write(tmp_path / "model.safetensors", b"x" * 100_000)
     first, second, order = sessions("first"), sessions("second"), []
     later = []
@@ -83,7 +83,7 @@ def test_who_waited_comes_after_the_block(sessions, tmp_path, caplog):
 
 
 def test_a_fresh_file_is_read_once_it_has_settled(sessions, tmp_path):
-    """A file of this moment is waited for, so that its digest can be remembered at once."""
+    """A file that was just written is waited for, so that its digest can be remembered."""
     path = tmp_path / "fresh.safetensors"
     path.write_bytes(b"z" * 100_000)
     began = time.time()
@@ -95,7 +95,7 @@ def test_a_fresh_file_is_read_once_it_has_settled(sessions, tmp_path):
 
 
 def test_a_file_from_the_future_is_read_but_not_remembered(sessions, tmp_path):
-    """Its identity may not change with its next change, so that its digest is good for one time only."""
+    """Its identity might not change with its bytes, so its digest is used once."""
     path = tmp_path / "future.safetensors"
     path.write_bytes(b"z" * 100_000)
     os.utime(path, (time.time() + AGE_S, time.time() + AGE_S))
@@ -125,7 +125,7 @@ def test_same_bytes_same_digest(sessions, tmp_path):
 
 @pytest.mark.parametrize("way", ["in place", "by another file"])
 def test_a_file_changed_behind_the_same_size_and_mtime(sessions, tmp_path, way):
-    """Size and mtime may be made to look the same; the change is found all the same."""
+    """Size and mtime can be forged; the change is detected anyway."""
     session = sessions()
     path = write(tmp_path / "model.safetensors", b"a" * 100_000)
     before = path.stat()
@@ -143,7 +143,7 @@ def test_a_file_changed_behind_the_same_size_and_mtime(sessions, tmp_path, way):
 
 
 def test_a_file_changed_while_it_is_hashed(sessions, tmp_path):
-    """It is an error, nothing is remembered, and the next process is not held up."""
+    """It is an error, nothing is remembered, and the next process does not wait."""
     path = write(tmp_path / "model.safetensors", b"a" * 100_000)
 
     def touch(_):
@@ -179,7 +179,7 @@ def test_a_missing_file_and_an_empty_checkpoint(sessions, tmp_path):
 
 
 def test_the_process_that_hashes_dies(sessions, tmp_path):
-    """Its lease goes with it, and the next in line reads the files."""
+    """Its turn ends, and the next process reads the files."""
     path = write(tmp_path / "model.safetensors", b"a" * 100_000)
     program = ASK.replace("print(found.hex(), read)", "").replace(
         "found, read = digest_of(session, files)",

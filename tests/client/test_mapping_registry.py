@@ -1,4 +1,4 @@
-"""Where memory lies, and what of a mapping went private."""
+"""Which mapping contains a tensor, and which of its bytes became private."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mapping():
 
 
 def test_written_pages_are_counted_by_the_range_asked_for(mapping):
-    """A write to one byte costs its page; of it, a range is charged what it covers."""
+    """A write to one byte makes its page private; a range counts the part of the page that it covers."""
     tensor = bytes_at(mapping, 0, 4 * PAGE)
     assert tensor.sum() == 7 * 4 * PAGE  # reading brings pages in, and makes none private
     assert mapping_registry.written_bytes(mapping, mapping.address, 4 * PAGE) == 0
@@ -53,7 +53,7 @@ def test_written_pages_are_counted_by_the_range_asked_for(mapping):
 
 
 def test_the_mapping_of_a_tensor(mapping):
-    """Parts, views and detached tensors lie where their storage does; other memory lies in none."""
+    """Parts, views and detached tensors are in the mapping of their storage; other memory is in none."""
     tensor = bytes_at(mapping, PAGE, 2 * PAGE)
     for it in (tensor, tensor[3:9], tensor.view(2, -1).t(), torch.nn.Parameter(tensor, requires_grad=False)):
         assert mapping_registry.mapping_of(it) is mapping
@@ -61,8 +61,8 @@ def test_the_mapping_of_a_tensor(mapping):
         assert mapping_registry.mapping_of(other) is None
 
 
-def test_a_mapping_that_is_gone_is_forgotten():
-    """The register keeps nothing alive."""
+def test_a_mapping_is_unregistered_when_it_is_collected():
+    """The registry keeps no mapping alive."""
     backend = MemfdBackend()
     one = mapping_registry.register(Mapping(backend, backend.create(PAGE)))
     address = one.address

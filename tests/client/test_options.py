@@ -1,4 +1,4 @@
-"""The loader's options, and the plain state that travels beside the tensors."""
+"""The loader's options, and the plain state in manifests."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ PATHS = ("restore_from", "runtime_dir")
 
 
 def test_every_key_is_read():
-    """Each option by itself, and all of them; the table above has them all."""
+    """Each option alone, and all together; the table above is complete."""
     assert set(VALID) == set(Options.__dataclass_fields__)
     for name, value in VALID.items():
         expected = Path(value) if name in PATHS else value
@@ -38,11 +38,11 @@ def test_every_key_is_read():
 
 
 @pytest.mark.parametrize("empty", [None, {}, ""])
-def test_nothing_given_is_the_defaults(empty):
+def test_an_empty_config_gives_the_defaults(empty):
     assert parse(empty) == Options()
 
 
-def test_values_that_json_writes_otherwise():
+def test_values_in_another_json_form():
     """A whole number of seconds, an unset directory, a home directory."""
     assert parse({"timeout_s": 5}).timeout_s == 5.0
     assert parse({"runtime_dir": None}).runtime_dir is None
@@ -90,8 +90,8 @@ def test_a_wrong_value_names_its_key(wrong):
 
 
 @pytest.mark.parametrize("extra", ["mode=load", ["mode"], 5])
-def test_no_object_at_all(extra):
-    with pytest.raises(ConfigError, match="JSON object with keys: mode, "):
+def test_a_config_that_is_not_an_object(extra):
+    with pytest.raises(ConfigError, match="JSON object; valid keys: mode, "):
         parse(extra)
 
 
@@ -99,8 +99,8 @@ def test_no_object_at_all(extra):
     ("given", "falls_back"),
     [({}, True), ({"fallback": False}, False), ({"mode": "save"}, False), ({"mode": "load", "fallback": True}, False)],
 )
-def test_who_falls_back(given, falls_back):
-    """Only `auto` may end in a private copy."""
+def test_modes_that_fall_back(given, falls_back):
+    """Only `auto` may load a private copy."""
     assert parse(given).falls_back is falls_back
 
 
@@ -124,8 +124,8 @@ def model():
     return nn.Sequential(Layer(), nn.Sequential(Layer()))
 
 
-def test_changes_travel():
-    """What loading set on one module is set on the same module of another model; the rest is left alone."""
+def test_changes_are_restored():
+    """Attributes that loading set on a module are set on the same module of another model, and no others."""
     publisher, reader = model(), model()
     before = plain_state(publisher)
     publisher[1][0].load()
@@ -142,21 +142,21 @@ def test_changes_travel():
 
 
 def test_nothing_changed():
-    """`training` is the engine's to set, and no change."""
+    """`training` is set by the engine, and is not part of the state."""
     publisher = model()
     before = plain_state(publisher)
     publisher.eval()
     assert changes(before, plain_state(publisher)) == {}
 
 
-def test_kinds_of_values_are_told_apart():
-    """1, 1.0 and True are equal to Python, and different to a kernel."""
+def test_equal_values_of_different_types_differ():
+    """1, 1.0 and True are equal in Python, and different for a kernel."""
     publisher = model()
     before = plain_state(publisher)
     publisher[0].count = True
     assert changes(before, plain_state(publisher)) == {"0": {"count": True}}
 
 
-def test_state_of_a_module_that_is_not_there():
+def test_state_of_a_missing_module():
     with pytest.raises(BindingError, match=r"no module '1\.0'"):
         restore(nn.Sequential(Layer()), {"1.0": {"flag": True}})

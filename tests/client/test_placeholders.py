@@ -1,4 +1,4 @@
-"""Constructors get placeholders for uninitialised memory only, and right values wherever they wrote some."""
+"""Placeholders replace uninitialised memory only; values that a constructor writes are right."""
 
 import copy
 import pickle
@@ -58,7 +58,7 @@ def test_every_uninitialised_factory_makes_one(placeholders, form):
     [(torch.int8, 127), (torch.uint64, 2**64 - 1), (torch.bool, True), (torch.int64, 2**63 - 1)],
 )
 def test_poison_of_dtypes_without_nan(placeholders, dtype, poison):
-    """What was read by mistake shows in integers too."""
+    """Reads by mistake are visible in integers too."""
     made = torch.empty(MIN, dtype=dtype)
     assert placeholders.is_one(made)
     assert made[17].item() == poison
@@ -86,14 +86,14 @@ REAL = {
 
 @pytest.mark.parametrize("form", REAL)
 def test_values_and_small_tensors_are_real(placeholders, form):
-    """Whatever has values, and whatever is below the limit, has its own memory."""
+    """Tensors with values, and those below the limit, have memory."""
     made = REAL[form]()
     assert not placeholders.is_one(made)
     assert storage_bytes(made) == made.numel() * 4
 
 
 def test_the_limit_is_in_bytes_and_included(placeholders):
-    """`min_bytes` counts bytes, not elements, and is the smallest that is replaced."""
+    """`min_bytes` counts bytes, not elements, and is the smallest size that is replaced."""
     assert placeholders.is_one(torch.empty(1024))
     assert not placeholders.is_one(torch.empty(MIN - 1, dtype=torch.int8))
     assert placeholders.is_one(torch.empty(MIN, dtype=torch.int8))
@@ -101,7 +101,7 @@ def test_the_limit_is_in_bytes_and_included(placeholders):
 
 
 def test_computed_in_the_constructor(placeholders):
-    """A rotary table is right, though its module has placeholders beside it."""
+    """A rotary table is right in a module with placeholders."""
     weight = nn.Linear(64, 64).weight
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, 64, 2).float() / 64)
     table = torch.outer(torch.arange(128.0), frequencies).cos()
@@ -124,14 +124,14 @@ def test_computed_in_the_constructor(placeholders):
     ids=["Linear", "Embedding", "Conv1d", "Conv2d", "requires_grad_", "deepcopy"],
 )
 def test_initialisers_of_modules_allocate_nothing(placeholders, build):
-    """Random initial values are not worth memory: every weight is a placeholder after construction."""
+    """Random initial values are not stored: every weight is a placeholder after construction."""
     weights = list(build().parameters())
     assert weights
     assert all(placeholders.is_one(weight) for weight in weights)
 
 
 def test_norms_are_ones(placeholders):
-    """Initial values that are no accident are kept."""
+    """Constant initial values are kept."""
     norm = nn.LayerNorm(4096)
     assert norm.weight.eq(1).all()
     assert norm.bias.eq(0).all()
@@ -155,7 +155,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_makes_it_real_under_all_of_its_names(placeholders, write):
-    """The written values show through aliases that were made before and after, in lists too, and never in others."""
+    """The written values are visible in aliases from before and after, also in lists, and in no other tensor."""
     x = torch.arange(4096.0).view(64, 64)
     other = torch.empty(64, 64)
     weight = torch.empty(64, 64)
@@ -172,7 +172,7 @@ def test_a_write_makes_it_real_under_all_of_its_names(placeholders, write):
 
 
 def test_a_write_to_a_parameter_is_seen_by_its_tensor(placeholders):
-    """`nn.Parameter(x)` is another name of `x`; its class stays."""
+    """`nn.Parameter(x)` is an alias of `x`; its class stays."""
     tensor = torch.empty(64, 64)
     weight = nn.Parameter(tensor)
     nn.init.ones_(weight)
@@ -202,14 +202,14 @@ def test_what_a_part_assignment_leaves_is_poison(placeholders):
     ids=["row", "flat", "transposed square", "out", "read through an older view"],
 )
 def test_a_write_through_a_view_is_refused(placeholders, write):
-    """Which part it is cannot be told from one element, so it is an error that says so, and never a wrong value."""
+    """One element does not show which part a view is, so it is an error with that reason, never a wrong value."""
     assert not len(placeholders)
     with pytest.raises(UnsupportedError, match="part or view of shape"):
         write(torch.empty(64, 64))
 
 
 def test_a_foreign_write_fails_loudly(placeholders):
-    """A write that does not go by torch's names hits torch's own check of expanded memory."""
+    """A write that torch's naming does not show fails torch's own check of expanded memory."""
     weight = torch.empty(64, 64)
     with pytest.raises(RuntimeError, match="single memory location"):
         torch._foreach_add_([weight], 1)
@@ -218,7 +218,7 @@ def test_a_foreign_write_fails_loudly(placeholders):
 
 
 def test_deepcopy_of_a_buffer_is_a_placeholder_of_its_own(placeholders):
-    """A copy is registered as well, so that none is left unseen; each gets its own memory when written."""
+    """A copy is registered too; each gets its own memory when written."""
     weight = torch.empty(64, 64)
     pair = copy.deepcopy([weight, weight])
     assert pair[0] is pair[1]
@@ -240,7 +240,7 @@ def test_under_a_device_context(order):
 
 @pytest.mark.parametrize("order", ["meta outside", "meta inside"])
 def test_meta_stays_meta(order):
-    """Tensors that were to have no memory are left alone."""
+    """Meta tensors are left alone."""
     active, device = Placeholders(MIN), torch.device("meta")
     with device if order == "meta outside" else active, active if order == "meta outside" else device:
         made = torch.empty(64, 64)
@@ -249,7 +249,7 @@ def test_meta_stays_meta(order):
 
 
 def test_nested_and_left():
-    """The innermost context takes what is made in it; outside of them, memory is memory."""
+    """The innermost context replaces tensors; outside of all, tensors are real."""
     with Placeholders(MIN) as outer:
         with Placeholders(MIN) as inner:
             within = torch.empty(64, 64)
@@ -263,7 +263,7 @@ def test_nested_and_left():
 
 
 def test_default_dtype_and_requires_grad(placeholders):
-    """The default dtype decides type and size; a leaf that asks for gradients is one."""
+    """The default dtype sets dtype and size; a leaf with gradients stays one."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         made = torch.empty(64, 64, requires_grad=True)
@@ -277,7 +277,7 @@ def test_default_dtype_and_requires_grad(placeholders):
 
 @pytest.mark.usefixtures("placeholders")
 def test_tensors_without_plain_memory_pass():
-    """Sparse, meta and not yet initialised tensors go through a constructor as ever."""
+    """Sparse, meta and lazy tensors are not affected."""
     torch.empty(64, 64)
     assert torch.eye(3).to_sparse().sum() == 3
     assert nn.LazyLinear(4).weight.requires_grad

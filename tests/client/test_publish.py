@@ -1,4 +1,4 @@
-"""A model moves into the store without a second copy of it, and stays whole and right when that fails."""
+"""Publishing needs no second copy of a model, and leaves it complete and right if it fails."""
 
 import collections
 import gc
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 
 class Layers(nn.Module):
-    """Some MiB-sized layers with values of their own, and a reference to each beside the modules."""
+    """Some MiB-sized layers with distinct values, and a reference to each outside of the modules."""
 
     def __init__(self, count=4, mib=1, first=0):
         super().__init__()
@@ -46,7 +46,7 @@ def addresses(model):
 
 
 def test_originals_are_freed_one_by_one(sessions):
-    """Each original storage is gone before the next but one tensor is copied, whatever refers to its tensors."""
+    """Each original storage is freed before the tensor after the next is copied, whatever refers to its tensors."""
     model = Layers()
     storages = [weakref.ref(layer.untyped_storage()) for layer in model.layers]
     alive = []
@@ -87,7 +87,7 @@ def test_the_peak_over_the_loaded_model_is_one_segment(sessions):
 
 
 def test_a_view_does_not_keep_its_base(sessions):
-    """A buffer that is a part of a larger tensor, which nobody else holds, does not keep that tensor's old memory."""
+    """A buffer that is a view of a larger, otherwise unused tensor does not keep that tensor's memory."""
     model = nn.Module()
     whole = torch.arange(1 << 20)
     storage = weakref.ref(whole.untyped_storage())
@@ -102,7 +102,7 @@ def test_a_view_does_not_keep_its_base(sessions):
 
 @pytest.mark.parametrize("moment", [1, 3, 5], ids=["first tensor", "middle", "before commit"])
 def test_store_killed_while_publishing(store, directory, moment):
-    """The store dies after the plan: the model is whole, right and writable, its references too, and it is private."""
+    """The store is killed after the plan: the model and its references are complete, right, writable and private."""
     model = Layers()
     calls = []
 
@@ -118,17 +118,17 @@ def test_store_killed_while_publishing(store, directory, moment):
     model.assert_right()
     model.layers[0].add_(1)
     assert model.held[0][5] == 6
-    del model, session  # a session remembers the error that ended it
+    del model, session  # a session keeps the error that ended it
     gc.collect()
     assert (mapped_segments(), open_segments()) == (0, 0)
 
 
 def test_commit_refused(sessions):
-    """Bytes that changed after they were digested are not taken; the model keeps what it has."""
+    """Bytes that changed after they were digested are refused; the model is unchanged."""
     model = Layers()
 
     def progress(_):
-        model.layers[1].data[7] = -1  # still in its own memory when the first tensor is done
+        model.layers[1].data[7] = -1  # still private when the first tensor is done
 
     session = sessions()
     with pytest.raises(CommitFailedError, match="not accepted"):
@@ -139,7 +139,7 @@ def test_commit_refused(sessions):
 
 
 def test_interrupted_while_copying(sessions):
-    """An exception that is none of ours leaves the model readable."""
+    """An exception of another library leaves the model readable."""
     model = Layers()
     calls = []
 
@@ -153,8 +153,8 @@ def test_interrupted_while_copying(sessions):
     model.assert_right()
 
 
-def test_no_room(start_store, sessions, store, directory):
-    """The store's limit refuses the plan: the model is as it was, and the store too."""
+def test_over_the_limit(start_store, sessions, store, directory):
+    """The store refuses the plan: model and store are unchanged."""
     store.stop()
     start_store(redis_url=f"unix://{directory}/away", max_resident={"cpu": 2 * MIB})
     model = Layers()
@@ -168,7 +168,7 @@ def test_no_room(start_store, sessions, store, directory):
 
 
 def test_blobs_that_another_publisher_committed_meanwhile(sessions):
-    """Both planned the same bytes: both models are right, on one copy, and the later publisher's own copy is gone."""
+    """Both planned the same bytes: both models are right, on one copy, and the later publisher's copy is released."""
     one, two = sessions("one"), sessions("two")
     first, second = Layers(), Layers(count=6)
     grant(two, key(2))
@@ -201,7 +201,7 @@ def test_blobs_that_another_publisher_committed_meanwhile(sessions):
 
 
 def test_equal_models_under_two_keys_take_one_copy(sessions):
-    """The later publisher, all of whose blobs another brought meanwhile, ends up with no segment of its own."""
+    """A publisher all of whose blobs another has committed meanwhile ends without a segment of its own."""
     one, two = sessions(), sessions()
     first, second = Layers(), Layers()
     done = []
@@ -252,7 +252,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("kind", UNSUPPORTED)
 @pytest.mark.parametrize("held", ["buffer", "attribute"])
 def test_unsupported_tensors(sessions, kind, held):
-    """A tensor that is no plain memory is an error that names it, and nothing has changed."""
+    """A tensor without plain memory is an error that names it, and nothing has changed."""
     make, message = UNSUPPORTED[kind]
     model = nn.Sequential(Layers(), nn.Identity())
     if held == "buffer":
@@ -275,7 +275,7 @@ def test_a_lazy_parameter_is_unsupported(sessions):
 
 
 def test_a_lazy_view_beside_the_modules_is_unsupported(sessions):
-    """A conjugated reference would lose its conjugation when it is bound anew: an error, not another value."""
+    """A conjugated reference would lose its conjugation when it is bound: an error, not a wrong value."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.complex64) * 1j)
     model.held = [model.weight.detach().conj()]
@@ -298,7 +298,7 @@ def test_a_model_of_buffers_alone(sessions):
 
 
 @pytest.mark.parametrize("value", [1 << 70, object()], ids=["large number", "object"])
-def test_state_that_has_no_written_form(sessions, value):
+def test_state_that_cannot_be_encoded(sessions, value):
     """It is refused before anything moves."""
     model = Layers()
     before = addresses(model)
@@ -308,7 +308,7 @@ def test_state_that_has_no_written_form(sessions, value):
 
 
 def test_progress_adds_up(sessions):
-    """It is told every byte once."""
+    """Every byte is reported once."""
     told = collections.Counter()
     publish_model(sessions(), Layers(), progress=lambda count: told.update(bytes=count))
     assert told["bytes"] == 4 * MIB + 16

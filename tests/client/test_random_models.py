@@ -1,4 +1,4 @@
-"""Random trees of modules, with ties, views, dtypes and layouts: what was published is what is bound, bit by bit."""
+"""Random trees of modules, with ties, views, dtypes and layouts: bound tensors equal published ones bitwise."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ modules = st.recursive(
 
 
 def laid_out(spec):
-    """An uninitialised tensor with the spec's shape (turned around where it is turned) and layout."""
+    """Make an uninitialised tensor with a spec's shape (transposed if so) and layout."""
     dtype, shape = getattr(torch, spec["dtype"]), spec["shape"]
     if spec["layout"] == "turned" and len(shape) > 1:
         return torch.empty(shape, dtype=dtype).transpose(0, -1)
@@ -56,7 +56,7 @@ def laid_out(spec):
 
 
 class Random(nn.Module):
-    """A model as a specification says. Uninitialised, as engines build them."""
+    """Build a model of a specification, uninitialised as engines do."""
 
     def __init__(self, spec, before=None):
         super().__init__()
@@ -84,7 +84,7 @@ class Random(nn.Module):
 
 
 def named(model):
-    """Each tensor by path, and how it is held."""
+    """Return each tensor by path, with its kind."""
     for path, module in model.named_modules(remove_duplicate=False):
         for kind, group in (("p", module._parameters), ("b", module._buffers), ("a", vars(module))):
             for name, it in group.items():
@@ -93,7 +93,7 @@ def named(model):
 
 
 def fill(model, spec):
-    """Give all storages bytes; equal for equal `values`."""
+    """Fill all storages; equally for equal `values`."""
     values = [one["values"] for one in every_tensor(spec)] or [0]
     seen = {}
     for number, (_, _, it) in enumerate(named(model)):
@@ -110,17 +110,17 @@ def every_tensor(spec):
 
 
 def bytes_of(tensor):
-    """The elements' bytes in order, whatever their strides."""
+    """Return the elements' bytes in order, whatever their strides."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(-1).view(torch.uint8).tolist()
 
 
 def has_content(spec):
-    """Whether there is a byte to share. A shape alone does not tell: the tensor may be that of an empty one before."""
+    """Return True if there is a byte to share. The shape is not enough: storage may be that of an empty tensor."""
     return any(tensor.numel() for _, _, tensor in named(Random(spec)))
 
 
 def described(model):
-    """All that binding promises: bytes, dtype, shape, stride, kind, grad, which are one object, which share storage."""
+    """Return all that binding promises: bytes, dtype, shape, stride, kind, grad, shared objects and shared storages."""
     objects, storages, found = {}, {}, {}
     for path, kind, it in named(model):
         pointer = it.untyped_storage().data_ptr() if it.numel() else 0
@@ -181,7 +181,7 @@ with Session.connect(Path(sys.argv[1]), autostart=False) as session:
 
 
 def test_any_model_in_another_process(runtime):
-    """The same for a process of its own, which shares nothing but the store; a few of them at once."""
+    """The same in other processes, which share only the store; a few at once."""
     specs = []
 
     @settings(max_examples=8, database=None, deadline=None, derandomize=True)

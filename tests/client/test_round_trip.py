@@ -1,4 +1,4 @@
-"""What a model's tensors are before publishing, they are at the publisher and at every reader."""
+"""Tensors of publisher and readers equal those of the loaded model."""
 
 import gc
 
@@ -19,18 +19,18 @@ def parameter(*shape, grad=False, **options):
 
 
 def draw(model):
-    """Give every parameter values that no other has."""
+    """Give every parameter distinct values."""
     with torch.no_grad():
         for number, tensor in enumerate(model.parameters()):
             tensor.copy_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(number)))
 
 
 class Loaded(nn.Parameter):
-    """A parameter that says who loads it, as engines have them."""
+    """A parameter with a weight loader, as engines have them."""
 
 
 class Kinds(nn.Module):
-    """One tensor of each way in which a module can hold it."""
+    """One tensor of each kind that a module can have."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Kinds(nn.Module):
 
 
 class Layouts(nn.Module):
-    """Parameters whose memory is not simply their own and in order."""
+    """Parameters with other strides, offsets or shared memory."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def equal_ties():
 
 
 def held(model):
-    """Every tensor by name and way of being held."""
+    """Return every tensor by name and kind."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for kind, group in (("p", module._parameters), ("b", module._buffers), ("a", vars(module))):
@@ -118,7 +118,7 @@ def assert_same(model, expected):
 
 @pytest.mark.parametrize("build", [Kinds, Layouts, Ties])
 def test_publisher_and_reader_have_the_same_tensors(sessions, build):
-    """Values, shapes, strides, dtypes, requires_grad, and the way each is held, are the loaded model's."""
+    """Values, shapes, strides, dtypes, requires_grad and kinds are those of the loaded model."""
     model = build()
     if build is not Layouts:
         draw(model)
@@ -152,7 +152,7 @@ def test_modules_are_complete(sessions):
 
 
 def test_views_of_one_storage_share_it(sessions):
-    """Two parameters of one storage are in one storage at the reader too: a write to it shows in both or in none."""
+    """Two parameters of one storage share a storage in the reader too: a write to it is visible in both."""
     model = Layouts()
     publish_model(sessions(), model)
     reader, _ = read_model(sessions(), Layouts)
@@ -175,7 +175,7 @@ class Dtypes(nn.Module):
 
 
 def test_every_dtype(sessions):
-    """Bytes of each dtype arrive as they were, NaN patterns included."""
+    """Bytes of each dtype are preserved, NaN patterns included."""
     assert len(made_dtypes()) == len(ITEM_SIZES)
     model = Dtypes()
     for number, buffer in enumerate(model.buffers()):
@@ -194,7 +194,7 @@ def test_every_dtype(sessions):
 
 
 def test_ties_are_kept_and_none_is_made(sessions):
-    """Tied stays one object; equal but untied is apart, and a write to one of them changes no other, here or there."""
+    """Tied tensors stay one object. Equal but untied ones are separate: a write changes one of them only."""
     model = equal_ties()
     publish_model(sessions(), model)
     reader, _ = read_model(sessions(), Ties)
@@ -232,7 +232,7 @@ with Session.connect(autostart=False) as session:
 
 
 def test_a_write_in_another_process_stays_there(sessions):
-    """A reader in a process of its own sees the values, and its in-place writes reach nobody."""
+    """A reader in another process sees the values, and its in-place writes stay private."""
     model = equal_ties()
     expected = model.embed.weight.detach().clone()
     publish_model(sessions(), model)
@@ -249,7 +249,7 @@ class Repeated(nn.Module):
 
 
 def test_repeated_blobs_are_mapped_again_when_large_and_copied_when_small(sessions):
-    """The store holds repeated bytes once. The reader maps each large one, and copies the small ones but the first."""
+    """The store has repeated bytes once. A reader maps each large occurrence, and copies small ones after the first."""
     model = Repeated()
     with torch.no_grad():
         for it in model.parameters():
@@ -270,7 +270,7 @@ def test_repeated_blobs_are_mapped_again_when_large_and_copied_when_small(sessio
 
 
 def test_blobs_below_the_limit_are_private_at_the_publisher_too(sessions):
-    """What is small enough for engines to write to keeps its own memory."""
+    """Tensors that are small enough for engines to write to stay private."""
     model = Kinds()
     draw(model)
     before = model.small.data_ptr()

@@ -1,4 +1,4 @@
-"""Publishing a part of a model's tensors: the rest stays as it is, and is in no manifest."""
+"""Publishing some of a model's tensors leaves the others alone, and out of the manifest."""
 
 import torch
 from client.torch_models import KEY, MIN_BYTES, attach, grant
@@ -20,8 +20,8 @@ class Partly(nn.Module):
         self.register_buffer("table", torch.arange(4096.0) + 2, persistent=False)
 
 
-def test_only_what_is_selected_is_published(sessions):
-    """The others keep their memory, whatever they are, even where they could not have been published at all."""
+def test_only_selected_tensors_are_published(sessions):
+    """The others keep their memory, even those that could not be published."""
     model = Partly()
     before = dict(model.named_buffers()) | dict(model.named_parameters())
     addresses = {name: it.data_ptr() for name, it in before.items()}

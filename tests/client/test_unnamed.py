@@ -20,7 +20,7 @@ class Model(nn.Module):
         self.kernel = SimpleNamespace(slopes=torch.arange(8, dtype=torch.bfloat16), empty=torch.empty(0))
 
 
-def test_what_stays_as_it_was_or_is_named_does_not_matter():
+def test_unchanged_and_named_tensors_do_not_count():
     model = Model()
     unnamed = Unnamed(model)
     model.weight.data.fill_(7)  # seen through the view in the list as well
@@ -38,7 +38,7 @@ def test_what_stays_as_it_was_or_is_named_does_not_matter():
         (lambda model: setattr(model.kernel, "slopes", torch.arange(8)), "kernel.slopes"),
     ],
 )
-def test_what_loading_changed_or_made_is_told_by_its_path(load, path):
+def test_changed_and_new_tensors_are_reported_by_path(load, path):
     model = Model()
     unnamed = Unnamed(model)
     load(model)

@@ -1,4 +1,4 @@
-"""Publishing and attaching torch modules, with nothing of an engine around them; and what the kernel says of them."""
+"""Publish and attach torch modules without an engine, and read the kernel's view of their memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ KEY = key(0xAB)
 
 
 def grant(session, model_key=KEY):
-    """Ask for a model that is not there, so that the session may publish it."""
+    """Open a model that is not in the store, to be granted its publication."""
     opened = session.open(model_key, name="model", engine="test", device="cpu", publish=True, timeout_s=30)
     assert opened is None
 
 
 def publish_model(session, model, model_key=KEY, *, state=None, min_bytes=MIN_BYTES, **options):
-    """Publish a model; the manifest, its blobs in this process, and what was bound."""
+    """Publish a model; return the manifest, its mapped blobs, and the result of binding."""
     grant(session, model_key)
     publication = Publication(model_key, "model", "test", "cpu", state or {})
     return publish(session, publication, model, MemfdBackend(), min_bytes=min_bytes, **options)
 
 
 def attach(session, model_key=KEY):
-    """The manifest of a published model, and its blobs, mapped."""
+    """Return the manifest of a published model, and its mapped blobs."""
     opened = session.open(model_key, name="model", engine="test", device="cpu", publish=False, timeout_s=30)
     attached, fds = opened
     manifest = decode(attached.manifest)
@@ -42,7 +42,7 @@ def attach(session, model_key=KEY):
 
 
 def read_model(session, build, model_key=KEY, *, min_bytes=MIN_BYTES):
-    """What `build` makes of placeholders, bound to a published model; and what was bound."""
+    """Build a model of placeholders and bind it; return it with the result of binding."""
     manifest, blobs = attach(session, model_key)
     with Placeholders(min_bytes) as placeholders:
         model = build()
@@ -51,11 +51,11 @@ def read_model(session, build, model_key=KEY, *, min_bytes=MIN_BYTES):
 
 
 def mapped_segments():
-    """How many ranges of this process's address space are segments."""
+    """Count the mapped segments of this process."""
     return sum("memfd:wooly" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def memory_of(field, pid="self"):
-    """A line of `proc_pid_status(5)`, such as `RssAnon`, in bytes."""
+    """Return a field of `proc_pid_status(5)`, such as `RssAnon`, in bytes."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024

@@ -75,7 +75,7 @@ def test_everything_else_does(here: dict[str, Any], there: dict[str, Any]) -> No
     published = prints(model(**here))
     same, other = model(**here), model(**there)
     rehearsal.check(same, {"0": same[0]}, published)
-    with pytest.raises(BindingError, match="the kernel of 0 came out in another state"):
+    with pytest.raises(BindingError, match="the kernel state of 0 differs from the publisher"):
         rehearsal.check(other, {"0": other[0]}, published)
 
 
@@ -92,7 +92,7 @@ def test_what_hides_its_contents_is_never_equal_to_that_of_another_process() -> 
     """An object of C code may hold weights that were packed: nobody can tell, so it is not shared."""
     hidden = torch.Generator()
     reading = rehearsal._Reading(rehearsal._Known(set(), set()))
-    assert any("hides what it holds, process" in line for line in reading.lines("", {"handle": hidden}))
+    assert any("hides its contents, process" in line for line in reading.lines("", {"handle": hidden}))
     # Not even the same object is equal to itself: processes in containers may have the same number.
     assert prints(model(handle=hidden)) != prints(model(handle=hidden))
 

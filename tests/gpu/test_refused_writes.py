@@ -25,7 +25,7 @@ def test_an_engine_whose_model_writes_ends_with_a_pointer_and_others_go_on(engin
     assert not [event for event in writer.events if event["event"] == "answered after a write"]
     log = "\n".join(writer.log)
     assert "illegal memory access" in log
-    assert log.count("weights shared by wooly are read-only on a GPU") >= 2
+    assert log.count("shared weights are read-only on a GPU") >= 2
     assert any("ERROR" in line and "docs/shared-memory.md#writes" in line for line in writer.log)
     staying.tell("go on")
     assert staying.wait("answered again")["tokens"] == before

@@ -36,7 +36,7 @@ def test_a_default_device_does_not_win_over_the_map(parsing):
 @pytest.mark.parametrize("wrong", ["wooly:nowhere", "wooly:cuda:x"])
 def test_a_device_that_is_none(job, checkpoint, wrong):
     """An error that says what would be one."""
-    with pytest.raises(JobError, match="is no device; use wooly, wooly:cpu") as raised:
+    with pytest.raises(JobError, match="is not a device; use wooly, wooly:cpu") as raised:
         job("one").run("load(path, wrong)", path=checkpoint("llama"), wrong=wrong)
     assert raised.value.name == "ConfigError"
 

@@ -38,7 +38,9 @@ def service(directory, manager):
         return started[-1].start(through=through, pass_fds=fds, env=env)
 
     yield start
-    for one in started:
+    for one in started[:-1]:
+        one.kill()
+    for one in started[-1:]:
         one.clean_up()
 
 

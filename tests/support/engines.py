@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from support.preloaded import Pool, PreloadedProcess
-from support.waiting import wait_until
+from support.waiting import process_state, wait_until
 
 from shared_store.base.errors import StoreUnavailableError
 from shared_store.base.status import Status
@@ -27,14 +27,14 @@ HAS_GPU = Path("/dev/nvidiactl").exists()
 """CUDA does not survive a fork: engines on a GPU are started from nothing."""
 CPU_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    # Two threads that meet after each operation wait for each other longer than one computes, where several engines
-    # run on few cores.
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
 }
-PRELOADED = Pool(
-    ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"), CPU_SETTINGS
-)
+"""The environment of engines on a CPU."""
+PRELOADED = Pool(("vllm.entrypoints.llm",), CPU_SETTINGS)
+"""No more of vLLM than `engine.py` imports by itself, so that the plugin is registered before workers and models are
+imported, as ever."""
 SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 """Of a job: share, or fail."""
 
@@ -62,8 +62,7 @@ class EngineProcess:
     """A running ``engine.py``; its JSON lines are events, everything else is its log."""
 
     def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
-        settings = {} if HAS_GPU else CPU_SETTINGS
-        variables = {**os.environ, **settings, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
+        variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
         self.process = _start(json.dumps(job), variables)
         self.log: list[str] = []
         self.events: list[dict[str, Any]] = []
@@ -148,7 +147,8 @@ def stop_store(directory: Path) -> None:
             session.shutdown_store()
     except StoreUnavailableError:
         return
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "store and keeper end")
+    # Ended is enough: orphans are reaped by the machine's init, in its own time.
+    wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in pids), "store and keeper to end")
 
 
 def status_of(directory: Path) -> Status:

@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,19 @@ class PreloadedProcess:
         if code is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         return code
+
+    def finish(self, timeout_s: float) -> tuple[int, str]:
+        """Read stdout to its end; returns the exit code, and what was written. Kills the process when time is up."""
+        self.stdin.close()
+        with self.stdout:
+            killer = threading.Timer(timeout_s, self.kill)
+            killer.start()
+            try:
+                written = self.stdout.read()
+            finally:
+                killer.cancel()
+                killer.join()
+        return self.wait(timeout_s), written
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
@@ -92,11 +106,17 @@ class Preloaded:
         return int(self._control.recv(16))
 
     def start(
-        self, program: str, *arguments: str, environment: dict[str, str], stderr: IO[Any] | None = None, text: bool
+        self,
+        program: str,
+        *arguments: str,
+        environment: dict[str, str],
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        text: bool = True,
     ) -> PreloadedProcess:
-        """Fork a process that runs a script, or a module by its name. Its stdin and stdout are pipes of the test's.
+        """Fork a process that runs a script, or a module by its name.
 
-        Without `stderr`, that goes to stdout.
+        Its stdin is a pipe; so is stdout, unless it is given. Without `stderr`, errors go where stdout goes.
         """
         assert self.threads == 1, "a process with threads cannot be forked"
         request = {
@@ -105,23 +125,24 @@ class Preloaded:
             "environment": environment,
             "directory": str(Path.cwd()),
         }
-        (stdin, write), (read, stdout), (status, exited) = (os.pipe() for _ in range(3))
-        told = stdout if stderr is None else stderr.fileno()
-        try:
-            socket.send_fds(self._control, [json.dumps(request).encode()], [stdin, stdout, told, exited])
-        finally:
-            for fd in (stdin, stdout, exited):
-                os.close(fd)
+        with contextlib.ExitStack() as theirs:
+            mode, buffering = ("", -1) if text else ("b", 0)
+
+            def pipe(end: str) -> tuple[int, IO[Any]]:
+                read, write = os.pipe()
+                given, kept = (write, read) if end == "r" else (read, write)
+                theirs.callback(os.close, given)
+                return given, os.fdopen(kept, end + mode, buffering)
+
+            stdin, write = pipe("w")
+            out, read = (stdout.fileno(), stdout) if stdout is not None else pipe("r")
+            err = stderr.fileno() if stderr is not None else out
+            status, exited = os.pipe()
+            theirs.callback(os.close, exited)
+            socket.send_fds(self._control, [json.dumps(request).encode()], [stdin, out, err, exited])
         assert readable(self._control, STARTED_WITHIN_S), "the server of preloaded processes does not answer"
         pid, (pidfd,), _, _ = socket.recv_fds(self._control, 16, 1)
-        mode, buffering = ("", -1) if text else ("b", 0)
-        return PreloadedProcess(
-            int(pid),
-            pidfd,
-            status,
-            os.fdopen(write, f"w{mode}", buffering),
-            os.fdopen(read, f"r{mode}", buffering),
-        )
+        return PreloadedProcess(int(pid), pidfd, status, write, read)
 
     def close(self) -> None:
         """End the server; processes that it forked run on."""

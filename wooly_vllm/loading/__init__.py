@@ -1,1 +1,1 @@
-"""The model loader: from the checkpoint or the store to a bound model."""
+"""The model loader: attaches to a model in the store, or loads its checkpoint and publishes it."""

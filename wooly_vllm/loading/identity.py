@@ -1,7 +1,7 @@
-"""What must be equal for one vLLM process's final tensors to serve another: the facts of its weight key.
+"""The facts of a weight key: every setting that must be equal for two vLLM processes to share final tensors.
 
-When in doubt a fact is in: one too many costs a load (equal tensors still meet in the store), one too few would serve
-wrong weights.
+In doubt a setting is included. One too many costs another load (equal tensors are still deduplicated); one too few
+would serve wrong weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wooly_vllm import compat
 from wooly_vllm.loading import methods
 
 LAYOUT = 2
-"""Raised when wooly itself changes what final tensors look like (the CPU's linear layers, say)."""
+"""Increased when wooly itself changes final tensors, for example in linear layers on a CPU."""
 
 _KERNEL_VARIABLES = re.compile(
     r"^VLLM_.*(USE|KERNEL|BACKEND|MOE|FP8|FP4|MARLIN|GEMM|SGL|PREPACK|LAYOUT|PADDING|INVARIANT|CONTIG|LINEAR|CUTLASS)"
@@ -31,31 +31,35 @@ _KERNEL_VARIABLES = re.compile(
 
 
 def check_supported(vllm_config: Any, model_config: Any, load_config: Any, *, unproven: bool = False) -> None:
-    """Raise :class:`UnsupportedError` for what is known not to work with shared weights, before anything is loaded.
+    """Raise :class:`UnsupportedError` for settings that are known not to work with shared weights.
 
-    ``unproven``: let quantizations pass of which that is not known.
+    Args:
+        vllm_config: vLLM's.
+        model_config: vLLM's.
+        load_config: vLLM's.
+        unproven: accept quantizations that were not compared with stock vLLM.
     """
     if not unproven:
         methods.check_quantization(model_config.quantization)
     if getattr(vllm_config.parallel_config, "enable_eplb", False):
         raise UnsupportedError("expert load balancing (EPLB) rearranges experts in place")
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
-        raise UnsupportedError("weights that a trainer sends (weight transfer) are written in place")
+        raise UnsupportedError("weights from a trainer (weight transfer) are written in place")
     if (
         getattr(getattr(vllm_config, "offload_config", None), "uva", None)
         and vllm_config.offload_config.uva.cpu_offload_gb
     ):
-        raise UnsupportedError("weights offloaded to the CPU are this process's own")
+        raise UnsupportedError("weights that are offloaded to the CPU are private")
     if getattr(vllm_config.cache_config, "cpu_offload_gb", 0):
-        raise UnsupportedError("weights offloaded to the CPU are this process's own")
+        raise UnsupportedError("weights that are offloaded to the CPU are private")
     if load_config.device is not None and torch.device(load_config.device).type != compat.device_of(vllm_config).type:
-        raise UnsupportedError(f"the load device {load_config.device} is not the engine's")
+        raise UnsupportedError(f"the load device {load_config.device} differs from the engine's")
     if compat.device_of(vllm_config).type not in ("cpu", "cuda"):
         raise UnsupportedError(f"weights on {compat.device_of(vllm_config).type} cannot be shared")
 
 
 def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[str, Any]:
-    """Everything beside the checkpoint's bytes that shapes the final tensors, in plain JSON types."""
+    """Return every setting that shapes the final tensors, in plain JSON types."""
     cls = compat.model_class(model_config)
     scheduler = vllm_config.scheduler_config
     return {
@@ -76,7 +80,7 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
         "parallel": compat.parallel_ranks(vllm_config, model_config),
         "kernels": _plain(getattr(vllm_config, "kernel_config", None)),
         "lora": _lora(vllm_config.lora_config),
-        # Some buffers have a row for each position, token or sequence.
+        # Some buffers have one row for each position, token or sequence.
         "lengths": [model_config.max_model_len, scheduler.max_num_batched_tokens, scheduler.max_num_seqs],
         "device": _processor(compat.device_of(vllm_config)),
         "environment": {name: text for name, text in os.environ.items() if _KERNEL_VARIABLES.match(name)},
@@ -84,20 +88,20 @@ def facts(vllm_config: Any, model_config: Any, inner_load_format: str) -> dict[s
 
 
 def _lora(config: Any) -> Any:
-    """What of the LoRA settings may shape the base model; whether there are any does, for some kinds of layers.
+    """Return the LoRA settings that may shape the base model; for some layers, LoRA as such does.
 
-    Room for adapters is made when loading has ended, so its size is left out: servers with other ranks share.
+    Buffers for adapters are allocated after loading, so their sizes are left out: servers with other ranks share.
     """
     if not config:
         return None
-    return {name: value for name, value in _plain(config).items() if name not in _ROOM_FOR_ADAPTERS}
+    return {name: value for name, value in _plain(config).items() if name not in _SIZES_OF_ADAPTERS}
 
 
-_ROOM_FOR_ADAPTERS = ("max_lora_rank", "max_loras", "max_cpu_loras", "lora_dtype", "target_modules")
+_SIZES_OF_ADAPTERS = ("max_lora_rank", "max_loras", "max_cpu_loras", "lora_dtype", "target_modules")
 
 
 def _plain(settings: Any) -> Any:
-    """A configuration object's simple settings; others take part by their text, which has no addresses in it."""
+    """Return the fields of a configuration object; values that are not plain as text, without addresses."""
     if not dataclasses.is_dataclass(settings):
         return None
     values = {field.name: getattr(settings, field.name, None) for field in dataclasses.fields(settings)}
@@ -109,7 +113,7 @@ def _plain(settings: Any) -> Any:
 
 
 def _processor(device: torch.device) -> dict[str, Any]:
-    """What of the processor decides on kernels, and so on weight layouts; and which one it is."""
+    """Return the device, and its properties that select kernels and so weight layouts."""
     if device.type == "cuda":
         return {"id": store_device(device), "capability": torch.cuda.get_device_capability(device)}
     return {

@@ -1,12 +1,12 @@
-"""Rehearsal: a layer's post-processing runs on memory without values, to come to the Python state that it leaves.
+"""Rehearsal: run a layer's post-processing on zeros, to get the Python state that it leaves.
 
-Post-processing does two things at once: it brings tensors into the form that a kernel wants, and makes the objects that
-call the kernel. A reader has the tensors already. It gives one layer at a time memory, lets vLLM's own method work on
-that, and then puts the shared tensors in the place of what came out: wherever the method's objects refer to a tensor,
-they refer to the shared one from then on. Not more than one layer's worth of memory is taken at any time.
+Post-processing does two things at once: it brings tensors into the form that a kernel requires, and makes the objects
+that call the kernel. A reader has the tensors already. It allocates zeros for one layer at a time, runs vLLM's own
+method on them, and then binds the shared tensors in place of the result. The method's objects refer to the shared
+tensors from then on. At no time is more than one layer's memory allocated.
 
-Nothing may depend on the values, which are zeros. So the tensors must come out alike in name, type, shape and stride,
-and all else that the method left must be equal, value by value, to what the publisher has: see :func:`fingerprint`.
+The result must not depend on values. So the tensors must be equal to the publisher's in name, dtype, shape and stride,
+and all other state that the method left must be equal by value: see :func:`_fingerprint`.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from wooly_vllm import compat
 from wooly_vllm.loading.state import digest_of
 
 Fingerprints = Mapping[str, str]
-"""Fingerprints of layers by their paths."""
+"""Fingerprints of layers by path."""
 
 
 def rehearse(binder: Binder, layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Bring layers to the state that their methods leave, and bind them.
+    """Run the methods of layers on zeros, and bind the layers.
 
     Raises:
-        BindingError: a layer came out unlike the publisher's, or its method failed on zeros.
+        BindingError: a layer differs from the publisher's, or its method failed on zeros.
     """
     for layer in layers:
         binder.materialize(layer, device)
         method = compat.method_of(layer)
         try:
             compat.post_process_layer(method, layer, device)
-        except Exception as error:  # whatever a kernel's preparation does not take: the stock way is open
+        except Exception as error:  # a kernel's preparation may raise anything; stock loading is still possible
             raise BindingError(
                 f"{type(method).__name__} could not be rehearsed: {type(error).__name__}: {error}"
             ) from error
@@ -54,8 +54,8 @@ def rehearse(binder: Binder, layers: Iterable[nn.Module], device: torch.device) 
 
 
 def fingerprints(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The fingerprints of some layers of a model, by path."""
-    if not layers:  # of most models there is nothing to look at
+    """Return the fingerprints of some layers of a model, by path."""
+    if not layers:  # as in most models
         return {}
     named = {key for held in named_tensors(model) if (key := storage_key(held.tensor)) is not None}
     known = _Known(named, {id(module) for module in model.modules()})
@@ -63,39 +63,39 @@ def fingerprints(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str,
 
 
 def check(model: nn.Module, layers: Mapping[str, nn.Module], published: Fingerprints) -> None:
-    """Compare layers with the publisher's.
+    """Compare the fingerprints of layers with the publisher's.
 
     Raises:
-        BindingError: they differ; the first one that does is named.
+        BindingError: they differ; the first layer is named.
     """
     found = fingerprints(model, layers)
     for path in sorted({*found, *published}):
         if found.get(path) != published.get(path):
-            raise BindingError(f"the kernel of {path} came out in another state than where the model was published")
+            raise BindingError(f"the kernel state of {path} differs from the publisher's")
 
 
 class _Known(NamedTuple):
-    """What a fingerprint need not look into: the manifest has it."""
+    """Storages and modules that the manifest describes, and a fingerprint does not."""
 
     storages: set[StorageKey]
     modules: set[int]
 
 
 def _fingerprint(layer: nn.Module, known: _Known) -> str:
-    """A digest of what a layer's method left beside the layer's named tensors.
+    """Return a digest of the state that a layer's method left beside the layer's named tensors.
 
-    Plain values, enumerations, types, and other tensors by their bytes; of objects, also functions with their closures
-    and modules outside of the model, what they hold. An object that hides what it holds makes a fingerprint like no
-    other. Left out: what belongs to a process (devices' numbers), and vLLM's configuration, which is part of the weight
-    key.
+    It covers plain values, enumerations, types, and the bytes of unnamed tensors; also the contents of objects, of
+    functions with their closures, and of modules outside of the model. An object that hides its contents makes the
+    fingerprint unique. Left out are state of a process, such as device numbers, and vLLM's configuration, which is
+    part of the weight key.
     """
     own = {name: value for name, value in vars(layer).items() if name not in _EVERY_MODULES}
     logger = compat.logger()
-    tell = logger.isEnabledFor(logging.DEBUG)
+    debug = logger.isEnabledFor(logging.DEBUG)
     digest = hashlib.sha256()
     for line in _Reading(known).lines("", own):
         digest.update(line.encode() + b"\n")
-        if tell:  # where two differ, two logs say in what
+        if debug:  # to compare the logs of two processes
             logger.debug("wooly: kernel state: %s", line)
     return digest.hexdigest()
 
@@ -104,27 +104,27 @@ _EVERY_MODULES = frozenset(vars(nn.Module()))
 
 
 class _Reading:
-    """One walk through what a layer holds."""
+    """One walk through a layer's state."""
 
     def __init__(self, known: _Known) -> None:
         self._known = known
-        self._seen: dict[int, Any] = {}  # with the things: one made on the way must not leave its id to the next
+        self._seen: dict[int, Any] = {}  # keeps the objects: a temporary one must not pass its id to the next
         self._slots: Slots = {}
 
     def lines(self, path: str, thing: Any) -> Iterator[str]:
-        """A line for each thing that is reached, with the way to it."""
+        """Yield a line for each object that is reached, with its path."""
         leaf = self._leaf(thing)
         if leaf is not None:
             yield f"{path} {leaf}"
         elif id(thing) not in self._seen:
             self._seen[id(thing)] = thing
-            hidden = f" hides what it holds, process {os.getpid()} {secrets.token_hex()}" if hides(thing) else ""
+            hidden = f" hides its contents, process {os.getpid()} {secrets.token_hex()}" if hides(thing) else ""
             yield f"{path} {_name(type(thing))} {getattr(thing, '__qualname__', '')}{hidden}"
             for how, part in self._parts(thing):
                 yield from self.lines(path + how, part)
 
     def _leaf(self, thing: Any) -> str | None:
-        """What has no parts, or none to look into, as text; None for everything else."""
+        """Return an object without parts, or without relevant ones, as text; None for all others."""
         if isinstance(thing, torch.Tensor):
             return self._tensor(thing)
         if isinstance(thing, (enum.Enum, type)):
@@ -138,7 +138,7 @@ class _Reading:
         return None
 
     def _parts(self, thing: Any) -> list[tuple[str, Any]]:
-        """By how they are written. What decorators note on a function is about its code."""
+        """Return parts in order of their path. Attributes of functions are ignored: decorators set them, as code."""
         code = isinstance(thing, (types.FunctionType, types.MethodType))
         groups = contents(thing) if code else parts(thing, self._slots)
         found = ((how.format(key), part) for how, group in groups for key, part in group)

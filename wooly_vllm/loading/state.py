@@ -1,7 +1,7 @@
-"""Plain state that loading leaves on modules: flags and numbers that decide how a model computes.
+"""Plain state that loading leaves on modules: flags and numbers that control how a model computes.
 
-``load_weights`` and post-processing set such attributes (a draft model's ``has_own_lm_head``, the rows of a packed
-weight). A reader runs neither, so what changed at the publisher travels in the manifest.
+``load_weights`` and post-processing set such attributes: a draft model's ``has_own_lm_head``, or the rows of a packed
+weight. A reader runs neither, so the manifest carries the changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TYPES = (bool, int, float, str, type(None))
 
 
 def plain_state(model: nn.Module) -> Plain:
-    """Plain attributes by module path and name; a parameter or buffer that is None is one too."""
+    """Return plain attributes by module path and name, including parameters and buffers that are None."""
     return {
         path: {
             name: value
@@ -35,7 +35,7 @@ def plain_state(model: nn.Module) -> Plain:
 
 
 def changes(before: Plain, after: Plain) -> Plain:
-    """What is new or different in ``after``."""
+    """Return the entries of ``after`` that are new or different."""
     found = {
         path: {name: value for name, value in values.items() if not _same(before.get(path, {}), name, value)}
         for path, values in after.items()
@@ -44,10 +44,15 @@ def changes(before: Plain, after: Plain) -> Plain:
 
 
 def restore(model: nn.Module, state: Plain, *, but: Iterable[nn.Module] = ()) -> None:
-    """Set attributes to what the publisher had, ``but`` for some modules.
+    """Set attributes to the publisher's values.
+
+    Args:
+        model: the reader's.
+        state: of the manifest.
+        but: modules to leave alone.
 
     Raises:
-        BindingError: a module is missing.
+        BindingError: the model lacks a module.
     """
     modules = dict(model.named_modules())
     left_alone = {id(module) for module in but}
@@ -69,21 +74,24 @@ def _same(values: dict[str, Any], name: str, value: Any) -> bool:
 
 
 class Unnamed:
-    """Tensors that a model reaches, but that no module names: in lists, dicts, plain objects.
+    """Tensors that a model reaches, and no module names: in lists, dicts, plain objects.
 
-    They are not in a manifest. A reader's own constructor makes them, as the publisher's did; if *loading* then changed
-    one, or made one, a reader would not have it, and the model must not be shared.
+    A manifest does not describe them. A reader's own constructor makes them, as the publisher's did. If *loading*
+    changed or made one, a reader would lack it, and the model must not be shared.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Remember them as they are before loading."""
+        """Digest them before loading."""
         self._before = _unnamed(model)
         self._digests = {key: digest_of(tensor) for key, (_, tensor) in self._before.items()}
 
     def changed(self, model: nn.Module, remade: Iterable[object] = ()) -> list[str]:
-        """Paths of those that are new, or have other bytes, since this object was made.
+        """Return the paths of those that are new, or whose bytes have changed.
 
-        ``remade``: what a reader makes itself, with all that is only reached through it, does not count.
+        Args:
+            model: the same one, loaded.
+            remade: objects that a reader makes itself. They do not count, nor do tensors that are first reached
+                through them.
         """
         theirs = {id(thing) for thing in remade}
         return [
@@ -104,6 +112,6 @@ def _unnamed(model: nn.Module) -> dict[int, tuple[Step, torch.Tensor]]:
 
 
 def digest_of(tensor: torch.Tensor) -> bytes:
-    """The digest of a tensor's elements, wherever they lie."""
+    """Return the digest of a tensor's elements, on any device."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return digest_at(data.data_ptr(), data.numel())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,15 @@ class VllmSteps:
     """The steps of one call of ``load_model``."""
 
     def __init__(self, request: Request, make_inner: Callable[[], InnerLoader]) -> None:
-        """Prepare nothing yet. ``make_inner``: makes the loader that reads the checkpoint."""
+        """Take a request. ``make_inner``: makes the loader that reads the checkpoint."""
         self._request = request
         self._make_inner = make_inner
-        self._inner = make_inner()
         self._hashed: set[Path] = set()
         self._may_sleep = False
+
+    @functools.cached_property
+    def _inner(self) -> InnerLoader:
+        return self._make_inner()
 
     @property
     def name(self) -> str:

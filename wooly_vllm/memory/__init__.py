@@ -1,1 +1,1 @@
-"""What vLLM is told of memory that is shared."""
+"""Device memory of engines with shared weights: its accounting, and writes that it refuses."""

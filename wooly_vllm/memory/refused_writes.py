@@ -1,9 +1,9 @@
-"""A pointer for whoever meets a refused write.
+"""A note for errors that a write to shared weights may have caused.
 
-On a GPU shared weights are mapped read-only. A kernel that writes to them ends its engine with "an illegal memory
-access was encountered", at some later call that waits for the GPU, and nothing in that text leads to the reason. Here
-such errors get a note (PEP 678) that says what it may have been, and the log gets it once. Nothing else is changed, and
-the note does not promise to be right: other defects look the same.
+On a GPU, shared weights are mapped read-only. A kernel that writes to them crashes its engine with "an illegal memory
+access was encountered", raised by a later call that synchronises with the GPU. The message does not lead to the cause.
+This module adds a note (PEP 678) with the possible cause to such errors, and logs it once. The note is a hint: other
+defects raise the same error.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from wooly_vllm import compat
 
 NOTE = (
-    "wooly: weights shared by wooly are read-only on a GPU. If this engine's model writes to its weights, load it the "
-    "stock way; see docs/shared-memory.md#writes"
+    "wooly: shared weights are read-only on a GPU, and a write to them raises this error. If the model writes to its "
+    "weights, load it the stock way; see docs/shared-memory.md#writes"
 )
 _MARKS = ("illegal memory access", "error_illegal_address")
 
 
 def install() -> None:
-    """Have this process's GPU worker explain such errors. Idempotent."""
+    """Make this process's GPU worker explain such errors. Idempotent."""
     for owner, name in compat.where_gpu_errors_show(imported_only=True):
         method = getattr(owner, name)
         if not getattr(method, "wooly_explains", False):
@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def explain(error: BaseException) -> None:
-    """Add the note to an error that a refused write may have caused; it is logged with the first."""
+    """Add the note to an error that a refused write may have caused, and log it the first time."""
     text = str(error).lower()
     if NOTE in getattr(error, "__notes__", ()) or not any(mark in text for mark in _MARKS):
         return

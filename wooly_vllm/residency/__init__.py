@@ -1,1 +1,1 @@
-"""Weights that leave the device and return: sleep and wake."""
+"""Shared weights that leave the device and return: sleep and wake."""
