@@ -35,8 +35,8 @@ from shared_store.client.compact import compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping, backend_for
 from shared_store.memory.cuda.driver import visible_gpus
-from shared_store.runtime.launch import start_detached
 from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.spawn import start_detached
 
 MIB = 1 << 20
 LAYERS, CHANGED, TUNES, SMALL = 16, 2, 3, 20

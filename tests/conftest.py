@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["support.descriptors"]  # no test may leak a descriptor
+
 
 @pytest.hookimpl(optionalhook=True)  # xdist's, and not needed where tests run in one process
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:

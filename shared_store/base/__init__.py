@@ -1,1 +1,1 @@
-"""Pure leaves: types, names and formulas that every other package may import. No I/O but reading files."""
+"""Types, names and formulas that every other package may import. No I/O but reading files."""

@@ -1,8 +1,8 @@
-"""The digest of a checkpoint: its weight files' bytes, each hashed once and remembered by its identity on disk.
+"""The digest of a checkpoint: over the bytes of its weight files, each hashed once and cached by its identity on disk.
 
-A file is taken for unchanged while device, inode, size, mtime and ctime (in ns) are the same. The kernel stamps files
-with a clock that ticks every few milliseconds, so a file that was changed in the same tick in which it was hashed
-could look unchanged: an identity younger than :data:`SETTLED_S` when hashing began is not worth remembering.
+Relies on the file system: a file counts as unchanged while its device, inode, size, mtime and ctime (in ns) are equal.
+The kernel's timestamps advance in ticks of a few milliseconds, so a file that is changed in the tick in which it was
+hashed could look unchanged. An identity that was younger than :data:`SETTLED_S` when hashing began is not cached.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from blake3 import blake3
 from shared_store.base.errors import CheckpointError
 
 SETTLED_S = 2.0
-"""Seconds after a change until a file's identity can be trusted to change with the next one."""
+"""Age in seconds from which the next change of a file is sure to change its identity."""
 
 _STEP = 64 << 20
 _CONTEXT = "wooly 2026-11 checkpoint digest"
 
 
 class FileId(msgspec.Struct, frozen=True, array_like=True):
-    """What tells a file, and a version of it, from every other on this node (times in ns since the epoch)."""
+    """Identity of a file and its version on this node. Times are in ns since the epoch."""
 
     device: int
     inode: int
@@ -36,12 +36,12 @@ class FileId(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def settled(self) -> bool:
-        """Whether a later change is sure to give another identity."""
+        """True if the next change is sure to change the identity."""
         return time.time_ns() - max(self.mtime_ns, self.ctime_ns) > SETTLED_S * 1e9
 
 
 class HashedFile(msgspec.Struct, frozen=True, array_like=True):
-    """A file's identity and the BLAKE3-256 of its bytes; ``settled``: the pair may be remembered."""
+    """A file's identity and the BLAKE3-256 of its bytes. ``settled``: the pair may be cached."""
 
     file: FileId
     digest: bytes
@@ -49,16 +49,16 @@ class HashedFile(msgspec.Struct, frozen=True, array_like=True):
 
 
 def file_id(path: Path) -> FileId:
-    """The identity of a file now (links are followed: model caches are made of them).
+    """Return the current identity of a file. Links are followed, because model caches consist of them.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         found = path.stat()
     except OSError as error:
         raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; check the model's path and its permissions"
+            f"cannot read {path}: {error.strerror}; check the model's path and permissions"
         ) from error
     return FileId(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -66,12 +66,12 @@ def file_id(path: Path) -> FileId:
 def hash_files(
     paths: Sequence[Path], *, threads: int | None = None, progress: Callable[[int], None] | None = None
 ) -> list[HashedFile]:
-    """Hash files in parallel threads, straight from the page cache.
+    """Hash files in parallel threads.
 
     Args:
         paths: files to read.
-        threads: how many at a time; by default one a core, at most 8.
-        progress: called with the number of bytes done since the last call, from the hashing threads.
+        threads: number of files hashed at a time; by default one for each core, at most 8.
+        progress: called from the hashing threads with the bytes done since the last call.
 
     Raises:
         CheckpointError: a file cannot be read, or changed while it was being read.
@@ -101,7 +101,10 @@ def _hash_file(path: Path, progress: Callable[[int], None] | None) -> HashedFile
 
 
 def checkpoint_digest(files: Sequence[tuple[str, bytes]]) -> bytes:
-    """One digest over (name relative to the checkpoint, digest of its bytes), whatever the order they come in.
+    """Return one digest over files, independent of their order.
+
+    Args:
+        files: name relative to the checkpoint, and digest of the bytes, of each file.
 
     Raises:
         CheckpointError: there are no files.

@@ -1,7 +1,7 @@
 """Content digests: BLAKE3-256, the only identity that wooly trusts.
 
 A digest is 32 bytes. Algorithm and parameters are those of https://github.com/BLAKE3-team/BLAKE3-specs, unkeyed, so
-any BLAKE3 tool gives the same value for the same bytes.
+any BLAKE3 tool computes the same value for the same bytes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 SIZE = 32
 """Bytes of a digest."""
 
-_PARALLEL_FROM = 1 << 20  # below about 1 MiB the thread pool costs more than it gains
+_PARALLEL_FROM = 1 << 20  # below about 1 MiB, starting threads takes longer than they save
 
 
 def digest(data: Buffer) -> bytes:
-    """BLAKE3-256 of the bytes, on all cores when there are enough of them."""
+    """Return the BLAKE3-256 of the bytes, computed on all cores from 1 MiB on."""
     view = memoryview(data).cast("B")
     threads = blake3.AUTO if view.nbytes >= _PARALLEL_FROM else 1
     return blake3(view, max_threads=threads).digest()
 
 
 def digest_at(address: int, nbytes: int) -> bytes:
-    """BLAKE3-256 of ``nbytes`` readable bytes at a host address of this process.
+    """Return the BLAKE3-256 of ``nbytes`` bytes at a host address of this process. Nothing is copied.
 
-    The caller vouches for the range; nothing is copied.
+    The range must be readable: it is not checked, and a fault ends the process.
     """
     import ctypes
 

@@ -1,7 +1,7 @@
-"""The environment variables that wooly reads: the one registry of them.
+"""The environment variables of wooly: a registry of all of them.
 
-``docs/environment.md`` is checked against this table by a test. Values are read when asked for, never at import, so
-that a test or an engine may set them late.
+A test compares ``docs/environment.md`` with it. Values are read on every access, never at import, so that they may be
+set after wooly was imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One variable: its name, what it means, and how its text becomes a value."""
+    """One variable: its name, meaning and default, and the parser of its text."""
 
     name: str
     meaning: str
@@ -28,7 +28,7 @@ class Variable(Generic[T]):
     parse: Callable[[str], T]
 
     def get(self) -> T:
-        """The value now. Raises :class:`ConfigError` that names the variable when the text cannot be used."""
+        """Return the current value. Raises :class:`ConfigError`, which names the variable, for an invalid text."""
         text = os.environ.get(self.name)
         if text is None or text == "":
             text = self.default
@@ -84,63 +84,67 @@ def _when_to_verify(text: str) -> bool:
 RUNTIME_DIR: Variable[Path] = Variable(
     "WOOLY_RUNTIME_DIR",
     "Directory of the store's socket, lock and log; mode 0700. Unset: `$XDG_RUNTIME_DIR/wooly`, "
-    "or `/tmp/wooly-UID` where that is not set.",
+    "or `/tmp/wooly-UID` without `XDG_RUNTIME_DIR`.",
     "",
     _runtime_dir,
 )
 REDIS_URL: Variable[str | None] = Variable(
     "WOOLY_REDIS_URL",
-    "The catalog's Redis or Valkey server, such as `redis://host:6379/0` or `unix:///path`. "
-    "Unset: the store runs its own on a private socket.",
+    "URL of the catalog's Redis or Valkey server, such as `redis://host:6379/0` or `unix:///path`. "
+    "Unset: the store starts a server of its own on a private socket.",
     "",
     _optional,
 )
 AUTOSTART: Variable[bool] = Variable(
-    "WOOLY_AUTOSTART", "Whether a client starts a store for its user when none runs (1 or 0).", "1", _flag
+    "WOOLY_AUTOSTART", "1: a client that finds no store starts one. 0: it fails.", "1", _flag
 )
 LOG_LEVEL: Variable[str] = Variable(
-    "WOOLY_LOG_LEVEL", "Least severe message that the store and the `wooly` command log.", "INFO", _log_level
+    "WOOLY_LOG_LEVEL",
+    "Log level of the store and the `wooly` command: `DEBUG`, `INFO`, `WARNING` or `ERROR`.",
+    "INFO",
+    _log_level,
 )
 CPU_DISPATCH: Variable[bool] = Variable(
     "WOOLY_CPU_DISPATCH",
-    "1: every vLLM engine on a CPU uses the linear kernels that wooly uses, whatever its load format. "
-    "For comparing tokens and speed with stock vLLM under equal kernels.",
+    "1: every vLLM engine on a CPU uses the linear kernels that wooly uses, with any load format. "
+    "Use it to compare tokens and speed with stock vLLM under equal kernels.",
     "0",
     _flag,
 )
 WEIGHTS_DEDUP: Variable[bool] = Variable(
     "WOOLYAI_WEIGHTS_DEDUP",
-    "1: weights are shared by processes whose command line or code cannot be changed. "
-    "vLLM with the load format `auto`; transformers' `from_pretrained` onto one device, once `wooly_hf` is imported or "
-    "`wooly[activate]` is installed.",
+    "1: processes share weights without a change of their command line or code: vLLM with the load format `auto`, and "
+    "transformers' `from_pretrained` onto one device, if `wooly_hf` is imported or `wooly[activate]` is installed.",
     "0",
     _flag,
 )
 STRICT: Variable[bool] = Variable(
     "WOOLY_STRICT",
-    "1: a transformers model that was to be shared and cannot be is an error. 0: it is loaded the stock way, "
-    "with one warning that says why, and counted.",
+    "1: it is an error if a transformers model cannot be shared. 0: the model is loaded the stock way, with a warning "
+    "that names the reason, and counted as a fallback.",
     "0",
     _flag,
 )
 
 VERIFY: Variable[bool] = Variable(
     "WOOLY_VERIFY",
-    "`attach`: engines digest what they map before they bind it. What is not what its digest says is taken out of "
-    "service, and the engine loads the model itself. `never`: they rely on the checks at publication.",
+    "`attach`: engines verify shared weights before they use them. Weights that do not match their digests are "
+    "quarantined, and the engine loads the model the stock way. `never`: engines rely on the verification at "
+    "publication.",
     "never",
     _when_to_verify,
 )
 CACHE_DIR: Variable[Path | None] = Variable(
     "WOOLY_CACHE_DIR",
-    "Directory in which published models are saved, in the background, and looked for before a checkpoint is loaded. "
-    "Unset: none.",
+    "Directory of the cache. Published models are saved there in the background, and restored from there instead of "
+    "from a checkpoint. Unset: no cache.",
     "",
     _optional_directory,
 )
 CACHE_MAX_BYTES: Variable[int] = Variable(
     "WOOLY_CACHE_MAX_BYTES",
-    "Most that the saved models in `WOOLY_CACHE_DIR` may take, such as `200GiB`; the least recently used leave first.",
+    "Limit of the saved models in `WOOLY_CACHE_DIR`, such as `200GiB`. The least recently used models are removed "
+    "first.",
     "100GiB",
     _size,
 )

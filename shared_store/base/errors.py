@@ -1,8 +1,8 @@
-"""Every failure that wooly reports, one class each.
+"""The errors of wooly: one class for each failure.
 
-A class carries a stable ``code`` (a word that programs may compare, also over the wire), an ``exit_code`` for the
-command line, and a message that says what happened and what to do next. The docstring of a class is its meaning;
-the text is made where the error is raised, because only there are the facts known.
+A class has a stable ``code``, which programs may compare and the protocol carries, and an ``exit_code`` for the command
+line. The docstring of a class is its meaning. The message says what happened and the next step. It is written where the
+error is raised, because the facts are known there.
 """
 
 from __future__ import annotations
@@ -11,203 +11,203 @@ from typing import ClassVar
 
 
 class WoolyError(Exception):
-    """Anything that wooly refuses or fails to do."""
+    """Base class of every failure of wooly."""
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(WoolyError):
-    """An option, an environment variable or a path is not usable as given."""
+    """An option, an environment variable or a path is not valid."""
 
     code = "config"
     exit_code = 2
 
 
 class PathTooLongError(ConfigError):
-    """A Unix socket path over the kernel's 107 bytes."""
+    """The path of a Unix socket exceeds the kernel's 107 bytes."""
 
     code = "path_too_long"
 
 
 class UnsafePathError(ConfigError):
-    """A runtime directory or socket that others could have planted: wrong owner, open permissions, or a link."""
+    """Other users could have created the runtime directory or socket: its owner or mode is wrong, or it is a link."""
 
     code = "unsafe_path"
 
 
 class StoreUnavailableError(WoolyError):
-    """No store answers at the socket, and none could be started."""
+    """No store answers at the socket, and none was or could be started."""
 
     code = "store_unavailable"
     exit_code = 3
 
 
 class StoreRunningError(WoolyError):
-    """A second store was started for a runtime directory that has one."""
+    """The runtime directory already has a store."""
 
     code = "store_running"
     exit_code = 3
 
 
 class ConnectionLostError(StoreUnavailableError):
-    """The store went away in the middle of a conversation."""
+    """The connection to the store ended during a request."""
 
     code = "connection_lost"
 
 
 class TimedOutError(WoolyError):
-    """Something did not happen in the time that was allowed for it."""
+    """A time limit passed."""
 
     code = "timed_out"
     exit_code = 4
 
 
 class ProtocolError(WoolyError):
-    """A peer sent what the protocol does not allow: garbage, a truncated frame, a message out of turn."""
+    """A peer violated the protocol: malformed bytes, a truncated frame, or an unexpected message."""
 
     code = "protocol"
     exit_code = 5
 
 
 class ProtocolVersionError(ProtocolError):
-    """The two sides speak different protocol versions."""
+    """Client and store use different versions of the protocol."""
 
     code = "protocol_version"
 
 
 class MessageTooLargeError(ProtocolError):
-    """A frame over the size that its sender is allowed."""
+    """A frame exceeds the size limit of its sender."""
 
     code = "message_too_large"
 
 
 class PermissionDeniedError(WoolyError):
-    """The peer's uid is not on the store's allow-list."""
+    """The peer's user is not admitted by the store."""
 
     code = "permission_denied"
     exit_code = 6
 
 
 class TooManyClientsError(WoolyError):
-    """The store has as many connections as it accepts."""
+    """The store has reached its limit of connections."""
 
     code = "too_many_clients"
     exit_code = 7
 
 
 class OutOfMemoryError(WoolyError):
-    """A segment could not be created: the device, or the limit set for it, has no room."""
+    """A segment could not be allocated: the device is full, or its limit is reached."""
 
     code = "out_of_memory"
     exit_code = 8
 
 
 class MemoryBackendError(WoolyError):
-    """A memory backend's system call failed for another reason than lack of room."""
+    """A system or driver call of a memory backend failed, for another reason than lack of memory."""
 
     code = "memory"
     exit_code = 8
 
 
 class UnknownDeviceError(ConfigError):
-    """A device that this store has no memory backend for."""
+    """There is no memory backend for this device."""
 
     code = "unknown_device"
 
 
 class ModelNotFoundError(WoolyError):
-    """No model with that key (or key prefix) is in the store."""
+    """The store has no model with this key or key prefix."""
 
     code = "model_not_found"
     exit_code = 9
 
 
 class ModelInUseError(WoolyError):
-    """The model has readers or a publisher, so it cannot be removed."""
+    """The model cannot be removed: it has readers or a publisher."""
 
     code = "model_in_use"
     exit_code = 10
 
 
 class NotPublisherError(ProtocolError):
-    """A client that was not granted the publication of a model tried to plan or commit it."""
+    """A client tried to plan, fill or commit a model without being its publisher."""
 
     code = "not_publisher"
 
 
 class DigestMismatchError(WoolyError):
-    """Bytes in the store are not the bytes that their digest names."""
+    """Bytes do not match their digest."""
 
     code = "digest_mismatch"
     exit_code = 11
 
 
 class CheckpointError(WoolyError):
-    """The checkpoint cannot be read, has no weights, or changed while it was being read."""
+    """The checkpoint cannot be read, has no weights, or changed while it was read."""
 
     code = "checkpoint"
     exit_code = 12
 
 
 class UnsupportedError(WoolyError):
-    """This model or configuration cannot be shared; it can be loaded the stock way."""
+    """This model or configuration cannot be shared. It can be loaded the stock way."""
 
     code = "unsupported"
     exit_code = 13
 
 
 class BindingError(WoolyError):
-    """A model could not be bound to the store's tensors: one is missing, or was left on a placeholder."""
+    """A model could not be bound to the store's tensors: a tensor is missing, or is still a placeholder."""
 
     code = "binding"
     exit_code = 14
 
 
 class CommitFailedError(WoolyError):
-    """A model was loaded and is usable, but is its process's own: the store is gone or did not take it."""
+    """A model was loaded and works, but is not shared: the store is gone, or refused it."""
 
     code = "commit_failed"
     exit_code = 15
 
 
 class SharedWriteError(WoolyError):
-    """Something would write to weights that other processes read, where memory is mapped read-only."""
+    """An operation would write to shared weights, which are mapped read-only."""
 
     code = "shared_write"
     exit_code = 16
 
 
 class SavedModelError(WoolyError):
-    """A saved model cannot be taken back: it is incomplete, was changed, or is not wooly's or not of this version."""
+    """A saved model cannot be restored: it is incomplete, was changed, or has another format or version."""
 
     code = "saved_model"
     exit_code = 19
 
 
 class DiskError(WoolyError):
-    """A model could not be written to disk: no room, or the file system refuses."""
+    """A model could not be written to disk: the disk is full, or the file system refuses."""
 
     code = "disk"
     exit_code = 20
 
 
 class OfferRefusedError(WoolyError):
-    """What a client offered to a restarted store is not what it says it is, or is not wanted."""
+    """A restarted store refused a client's offer of a model: it does not match its description, or is not needed."""
 
     code = "offer_refused"
     exit_code = 17
 
 
 class UpgradeError(WoolyError):
-    """The store was not replaced by another version; it goes on as it was."""
+    """The store was not replaced by another version. It goes on unchanged."""
 
     code = "upgrade"
     exit_code = 18
 
 
 class CatalogUnavailableError(WoolyError):
-    """The Redis or Valkey server with the catalog does not answer, or nobody knows where it is."""
+    """The catalog's Redis or Valkey server does not answer, or its address is unknown."""
 
     code = "catalog_unavailable"
     exit_code = 21
@@ -218,5 +218,5 @@ def _all_subclasses(cls: type[WoolyError]) -> list[type[WoolyError]]:
 
 
 def by_code(code: str) -> type[WoolyError]:
-    """The class for a code that came over the wire; :class:`WoolyError` for one that this version does not know."""
+    """Return the class of a code from the wire; :class:`WoolyError` for a code that this version does not know."""
     return next((cls for cls in _all_subclasses(WoolyError) if cls.code == code), WoolyError)

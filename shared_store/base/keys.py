@@ -1,4 +1,7 @@
-"""Weight keys: what must be equal for one process's final tensors to serve another."""
+"""Weight keys: a digest of every fact that shapes a model's final tensors.
+
+Processes with equal keys share tensors. Does not promise that models with different keys differ.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ KEY_LENGTH = 64
 
 
 def canonical(value: Any) -> bytes:
-    """Canonical JSON: keys sorted, no white space, so that equal facts give equal bytes, and different ones different.
+    """Encode as canonical JSON: sorted keys, no white space. Equal values give equal bytes, different ones different.
 
-    Numbers that JSON does not have (``NaN``, ``Infinity``) are written by those names: as ``null`` they would be one.
+    Numbers without a JSON form are written by their names (``NaN``, ``Infinity``), because ``null`` would make them
+    equal.
 
     Raises:
-        UnsupportedError: something in it has no JSON form. Guessing one (an address in a ``repr``, say) could make
-            different models equal or equal ones different.
+        UnsupportedError: a value has no JSON form. A guess, such as a ``repr`` with an address, could make different
+            models equal or equal models different.
     """
     try:
         plain = msgspec.to_builtins(value, str_keys=True, order="deterministic")
@@ -38,24 +42,24 @@ _NAMES = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path
 
 
 def without_names(config: Any) -> Any:
-    """A model's configuration, in plain JSON types, without the names that say where it was found."""
+    """Return a model's configuration (plain JSON types) without names that tell where it was loaded from."""
     if isinstance(config, dict):
         return {key: without_names(inner) for key, inner in config.items() if key not in _NAMES}
     return [without_names(inner) for inner in config] if isinstance(config, list) else config
 
 
 def is_key(text: str) -> bool:
-    """Whether a text has the form of a weight key."""
+    """True if a text has the form of a weight key."""
     return len(text) == KEY_LENGTH and set(text) <= set("0123456789abcdef")
 
 
 def weight_key(checkpoint: bytes, facts: Mapping[str, Any]) -> str:
-    """The key of a model's final tensors.
+    """Return the key of a model's final tensors.
 
     Args:
         checkpoint: :func:`shared_store.base.checkpoint.checkpoint_digest` of its files.
-        facts: everything else that shapes the final tensors (engine, version, configuration, dtype, ranks, ...).
-            Too much here costs a load; too little would serve wrong weights.
+        facts: everything else that shapes the final tensors: engine, version, configuration, dtype, ranks. A fact too
+            many costs a load. A missing fact would serve wrong weights.
 
     Returns:
         64 hexadecimal digits.
@@ -64,6 +68,6 @@ def weight_key(checkpoint: bytes, facts: Mapping[str, Any]) -> str:
 
 
 def host_key(key: str, digests: Iterable[bytes]) -> str:
-    """The key of the host copy of a model with this key and blobs of these digests, in its manifest's order."""
+    """Return the key of a host copy: of a model's key and its blobs' digests, in the manifest's order."""
     named = key.encode() + b"".join(digests)
     return blake3(named, derive_key_context=_HOST_CONTEXT).hexdigest()

@@ -1,8 +1,8 @@
-"""Where blobs lie in segments: a pure function.
+"""The layout of blobs in segments: pure functions.
 
-Few, large segments make mapping a model a handful of calls. But a segment is allocated whole before the first of its
-originals is freed, so one that is small beside its model keeps the peak of publishing near the model's size. 512-byte
-alignment satisfies every vector load and copy engine; segment sizes are multiples of 2 MiB because that is the
+Few, large segments make mapping a model a few calls. But publishing allocates a whole segment before it frees the first
+tensor that is copied into it, so segments that are small relative to the model limit the peak of memory. Blobs are
+aligned to 512 bytes, which satisfies every vector load and copy engine. Segment sizes are multiples of 2 MiB, the
 granularity of CUDA's physical allocations.
 """
 
@@ -16,12 +16,12 @@ GRANULARITY = 2 << 20
 TARGET = 1 << 30
 LEAST_TARGET = 64 << 20
 PARTS = 8
-"""Segments that a model is divided into between the two targets: publishing it takes an eighth more than it has."""
+"""Segments of a model whose target lies between the two limits: publishing takes an eighth more than its size."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one blob lies: the index of its segment in the layout, and its first byte there."""
+    """The place of one blob: index of its segment in the layout, and offset of its first byte there."""
 
     segment: int
     offset: int
@@ -29,32 +29,32 @@ class Placement:
 
 @dataclass(frozen=True)
 class Layout:
-    """``sizes``: bytes of each segment; ``placements``: one for each blob, in the order they were given."""
+    """``sizes``: bytes of each segment. ``placements``: one for each blob, in the order of the blobs."""
 
     sizes: tuple[int, ...]
     placements: tuple[Placement, ...]
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not below ``value``."""
+    """Return the smallest multiple that is at least ``value``."""
     return -(-value // multiple) * multiple
 
 
 def target_for(nbytes: int) -> int:
-    """Bytes after which a new segment begins, for blobs of so many bytes together."""
+    """Return the bytes after which a new segment begins, for blobs of ``nbytes`` in total."""
     return min(max(nbytes // PARTS, LEAST_TARGET), TARGET)
 
 
 def pack(sizes: Sequence[int], *, target: int | None = None) -> Layout:
-    """Lay blobs out in their given order, which is the order in which they will be copied and freed.
+    """Lay out blobs in their order, in which they are also copied and freed.
 
     Args:
         sizes: bytes of each blob, zero allowed.
-        target: bytes after which a new segment begins; by default :func:`target_for` them all. A blob larger than that
-            gets a segment of its own size.
+        target: bytes after which a new segment begins; by default :func:`target_for` of their sum. A larger blob gets a
+            segment of its own.
 
     Returns:
-        Offsets are multiples of :data:`ALIGNMENT`, segment sizes of :data:`GRANULARITY`; blobs do not overlap.
+        A layout without overlaps. Offsets are multiples of :data:`ALIGNMENT`, segment sizes of :data:`GRANULARITY`.
     """
     if target is None:
         target = target_for(sum(sizes))
@@ -72,33 +72,38 @@ def pack(sizes: Sequence[int], *, target: int | None = None) -> Layout:
     return Layout(tuple(max(round_up(end, GRANULARITY), GRANULARITY) for end in ends), tuple(placements))
 
 
-def as_wished(wish: Layout, nbytes: Sequence[int], new: Sequence[int]) -> Layout:
-    """The wished layout, of those segments that get something new.
+def restrict(preferred: Layout, nbytes: Sequence[int], new: Sequence[int]) -> Layout:
+    """Restrict a preferred layout to the segments that get new blobs.
 
     Args:
-        wish: a place for each blob: somebody has addresses for them there.
+        preferred: a placement for each blob, stable because a client has reserved addresses for it.
         nbytes: bytes of each blob.
-        new: indexes of the blobs that need a place; the others have one elsewhere.
+        new: indexes of the blobs that need a placement; the others are in the store already.
 
     Returns:
         Placements for the new blobs, in the order of ``new``.
 
     Raises:
-        ValueError: it cannot be: blobs overlap or reach out of their segment, or a segment has no possible size.
+        ValueError: blobs overlap, are not aligned or exceed their segment, or a segment's size is not a multiple of
+            :data:`GRANULARITY`.
     """
-    if len(wish.placements) != len(nbytes) or any(size <= 0 or size % GRANULARITY for size in wish.sizes):
-        raise ValueError("places for other blobs, or segments of impossible sizes")
+    if len(preferred.placements) != len(nbytes):
+        raise ValueError(f"{len(preferred.placements)} placements for {len(nbytes)} blobs")
+    if any(size <= 0 or size % GRANULARITY for size in preferred.sizes):
+        raise ValueError(f"a segment's size is not a multiple of {GRANULARITY} bytes")
     end: dict[int, int] = {}
-    for index in sorted(new, key=lambda index: (wish.placements[index].offset, nbytes[index])):
-        spot = wish.placements[index]
-        if not 0 <= spot.segment < len(wish.sizes) or spot.offset % ALIGNMENT or spot.offset < end.get(spot.segment, 0):
-            raise ValueError(f"blob {index} lies on another, or in no segment")
+    for index in sorted(new, key=lambda index: (preferred.placements[index].offset, nbytes[index])):
+        spot = preferred.placements[index]
+        if not 0 <= spot.segment < len(preferred.sizes) or spot.offset % ALIGNMENT:
+            raise ValueError(f"blob {index} is in no segment, or is not aligned to {ALIGNMENT} bytes")
+        if spot.offset < end.get(spot.segment, 0):
+            raise ValueError(f"blob {index} overlaps another blob")
         end[spot.segment] = spot.offset + nbytes[index]
-        if end[spot.segment] > wish.sizes[spot.segment]:
-            raise ValueError(f"blob {index} reaches out of its segment")
-    kept = {segment: number for number, segment in enumerate(sorted(end))}
-    spots = (wish.placements[index] for index in new)
+        if end[spot.segment] > preferred.sizes[spot.segment]:
+            raise ValueError(f"blob {index} exceeds its segment")
+    used = {segment: number for number, segment in enumerate(sorted(end))}
+    spots = (preferred.placements[index] for index in new)
     return Layout(
-        tuple(wish.sizes[segment] for segment in kept),
-        tuple(Placement(kept[spot.segment], spot.offset) for spot in spots),
+        tuple(preferred.sizes[segment] for segment in used),
+        tuple(Placement(used[spot.segment], spot.offset) for spot in spots),
     )

@@ -1,8 +1,8 @@
-"""The manifest: the named tensors of one loaded model, and the plain state that the engine needs beside them.
+"""The manifest: the named tensors of one loaded model, and the engine's plain state.
 
-A manifest says nothing of where bytes lie: it names blobs by digest, and the store says where they are. One entry of
-``blobs`` stands for one storage that the model had. Two entries may have the same digest (equal but untied weights):
-the store keeps the bytes once, and the reader gives each entry a mapping of its own, so that they stay untied.
+A manifest names blobs by digest and has no locations: those are the store's. One entry of ``blobs`` is one storage of
+the model. Two entries may have the same digest (equal but untied weights): the store has the bytes once, and a reader
+gives each entry its own mapping, so that they stay untied.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ITEM_SIZES: dict[str, int] = {
     "uint64": 8,
     "uint8": 1,
 }
-"""Bytes of one element, by torch's name of the dtype without its prefix. Other dtypes are not shared."""
+"""Bytes of one element, by torch's name of the dtype without its prefix. Models with other dtypes are not shared."""
 
 MAX_DIMENSIONS = 32
 
 
 class Blob(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Immutable bytes: their BLAKE3-256 and how many there are."""
+    """Immutable bytes: their BLAKE3-256 and their number."""
 
     digest: bytes
     nbytes: int
@@ -54,18 +54,18 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One named tensor.
 
     Attributes:
-        module: dotted path of the module that has it; empty for the model itself.
-        name: the name in that module.
-        kind: how the module holds it.
+        module: dotted path of its module; empty for the model itself.
+        name: its name in the module.
+        kind: how the module registers it.
         blob: index in the manifest's ``blobs``.
         dtype: a key of :data:`ITEM_SIZES`.
         shape: elements in each dimension.
-        stride: elements from one to the next in each dimension, zero or more.
-        offset: elements from the blob's first byte to the tensor's first element.
-        alias: tensors with the same number are one Python object (tied weights).
-        persistent: whether a buffer belongs to the module's state dict.
-        requires_grad: as loading left it.
-        host: a small tensor in host memory beside a model on another device; readers copy it there.
+        stride: elements between neighbours in each dimension, zero or more.
+        offset: elements between the blob's first byte and the tensor's first element.
+        alias: tensors with the same number are the same Python object (tied weights).
+        persistent: True for a buffer in the module's state dict.
+        requires_grad: the flag after loading.
+        host: True for a small tensor in host memory, of a model on another device. Readers copy it to host memory.
     """
 
     module: str
@@ -88,7 +88,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def extent(self) -> int:
-        """Bytes from the blob's first byte to the end of the tensor's last element; zero when it has none."""
+        """Bytes from the blob's first byte to the end of the tensor's last element; 0 without elements."""
         if 0 in self.shape:
             return 0
         last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -96,11 +96,11 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a reader needs, beside the bytes, to become what the publisher was.
+    """Everything but the bytes that a reader needs to restore the publisher's model.
 
     Attributes:
-        key: the weight key that it answers.
-        name: what people call the model.
+        key: the weight key.
+        name: the model's name, for people.
         engine: ``vllm`` or ``transformers``, and its version.
         device: ``cpu``, or the kind of GPU.
         blobs: one for each storage.
@@ -119,12 +119,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a private copy of the model's tensors would take."""
+        """Bytes of a private copy of the model's tensors."""
         return sum(blob.nbytes for blob in self.blobs)
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The manifest's msgpack form."""
+    """Encode as msgpack."""
     return msgspec.msgpack.encode(manifest)
 
 
@@ -132,10 +132,10 @@ _decoder = msgspec.msgpack.Decoder(Manifest)
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest, and believe nothing in it that was not checked.
+    """Decode a manifest from an untrusted source.
 
     Raises:
-        ProtocolError: it is not a manifest, or a tensor would reach outside its blob.
+        ProtocolError: it is not a manifest of this version, or a tensor exceeds its blob.
     """
     try:
         manifest = _decoder.decode(data)
@@ -148,15 +148,15 @@ def decode(data: bytes) -> Manifest:
 def _check(manifest: Manifest) -> None:
     for blob in manifest.blobs:
         if len(blob.digest) != digest.SIZE or blob.nbytes < 0:
-            raise ProtocolError("a manifest with a malformed blob")
+            raise ProtocolError("the manifest has a malformed blob")
     for entry in manifest.tensors:
         if entry.dtype not in ITEM_SIZES:
             raise ProtocolError(f"{entry.path}: unknown dtype {entry.dtype}")
         if not 0 <= entry.blob < len(manifest.blobs):
-            raise ProtocolError(f"{entry.path}: there is no blob {entry.blob}")
+            raise ProtocolError(f"{entry.path}: blob {entry.blob} does not exist")
         if len(entry.shape) != len(entry.stride) or len(entry.shape) > MAX_DIMENSIONS:
-            raise ProtocolError(f"{entry.path}: shape and stride do not fit each other")
+            raise ProtocolError(f"{entry.path}: shape and stride do not match")
         if min((*entry.shape, *entry.stride, entry.offset, entry.alias)) < 0:
             raise ProtocolError(f"{entry.path}: a negative size, stride or offset")
         if entry.extent > manifest.blobs[entry.blob].nbytes:
-            raise ProtocolError(f"{entry.path}: reaches outside its blob")
+            raise ProtocolError(f"{entry.path}: exceeds its blob")

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes in bytes, written with a unit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of ``64GiB``, ``1.5 TiB`` or ``1048576``; None where it is nothing of the kind, or is zero."""
+    """Return the bytes of ``64GiB``, ``1.5 TiB`` or ``1048576``; None for any other text, and for zero."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:iB)?|B)?", text.strip(), re.ASCII | re.IGNORECASE)
     if match is None:
         return None

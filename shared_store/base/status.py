@@ -1,7 +1,7 @@
-"""The store's frozen snapshot: one type feeds the command line, the metrics and any program that reads the JSON.
+"""The store's status: one immutable snapshot for the command line, the metrics and programs that read its JSON.
 
-``wooly status --json`` prints it. Fields are only ever added under one schema name; a changed meaning gets a new one.
-All sizes are bytes, all durations seconds.
+``wooly status --json`` prints it. Fields may be added under the same schema name. A field whose meaning changes gets a
+new name. All sizes are in bytes, all durations in seconds.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import msgspec
 SCHEMA: Final = "wooly.status/1"
 
 LATENCY_BOUNDS_S: Final = (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)
-"""Upper ends of the classes that durations of requests are counted in; one more has no end."""
+"""Upper bounds in seconds of the classes of request durations. Another class has no bound."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """The machine: ``id`` is stable over restarts of the store."""
+    """The machine. ``id`` is stable over restarts of the store."""
 
     id: str
     hostname: str
@@ -25,9 +25,10 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
-    """The store's process. ``degraded``: it serves, but something beside it (the catalog, the keeper) does not.
+    """The store's process.
 
-    ``recovering``: it was restarted a moment ago, and its clients are coming back.
+    ``degraded``: it serves, but the catalog or the keeper does not. ``recovering``: it was restarted, and the grace
+    period for its clients is not over.
     """
 
     pid: int
@@ -39,7 +40,7 @@ class StoreStatus(msgspec.Struct, frozen=True):
 
 
 class KeeperStatus(msgspec.Struct, frozen=True):
-    """The store's parent. ``restarts``: how often it started the store again; ``journal``: whether it is written."""
+    """The store's parent. ``restarts``: number of restarts of the store. ``journal``: ``degraded`` if not written."""
 
     pid: int
     state: Literal["ok", "gone"]
@@ -48,17 +49,17 @@ class KeeperStatus(msgspec.Struct, frozen=True):
 
 
 class CatalogStatus(msgspec.Struct, frozen=True):
-    """The Redis or Valkey server that the catalog is written to (credentials removed from the URL)."""
+    """The catalog's Redis or Valkey server. The URL is without credentials."""
 
     url: str
     state: Literal["ok", "down"]
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """Memory that the store has allocated on one device; ``id`` is ``cpu`` or a GPU's UUID.
+    """Memory that the store has allocated on one device. ``id``: ``cpu`` or a GPU's UUID.
 
-    Of the bytes that no blob uses, ``dead_bytes`` had one; ``padding_bytes`` lie between blobs and at the ends of
-    segments, which have whole multiples of 2 MiB.
+    ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
+    of segments, whose sizes are multiples of 2 MiB.
     """
 
     id: str
@@ -70,9 +71,10 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
-    """One model. ``unique_bytes``: of its blobs, those that no other committed model has.
+    """One model.
 
-    ``last_used``: Unix seconds at which a reader came or left last; 0 before the first.
+    ``unique_bytes``: bytes of blobs that no other committed model has. ``last_used``: Unix time in seconds at which a
+    reader last attached or left; 0 before the first.
     """
 
     key: str
@@ -89,9 +91,9 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
 
 class QuarantineStatus(msgspec.Struct, frozen=True):
-    """A segment with wrong bytes, kept for those who map it.
+    """A segment with wrong bytes, which lives until its readers unmap it.
 
-    ``models``: keys that they read under, which are free for new models; ``readers``: how many clients they are.
+    ``models``: keys of the withdrawn models, which can be published again. ``readers``: number of clients that map it.
     """
 
     device: str
@@ -102,9 +104,10 @@ class QuarantineStatus(msgspec.Struct, frozen=True):
 
 
 class ClientStatus(msgspec.Struct, frozen=True):
-    """One lease: a client and a model that it publishes, reads or (``key`` empty) neither.
+    """One lease: a client, and a model that it publishes, reads or waits for; without a model, ``key`` is empty.
 
-    ``mapped_bytes`` are the bytes of shared blobs that it maps; ``private_bytes`` what it says it copied for itself.
+    ``mapped_bytes``: bytes of shared blobs that the client maps. ``private_bytes``: bytes of its private copies, as the
+    client reports them.
     """
 
     id: int
@@ -131,10 +134,10 @@ class Counters(msgspec.Struct, frozen=True):
 
 
 class RequestStatus(msgspec.Struct, frozen=True):
-    """Requests of one kind that were answered since the store started.
+    """Requests of one kind that were answered since the store started. Waiting for other clients is included.
 
-    ``classes``: how many took so long, one for each of :data:`LATENCY_BOUNDS_S` (longer than the one before it, and at
-    most this), and one for those that took longer. Waiting for other clients counts.
+    ``classes``: number of requests by duration, one class for each of :data:`LATENCY_BOUNDS_S` (above the previous
+    bound, up to this one), and one for longer requests.
     """
 
     name: str
@@ -144,7 +147,7 @@ class RequestStatus(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """``saved_bytes``: what the readers map, less one copy of every distinct blob among it."""
+    """Sums. ``saved_bytes``: bytes that readers map, minus one copy of every distinct blob of these."""
 
     resident_bytes: int
     mapped_bytes: int
@@ -152,7 +155,7 @@ class Totals(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the store tells about itself at one moment."""
+    """Everything that the store reports about itself, at one moment."""
 
     schema: Literal["wooly.status/1"] = SCHEMA
     node: NodeStatus

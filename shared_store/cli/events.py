@@ -11,7 +11,8 @@ from shared_store.base import envs
 from shared_store.base.errors import CatalogUnavailableError, StoreUnavailableError
 from shared_store.cli import render
 from shared_store.cli.options import Json, RuntimeDir, connect
-from shared_store.runtime.paths import RuntimePaths, node_name
+from shared_store.runtime.node import node_id
+from shared_store.runtime.paths import RuntimePaths
 
 if TYPE_CHECKING:
     from shared_store.catalog.stream import EventEntry
@@ -70,7 +71,7 @@ def command(
 def _where(runtime_dir: Path | None, given: str | None, *, all_nodes: bool) -> tuple[str, str | None]:
     """The server's URL, and the node whose events are shown; None: all. Asks the store only for what is not known."""
     paths = RuntimePaths((runtime_dir or envs.RUNTIME_DIR.get()).absolute())
-    node = None if all_nodes else node_name(paths.node_id)
+    node = None if all_nodes else node_id(paths.node_id)
     if given is not None and (all_nodes or node is not None):
         return given, node
     try:

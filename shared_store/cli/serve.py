@@ -120,7 +120,7 @@ def command(
         except KeyError as error:
             raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists them") from error
     if detach:
-        from shared_store.runtime.launch import start_detached
+        from shared_store.runtime.spawn import start_detached
 
         pid = start_detached(options, timeout_s=DETACHED_WITHIN_S)
         print(f"started a store (its keeper is pid {pid}) in {options.runtime_dir}")

@@ -23,13 +23,13 @@ from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.disk.cache import Cache, configured
 from shared_store.disk.save import save_resident
+from shared_store.runtime.spawn import detach
 from shared_store.transfer.reading import committed
 
 log = logging.getLogger(__name__)
 
 LOG: Final = "saver.log"
 _PATIENCE_S: Final = 1800.0
-_FORK_OFF: Final = 'log=$1; shift; "$@" </dev/null >>"$log" 2>&1 &'
 
 
 def save_later(cache: Cache, key: str, runtime_dir: Path | None = None) -> None:
@@ -37,10 +37,9 @@ def save_later(cache: Cache, key: str, runtime_dir: Path | None = None) -> None:
     if cache.find(key) is not None:
         return
     command = [sys.executable, "-m", "shared_store.disk.saver", key]
-    shell = ["/bin/sh", "-c", _FORK_OFF, "wooly", os.fspath(cache.directory / LOG), *command]
     environment = {**os.environ, envs.RUNTIME_DIR.name: os.fspath(runtime_dir or envs.RUNTIME_DIR.get())}
     try:
-        subprocess.run(shell, start_new_session=True, check=True, env=environment)
+        detach(command, cache.directory / LOG, env=environment)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("wooly: the model will not be in the cache: %s", error)
 

@@ -11,8 +11,8 @@ from shared_store.keeper.retained_state import RetainedState, recover
 from shared_store.keeper.service_manager import ServiceManager
 from shared_store.keeper.store_process import StoreProcess
 from shared_store.protocol import handover
-from shared_store.runtime.claim import claim, listen, raise_file_limit
-from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.runtime.claim import claim, listen
+from shared_store.runtime.fds import OwnedFd, OwnedFds, raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 
@@ -33,7 +33,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     """
     paths = _prepare(options)
     manager = ServiceManager()
-    lock = OwnedFd(claim(paths))
+    lock = claim(paths)
     try:
         state, sock, events = recover(paths, manager)
         sock = sock or listen(paths, options)

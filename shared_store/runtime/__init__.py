@@ -1,1 +1,1 @@
-"""This host: directories, settings, starting processes, waiting between attempts."""
+"""This host: directories, settings, descriptors, starting processes, delays between attempts."""

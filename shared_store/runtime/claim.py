@@ -1,74 +1,85 @@
-"""The claim on a runtime directory, and the socket in it: the same for a keeper and for a store without one."""
+"""The exclusive claim on a runtime directory, and the listening socket in it, for a keeper or a store without one."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import resource
 import socket
 import stat
 
 from shared_store.base.errors import ConfigError, StoreRunningError
+from shared_store.runtime.fds import OwnedFd
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, writing
 
 
-def claim(paths: RuntimePaths) -> int:
-    """Become the one store of a runtime directory; the returned fd holds the claim until it is closed.
+def claim(paths: RuntimePaths) -> OwnedFd:
+    """Lock a runtime directory. The claim ends when the last duplicate of the descriptor is closed.
 
     Raises:
-        StoreRunningError: another store has it.
+        StoreRunningError: another store has the directory.
+        ConfigError: the directory is full or read-only.
     """
     with writing(paths.directory):
-        fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = OwnedFd(os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(fd)
-        raise StoreRunningError(f"a store runs already in {paths.directory}; `wooly status` shows it") from error
+        fd.close()
+        raise running(paths) from error
     return fd
 
 
+def running(paths: RuntimePaths) -> StoreRunningError:
+    """Return the error for a runtime directory that has a store."""
+    return StoreRunningError(f"a store is already running in {paths.directory}; `wooly status` shows it")
+
+
 def listen(paths: RuntimePaths, options: ServeOptions) -> socket.socket:
-    """A listening socket for those who may connect, in place of a dead store's. Needs :func:`claim`.
+    """Create the listening socket, in place of that of a store which ended. Needs :func:`claim`.
 
     Raises:
-        ConfigError: the path is taken by something else, or the group does not exist or is not this user's to give.
+        ConfigError: the path is not a socket, the directory is full or read-only, the group does not exist, or this
+            user is not a member of it.
     """
     if options.socket_group is not None:
-        _give_to_group(paths, options.socket_group)
-    paths.directory.chmod(options.directory_mode)  # it may be older than the wish to share it
+        _admit_group(paths, options.socket_group)
+    paths.directory.chmod(options.directory_mode)  # the directory may be older than the option to share it
     if paths.socket.exists() or paths.socket.is_symlink():
         if not stat.S_ISSOCK(paths.socket.lstat().st_mode):
             raise ConfigError(f"{paths.socket} is in the way and is not a socket; remove it")
         paths.socket.unlink()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _bind(sock, paths)
+        if options.socket_group is not None:
+            os.chown(paths.socket, -1, paths.directory.stat().st_gid)
+        paths.socket.chmod(options.socket_mode)
+        sock.listen(512)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind(sock: socket.socket, paths: RuntimePaths) -> None:
+    """Bind the socket for this user alone: `listen` sets the mode when the group is right."""
     before = os.umask(0o177)
     try:
         with writing(paths.directory):
             sock.bind(os.fspath(paths.socket))
     finally:
         os.umask(before)
-    if options.socket_group is not None:
-        os.chown(paths.socket, -1, paths.directory.stat().st_gid)
-    paths.socket.chmod(options.socket_mode)
-    sock.listen(512)
-    return sock
 
 
-def _give_to_group(paths: RuntimePaths, group: str) -> None:
+def _admit_group(paths: RuntimePaths, group: str) -> None:
     import grp
 
     try:
         os.chown(paths.directory, -1, grp.getgrnam(group).gr_gid)
     except KeyError as error:
-        raise ConfigError(f"there is no group {group!r}") from error
+        raise ConfigError(f"group {group!r} does not exist; create it, or name another one") from error
     except PermissionError as error:
-        raise ConfigError(f"only members of group {group!r} (and root) can let it in") from error
-
-
-def raise_file_limit() -> None:
-    """A segment or a client is an fd each: take as many as the system lets this user have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        raise ConfigError(
+            f"this user is not a member of group {group!r}: only members and root can admit it"
+        ) from error

@@ -16,10 +16,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from shared_store.base.errors import StoreRunningError, WoolyError
 from shared_store.runtime.fds import OwnedFd
 from shared_store.runtime.options import ServeOptions
+
+READY: Final = b"1"
+"""Byte for the starter: clients can connect."""
+
+RUNNING: Final = b"0"
+"""Byte for the starter: the runtime directory has a store already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +51,11 @@ class Arguments:
 
     def report_ready(self) -> None:
         """Tell the starter that clients can connect."""
-        self._report(b"1")
+        self._report(READY)
 
     def report_running(self) -> None:
         """Tell the starter that the runtime directory has a store already."""
-        self._report(b"0")
+        self._report(RUNNING)
 
     def _report(self, answer: bytes) -> None:
         if self.ready is not None and not self.ready.closed:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -51,7 +52,7 @@ class OwnedFd:
         return duplicate(self.fileno())
 
     def detach(self) -> int:
-        """Return the descriptor and give up ownership: the caller closes it."""
+        """Return the descriptor and transfer ownership: the caller closes it."""
         fd = self.fileno()
         self._fd = _CLOSED
         return fd
@@ -110,7 +111,7 @@ class OwnedFds:
         return tuple(fd.fileno() for fd in self._fds)
 
     def detach(self) -> list[OwnedFd]:
-        """Return the descriptors in order and give up ownership: the caller closes them."""
+        """Return the descriptors in order and transfer ownership: the caller closes them."""
         fds, self._fds = self._fds, []
         return fds
 
@@ -137,3 +138,10 @@ class OwnedFds:
 def duplicate(fd: int) -> OwnedFd:
     """Duplicate a borrowed descriptor, close-on-exec. Raises :class:`OSError`, for example ``EMFILE``."""
     return OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _LOWEST))
+
+
+def raise_file_limit() -> None:
+    """Raise this process's limit of open files to the hard limit: each segment and each client is a descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,8 @@
-"""Doing something once a module has been imported, without importing it."""
+"""Calls that wait until a module was imported, without importing it.
+
+Relies on the import system's meta path (PEP 451) and on ``__spec__._initializing``, which CPython sets while a module's
+import is in progress.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,24 @@ from types import ModuleType
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module as soon as its import is over; now, if it is.
+    """Call a function with a module as soon as its import has finished; now, if it has.
 
-    A module whose import is under way counts as imported when the next import begins after it. What ``then`` raises is
-    raised where the module is imported.
+    A module whose import is in progress counts as imported when the next import begins after it. An exception of
+    ``then`` is raised by the statement that imports the module.
     """
     module = sys.modules.get(name)
-    if module is not None and not _under_way(module):
+    if module is not None and not _in_progress(module):
         then(module)
     else:
         sys.meta_path.insert(0, _Watch(name, then))
 
 
-def _under_way(module: ModuleType) -> bool:
+def _in_progress(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself: it sees imports begin, and has the one that it waits for end with a call."""
+    """Finds no module itself. It sees imports begin, and wraps the loader of the module that it waits for."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name
@@ -36,10 +40,10 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Leave other modules alone, and the one that is waited for to the other finders."""
+        """Return the other finders' spec of the awaited module with a wrapped loader; None for other modules."""
         module = sys.modules.get(self._name)
-        if module is not None and not _under_way(module):
-            self._done(module)
+        if module is not None and not _in_progress(module):
+            self._finish(module)
         if fullname != self._name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -48,14 +52,14 @@ class _Watch(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_tell(module: ModuleType) -> None:
+            def execute_and_finish(module: ModuleType) -> None:
                 execute(module)
-                self._done(module)
+                self._finish(module)
 
-            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]  # this one module's loader
+            spec.loader.exec_module = execute_and_finish  # type: ignore[method-assign]  # a loader of this module alone
         return spec
 
-    def _done(self, module: ModuleType) -> None:
+    def _finish(self, module: ModuleType) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
             self._then(module)

@@ -1,4 +1,4 @@
-"""What a store is started with."""
+"""The settings of a store."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class ServeOptions:
 
     Attributes:
         runtime_dir: directory of its socket, lock and log.
-        redis_url: the catalog's server; None: an embedded one.
-        metrics_address: ``HOST:PORT`` for metrics and health; None: off.
-        max_clients: connections at a time.
+        redis_url: URL of the catalog's server; None starts an embedded one.
+        metrics_address: ``HOST:PORT`` of metrics and health; None disables them.
+        max_clients: highest number of connections at a time.
         max_resident: limit in bytes by device (``cpu`` or a GPU's UUID).
-        compact_share: what of a segment (0 to 1) must be unused for an idle store to pack it anew; 1: it never does.
+        compact_share: unused fraction (0 to 1) at which an idle store compacts a segment; 1 disables.
         socket_group: name of a group whose members may connect too.
-        allow_uids: uids beside the store's own whose processes may connect.
-        log_level: least severe message that is logged.
-        watchdog_s: seconds of silence after which the keeper kills the store and starts another; 0: never.
+        allow_uids: user ids other than the store's own that may connect.
+        log_level: lowest severity that is logged.
+        watchdog_s: seconds without a sign of life after which the keeper restarts the store; 0 disables.
     """
 
     runtime_dir: Path
@@ -41,28 +41,28 @@ class ServeOptions:
 
     @staticmethod
     def from_json(text: str) -> ServeOptions:
-        """Options as a starter passes them on; without text, the environment's."""
+        """Read options from :meth:`to_json`'s form; an empty text means :meth:`from_environment`."""
         if not text:
             return ServeOptions.from_environment()
         return msgspec.json.decode(text, type=ServeOptions, dec_hook=lambda kind, value: kind(value))
 
     def to_json(self) -> str:
-        """The form for :meth:`from_json`."""
+        """Return the form for :meth:`from_json`."""
         return msgspec.json.encode(self, enc_hook=str).decode()
 
     @property
     def directory_mode(self) -> int:
-        """Mode of the runtime directory: its owner's alone, or to be entered by those who may connect."""
+        """Mode of the runtime directory: users who may connect may enter it, nobody else."""
         return 0o700 | (0o050 if self.socket_group else 0) | (0o001 if self.allow_uids else 0)
 
     @property
     def socket_mode(self) -> int:
-        """Mode of the socket. Who is let in is decided by ``SO_PEERCRED``; this only lets them ask."""
+        """Mode of the socket. It only lets users connect: ``SO_PEERCRED`` decides which of them are admitted."""
         return 0o600 | (0o060 if self.socket_group else 0) | (0o006 if self.allow_uids else 0)
 
     @staticmethod
     def from_environment() -> ServeOptions:
-        """The defaults, with what ``WOOLY_*`` variables say."""
+        """Return the defaults, changed by ``WOOLY_*`` variables."""
         return ServeOptions(
             runtime_dir=envs.RUNTIME_DIR.get(), redis_url=envs.REDIS_URL.get(), log_level=envs.LOG_LEVEL.get()
         )

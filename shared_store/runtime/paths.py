@@ -1,7 +1,7 @@
 """The runtime directory and the paths in it, checked before they are trusted.
 
-Who can write to the runtime directory can hand weights to engines, so it must belong to this user, be closed to
-others, and not be a link (``lstat``, never ``stat``). A socket's path must fit the kernel's ``sun_path``.
+A user who can write to the runtime directory can serve weights to engines. So it must belong to this user, be closed to
+other users, and not be a link (``lstat``, never ``stat``). A socket's path must fit the kernel's ``sun_path``.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from shared_store.base import envs
 from shared_store.base.errors import ConfigError, PathTooLongError, StoreUnavailableError, UnsafePathError
 
-SOCKET_PATH_LIMIT = 107
-"""Bytes of a Unix socket's path, without the final NUL (``unix(7)``)."""
+SOCKET_PATH_LIMIT: Final = 107
+"""Highest length of a Unix socket's path in bytes, without the final NUL (``unix(7)``)."""
+
+SHARED_MODES: Final = (0o750, 0o701, 0o751)
+"""Modes of the runtime directory when other users may connect."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,32 @@ class RuntimePaths:
 
     @property
     def socket(self) -> Path:
-        """Where the store listens."""
+        """The socket that the store listens on."""
         return self.directory / "store.sock"
 
     @property
     def lock(self) -> Path:
-        """Held by ``flock`` for as long as a store runs."""
+        """The file that is locked by ``flock`` while a store runs."""
         return self.directory / "store.lock"
 
     @property
     def log(self) -> Path:
-        """What a detached store prints."""
+        """The output of a detached store."""
         return self.directory / "store.log"
 
     @property
     def journal(self) -> Path:
-        """What a keeper writes down of what it holds."""
+        """The keeper's record of segments and models."""
         return self.directory / "journal"
 
     @property
     def node_id(self) -> Path:
-        """The node's identity where the machine has none of its own."""
+        """The file with the node's identity (see :mod:`shared_store.runtime.node`)."""
         return self.directory / "node-id"
 
 
 def check_socket_path(path: Path) -> None:
-    """Raise :class:`PathTooLongError` when the kernel would refuse the path."""
+    """Raise :class:`PathTooLongError` if the path is too long for a Unix socket."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_LIMIT:
         raise PathTooLongError(
@@ -65,16 +68,16 @@ def check_socket_path(path: Path) -> None:
 
 
 def prepare(directory: Path, *, mode: int = 0o700) -> RuntimePaths:
-    """Create the runtime directory if need be, and check it.
+    """Check the runtime directory, and create it if it is missing.
 
     Args:
         directory: the runtime directory; missing parents are created too.
-        mode: its permissions. A directory that an earlier store let others enter gets these too.
+        mode: its permissions. A directory with one of :data:`SHARED_MODES` is changed to these.
 
     Raises:
-        UnsafePathError: it is a link, is not a directory, belongs to somebody else, or is open to others.
-        PathTooLongError: a socket in it could not be bound.
-        ConfigError: it cannot be created.
+        UnsafePathError: it is a link, is not a directory, belongs to another user, or is open to others.
+        PathTooLongError: the path of a socket in it is too long.
+        ConfigError: it cannot be created, or cannot be written to.
     """
     paths = RuntimePaths(directory.absolute())
     check_socket_path(paths.socket)
@@ -86,53 +89,34 @@ def prepare(directory: Path, *, mode: int = 0o700) -> RuntimePaths:
         ) from error
     _check_directory(paths.directory, owner=os.getuid(), mode=mode)
     if not os.access(paths.directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"cannot write in the runtime directory {directory}; set WOOLY_RUNTIME_DIR to another one")
+        raise ConfigError(
+            f"cannot write in the runtime directory {directory}; set WOOLY_RUNTIME_DIR to another directory"
+        )
     return paths
 
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Raise :class:`ConfigError` where the block finds the runtime directory full or read-only."""
+    """Raise :class:`ConfigError` if the block finds the runtime directory full or read-only."""
     try:
         yield
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise
         raise ConfigError(
-            f"cannot write in the runtime directory {directory}: {error.strerror}; make room there, or set "
-            "WOOLY_RUNTIME_DIR to another one"
+            f"cannot write in the runtime directory {directory}: {error.strerror}; free space on its file system, or "
+            "set WOOLY_RUNTIME_DIR to another directory"
         ) from error
 
 
-def node_name(file: Path) -> str | None:
-    """The node's id in the status and the catalog, kept in a file over restarts; None before a store's first run."""
-    try:
-        word = file.read_text(encoding="ascii").strip()
-    except FileNotFoundError:
-        return None
-    return f"{socket.gethostname()}-{word}" if word else None
-
-
-def name_node(file: Path) -> str:
-    """The node's id, made up and kept where there is none yet. Raises :class:`ConfigError` when it cannot be kept."""
-    known = node_name(file)
-    if known is not None:
-        return known
-    fresh = file.with_suffix(".new")  # a full disk must not leave half a name behind
-    with writing(file.parent):
-        fresh.write_text(os.urandom(8).hex() + "\n", encoding="ascii")
-        fresh.rename(file)
-    return f"{socket.gethostname()}-{file.read_text(encoding='ascii').strip()}"
-
-
 def locate(directory: Path) -> RuntimePaths:
-    """The paths of a store to connect to, checked as far as a client can.
+    """Return the paths of a store to connect to, checked as far as a client can.
 
     Raises:
         StoreUnavailableError: there is no socket.
-        UnsafePathError: the socket belongs to another user than the directory, or is not a socket; or the directory is
-            somebody else's, and was not named but is the one that everybody can guess.
-        PathTooLongError: no store could listen there.
+        UnsafePathError: the socket and the directory belong to different users, the path is not a socket, or it is the
+            default directory of this user and belongs to another user.
+        PathTooLongError: the path is too long for a socket.
     """
     paths = RuntimePaths(directory.absolute())
     check_socket_path(paths.socket)
@@ -144,7 +128,9 @@ def locate(directory: Path) -> RuntimePaths:
     except NotADirectoryError as error:
         raise UnsafePathError(f"{paths.directory} is not a directory; set WOOLY_RUNTIME_DIR") from error
     except PermissionError as error:
-        raise UnsafePathError(f"{paths.directory} is closed to this user; set WOOLY_RUNTIME_DIR to your own") from error
+        raise UnsafePathError(
+            f"{paths.directory} is closed to this user; set WOOLY_RUNTIME_DIR to a directory of your own"
+        ) from error
     if not stat.S_ISSOCK(found.st_mode):
         raise UnsafePathError(f"{paths.socket} is not a socket; remove it or set WOOLY_RUNTIME_DIR")
     if found.st_uid != owner.st_uid:
@@ -154,11 +140,14 @@ def locate(directory: Path) -> RuntimePaths:
         )
     if owner.st_uid not in {os.getuid(), 0} and paths.directory == envs.RUNTIME_DIR.parse("").absolute():
         raise UnsafePathError(
-            f"{paths.directory}, where this user's store would be, belongs to uid {owner.st_uid}: not trusted; "
+            f"{paths.directory}, this user's default runtime directory, belongs to uid {owner.st_uid}: not trusted; "
             "set WOOLY_RUNTIME_DIR to a directory of your own"
         )
     if stat.S_ISLNK(owner.st_mode) or owner.st_mode & stat.S_IWOTH:
-        raise UnsafePathError(f"{paths.directory} is a link or writable by everybody: not trusted")
+        raise UnsafePathError(
+            f"{paths.directory} is a link or writable by everybody: not trusted; set WOOLY_RUNTIME_DIR to a directory "
+            "of your own"
+        )
     return paths
 
 
@@ -181,7 +170,3 @@ def _check_directory(directory: Path, *, owner: int, mode: int) -> None:
         raise UnsafePathError(
             f"{directory} has mode {actual:04o}, which lets others in; run: chmod {mode:o} {directory}"
         )
-
-
-SHARED_MODES = (0o750, 0o701, 0o751)
-"""What a store gives its directory when others may connect."""

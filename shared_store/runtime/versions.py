@@ -1,4 +1,4 @@
-"""Which versions of an engine wooly supports: what the extras of its own distribution ask for, said there only."""
+"""The versions of an engine that wooly supports, read from the extras of its own distribution."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _DISTRIBUTION = "wooly"
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Versions of a distribution from ``first`` on that come before ``end``, as numbers."""
+    """Versions of a distribution from ``first`` up to, and without, ``end``, compared as numbers."""
 
     distribution: str
     first: str
     end: str
 
     def has(self, version: str) -> bool:
-        """Whether a version is one of them. Candidates for ``end`` are not, and nor is what begins with no number."""
+        """True for a version in the range. False for pre-releases of ``end``, and for a text without a number."""
         return _numbers(self.first) <= _numbers(version) < _numbers(self.end)
 
     def follows(self, version: str) -> bool:
-        """Whether a version is older than all of them."""
+        """True for a version before the range."""
         return _numbers(version) < _numbers(self.first)
 
     def __str__(self) -> str:
-        """What pip is asked for."""
+        """Return the requirement as pip reads it."""
         return f"{self.distribution}>={self.first},<{self.end}"
 
 
 def range_of(distribution: str) -> Range | None:
-    """The supported versions. None where wooly runs from a source tree that is not installed, which says nothing."""
+    """Return the supported versions; None if wooly runs from a source tree that is not installed."""
     try:
         required = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ def range_of(distribution: str) -> Range | None:
 
 
 def named(distribution: str) -> str:
-    """The supported versions in words, for advice."""
+    """Return the supported versions in words, for an error's advice."""
     found = range_of(distribution)
     return f"a {distribution} that wooly's pyproject.toml names" if found is None else f"'{found}'"
 

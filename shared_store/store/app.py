@@ -15,7 +15,8 @@ from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.protocol.durable_state import DurableState
-from shared_store.runtime.claim import claim, listen, raise_file_limit
+from shared_store.runtime.claim import claim, listen
+from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 from shared_store.store.keeper_link.channel import ControlChannel
@@ -53,7 +54,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     """
     _begin(options)
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
-    lock = claim(paths)
+    lock = claim(paths).detach()
     try:
         asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready))
     finally:

@@ -36,7 +36,7 @@ def test_store_from_start_to_end(wooly, directory):
     assert started.stdout == f"started a store (its keeper is pid {keeper}) in {directory}\n"
     second = wooly("serve", "--detach")
     assert (second.returncode, second.stdout) == (3, "")
-    assert "a store runs already" in second.stderr
+    assert "a store is already running" in second.stderr
     assert second.stderr.endswith("[store_running]\n")
     stopped = wooly("stop")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (0, f"stopped the store (pid {pid})\n", "")

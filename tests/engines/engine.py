@@ -193,6 +193,7 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
     gc.collect()
     end_groups()
 
+
 def end_groups() -> None:
     """End the process groups that 0.26 and 0.29 leave behind, made as the first model of a process wanted them.
 

@@ -12,7 +12,7 @@ from support.waiting import open_segments, wait_until
 
 from shared_store.base.errors import ConfigError
 from shared_store.runtime import spawn
-from shared_store.runtime.paths import node_name
+from shared_store.runtime.node import node_id
 
 pytestmark = pytest.mark.skipif(not may_mount(), reason="this process may not mount file systems")
 
@@ -52,10 +52,10 @@ def test_a_disk_without_a_byte_for_the_nodes_name_refuses_a_store(disk, director
             file.write(bytes(4096))
     code, said = StoreProcess(directory).refused()
     assert (code, "No space left on device" in said) == (2, True)
-    assert node_name(directory / "node-id") is None
+    assert node_id(directory / "node-id") is None
     disk.empty()
     node = start_store().client().status()["node"]["id"]
-    assert node == node_name(directory / "node-id")
+    assert node == node_id(directory / "node-id")
 
 
 def test_a_read_only_disk_refuses_a_store(disk, directory, start_store):

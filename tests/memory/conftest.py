@@ -1,4 +1,4 @@
-"""The backends that the shared suite is run on, and what each can do."""
+"""The backends that the shared suite runs on, and their capabilities."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Kind:
 
     Attributes:
         make: a new backend.
-        host_access: mapped memory can be read and written by a test (on a GPU, by the driver's copies).
-        seals: sealed memory cannot be written by any process.
-        copy_on_write: a reader may write, and keeps that to itself.
-        sized_fds: an fd tells how much memory it stands for, before it is mapped.
-        fd_backed: a segment that this process made is an fd here (and not a handle of a driver).
+        host_access: a test can read and write mapped memory (on a GPU, through the driver's copies).
+        seals: no process can write sealed memory.
+        copy_on_write: a reader can write, and only its own process sees it.
+        sized_fds: a descriptor has the size of its memory, before it is mapped.
+        fd_backed: a segment that this process created is a descriptor, not a handle of a driver.
     """
 
     name: str
@@ -55,7 +55,7 @@ GPU = Kind("cuda_vmm", _first_gpu, host_access=True, seals=False, copy_on_write=
 
 @pytest.fixture(params=[*KINDS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=lambda kind: kind.name)
 def kind(request):
-    """One of the backends; the GPU's where there is one."""
+    """One of the backends. The GPU's is skipped without a GPU."""
     if request.param is not GPU:
         yield request.param
         return
@@ -74,7 +74,7 @@ def capable(kind):
 
     def check(capability):
         if not getattr(kind, capability):
-            pytest.skip(f"{kind.name} is without {capability}")
+            pytest.skip(f"{kind.name} lacks {capability}")
 
     return check
 
@@ -86,7 +86,7 @@ def backend(kind):
 
 @pytest.fixture
 def segment(backend):
-    """One segment of 2 MiB; released with the test if it still is held."""
+    """One segment of 2 MiB, released with the test."""
     made = backend.create(2 << 20)
     yield made
     backend.release(made)
@@ -94,7 +94,7 @@ def segment(backend):
 
 @pytest.fixture
 def imported(backend):
-    """A mapping of another hold on a segment, as another process would have it."""
+    """Make mappings of a segment through a descriptor, as another process does."""
     made = []
 
     def make(segment, access=None):
@@ -111,7 +111,7 @@ def imported(backend):
 
 @pytest.fixture
 def write(imported):
-    """Put bytes at the start of a segment, as its publisher, and unmap it."""
+    """Write bytes at the start of a segment, as its publisher, and unmap it."""
 
     def put(segment, data):
         mapping = imported(segment, Access.WRITE)

@@ -1,4 +1,4 @@
-"""What every backend promises: one suite, run on each of them."""
+"""The promises of every backend: one suite, run on each of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared_store.memory import Access, Mapping
 MIB = 1 << 20
 
 
-def test_every_mapping_of_a_segment_sees_what_its_publisher_wrote(segment, imported, capable):
+def test_every_mapping_of_a_segment_sees_the_bytes_of_its_publisher(segment, imported, capable):
     capable("host_access")
     writer, early_reader = imported(segment, Access.WRITE), imported(segment, Access.READ)
     poke(writer.address, b"written")
@@ -44,8 +44,8 @@ def test_a_publisher_maps_for_reading_at_the_address_that_it_wrote_at(backend, s
     assert peek(address, 7) == b"written"
 
 
-def test_suspend_and_resume_keep_the_address_from_everything_else(backend, segment, write, capable):
-    """While a mapping is suspended, a hundred other mappings of the size do not get its range."""
+def test_a_suspended_mapping_keeps_its_address_range_reserved(backend, segment, write, capable):
+    """A hundred other reservations of the same size do not get the range."""
     capable("host_access")
     mapping = write(segment, b"kept")
     others = [backend.reserve(segment.nbytes) for _ in range(100)]
@@ -60,7 +60,7 @@ def test_suspend_and_resume_keep_the_address_from_everything_else(backend, segme
 
 
 def test_suspended_memory_faults(capable):
-    """Reading it ends the process, instead of showing bytes that are not the segment's."""
+    """Reading it ends the process, instead of returning bytes of something else."""
     capable("host_access")
     program = """
 import ctypes, sys
@@ -77,7 +77,7 @@ ctypes.string_at(mapping.address, 1)
     assert (status, output) == (-signal.SIGSEGV, "suspended")
 
 
-def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_may_be_tried_again(
+def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_can_be_repeated(
     backend, segment, imported, capable
 ):
     capable("seals")
@@ -88,8 +88,8 @@ def test_seal_is_refused_while_the_segment_is_mapped_for_writing_and_may_be_trie
     backend.seal(segment)
 
 
-def test_sealing_twice_is_sealing_once(backend, segment):
-    """A commit of several segments that failed at the second seals the first again when it is tried again."""
+def test_sealing_is_idempotent(backend, segment):
+    """A commit that failed at its second segment seals the first one again when it is repeated."""
     backend.seal(segment)
     backend.seal(segment)
 
@@ -118,7 +118,7 @@ _ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", _ATTACKS)
-def test_sealed_memory_is_refused_to_every_process_that_would(backend, segment, write, capable, attack):
+def test_no_process_can_change_sealed_memory(backend, segment, write, capable, attack):
     capable("seals")
     write(segment, b"published")
     backend.seal(segment)
@@ -147,7 +147,7 @@ else:
         assert os.pread(fd.fileno(), 9, 0) == b"published"
 
 
-def test_a_readers_write_stays_private_and_is_counted(backend, segment, write, imported, capable):
+def test_a_write_of_a_reader_stays_private_and_is_counted(backend, segment, write, imported, capable):
     capable("copy_on_write")
     write(segment, b"shared")
     backend.seal(segment)
@@ -161,15 +161,15 @@ def test_a_readers_write_stays_private_and_is_counted(backend, segment, write, i
     assert other.private_bytes() == 0
 
 
-def test_reading_all_of_a_mapping_makes_nothing_private(segment, imported, capable):
+def test_reading_makes_no_private_pages(segment, imported, capable):
     capable("copy_on_write")
     mapping = imported(segment, Access.READ)
     peek(mapping.address, segment.nbytes)
     assert mapping.private_bytes() == 0
 
 
-def test_suspending_drops_what_went_private(backend, segment, write, capable):
-    """What comes back is the segment, not what somebody scribbled over it."""
+def test_suspending_drops_private_pages(backend, segment, write, capable):
+    """The segment's bytes are mapped again, without the writes of this process."""
     capable("copy_on_write")
     mapping = write(segment, b"shared")
     backend.seal(segment)
@@ -183,7 +183,7 @@ def test_suspending_drops_what_went_private(backend, segment, write, capable):
 
 
 @pytest.mark.parametrize("what", ["regular file", "pipe", "socket", "closed"])
-def test_an_fd_that_is_no_segment_is_refused(backend, tmp_path, what):
+def test_a_descriptor_of_anything_else_is_refused(backend, tmp_path, what):
     import socket
 
     if what == "regular file":
@@ -205,7 +205,7 @@ def test_an_fd_that_is_no_segment_is_refused(backend, tmp_path, what):
 
 
 def test_a_segment_smaller_than_announced_is_refused(backend, segment, capable):
-    """Mapping it would fault in the middle of an engine's forward pass."""
+    """Otherwise an engine would fault in the middle of a forward pass."""
     capable("sized_fds")
     fd = backend.export(segment)
     before = open_fds()
@@ -215,12 +215,12 @@ def test_a_segment_smaller_than_announced_is_refused(backend, segment, capable):
     fd.close()
 
 
-def test_exported_fds_are_not_inherited(backend, segment):
+def test_exported_descriptors_are_not_inherited(backend, segment):
     with backend.export(segment) as fd:
         assert not os.get_inheritable(fd.fileno())
 
 
-def test_release_is_idempotent_and_leaves_mappings_alone(backend, kind, capable):
+def test_release_is_idempotent_and_does_not_unmap(backend, kind, capable):
     capable("host_access")
     segment = backend.create(2 * MIB)
     with backend.export(segment) as fd:
@@ -244,8 +244,8 @@ def test_closing_a_mapping_is_idempotent_and_final(segment, imported):
         mapping.map(Access.READ)
 
 
-def test_a_mapping_lets_its_segment_go_and_takes_another_at_the_same_address(backend, kind, segment, imported, capable):
-    """In between no memory is behind the range: nothing of it is held here, and nothing else gets it."""
+def test_a_mapping_releases_its_segment_and_maps_another_at_the_same_address(backend, kind, segment, imported, capable):
+    """In between, the range stays reserved and no memory is behind it."""
     capable("host_access")
     mapping = imported(segment, Access.WRITE)
     address = mapping.address
@@ -283,8 +283,8 @@ def test_a_mapping_without_a_segment_closes(segment, imported):
         mapping.map(Access.READ)
 
 
-def test_a_mapping_that_nobody_refers_to_gives_everything_back(backend, segment, capable):
-    capable("fd_backed")  # a driver keeps ranges of its own
+def test_a_mapping_without_references_is_closed(backend, segment, capable):
+    capable("fd_backed")  # the driver maps ranges of its own
     gc.collect()
     fds, ranges = open_fds(), mapped_ranges()
     with backend.export(segment) as fd:
@@ -297,7 +297,7 @@ def test_a_mapping_that_nobody_refers_to_gives_everything_back(backend, segment,
     assert mapped_ranges() <= ranges
 
 
-def test_two_hundred_rounds_leak_neither_fds_nor_address_space(backend, capable):
+def test_two_hundred_rounds_leak_neither_descriptors_nor_address_space(backend, capable):
     """Create, export, import, write, seal, suspend, resume, close."""
     capable("host_access")
 
@@ -316,18 +316,18 @@ def test_two_hundred_rounds_leak_neither_fds_nor_address_space(backend, capable)
         mapping.close()
         backend.release(segment)
 
-    one_round(0)  # what is made once and kept (libraries, the interpreter's arenas) is there now
+    one_round(0)  # libraries and the interpreter's arenas are loaded now
     gc.collect()
     fds, ranges = open_fds(), mapped_ranges()
     for number in range(200):
         one_round(number)
     gc.collect()
     assert open_fds() == fds
-    assert mapped_ranges() <= ranges + 2  # the interpreter itself may take an arena or two
+    assert mapped_ranges() <= ranges + 2  # the interpreter may map an arena or two
 
 
 def test_a_failed_map_leaves_the_range_reserved(backend, segment, imported, capable):
-    """A sealed segment cannot be mapped for writing; the mapping is as it was, and can be used for reading."""
+    """A sealed segment cannot be mapped for writing. The mapping is unchanged and can be mapped for reading."""
     capable("seals")
     backend.seal(segment)
     mapping = imported(segment)

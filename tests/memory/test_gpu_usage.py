@@ -1,18 +1,18 @@
-"""Who uses a GPU, as the text of an error tells it."""
+"""The processes that use a GPU, in the text of an error."""
 
 from shared_store.memory.cuda.nvidia_smi import describe
 
 
-def test_users_are_named_with_what_they_hold():
+def test_processes_are_named_with_their_memory():
     text = describe("1234, 70120\n88, 310")
     assert text == "the rest is used by pid 1234 (70120 MiB), pid 88 (310 MiB)"
 
 
-def test_an_amount_that_is_not_told_is_not_made_up():
+def test_an_unknown_amount_is_not_invented():
     assert describe("1234, [N/A]") == "the rest is used by pid 1234 (amount unknown)"
 
 
-def test_no_list_is_said_to_be_none():
-    """In a container nvidia-smi often lists nobody: that is no proof that nobody is there."""
+def test_an_empty_list_is_explained():
+    """In a container nvidia-smi often lists no process, although other processes use the GPU."""
     assert "names no process" in describe("")
     assert "on the host" in describe("")

@@ -1,4 +1,4 @@
-"""Weight keys and checkpoint digests: equal for equal things, different for any difference."""
+"""Weight keys and checkpoint digests: equal for equal facts, different for any difference."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ DICTIONARIES = st.dictionaries(st.text(max_size=6), FACTS, min_size=1, max_size=
 
 
 def reordered(value):
-    """The same facts with every dictionary the other way around."""
+    """Return the same facts with every dictionary in reverse order."""
     if isinstance(value, dict):
         return {name: reordered(inner) for name, inner in reversed(list(value.items()))}
     return [reordered(inner) for inner in value] if isinstance(value, list) else value
 
 
 def same(one, other):
-    """Equal as facts: of one type, and not a number equals itself."""
+    """True if two facts are equal: of the same type, and NaN equals itself."""
     if isinstance(one, float) and isinstance(other, float):
         return repr(one) == repr(other)
     if type(one) is not type(other):
@@ -55,7 +55,7 @@ def test_order_does_not_matter(facts):
 
 @given(FACTS, FACTS)
 def test_different_facts_are_different_bytes(one, other):
-    """`1`, `1.0`, `"1"`, `true`; `null`, `NaN`, `Infinity`; `[]`, `{}`: none of them is another."""
+    """`1`, `1.0`, `"1"`, `true`; `null`, `NaN`, `Infinity`; `[]`, `{}`: all of them differ."""
     assert (canonical(one) == canonical(other)) is same(one, other)
 
 
@@ -74,12 +74,12 @@ def test_the_checkpoint_counts(one, other):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_json_lacks_are_not_none(value):
-    """Configurations have them (`time_step_limit`), and `None` beside them means something else."""
+def test_numbers_without_a_json_form_differ_from_none(value):
+    """Configurations have them (`time_step_limit`), and `None` has another meaning there."""
     assert canonical({"limit": value}) != canonical({"limit": None})
 
 
-def test_what_has_no_json_form_is_refused():
+def test_values_without_a_json_form_are_refused():
     for value in (object(), {"layers": object()}, [lambda: 0], 1j):
         with pytest.raises(UnsupportedError, match="no canonical JSON form"):
             canonical(value)
@@ -98,7 +98,7 @@ def test_a_weight_key_is_a_key(facts):
 
 
 @given(st.text(max_size=70))
-def test_hardly_anything_else_is_a_key(text):
+def test_only_64_hexadecimal_digits_are_a_key(text):
     assert is_key(text) is (len(text) == KEY_LENGTH and all(letter in "0123456789abcdef" for letter in text))
     assert is_key(key(7))
     assert not is_key(key(7) + text[:1]) or text == ""
@@ -149,7 +149,7 @@ def test_a_checkpoint_without_files_is_refused():
 @settings(max_examples=20)
 @given(st.lists(st.binary(max_size=3000), min_size=1, max_size=5), st.integers(1, 4))
 def test_files_are_hashed_as_the_digest_of_their_bytes(tmp_path_factory, contents, threads):
-    """In their order, whatever the number of threads; progress adds up to all bytes."""
+    """In their order, for any number of threads. The progress adds up to all bytes."""
     directory = tmp_path_factory.mktemp("files")
     paths = [directory / str(index) for index in range(len(contents))]
     for path, data in zip(paths, contents, strict=True):

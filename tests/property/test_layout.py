@@ -15,8 +15,8 @@ from shared_store.base.layout import (
     TARGET,
     Layout,
     Placement,
-    as_wished,
     pack,
+    restrict,
     round_up,
     target_for,
 )
@@ -44,22 +44,22 @@ def test_blobs_are_aligned_inside_their_segment_and_apart_from_each_other(sizes,
 
 @given(SIZES, TARGETS)
 def test_blobs_keep_their_order(sizes, target):
-    """The order in which a publisher copies and frees: segments are filled one after the other."""
+    """A publisher copies and frees in this order, and fills one segment after the other."""
     places = [(place.segment, place.offset) for place in pack(sizes, target=target).placements]
     assert places == sorted(places)
 
 
 @given(SIZES, TARGETS)
-def test_segments_have_the_granularity_and_a_reason_for_their_size(sizes, target):
-    """A segment is above the target only for one blob that is; every segment is used."""
+def test_a_segment_exceeds_the_target_only_for_one_large_blob(sizes, target):
+    """Sizes are multiples of the granularity, and every segment is used."""
     layout = pack(sizes, target=target)
     assert {place.segment for place in layout.placements} == set(range(len(layout.sizes)))
     for index, size in enumerate(layout.sizes):
-        held = [nbytes for nbytes, place in zip(sizes, layout.placements, strict=True) if place.segment == index]
+        inside = [nbytes for nbytes, place in zip(sizes, layout.placements, strict=True) if place.segment == index]
         assert size % GRANULARITY == 0
         if size > round_up(target, GRANULARITY):
-            assert max(held) > target
-            assert sum(nbytes > 0 for nbytes in held) == 1
+            assert max(inside) > target
+            assert sum(nbytes > 0 for nbytes in inside) == 1
 
 
 @given(SIZES, TARGETS)
@@ -71,8 +71,8 @@ def test_waste_is_bounded(sizes, target):
 
 
 @given(SIZES, TARGETS)
-def test_no_segment_could_have_taken_the_next_blob(sizes, target):
-    """Segments are as few as their order allows: a new one begins only where the blob would pass the target."""
+def test_a_new_segment_begins_only_where_the_next_blob_would_exceed_the_target(sizes, target):
+    """So there are as few segments as the order of the blobs allows."""
     layout = pack(sizes, target=target)
     placed = list(zip(sizes, layout.placements, strict=True))
     for (before, place), (nbytes, following) in itertools.pairwise(placed):
@@ -80,7 +80,7 @@ def test_no_segment_could_have_taken_the_next_blob(sizes, target):
             assert round_up(place.offset + before, ALIGNMENT) + nbytes > target
 
 
-def test_nothing_to_lay_out_needs_no_segment():
+def test_no_blobs_need_no_segment():
     assert pack([]).sizes == ()
 
 
@@ -91,8 +91,8 @@ def test_a_negative_size_is_refused(nbytes):
 
 
 @given(st.integers(0, 1 << 44))
-def test_a_segment_is_small_beside_its_model(nbytes):
-    """An eighth of it, but neither so small that mapping takes many calls, nor larger than any model needs."""
+def test_a_segment_is_small_relative_to_its_model(nbytes):
+    """An eighth of it, within limits: small segments make mapping slow, large ones raise the peak of publishing."""
     assert LEAST_TARGET <= target_for(nbytes) <= TARGET
     assert target_for(nbytes) <= max(nbytes / 8, LEAST_TARGET)
     assert target_for(nbytes) == TARGET or nbytes < 8 * (target_for(nbytes) + 1)
@@ -105,11 +105,11 @@ def test_a_small_model_is_divided():
 
 
 @given(SIZES, TARGETS, st.data())
-def test_a_wish_is_granted_for_what_is_new(sizes, target, data):
-    """New blobs get the places that they had, in segments of the sizes that those had, and no others are promised."""
+def test_new_blobs_get_their_preferred_placements(sizes, target, data):
+    """In segments of the preferred sizes. Segments without new blobs are left out."""
     before = pack(sizes, target=target)
     new = data.draw(st.lists(st.sampled_from(range(len(sizes))), unique=True)) if sizes else []
-    now = as_wished(before, sizes, new)
+    now = restrict(before, sizes, new)
     assert len(now.placements) == len(new)
     old = sorted({before.placements[index].segment for index in new})
     assert now.sizes == tuple(before.sizes[segment] for segment in old)
@@ -132,8 +132,8 @@ def test_a_wish_is_granted_for_what_is_new(sizes, target, data):
         ((0,), [(0, 0)], [0]),
     ],
 )
-def test_a_wish_that_cannot_be_is_refused(sizes, places, nbytes):
-    """Overlapping, outside, unaligned, of no segment, or of segments that cannot be."""
-    wish = Layout(sizes, tuple(Placement(*place) for place in places))
+def test_an_impossible_preference_is_refused(sizes, places, nbytes):
+    """Overlapping, out of the segment, unaligned, without a segment, or in segments of impossible sizes."""
+    preferred = Layout(sizes, tuple(Placement(*place) for place in places))
     with pytest.raises(ValueError, match=r"."):
-        as_wished(wish, nbytes, range(len(nbytes)))
+        restrict(preferred, nbytes, range(len(nbytes)))

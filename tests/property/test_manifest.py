@@ -1,4 +1,4 @@
-"""Manifests: what is written is read, and nothing is believed that was not checked."""
+"""Manifests: a round trip preserves them, and untrusted bytes are checked completely."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON = st.recursive(
 
 @st.composite
 def entries(draw, blobs):
-    """An entry that lies inside its blob."""
+    """An entry within its blob."""
     index = draw(st.integers(0, len(blobs) - 1))
     dtype = draw(st.sampled_from(sorted(ITEM_SIZES)))
     room = blobs[index].nbytes // ITEM_SIZES[dtype]
@@ -67,7 +67,7 @@ def test_round_trip(manifest):
 
 
 def reaches(entry):
-    """The entry's last byte in its blob, found by walking all its elements."""
+    """Return the last byte of an entry in its blob, found by visiting all its elements."""
     size, last = ITEM_SIZES[entry.dtype], -1
     positions = [entry.offset]
     for length, step in zip(entry.shape, entry.stride, strict=True):
@@ -82,7 +82,7 @@ def test_extent_is_the_end_of_the_last_element(manifest):
 
 
 @given(manifests(), st.data())
-def test_a_tensor_that_reaches_one_byte_too_far_is_refused(manifest, data):
+def test_a_tensor_that_exceeds_its_blob_by_one_byte_is_refused(manifest, data):
     candidates = [entry for entry in manifest.tensors if entry.extent]
     if not candidates:
         return
@@ -122,7 +122,7 @@ def manifest_with(entry, **changes):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_tensors_are_refused(name):
-    """Each differs in one thing from a tensor that is accepted."""
+    """Each differs in one field from a tensor that is accepted."""
     assert decode(encode(manifest_with(GOOD))).tensors == (GOOD,)
     with pytest.raises(ProtocolError):
         decode(encode(manifest_with(msgspec.structs.replace(GOOD, **HOSTILE[name]))))
@@ -141,7 +141,7 @@ def test_another_schema_is_refused_and_named():
 
 
 def test_state_nested_too_deeply_is_refused():
-    """It is the state that could make a decoder recurse."""
+    """Only the state can make a decoder recurse."""
     data = encode(manifest_with(GOOD))
     empty = msgspec.msgpack.encode({"state": {}})[1:]
     assert data.endswith(empty)
@@ -151,8 +151,8 @@ def test_state_nested_too_deeply_is_refused():
 
 
 @given(manifests(), st.data())
-def test_damaged_manifests_never_do_more_than_be_refused(manifest, data):
-    """Cut anywhere, with a byte changed anywhere: refused, or whole and checked."""
+def test_damaged_manifests_are_refused_or_valid(manifest, data):
+    """Truncated anywhere: refused. With one byte changed anywhere: refused, or every tensor is within its blob."""
     raw = bytearray(encode(manifest))
     at = data.draw(st.integers(0, len(raw) - 1))
     with pytest.raises(ProtocolError):

