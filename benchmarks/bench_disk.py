@@ -48,15 +48,16 @@ from shared_store.base import manifest as manifests
 from shared_store.base.digest import digest
 from shared_store.base.manifest import Blob, Manifest, TensorEntry
 from shared_store.client.session import Session
+from shared_store.disk.description import DESCRIPTION, Description, SavedBlob, SavedFile, encode
 from shared_store.disk.obtain import Need, obtain
 from shared_store.disk.restore import restore_resident
 from shared_store.disk.save import save_resident
-from shared_store.disk.saved import DESCRIPTION, Description, SavedBlob, SavedFile, SavedModel, encode
-from shared_store.disk.verify import verify
+from shared_store.disk.saved import SavedModel
 from shared_store.memory import backend_for
 from shared_store.protocol import wire
 from shared_store.transfer.copier import PIECE_BYTES, threads
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
+from shared_store.transfer.verify import verify
 
 HERE = Path(__file__).resolve().parent
 KEY = f"{1:064x}"

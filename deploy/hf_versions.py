@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Run the tests of `wooly_hf` over versions of transformers: what `make hf-versions` runs.
+"""Run the tests of `wooly_hf` with several versions of transformers (`make hf-versions`).
 
-    python deploy/hf_versions.py                      every minor version that wooly supports
-    python deploy/hf_versions.py 5.16 5.23 -- -x      these, with arguments for pytest
+    python deploy/hf_versions.py                      every supported minor version
+    python deploy/hf_versions.py 5.16 5.23 -- -x      these versions, with arguments for pytest
 
-Each version has a virtual environment of its own, build/venv-hf-VERSION, with wooly from this source tree (editable),
-torch for the CPU and no vLLM; it is made by the same steps as `make install`'s and kept.
+Each version has its own virtual environment, build/venv-hf-VERSION, with wooly from this source tree (editable), torch
+for the CPU and no vLLM. It is created with the steps of `make install` and reused by the next run.
 
-Exit codes: 0 all passed, 1 a version failed (the last lines say which), 2 wrong arguments.
+Exit codes: 0 all versions passed, 1 a version failed (the last lines say which), 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from install import MODELS, ROOT, Environment
 from versions import requirement, run
 
 VERSIONS = tuple(f"5.{minor}" for minor in range(16, 24))
-TORCH = "torch==2.13.0"  # a build for the CPU is preferred where one is found
+TORCH = "torch==2.13.0"  # a CPU build is preferred if the index has one
 
 
 def main() -> int:
-    """Make the environments, run the tests in each, and say how it went."""
+    """Create the environments, run the tests in each, and print the results."""
     return run("transformers", VERSIONS, _environment, ["tests/hf"], __doc__ or "")
 
 

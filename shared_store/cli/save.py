@@ -27,7 +27,7 @@ def command(
     """  # noqa: D301 - the escape is typer's, for lines that stay as they are
     from shared_store.cli.progress import progress
     from shared_store.disk.save import save_resident
-    from shared_store.transfer.reading import committed
+    from shared_store.transfer.resident import committed
 
     with connect(runtime_dir) as session:
         model = committed(session.status().models, key)

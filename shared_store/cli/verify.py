@@ -11,7 +11,7 @@ from shared_store.cli.options import Json, RuntimeDir, connect
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from shared_store.disk.verify import Verified
+    from shared_store.transfer.verify import Verified
 
 
 def command(
@@ -37,8 +37,8 @@ def command(
     if (key is None) != every:
         raise typer.BadParameter("give a KEY, or --all")
     from shared_store.cli.progress import progress
-    from shared_store.disk.verify import verify
-    from shared_store.transfer.reading import committed
+    from shared_store.transfer.resident import committed
+    from shared_store.transfer.verify import verify
 
     with connect(runtime_dir) as session:
         models = session.status().models

@@ -1,1 +1,1 @@
-"""Models saved to files, and restored from them."""
+"""Saved models: models of the store in files, how they are written and restored, and the cache of them."""

@@ -1,8 +1,7 @@
-"""Bringing a saved model back into the store, under its key, by whoever was granted its publication.
+"""Restoring: publish a saved model in the store, under its own key.
 
-Only blobs that the store does not have are read: into the store's memory by several threads, segment by segment as it
-is allocated. Their digests are checked there before the commit; where the host can read memory, the store checks them
-again.
+Only blobs that are not in the store are read: several threads copy them into the segments, each as soon as the store
+allocated it. Their digests are checked on the device before the commit. In host memory the store checks them again.
 """
 
 from __future__ import annotations
@@ -13,79 +12,49 @@ from typing import Final, Literal
 
 import msgspec
 
-from shared_store.base.errors import SavedModelError, WoolyError
-from shared_store.base.manifest import Manifest
+from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.disk.saved import SavedModel
 from shared_store.memory import Backend, backend_for
-from shared_store.memory.mapping import map_writable
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
-from shared_store.transfer.copier import Copier, Piece, Progress, Span, copier_for, unheard
-from shared_store.transfer.workers import Workers
+from shared_store.transfer.copier import Progress, copier_for, ignore_progress
+from shared_store.transfer.fill import fill_promised, new_blobs
 
-WAIT_S: Final = 1800.0
+PUBLISH_TIMEOUT_S: Final = 1800.0
 """Seconds that another client may take to publish the same model."""
 
 
 def restore(
-    session: Session, saved: SavedModel, backend: Backend, progress: Progress = unheard
+    session: Session, saved: SavedModel, backend: Backend, progress: Progress = ignore_progress
 ) -> tuple[messages.Attached, OwnedFds]:
-    """Publish a saved model. The session must have been granted its key, and becomes its reader.
+    """Publish a saved model and become its reader.
 
     Args:
-        session: the connection.
-        saved: what to bring back.
-        backend: of the device that it was granted for.
+        session: the connection; it was granted publication of the model's key.
+        saved: the saved model.
+        backend: the backend of the device that publication was granted for.
         progress: called with bytes read.
 
     Returns:
-        The store's answer, and descriptors of the segments.
+        The store's description of the model, and a descriptor of each segment.
 
     Raises:
-        SavedModelError: the files are not what was saved. As after every error, the publication is still the session's,
-            to be abandoned; nothing that was read can be had by anybody.
-        OutOfMemoryError: the store has no room.
+        SavedModelError: a file changed. As after every error, the caller aborts the publication, and no bytes that were
+            read become visible.
+        OutOfMemoryError: the device has too little memory.
     """
     manifest = msgspec.structs.replace(saved.manifest, device=backend.device)
     with copier_for(backend) as copier:
-        _fill(session, saved, manifest, backend, copier, progress)
+        planned, fds = session.plan(manifest.key, manifest.blobs)
+        fds.close()  # existing segments are not needed: their blobs are not read
+        contents = new_blobs(manifest.blobs, planned)
+        fill_promised(session, manifest.key, planned, contents, saved, backend, copier, progress)
     return session.commit(manifest)
 
 
-def _fill(
-    session: Session, saved: SavedModel, manifest: Manifest, backend: Backend, copier: Copier, progress: Progress
-) -> None:
-    """Read the blobs that are new to the store, and check them. Nothing stays mapped."""
-    planned, fds = session.plan(manifest.key, manifest.blobs)
-    fds.close()  # of segments that exist: this process need not see them
-    wanted: dict[int, list[tuple[bytes, int]]] = {}
-    for blob, place in zip(manifest.blobs, planned.places, strict=True):
-        if place.new:
-            wanted.setdefault(place.segment, []).append((blob.digest, place.offset))
-    spans: dict[bytes, Span] = {}
-    with contextlib.ExitStack() as mapped:
-        with Workers(copier, "load", progress) as workers:
-            for number, info in enumerate(planned.segments):
-                if not info.promised:
-                    continue
-                address = mapped.enter_context(map_writable(backend, session.fill(manifest.key, info.id), info.nbytes))
-                for digest, offset in wanted.get(number, ()):
-                    stored = saved.places[digest]
-                    spans[digest] = (address + offset, stored.bytes)
-                    workers.put(Piece(saved.files[stored.file], stored.offset, *spans[digest]))
-        found = copier.digests(list(spans.values()))
-        for digest, actual in zip(spans, found, strict=True):
-            if actual != digest:
-                stored = saved.places[digest]
-                raise SavedModelError(
-                    f"{saved.files[stored.file].name} was changed: its {stored.bytes} bytes from {stored.offset} on "
-                    f"have digest {actual.hex()[:16]}, and were saved with {digest.hex()[:16]}"
-                )
-
-
 class Restored(msgspec.Struct, frozen=True):
-    """What became of a saved model. ``resident``: the store had it; nothing was read."""
+    """The result of a restore. ``resident``: the model was in the store already, and nothing was read."""
 
     key: str
     name: str
@@ -95,10 +64,21 @@ class Restored(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def restore_resident(session: Session, saved: SavedModel, device: str, progress: Progress = unheard) -> Restored:
-    """Bring a saved model back for whoever wants it later; where somebody publishes it, wait for that.
+def restore_resident(
+    session: Session, saved: SavedModel, device: str, progress: Progress = ignore_progress
+) -> Restored:
+    """Make a saved model resident, without keeping it in use. Waits if another client publishes it.
 
-    Raises as :func:`restore` does, and :class:`TimedOutError`.
+    Args:
+        session: the connection.
+        saved: the saved model.
+        device: ``cpu``, or a GPU's UUID.
+        progress: called with bytes read.
+
+    Raises:
+        TimedOutError: another client did not finish publishing it within :data:`PUBLISH_TIMEOUT_S`.
+        UnknownDeviceError: this process has no such device.
+        WoolyError: as :func:`restore` raises; the publication was aborted.
     """
     began = time.perf_counter()
     manifest, backend = saved.manifest, backend_for(device)
@@ -114,14 +94,14 @@ def restore_resident(session: Session, saved: SavedModel, device: str, progress:
         engine=manifest.engine,
         device=device,
         publish=True,
-        timeout_s=WAIT_S,
+        timeout_s=PUBLISH_TIMEOUT_S,
     )
     result: Literal["restored", "resident"] = "resident" if opened else "restored"
     try:
         _, fds = opened or restore(session, saved, backend, count)
     except BaseException:
         if session.alive:
-            with contextlib.suppress(WoolyError):  # the first error is the one to tell
+            with contextlib.suppress(WoolyError):  # the first error is the one to report
                 session.abandon(manifest.key, "a saved model could not be restored")
         raise
     fds.close()

@@ -1,21 +1,13 @@
-"""Writing a model that the store has to a directory: all of it or nothing, and never in place of something else.
-
-Files grow in a hidden directory beside the target, which gets its name when everything is on the disk. Whoever is
-killed before leaves such a directory behind, unlocked; the next save to the same target removes it.
-
-Relies on ``rename(2)`` refusing to replace a directory that is not empty, and on ``flock(2)`` ending with its process.
-"""
+"""Saving: write a resident model to a directory, completely or not at all. Existing content is never replaced."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -26,69 +18,70 @@ from shared_store.base.errors import ConfigError
 from shared_store.base.manifest import Manifest
 from shared_store.base.status import ModelStatus
 from shared_store.client.session import Session
-from shared_store.disk.saved import DESCRIPTION, Description, SavedBlob, SavedFile, encode
+from shared_store.disk.description import DESCRIPTION, Description, SavedBlob, SavedFile, encode
 from shared_store.disk.shards import SHARD_BYTES, Shard, index, shards
-from shared_store.disk.verify import check
+from shared_store.disk.staging import staged, sync
 from shared_store.memory import backend_for
-from shared_store.transfer.copier import Copier, Piece, Progress, copier_for, unheard
-from shared_store.transfer.files import OpenFile, close_all, refused
-from shared_store.transfer.reading import Holding, reading
+from shared_store.runtime.fds import OwnedFd
+from shared_store.transfer.copier import Copier, Piece, Progress, copier_for, ignore_progress
+from shared_store.transfer.files import OpenFile, disk_error
+from shared_store.transfer.resident import ResidentModel, attach
+from shared_store.transfer.verify import check
 from shared_store.transfer.workers import Workers
 
-_INDEX = "model.safetensors.index.json"
+_INDEX: Final = "model.safetensors.index.json"
 
 
 def save(
-    holding: Holding, copier: Copier, target: Path, progress: Progress = unheard, *, shard_bytes: int = SHARD_BYTES
+    model: ResidentModel,
+    copier: Copier,
+    target: Path,
+    progress: Progress = ignore_progress,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write a model.
+    """Write a mapped model. Does not check digests: see :func:`shared_store.transfer.verify.check`.
 
     Args:
-        holding: the model, mapped, and checked by the caller (see :func:`shared_store.disk.verify.check`).
-        copier: of its device.
-        target: the directory to make; it may be there if it is empty.
+        model: the mapped model.
+        copier: the copier of its device.
+        target: the directory to create; it may exist if it is empty.
         progress: called with bytes written.
-        shard_bytes: after which another file begins.
+        shard_bytes: file size from which on another file begins.
 
     Returns:
         Bytes written.
 
     Raises:
-        ConfigError: the target is there and not empty, or its parent is not there.
-        DiskError: no room, or the file system refuses. Nothing is left of it.
+        ConfigError: the target exists and is not empty, or its parent does not exist.
+        DiskError: the disk is full or the file system refuses. Nothing is left behind.
     """
     target = target.absolute()
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
-        raise ConfigError(f"{target} is there already, and is not replaced; name another directory, or remove it")
+        raise ConfigError(f"{target} exists already and is not replaced; choose another directory, or remove it")
     if not target.parent.is_dir():
         raise ConfigError(f"there is no directory {target.parent} to save in")
     try:
-        with _unfinished(target) as directory:
-            written = _write(holding, copier, directory, progress, shard_bytes)
-            directory.rename(target)
-            _sync(target.parent)
+        with staged(target) as directory:
+            return _write(model, copier, directory, progress, shard_bytes)
     except OSError as error:
-        raise refused(f"cannot save to {target}", error) from error
-    return written
+        raise disk_error(f"cannot save to {target}", error) from error
 
 
-def _write(holding: Holding, copier: Copier, directory: Path, progress: Progress, shard_bytes: int) -> int:
-    made = shards(holding.manifest, shard_bytes)
-    files: list[OpenFile] = []
-    try:
-        files.extend(_create(directory / shard.name, shard) for shard in made)
+def _write(model: ResidentModel, copier: Copier, directory: Path, progress: Progress, shard_bytes: int) -> int:
+    made = shards(model.manifest, shard_bytes)
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(_create(directory / shard.name, shard)) for shard in made]
         with Workers(copier, "save", progress) as workers:
             for file, shard in zip(files, made, strict=True):
                 for found, offset in shard.offsets.items():
-                    workers.put(Piece(file, offset, *holding.spans[found]))
+                    workers.put(Piece(file, offset, *model.spans[found]))
         for file in files:
-            os.fsync(file.fd)
-    finally:
-        close_all(files)
+            os.fsync(file.fd.fileno())
     if len(made) > 1:
         _write_small(directory / _INDEX, index(made))
-    _write_small(directory / DESCRIPTION, encode(_description(holding.manifest, made)))
-    _sync(directory)
+    _write_small(directory / DESCRIPTION, encode(_description(model.manifest, made)))
+    sync(directory)
     return sum(shard.nbytes for shard in made)
 
 
@@ -101,7 +94,9 @@ def _description(manifest: Manifest, made: Sequence[Shard]) -> Description:
         name=manifest.name,
         engine=manifest.engine,
         device=manifest.device,
-        files=tuple(SavedFile(one.name, one.nbytes, len(one.header), digest(one.header).hex()) for one in made),
+        files=tuple(
+            SavedFile(shard.name, shard.nbytes, len(shard.header), digest(shard.header).hex()) for shard in made
+        ),
         blobs=tuple(
             SavedBlob(found.hex(), sizes[found], number, offset)
             for number, shard in enumerate(made)
@@ -111,16 +106,14 @@ def _description(manifest: Manifest, made: Sequence[Shard]) -> Description:
     )
 
 
-def _create(path: Path, shard: Shard) -> OpenFile:
-    """A new file with all of its room, so that a full disk shows before the work, and its header."""
-    file = OpenFile(str(path), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-    try:
-        os.posix_fallocate(file.fd, 0, shard.nbytes)
+@contextlib.contextmanager
+def _create(path: Path, shard: Shard) -> Iterator[OpenFile]:
+    """Create a file of its final size, so that a full disk is detected before the copies, and write its header."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with OpenFile(str(path), OwnedFd(fd)) as file:
+        os.posix_fallocate(fd, 0, shard.nbytes)
         file.write(0, memoryview(shard.header))
-    except BaseException:
-        os.close(file.fd)
-        raise
-    return file
+        yield file
 
 
 def _write_small(path: Path, content: bytes) -> None:
@@ -130,59 +123,8 @@ def _write_small(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _unfinished(target: Path) -> Iterator[Path]:
-    """A new hidden directory beside the target, locked; gone after the block, unless it was renamed."""
-    prefix = f".{target.name}.unfinished-"
-    sweep(target.parent, prefix)
-    while True:
-        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-        fd = _lock(directory)
-        if fd is not None and directory.is_dir():
-            break
-        if fd is not None:  # somebody swept it before it was locked
-            os.close(fd)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)  # what cannot be removed is swept the next time
-        os.close(fd)
-
-
-def sweep(parent: Path, prefix: str) -> None:
-    """Remove unfinished directories whose makers are gone."""
-    for found in parent.iterdir():
-        if found.name.startswith(prefix) and found.is_dir() and not found.is_symlink():
-            fd = _lock(found)
-            if fd is not None:
-                shutil.rmtree(found, ignore_errors=True)
-                os.close(fd)
-
-
-def _lock(directory: Path) -> int | None:
-    """Lock a directory for this process: an fd that holds the lock, or None where another has it or it is gone."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
-
-
 class Saved(msgspec.Struct, frozen=True):
-    """What was saved, and where to."""
+    """The result of a save."""
 
     key: str
     name: str
@@ -192,12 +134,23 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 def save_resident(
-    session: Session, model: ModelStatus, target: Path, progress: Progress = unheard, *, shard_bytes: int = SHARD_BYTES
+    session: Session,
+    model: ModelStatus,
+    target: Path,
+    progress: Progress = ignore_progress,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Saved:
-    """Check and save a model of the store, being its reader meanwhile. Raises as :func:`save` and ``check`` do."""
+    """Attach to a committed model, verify its digests, and save it. Arguments as for :func:`save`.
+
+    Raises:
+        DigestMismatchError: a blob differs from its digest; nothing is written.
+        ModelNotFoundError: the model is no longer in the store.
+        ConfigError, DiskError: as :func:`save` raises.
+    """
     began = time.perf_counter()
     backend = backend_for(model.device)
-    with copier_for(backend) as copier, reading(session, model, backend) as holding:
-        check(session, holding, copier)
-        written = save(holding, copier, target, progress, shard_bytes=shard_bytes)
+    with copier_for(backend) as copier, attach(session, model, backend) as resident:
+        check(session, resident, copier)
+        written = save(resident, copier, target, progress, shard_bytes=shard_bytes)
     return Saved(model.key, model.name, str(target.absolute()), written, time.perf_counter() - began)

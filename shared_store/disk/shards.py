@@ -1,9 +1,9 @@
-"""How a model's blobs are laid out in safetensors files: a pure function.
+"""Shards: the layout of a model's blobs in safetensors files, as pure functions of the manifest.
 
-The format is that of https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then the
-tensors' bytes without gaps. Each distinct blob is stored once. Where a tensor is all of its blob and contiguous, it is
-stored as that tensor, so that any reader of safetensors finds it by its name; other blobs are plain bytes, named after
-a tensor that lies in them. Other names of the same bytes are in the header's metadata.
+The format is https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then the bytes of the
+tensors without gaps. Each distinct blob is stored once. A contiguous tensor that fills its blob is stored as that
+tensor, so that any safetensors reader finds it by name. Any other blob is stored as plain bytes, named after a tensor
+in it. Further names of the same tensor are in the header's metadata.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from shared_store.base.manifest import ITEM_SIZES, Manifest, TensorEntry
 
 SHARD_BYTES: Final = 4 << 30
-"""Bytes after which another file begins."""
+"""Size in bytes from which on another file begins."""
 
 DTYPES: Final = {
     "bfloat16": "BF16",
@@ -35,14 +35,14 @@ DTYPES: Final = {
     "uint64": "U64",
     "uint8": "U8",
 }
-"""Those that every reader of safetensors knows: one that does not, refuses the whole file. Others are plain bytes."""
+"""Dtypes that every safetensors reader supports. Readers refuse a file with another one: those are stored as bytes."""
 
 _HEADER_MULTIPLE: Final = 8
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file. ``header``: what it begins with; ``offsets``: first byte in the file of each blob, by digest."""
+    """A file. ``header``: its first bytes; ``offsets``: first byte in the file of each blob, by digest."""
 
     name: str
     header: bytes
@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A blob as it appears in a file."""
+    """A blob as an entry of a file; ``alignment`` in bytes."""
 
     digest: bytes
     nbytes: int
@@ -63,42 +63,42 @@ class _Stored:
 
 
 def shards(manifest: Manifest, target: int = SHARD_BYTES) -> list[Shard]:
-    """Lay a model out, in the order of its manifest, in files of about ``target`` bytes."""
+    """Divide a model's blobs into files of about ``target`` bytes, in the order of the manifest."""
     groups: list[list[_Stored]] = [[]]
     for stored in _stored(manifest):
-        if groups[-1] and sum(one.nbytes for one in groups[-1]) + stored.nbytes > target:
+        if groups[-1] and sum(entry.nbytes for entry in groups[-1]) + stored.nbytes > target:
             groups.append([])
         groups[-1].append(stored)
-    aliases = _aliases(manifest, {one.digest: one for group in groups for one in group})
+    aliases = _aliases(manifest, {entry.digest: entry for group in groups for entry in group})
     made = []
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        # Readers make tensors of the bytes where they lie, so the larger elements come first.
-        made.append(_shard(name, sorted(group, key=lambda one: -one.alignment), aliases))
+        # Readers use the bytes in place, so larger elements come first: each tensor is then aligned.
+        made.append(_shard(name, sorted(group, key=lambda entry: -entry.alignment), aliases))
     return made
 
 
 def index(made: list[Shard]) -> bytes:
-    """The file that tells which tensor is in which shard, as transformers reads it."""
+    """Return the index file: the shard of each tensor, in the form that transformers reads."""
     weight_map = {name: shard.name for shard in made for name in _names(shard)}
     total = sum(shard.nbytes - len(shard.header) for shard in made)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
 
 
 def _shard(name: str, group: list[_Stored], aliases: Mapping[str, str]) -> Shard:
-    here = {one.name for one in group}
+    here = {entry.name for entry in group}
     metadata = {"format": "pt", "wooly.aliases": json.dumps({a: b for a, b in aliases.items() if b in here})}
     header: dict[str, Any] = {"__metadata__": metadata}
     starts: dict[bytes, int] = {}
     end = 0
-    for one in group:
-        starts[one.digest] = end
-        header[one.name] = {"dtype": one.dtype, "shape": one.shape, "data_offsets": (end, end + one.nbytes)}
-        end += one.nbytes
+    for entry in group:
+        starts[entry.digest] = end
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (end, end + entry.nbytes)}
+        end += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_MULTIPLE)
-    begin = len(text).to_bytes(8, "little") + text
-    return Shard(name, begin, {digest: len(begin) + at for digest, at in starts.items()}, len(begin) + end)
+    head = len(text).to_bytes(8, "little") + text
+    return Shard(name, head, {digest: len(head) + start for digest, start in starts.items()}, len(head) + end)
 
 
 def _names(shard: Shard) -> Iterator[str]:
@@ -106,7 +106,7 @@ def _names(shard: Shard) -> Iterator[str]:
 
 
 def _stored(manifest: Manifest) -> Iterator[_Stored]:
-    """Each distinct blob once."""
+    """Yield each distinct blob once."""
     users: dict[bytes, list[TensorEntry]] = {blob.digest: [] for blob in manifest.blobs}
     sizes = {blob.digest: blob.nbytes for blob in manifest.blobs}
     for entry in manifest.tensors:
@@ -120,14 +120,14 @@ def _stored(manifest: Manifest) -> Iterator[_Stored]:
         else:
             name = f"{entries[0].path if entries else 'unnamed'}#bytes"
             dtype, shape, alignment = "U8", (nbytes,), 1
-        if name in taken:  # of a module with a dot in its name, say
+        if name in taken:  # for example of a module with a dot in its name
             name = f"{name}#{digest.hex()}"
         taken.add(name)
         yield _Stored(digest, nbytes, name, dtype, shape, alignment)
 
 
 def _is_whole(entry: TensorEntry, nbytes: int) -> bool:
-    """Whether a tensor is all of its blob, contiguous, and of a dtype that safetensors has."""
+    """Return whether a tensor fills its blob, is contiguous, and has a dtype of safetensors."""
     elements = 1
     for size, step in zip(reversed(entry.shape), reversed(entry.stride), strict=True):
         if size != 1 and step != elements and 0 not in entry.shape:
@@ -137,12 +137,12 @@ def _is_whole(entry: TensorEntry, nbytes: int) -> bool:
 
 
 def _aliases(manifest: Manifest, stored: Mapping[bytes, _Stored]) -> dict[str, str]:
-    """Other names of stored tensors that are the same tensor: same bytes, dtype and shape."""
+    """Return further names of stored tensors with the same bytes, dtype and shape, each with the stored name."""
     found: dict[str, str] = {}
     for entry in manifest.tensors:
         blob = manifest.blobs[entry.blob]
-        one = stored[blob.digest]
-        same = _is_whole(entry, blob.nbytes) and (DTYPES[entry.dtype], entry.shape) == (one.dtype, one.shape)
-        if same and entry.path != one.name:
-            found[entry.path] = one.name
+        known = stored[blob.digest]
+        same = _is_whole(entry, blob.nbytes) and (DTYPES[entry.dtype], entry.shape) == (known.dtype, known.shape)
+        if same and entry.path != known.name:
+            found[entry.path] = known.name
     return found

@@ -1,1 +1,1 @@
-"""Sleep and wake: host copies of a model that its readers leave on the device for a while."""
+"""Sleep and wake: a process leaves a model's device for a host copy, and returns to the same addresses."""

@@ -21,7 +21,8 @@ from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
 from shared_store.base.keys import weight_key
 from shared_store.client.session import Session
-from shared_store.disk.obtain import Need, Opened, obtain, published
+from shared_store.disk.obtain import Need, Opened, obtain
+from shared_store.disk.saver import save_in_background
 from shared_store.memory import Backend
 from shared_store.torch.devices import backend_of, store_device
 from shared_store.torch.fallback import Fallback
@@ -189,7 +190,7 @@ class _SharedLoad(Generic[R]):
             self._settings.fallback.report(self._session, need.name, error)
             self._steps.left_private(loaded)
             return loaded
-        published(need.key, self._settings.runtime_dir)
+        save_in_background(need.key, self._settings.runtime_dir)
         shared = Shared(loaded, self._session, manifest, mapped, bound, published=True)
         return self._retain(shared, f"loaded in {loading_s:.3f} s and published")
 

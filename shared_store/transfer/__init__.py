@@ -1,4 +1,5 @@
-"""Whole models on the move: checked where they lie, saved to disk, restored from it, and kept in a cache directory.
+"""Transfers of whole models between device memory and files, and verification of resident models.
 
-Clients of the store that need no torch: the command line and engines use the same code, for host memory and for GPUs.
+Runs in clients of the store and needs no torch: the command line and the engines use the same code, for host memory
+and for GPUs.
 """

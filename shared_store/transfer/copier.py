@@ -1,14 +1,12 @@
-"""What this process can do with a device's memory: copy it to and from files, and digest it. One class a device.
+"""Copiers: copy a device's memory from and to files, and digest it.
 
-Relies on reads, writes, digests and the driver's calls letting go of Python's global lock while they work.
+Relies on reads, writes, digests and driver calls releasing Python's global interpreter lock while they work.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +16,12 @@ from shared_store.base.digest import digest_at
 from shared_store.memory import Backend
 from shared_store.memory.cuda.digests import CudaDigests
 from shared_store.memory.cuda.transfer import CudaTransfer
-from shared_store.memory.transfer import BUFFER_BYTES
+from shared_store.memory.transfer import BUFFER_BYTES, HostTransfer, Transfer
 from shared_store.memory.transfer import Lane as TransferLane
 from shared_store.transfer.files import OpenFile
 
 PIECE_BYTES: Final = BUFFER_BYTES
-"""Most that is copied in one step: enough to keep a disk busy, little enough to divide a model evenly."""
+"""Most bytes of one copy: enough to keep a disk busy, few enough to divide a model evenly between threads."""
 
 _MOST_THREADS: Final = 16
 
@@ -31,21 +29,21 @@ Span: TypeAlias = tuple[int, int]
 """An address and a number of bytes."""
 
 Progress: TypeAlias = Callable[[int], None]
-"""Called with bytes done since the last call, from any thread."""
+"""Called with the bytes done since the last call, from any thread."""
 
 
-def unheard(_: int) -> None:
-    """The progress that nobody watches."""
+def ignore_progress(_: int) -> None:
+    """Do nothing: the progress callback of calls that report none."""
 
 
 def threads() -> int:
-    """How many threads copy at a time: one a core, at most 16, beyond which a GPU's bus gains nothing."""
+    """Return the number of copying threads: one per core, at most 16. More do not make a GPU's bus faster."""
     return min(_MOST_THREADS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some bytes of a file, and where they are in memory."""
+    """A range of a file and the range of memory that it is copied to or from; ``offset`` and ``nbytes`` in bytes."""
 
     file: OpenFile
     offset: int
@@ -53,120 +51,84 @@ class Piece:
     nbytes: int
 
     def parts(self) -> Iterator[Piece]:
-        """The same in pieces of at most :data:`PIECE_BYTES`."""
+        """Divide the piece into pieces of at most :data:`PIECE_BYTES`."""
         for done in range(0, self.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, self.nbytes - done)
             yield Piece(self.file, self.offset + done, self.address + done, nbytes)
 
 
-class Lane(ABC):
-    """What one thread copies with; pieces have at most :data:`PIECE_BYTES`."""
+class Lane:
+    """The copies of one thread. Pieces have at most :data:`PIECE_BYTES`."""
 
-    @abstractmethod
+    def __init__(self, lane: TransferLane) -> None:
+        self._lane = lane
+
     def load(self, piece: Piece) -> None:
-        """From the file to memory. May still be under way on return."""
+        """Copy from the file to memory. The copy may still be in progress on return."""
+        self._lane.copy_in(piece.address, piece.nbytes, lambda view: piece.file.read(piece.offset, view))
 
-    @abstractmethod
     def save(self, piece: Piece) -> None:
-        """From memory to the file."""
+        """Copy from memory to the file. The copy is complete on return."""
+        self._lane.copy_out(piece.address, piece.nbytes, lambda view: piece.file.write(piece.offset, view))
 
 
-class Copier(ABC):
-    """Copies and digests of one device's memory. To be closed."""
+@dataclass(frozen=True)
+class Copier:
+    """Copies and digests the memory of one device.
 
-    @abstractmethod
-    def current(self) -> contextlib.AbstractContextManager[None]:
-        """In the block, the calling thread may map the device's memory."""
+    Attributes:
+        transfer: copies between the device and the host.
+        digests: returns the BLAKE3-256 digest of each span of mapped memory, in their order, and reports bytes done.
+    """
 
-    @abstractmethod
-    def lane(self) -> contextlib.AbstractContextManager[Lane]:
-        """A lane for the calling thread; what it began is over when the block ends well."""
+    transfer: Transfer
+    digests: Callable[[Sequence[Span], Progress], list[bytes]]
 
-    @abstractmethod
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:
-        """BLAKE3-256 of mapped memory, in the order of the spans."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back what it holds."""
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[Lane]:
+        """Open a lane for the calling thread. Its copies are complete when the block ends without an error."""
+        with self.transfer.lane() as lane:
+            yield Lane(lane)
 
 
-class HostCopier(Copier):
-    """Host memory: files are read into it and written from it with no buffer between."""
+@contextlib.contextmanager
+def copier_for(backend: Backend) -> Iterator[Copier]:
+    """Make the copier of a backend's device, and close it after the block.
 
-    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - the interface's
-        return contextlib.nullcontext()
+    The calling thread may map the device's memory while the block runs.
 
-    def lane(self) -> contextlib.AbstractContextManager[Lane]:  # noqa: D102 - the interface's
-        return contextlib.nullcontext(_HostLane())
+    Raises:
+        UnsupportedError: the device is a GPU, and CuPy is not installed.
+        UnknownDeviceError: the device is a GPU, and there is no driver.
+        OutOfMemoryError: the GPU has no memory for a context.
+    """
+    copier = _host_copier() if backend.ordinal is None else _gpu_copier(backend.ordinal)
+    with contextlib.closing(copier.transfer), copier.transfer.current():
+        yield copier
 
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:  # noqa: D102
-        def one(span: Span) -> bytes:
+
+def _host_copier() -> Copier:
+    """Read files into host memory and write them from it, without a buffer; digest with several threads."""
+
+    def digests(spans: Sequence[Span], progress: Progress) -> list[bytes]:
+        def digest_span(span: Span) -> bytes:
             found = digest_at(*span)
             progress(span[1])
             return found
 
         with ThreadPoolExecutor(threads(), thread_name_prefix="wooly-digest") as pool:
-            return list(pool.map(one, spans))
+            return list(pool.map(digest_span, spans))
 
-    def close(self) -> None:  # noqa: D102 - the interface's
-        return
-
-
-class _HostLane(Lane):
-    def load(self, piece: Piece) -> None:
-        piece.file.read(piece.offset, _memory(piece))
-
-    def save(self, piece: Piece) -> None:
-        piece.file.write(piece.offset, _memory(piece))
+    return Copier(HostTransfer(), digests)
 
 
-def _memory(piece: Piece) -> memoryview:
-    return memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)).cast("B")
+def _gpu_copier(ordinal: int) -> Copier:
+    """Copy GPU memory through pinned buffers, and digest all spans in place with one call."""
+    hasher = CudaDigests(ordinal)
 
-
-class GpuCopier(Copier):
-    """A GPU's memory: copied through pinned buffers, and digested where it lies, all of it in one call."""
-
-    def __init__(self, ordinal: int) -> None:
-        """``ordinal``: the GPU's number in this process. Raises :class:`UnsupportedError` without CuPy."""
-        self._digests = CudaDigests(ordinal)
-        self._copies = CudaTransfer(ordinal)
-
-    def current(self) -> contextlib.AbstractContextManager[None]:  # noqa: D102 - the interface's
-        return self._copies.current()
-
-    @contextlib.contextmanager
-    def lane(self) -> Iterator[Lane]:  # noqa: D102 - the interface's
-        with self._copies.lane() as lane:
-            yield _GpuLane(lane)
-
-    def digests(self, spans: Sequence[Span], progress: Progress = unheard) -> list[bytes]:  # noqa: D102
-        found = self._digests.digest_many(spans)
+    def digests(spans: Sequence[Span], progress: Progress) -> list[bytes]:
+        found = hasher.digest_many(spans)
         progress(sum(nbytes for _, nbytes in spans))
         return found
 
-    def close(self) -> None:  # noqa: D102 - the interface's
-        self._copies.close()
-
-
-class _GpuLane(Lane):
-    def __init__(self, lane: TransferLane) -> None:
-        self._lane = lane
-
-    def load(self, piece: Piece) -> None:
-        self._lane.copy_in(piece.address, piece.nbytes, lambda view: piece.file.read(piece.offset, view))
-
-    def save(self, piece: Piece) -> None:
-        self._lane.copy_out(piece.address, piece.nbytes, lambda view: piece.file.write(piece.offset, view))
-
-
-@contextlib.contextmanager
-def copier_for(backend: Backend) -> Iterator[Copier]:
-    """The copier of a backend's device, for a block in which the calling thread may map its memory."""
-    copier = HostCopier() if backend.ordinal is None else GpuCopier(backend.ordinal)
-    try:
-        with copier.current():
-            yield copier
-    finally:
-        copier.close()
+    return Copier(CudaTransfer(ordinal), digests)

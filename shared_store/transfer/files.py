@@ -1,26 +1,32 @@
-"""Files that models are saved in: opened without following links, read and written whole or not at all."""
+"""Open files as the source or target of copies: read and written completely, or an error."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from shared_store.base.errors import DiskError, SavedModelError
+from shared_store.runtime.fds import OwnedFd
 
 
 @dataclass(frozen=True)
 class OpenFile:
-    """An open file, and what to call it in an error."""
+    """An open file and its name in error messages. Owns the descriptor; a context manager that closes it."""
 
     name: str
-    fd: int
+    fd: OwnedFd
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fill a buffer. Raises :class:`SavedModelError` where the file ends before, or cannot be read."""
+        """Fill a buffer from the file, starting at byte ``offset``. Safe to call from several threads.
+
+        Raises:
+            SavedModelError: the file ends too early or cannot be read.
+        """
         while into.nbytes:
             try:
-                count = os.preadv(self.fd, [into], offset)
+                count = os.preadv(self.fd.fileno(), [into], offset)
             except OSError as error:
                 raise SavedModelError(f"cannot read {self.name} at byte {offset}: {error.strerror}") from error
             if not count:
@@ -28,21 +34,35 @@ class OpenFile:
             into, offset = into[count:], offset + count
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of a buffer. Raises :class:`DiskError`."""
+        """Write a whole buffer, starting at byte ``offset``. Safe to call from several threads.
+
+        Raises:
+            DiskError: the file system refuses the write.
+        """
         while data.nbytes:
             try:
-                count = os.pwritev(self.fd, [data], offset)
+                count = os.pwritev(self.fd.fileno(), [data], offset)
             except OSError as error:
-                raise refused(f"cannot write {self.name}", error) from error
+                raise disk_error(f"cannot write {self.name}", error) from error
             data, offset = data[count:], offset + count
 
+    def size(self) -> int:
+        """Return the file's length in bytes."""
+        return os.fstat(self.fd.fileno()).st_size
 
-def refused(what: str, error: OSError) -> DiskError:
-    """What a file system's refusal is told as."""
-    return DiskError(f"{what}: {error.strerror or error}; nothing was saved. Make room, or name another directory")
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        self.fd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
 
-def close_all(files: Sequence[OpenFile]) -> None:
-    """Close files."""
-    for file in files:
-        os.close(file.fd)
+def disk_error(action: str, error: OSError) -> DiskError:
+    """Return the error for a save that the file system refused; ``action`` says which step failed."""
+    return DiskError(
+        f"{action}: {error.strerror or error}; nothing was saved. Free disk space, or choose another directory"
+    )

@@ -1,4 +1,4 @@
-"""The name under which engines of earlier versions start the saver: ``python -m shared_store.transfer.saver``."""
+"""Alias of :mod:`shared_store.disk.saver`, by the name that engines of earlier versions start it with (``-m``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that copy pieces between files and memory as they are handed in."""
+"""Worker threads that copy pieces between files and memory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import threading
 from types import TracebackType
 from typing import Literal, Self
 
-from shared_store.transfer.copier import Copier, Piece, Progress, threads, unheard
+from shared_store.transfer.copier import Copier, Piece, Progress, ignore_progress, threads
 
 
 class Workers:
-    """Copies pieces in several threads until the block ends; then all that was handed in is done.
+    """A context manager that copies pieces in several threads; all copies are complete when the block ends.
 
-    What goes wrong in a thread stops the others, and is raised where pieces are handed in or the block ends. A block
-    that ends with an error of its own waits for the pieces under way, and for no others.
+    An error in a thread stops the other threads and is raised by the next :meth:`put` or at the end of the block. If
+    the block raises, copies in progress are finished and queued ones are dropped.
     """
 
-    def __init__(self, copier: Copier, way: Literal["load", "save"], progress: Progress = unheard) -> None:
-        """``way``: from files to memory, or from memory to files."""
+    def __init__(
+        self, copier: Copier, direction: Literal["load", "save"], progress: Progress = ignore_progress
+    ) -> None:
+        """Prepare the threads; they start with the block.
+
+        Args:
+            copier: the copier of the memory's device.
+            direction: ``load`` copies from files to memory, ``save`` from memory to files.
+            progress: called with bytes copied, from any thread.
+        """
         self._copier = copier
-        self._way = way
+        self._direction = direction
         self._progress = progress
         self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -33,12 +41,12 @@ class Workers:
         return self
 
     def put(self, piece: Piece) -> None:
-        """Hand in a piece of any size. Raises what went wrong so far."""
+        """Queue a piece of any size. Raises the first error of a thread."""
         self._raise()
         for part in piece.parts():
             self._pieces.put(part)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             self._stop.set()
         for _ in self._threads:
@@ -56,11 +64,11 @@ class Workers:
         try:
             with self._copier.lane() as lane:
                 while (piece := self._pieces.get()) is not None and not self._stop.is_set():
-                    if self._way == "load":
+                    if self._direction == "load":
                         lane.load(piece)
                     else:
                         lane.save(piece)
                     self._progress(piece.nbytes)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the work was handed in
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that queues the pieces
             self._error = self._error or error
             self._stop.set()

@@ -1,4 +1,4 @@
-"""After sleep and wake, tensors are the same objects at the same addresses, with the same values, and shared."""
+"""Tensors of a model that slept: the same objects, addresses and values, shared again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.content import key
 from torch import nn
 
 from shared_store.memory import MemfdBackend
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 from shared_store.torch.bind import bind
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.publish import Publication, publish
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 class Twins(nn.Module):
-    """Equal but untied tensors: one blob with a mapping for each; and a private tensor."""
+    """Equal but untied tensors (one blob, mapped twice), and a private tensor."""
 
     def __init__(self):
         super().__init__()
@@ -31,37 +31,40 @@ class Twins(nn.Module):
 
 
 def sleeper(session, manifest, blobs):
+    """Make the sleeper of a mapped model."""
     return Sleeper(session, manifest, blobs.places, blobs.segments, blobs.mappings(), MemfdBackend(), timeout_s=30.0)
 
 
 def values(model):
+    """Copy all parameters."""
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
-def where(model):
+def addresses(model):
+    """Return the address of each parameter."""
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
-def slept(model, sleeping):
-    """Sleep, wake, and describe the model again."""
-    before, addresses, ranges = values(model), where(model), mapped_segments()
+def check_sleep(model, sleeping):
+    """Sleep and wake several times; nothing of the model may change."""
+    before, bound, ranges = values(model), addresses(model), mapped_segments()
     for _ in range(3):
         sleeping.sleep()
         assert mapped_segments() == 0
         woken = sleeping.wake()
         assert woken.private_bytes == 0
-        assert where(model) == addresses
+        assert addresses(model) == bound
         assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert mapped_segments() == ranges
 
 
 @pytest.mark.parametrize("build", [Layers, Twins])
 def test_publisher_and_reader(sessions, build):
-    """For both, and for blobs that are mapped once or more."""
+    """Both roles, with blobs that are mapped once or more."""
     model = build()
     session = sessions("publisher")
     manifest, blobs, _ = publish_model(session, model)
-    slept(model, sleeper(session, manifest, blobs))
+    check_sleep(model, sleeper(session, manifest, blobs))
     del model, blobs
     gc.collect()
     session.close()
@@ -70,31 +73,31 @@ def test_publisher_and_reader(sessions, build):
     with Placeholders(MIN_BYTES) as placeholders:
         model = build()
     bind(model, manifest, blobs, placeholders, min_bytes=MIN_BYTES)
-    slept(model, sleeper(reading, manifest, blobs))
+    check_sleep(model, sleeper(reading, manifest, blobs))
 
 
-def test_a_publisher_whose_blobs_another_committed(sessions):
-    """It is bound to its own segment and the other's: both are released, and mapped again."""
+def test_a_publisher_that_shares_blobs_with_another_model(sessions):
+    """It is bound to its own segment and to the other model's: both are unmapped and mapped again."""
     one, two = sessions("one"), sessions("two")
     second = Layers(count=6)
     grant(two, key(2))
-    planned = []
+    published = []
 
-    def meanwhile(_):
-        if not planned:
-            planned.append(publish_model(one, Layers(), KEY))
+    def publish_other(_):
+        if not published:
+            published.append(publish_model(one, Layers(), KEY))
 
     publication = Publication(key(2), "two", "test", "cpu", {})
-    manifest, blobs, _ = publish(two, publication, second, MemfdBackend(), min_bytes=MIN_BYTES, progress=meanwhile)
-    planned.clear()
+    manifest, blobs, _ = publish(two, publication, second, MemfdBackend(), min_bytes=MIN_BYTES, progress=publish_other)
+    published.clear()
     gc.collect()
     assert len(blobs.segments) == 2
-    slept(second, sleeper(two, manifest, blobs))
+    check_sleep(second, sleeper(two, manifest, blobs))
     second.assert_right()
 
 
-def test_a_model_that_dies_asleep(sessions):
-    """No mapping is left in this process, and the store releases the model."""
+def test_a_model_that_is_deleted_asleep(sessions):
+    """Nothing stays mapped in this process, and the store counts no reader."""
     session = sessions()
     model = Layers()
     manifest, blobs, _ = publish_model(session, model)
@@ -104,4 +107,4 @@ def test_a_model_that_dies_asleep(sessions):
     gc.collect()
     session.close()
     assert mapped_segments() == 0
-    assert [one.readers for one in sessions().status().models] == [0]
+    assert [found.readers for found in sessions().status().models] == [0]

@@ -1,4 +1,4 @@
-"""A store, the command line on it, and a model that is saved."""
+"""Fixtures: a store, the command line, and a saved model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.stores import StoreProcess
 
 from shared_store.client.session import Session
 from shared_store.disk.save import save_resident
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 __all__ = ["actor", "directory", "start_store", "store"]
 
@@ -27,13 +27,13 @@ CONTENTS = [content(1, 3 << 20), content(2, 1000), content(3, 5 << 20), content(
 
 @pytest.fixture
 def store(start_store, directory):
-    """A running store. Its catalog's server is away: nothing here needs it."""
+    """Start a store whose catalog is unreachable: no test here needs the catalog."""
     return start_store(redis_url=f"unix://{directory}/away")
 
 
 @pytest.fixture
 def session(store, directory):
-    """A connection to the store."""
+    """Connect to the store."""
     assert store.pid
     with Session.connect(directory, name="test", autostart=False) as connected:
         yield connected
@@ -41,7 +41,7 @@ def session(store, directory):
 
 @pytest.fixture
 def wooly(directory):
-    """Run the command on the store, to its end, or (with `start`) until it is waited for."""
+    """Run a `wooly` command to its end, or start one with `wooly.start`."""
     started = []
 
     def begin(*arguments, **environment):
@@ -73,14 +73,14 @@ MANIFEST = manifest_of(KEY, [blob(data) for data in CONTENTS], state={"layers.0"
 
 @pytest.fixture
 def model(session):
-    """A model in the store: its manifest."""
+    """Publish a model and return its manifest."""
     publish(session, MANIFEST, CONTENTS)
     return MANIFEST
 
 
 @pytest.fixture(scope="session")
 def pristine():
-    """The model as a store that is gone saved it."""
+    """Save the model from a store of its own, once for all tests."""
     with tempfile.TemporaryDirectory(prefix="wooly-") as scratch:
         directory = Path(scratch)
         store = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
@@ -95,5 +95,5 @@ def pristine():
 
 @pytest.fixture
 def saved(pristine, tmp_path):
-    """A saved model that the store does not have, to be changed."""
+    """Copy the saved model, so that a test can change it. The store does not have it."""
     return shutil.copytree(pristine, tmp_path / "saved")

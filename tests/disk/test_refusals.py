@@ -1,4 +1,4 @@
-"""A saved model that is not what was saved is refused with one typed error, and nothing of it reaches the store."""
+"""A saved model that was changed is refused with a `SavedModelError`, and none of it is published."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "model.safetensors"
 
 
 def rewrite(directory, change):
-    """Change the description, and seal it again: what somebody writes who knows the format."""
+    """Change the description and seal it again, as an attacker who knows the format could."""
     path = directory / "wooly.json"
     saved = json.loads(path.read_text())["saved"]
     change(saved)
@@ -31,6 +31,7 @@ def rewrite(directory, change):
 
 
 def flip(path, offset):
+    """Flip one bit of a file."""
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
@@ -39,38 +40,43 @@ def flip(path, offset):
 
 
 def as_manifest(saved, **changes):
+    """Change fields of the manifest in a description."""
     made = msgspec.structs.replace(manifests.decode(base64.b64decode(saved["manifest"])), **changes)
     saved["manifest"] = base64.b64encode(manifests.encode(made)).decode()
 
 
 def outside(directory):
-    """A file beside the saved model, with the right bytes."""
+    """Copy the file to outside the directory, with the right bytes."""
     shutil.copy(directory / NAME, directory.parent / "outside.safetensors")
 
 
 def link(directory):
+    """Replace the file by a link to a copy outside."""
     outside(directory)
     (directory / NAME).unlink()
     (directory / NAME).symlink_to(directory.parent / "outside.safetensors")
 
 
 def pipe(directory):
+    """Replace the file by a named pipe."""
     (directory / NAME).unlink()
     os.mkfifo(directory / NAME)
 
 
 def overlap(saved):
-    """Two blobs in one place, so that the file's length fits no more."""
+    """Give two blobs the same location, so that they do not fill the file."""
     saved["blobs"][1]["offset"] = saved["blobs"][0]["offset"]
 
 
 def swap_sizes(saved):
+    """Exchange the sizes of two blobs."""
     first, second = saved["blobs"][0], saved["blobs"][1]
     first["bytes"], second["bytes"] = second["bytes"], first["bytes"]
     second["offset"] = first["offset"] + first["bytes"]
 
 
 def named(name):
+    """Return a change that renames the file in the description."""
     return lambda saved: saved["files"][0].update(name=name)
 
 
@@ -123,12 +129,13 @@ BEFORE_READING = {
 
 @pytest.fixture(params=BEFORE_READING)
 def tampered(request, saved):
+    """Change a saved model in one way."""
     BEFORE_READING[request.param](saved)
     return saved
 
 
 def test_refused_before_a_blob_is_read(tampered):
-    """Whatever was done to it, it is one kind of error that names it, and no file stays open."""
+    """Every change is the same class of error, which names the directory, and leaves no file open."""
     fds = open_fds()
     with pytest.raises(SavedModelError) as caught:
         SavedModel(tampered)
@@ -137,8 +144,8 @@ def test_refused_before_a_blob_is_read(tampered):
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_changed_tensor_is_refused_and_named(saved, wooly, session, at):
-    """One bit of any blob: exit code, file and place; nothing is published, nothing stays allocated."""
+def test_a_changed_tensor_is_refused_and_located(saved, wooly, session, at):
+    """One flipped bit: exit code 19, file and offset; nothing is published and nothing stays allocated."""
     place = json.loads((saved / "wooly.json").read_text())["saved"]["blobs"][at]
     flip(saved / NAME, place["offset"] + place["bytes"] // 2)
     done = wooly("restore", saved)
@@ -151,7 +158,7 @@ def test_a_changed_tensor_is_refused_and_named(saved, wooly, session, at):
     assert wooly("restore", saved).returncode == 0
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_refused(saved, session):
+def test_a_file_truncated_after_opening_is_refused(saved, session):
     """Its length was right when it was opened."""
     with SavedModel(saved) as opened:
         os.truncate(saved / NAME, 4 << 20)
@@ -161,8 +168,8 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(saved, session):
     assert session.alive
 
 
-def test_a_file_that_is_replaced_after_it_was_opened_does_not_matter(saved, session):
-    """What is read is what was looked at."""
+def test_a_file_replaced_after_opening_has_no_effect(saved, session):
+    """The files that were checked are the files that are read."""
     with SavedModel(saved) as opened:
         for file in saved.iterdir():
             file.unlink()
@@ -171,8 +178,8 @@ def test_a_file_that_is_replaced_after_it_was_opened_does_not_matter(saved, sess
     assert session.status().models[0].state == "committed"
 
 
-def test_no_room_in_the_store_leaves_it_as_it_was(saved, start_store, directory, store):
-    """A limit that the model does not fit is the store's own error; nothing is half-published."""
+def test_a_model_larger_than_the_limit_changes_nothing(saved, start_store, directory, store):
+    """The store's error is passed on; no publication and no memory is left."""
     assert store.stop() == 0
     client = start_store(redis_url=f"unix://{directory}/away", max_resident={"cpu": 4 << 20}).client()
     with SavedModel(saved) as opened, pytest.raises(OutOfMemoryError):
@@ -182,15 +189,15 @@ def test_no_room_in_the_store_leaves_it_as_it_was(saved, start_store, directory,
 
 
 @pytest.mark.usefixtures("store")
-def test_another_device_is_named_in_the_error(saved, wooly):
-    """A GPU that is not here."""
+def test_an_unknown_device_is_named_in_the_error(saved, wooly):
+    """Exit code 2."""
     done = wooly("restore", saved, "--device", "GPU-0000")
     assert done.returncode == 2
     assert "GPU-0000" in done.stderr
 
 
 def test_the_whole_description_is_covered_by_its_digest(saved):
-    """Every byte of it, one after the other: changed, it is refused, or it says the same."""
+    """A change of any byte is refused, or does not change the content."""
     path = saved / "wooly.json"
     good = path.read_bytes()
     with SavedModel(saved) as opened:

@@ -1,4 +1,4 @@
-"""What is saved comes back: the manifest, and every byte; and anybody can read it."""
+"""Saved models: restored with the same manifest and bytes, and readable by other safetensors readers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared_store.base.manifest import ITEM_SIZES, Manifest
 from shared_store.disk.restore import restore_resident
 from shared_store.disk.save import save_resident
 from shared_store.disk.saved import SavedModel
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 NUMBERS = itertools.count(1000)
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
@@ -42,7 +42,7 @@ def restore_in_process(session, target):
 
 @st.composite
 def models(draw):
-    """A manifest with tensors of any form, views and ties and equal blobs among them; and the blobs' bytes."""
+    """Draw a manifest with views, ties and equal blobs, and the bytes of its blobs."""
     contents = draw(st.lists(st.binary(max_size=64) | st.sampled_from([b"same" * 8]), min_size=1, max_size=5))
     blobs = [blob(data) for data in contents]
     manifest = Manifest(
@@ -59,8 +59,8 @@ def models(draw):
 
 @SETTINGS
 @given(model=models(), shard_bytes=st.sampled_from([1, 50, 1 << 30]))
-def test_any_model_comes_back_byte_for_byte(session, model, shard_bytes):
-    """Whatever its tensors are, in one file or in many."""
+def test_any_model_is_restored_byte_for_byte(session, model, shard_bytes):
+    """With tensors of any form, in one file or several."""
     manifest, contents = model
     publish(session, manifest, contents)
     with tempfile.TemporaryDirectory() as scratch:
@@ -74,8 +74,8 @@ def test_any_model_comes_back_byte_for_byte(session, model, shard_bytes):
 
 @SETTINGS
 @given(model=models(), shard_bytes=st.sampled_from([1, 50, 1 << 30]))
-def test_every_reader_of_safetensors_finds_contiguous_tensors_by_their_names(session, model, shard_bytes):
-    """The format's own library opens each file, and each distinct blob is there once."""
+def test_safetensors_readers_find_contiguous_tensors_by_name(session, model, shard_bytes):
+    """The safetensors library opens each file, and each distinct blob is stored once."""
     manifest, contents = model
     publish(session, manifest, contents)
     found = {}
@@ -94,7 +94,7 @@ def test_every_reader_of_safetensors_finds_contiguous_tensors_by_their_names(ses
 
 
 def is_all_of(entry, data):
-    """Whether a tensor has all bytes of its blob in their order, and a dtype that any safetensors has."""
+    """Return whether a tensor has all bytes of its blob in order, and a dtype of every safetensors version."""
     size = ITEM_SIZES[entry.dtype]
     common = entry.dtype in {"float32", "float16", "bfloat16", "int64", "uint8", "bool"}
     strides = [size * step for step in entry.stride]
@@ -103,7 +103,7 @@ def is_all_of(entry, data):
 
 
 def raw_tensors(file):
-    """Dtype, shape and bytes of each tensor, by the format's description."""
+    """Read dtype, shape and bytes of each tensor, following the format's specification."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -114,15 +114,15 @@ def raw_tensors(file):
     }
 
 
-def test_names_dtypes_and_shapes_for_strangers(session, wooly, tmp_path):
-    """Plain tensors under their names; a tied name as an alias; a turned one as bytes."""
+def test_names_dtypes_and_shapes(session, wooly, tmp_path):
+    """A plain tensor by its name, a tied name as an alias, a transposed tensor as bytes."""
     data = [content(1, 64), content(2, 48)]
     manifest = manifest_of(key(1), [blob(one) for one in data])
-    whole, turned = manifest.tensors
+    whole, transposed = manifest.tensors
     tensors = (
         msgspec.structs.replace(whole, dtype="float32", shape=(2, 8), stride=(8, 1)),
         msgspec.structs.replace(whole, module="head", dtype="float32", shape=(2, 8), stride=(8, 1)),
-        msgspec.structs.replace(turned, dtype="float32", shape=(3, 4), stride=(1, 3)),
+        msgspec.structs.replace(transposed, dtype="float32", shape=(3, 4), stride=(1, 3)),
     )
     publish(session, msgspec.structs.replace(manifest, tensors=tensors), data)
     assert wooly("save", key(1), "--to", tmp_path / "saved").returncode == 0
@@ -134,8 +134,8 @@ def test_names_dtypes_and_shapes_for_strangers(session, wooly, tmp_path):
         assert json.loads(file.metadata()["wooly.aliases"]) == {"head.weight": "layers.0.weight"}
 
 
-def test_only_what_the_store_lacks_is_read(saved, session, store, wooly):
-    """Blobs of another model are shared with it, and their bytes on disk are not even looked at."""
+def test_only_blobs_that_the_store_lacks_are_read(saved, session, store, wooly):
+    """Blobs of another model are shared with it, and not read from disk."""
     client = store.client()
     client.publish(key(8), [[1, 3 << 20], [2, 1000]])
     done = json.loads(wooly("restore", saved, "--json").stdout)
@@ -144,7 +144,7 @@ def test_only_what_the_store_lacks_is_read(saved, session, store, wooly):
     assert unique == {key(8): 0, MANIFEST.key: 5 << 20}
 
 
-def test_a_resident_model_is_left_as_it_is(wooly, model, tmp_path):
+def test_restoring_a_resident_model_does_nothing(wooly, model, tmp_path):
     """Exit code 0, and nothing is read."""
     assert wooly("save", model.key, "--to", tmp_path / "saved").returncode == 0
     done = wooly("restore", tmp_path / "saved", "--json")
@@ -155,7 +155,7 @@ def test_a_resident_model_is_left_as_it_is(wooly, model, tmp_path):
 
 
 def test_two_restores_at_once(saved, wooly, session):
-    """One reads, the other waits for it; both end well."""
+    """One reads, the other waits for it; both succeed."""
     processes = [wooly.start("restore", saved, "--json") for _ in range(2)]
     results = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
     assert sorted(result["result"] for result in results) == ["resident", "restored"]
@@ -164,7 +164,7 @@ def test_two_restores_at_once(saved, wooly, session):
 
 
 def test_a_directory_is_never_replaced(wooly, model, tmp_path):
-    """Neither a directory with something in it, nor a file, nor a link; an empty directory is taken."""
+    """Not a directory with content, a file or a link; an empty directory is accepted."""
     full, file, link, empty = (tmp_path / name for name in ("full", "file", "link", "empty"))
     full.mkdir()
     (full / "kept").write_text("kept")
@@ -174,7 +174,7 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
     for target in (full, file, link):
         done = wooly("save", model.key, "--to", target)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "is there already" in done.stderr
+        assert "exists already" in done.stderr
     assert [path.name for path in full.iterdir()] == ["kept"]
     assert wooly("save", model.key, "--to", empty).returncode == 0
     assert wooly("save", model.key, "--to", tmp_path / "no" / "parent").returncode == 2
@@ -182,13 +182,13 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
 
 
 def steady_fds(store):
-    """How many files the store has open, but for the socket with which it looks for its catalog's server at times."""
+    """Count the open files of the store, without the socket with which it tries to reach its catalog."""
     return min(store.open_fds() for _ in range(200))
 
 
-def test_saving_and_restoring_hold_nothing_afterwards(saved, wooly, session, store):
-    """No reader, no fd and no publication is left."""
-    wait_until(lambda: len(session.status().clients) == 1, "whoever saved to be gone")
+def test_saving_and_restoring_leave_nothing_open(saved, wooly, session, store):
+    """No reader, no descriptor and no publication."""
+    wait_until(lambda: len(session.status().clients) == 1, "the saving client to end")
     before = steady_fds(store)
     assert wooly("restore", saved).returncode == 0
     status = session.status()
@@ -197,8 +197,8 @@ def test_saving_and_restoring_hold_nothing_afterwards(saved, wooly, session, sto
     assert steady_fds(store) == before
 
 
-def test_nothing_here_imports_torch():
-    """Neither the command nor what it stands on."""
+def test_saving_and_restoring_need_no_torch():
+    """Neither the commands nor the modules that they use import it."""
     program = (
         "import sys\n"
         "import shared_store.disk.obtain, shared_store.disk.saver\n"

@@ -1,4 +1,4 @@
-"""`wooly verify` finds a byte that changed in the store, and what is wrong is used no more."""
+"""`wooly verify` finds a changed byte in the store, and the segment is quarantined."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BASE = [[1, 3 << 20], [2, 1000]]
 
 @pytest.fixture
 def store(start_store, directory):
-    """A store whose memory can be written to after publication. Its catalog's server is away."""
+    """Start a store whose segments can be written to after the commit, without a catalog."""
     return start_store(redis_url=f"unix://{directory}/away", program=UNSEALED)
 
 
 def published(store, model_key, model):
-    """Publish as a client that is gone again."""
+    """Publish a model as a client that then disconnects."""
     client = store.client()
     client.publish(model_key, model)
     client.leave(model_key)
@@ -30,8 +30,8 @@ def published(store, model_key, model):
     client.close()
 
 
-def test_sound_models(store, wooly, session):
-    """All is well: exit code 0; what models share is digested once; nobody is left as a reader."""
+def test_models_that_match(store, wooly, session):
+    """Exit code 0; shared blobs are digested once; no reader is left."""
     published(store, ONE, BASE)
     published(store, OTHER, [*BASE, [3, 5000], [3, 5000]])
     done = wooly("verify", "--all", "--json")
@@ -51,7 +51,7 @@ def test_sound_models(store, wooly, session):
 
 
 def test_a_changed_byte_is_found_and_its_segment_quarantined(store, wooly, session, directory):
-    """Exit code 11; models that have blobs there are forgotten and published anew, others stay; readers go on."""
+    """Exit code 11; models with blobs in it are withdrawn and published again, others stay; readers go on."""
     published(store, ONE, BASE)
     published(store, OTHER, [*BASE, [3, 5000]])
     published(store, THIRD, [[4, 7000]])
@@ -70,20 +70,20 @@ def test_a_changed_byte_is_found_and_its_segment_quarantined(store, wooly, sessi
 
     assert reader.alive()
     assert reader.digests()[0] == reader.expected()[0]
-    anew = store.client()
-    assert anew.publish(ONE, BASE) == "granted"
-    assert anew.digests() == anew.expected()
+    publisher = store.client()
+    assert publisher.publish(ONE, BASE) == "granted"
+    assert publisher.digests() == publisher.expected()
     assert wooly("verify", "--all").returncode == 0
-    held = session.status().totals.resident_bytes
+    resident = session.status().totals.resident_bytes
     assert [segment.readers for segment in session.status().quarantine] == [1]
     reader.unmap_all()
     reader.close()
-    wait_until(lambda: session.status().quarantine == (), "the segment to go with its last reader")
-    assert session.status().totals.resident_bytes < held
+    wait_until(lambda: session.status().quarantine == (), "the segment to be released with its last reader")
+    assert session.status().totals.resident_bytes < resident
 
 
-def test_a_publisher_that_counted_on_it_plans_anew(store, wooly, directory):
-    """Its plan had a place in the quarantined segment: the commit is refused, and its second try is whole."""
+def test_a_publisher_with_a_quarantined_blob_plans_again(store, wooly, directory):
+    """Its plan refers to the quarantined segment: the commit is refused, and the second plan succeeds."""
     published(store, ONE, BASE)
     publisher = store.client()
     assert publisher.open(OTHER) == "granted"
@@ -101,8 +101,8 @@ def test_a_publisher_that_counted_on_it_plans_anew(store, wooly, directory):
     assert publisher.digests() == publisher.expected()
 
 
-def test_what_changed_is_not_saved(store, wooly, session, directory, tmp_path):
-    """Saving digests first: exit code 11, no directory, and the model is out of service."""
+def test_a_changed_model_is_not_saved(store, wooly, session, directory, tmp_path):
+    """Saving verifies first: exit code 11, no directory, and the model is withdrawn."""
     published(store, ONE, BASE)
     turn_a_bit(directory, ONE)
     done = wooly("save", ONE, "--to", tmp_path / "saved")
@@ -113,7 +113,7 @@ def test_what_changed_is_not_saved(store, wooly, session, directory, tmp_path):
 
 @pytest.mark.usefixtures("store")
 def test_misuse(wooly):
-    """Neither a key nor all, both, a key that is not there; and an empty store is no error."""
+    """Neither KEY nor --all, both of them, or an unknown key are errors; an empty store is none."""
     assert wooly("verify").returncode == 2
     assert wooly("verify", ONE, "--all").returncode == 2
     assert wooly("verify", ONE).returncode == 9

@@ -17,7 +17,7 @@ from shared_store.client.session import Session
 from shared_store.disk.restore import restore_resident
 from shared_store.disk.save import save_resident
 from shared_store.disk.saved import SavedModel
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 pytestmark = pytest.mark.gpu
 

@@ -20,7 +20,7 @@ from shared_store.disk.restore import restore_resident
 from shared_store.disk.save import save_resident
 from shared_store.disk.saved import SavedModel
 from shared_store.memory import backend_for
-from shared_store.transfer.reading import committed
+from shared_store.transfer.resident import committed
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Stores and clients that have the tests' device."""
+"""Fixtures: stores and client processes with the tests' device."""
 
 import os
 
@@ -20,7 +20,7 @@ def _device(monkeypatch):
 
 @pytest.fixture
 def start(directory):
-    """Start a keeper and its store, with options; they are ended with the test."""
+    """Return a function that starts a keeper and its store with options. They end with the test."""
     started = []
 
     def make(**options):
@@ -28,19 +28,19 @@ def start(directory):
         return started[-1].start(env={**os.environ, **ENVIRONMENT})
 
     yield make
-    for one in started:
-        one.clean_up()
+    for store in started:
+        store.clean_up()
 
 
 @pytest.fixture
 def kept(start):
-    """A keeper and its store."""
+    """Start a keeper and its store."""
     return start()
 
 
 @pytest.fixture
 def process_of(directory):
-    """Make client processes of the device, of whatever store there is; all are ended with the test."""
+    """Return a function that starts a client process of the running store. They end with the test."""
     made = []
 
     def make(name=""):
@@ -49,12 +49,12 @@ def process_of(directory):
         return made[-1]
 
     yield make
-    for one in made:
-        one.kill()
+    for client in made:
+        client.kill()
 
 
 @pytest.fixture
 def process(kept, process_of):
-    """The same, with a store."""
+    """Start a store, and return the function that starts client processes."""
     assert kept.pid
     return process_of

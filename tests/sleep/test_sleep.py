@@ -1,4 +1,4 @@
-"""Who sleeps holds no memory of the device; who wakes has the same bytes at the same addresses, shared if it can be."""
+"""Asleep, a process uses no device memory; awake, it has the same bytes at the same addresses, shared if possible."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from shared_store.base.manifest import Blob
 MIB = 1 << 20
 KEY = key(1)
 MODEL = [[1, 40 * MIB], [2, 3 * MIB], [3, 30 * MIB], [2, 3 * MIB], [4, 0], [5, 1000]]
-"""Two segments: 64 MiB and what is over; a blob twice; one without bytes."""
+"""Two segments (64 MiB, and the rest); one blob twice; one blob without bytes."""
 
 
 def resident(kept, device=DEVICE):
-    return next((one.resident_bytes for one in kept.status().devices if one.id == device), 0)
+    """Return the resident bytes of a device."""
+    return next((found.resident_bytes for found in kept.status().devices if found.id == device), 0)
 
 
 def readers(kept):
-    return {(one.device, one.key): one.readers for one in kept.status().models}
+    """Return the number of readers of each model, by device and key."""
+    return {(model.device, model.key): model.readers for model in kept.status().models}
 
 
 def published(process, count=1, model=MODEL):
-    """Processes that have a model mapped, the first of which published it."""
+    """Start processes that map a model. The first one publishes it."""
     made = [process(f"engine {number}") for number in range(count)]
-    for one in made:
-        one.publish(key=KEY, model=model)
+    for engine in made:
+        engine.publish(key=KEY, model=model)
     return made
 
 
-def right(one):
-    return one.digests() == one.expected()
+def right(engine):
+    """Return whether a process reads the model's bytes."""
+    return engine.digests() == engine.expected()
 
 
 def test_one_engine_many_times(kept, process):
-    """The device is empty while it sleeps; addresses, bytes, fds and the store's memory are the same each time."""
+    """The device is empty while it sleeps; addresses, bytes, descriptors and the store's memory do not change."""
     (engine,) = published(process)
     before, addresses = resident(kept), engine.addresses()
     seen = []
@@ -57,8 +60,8 @@ def test_one_engine_many_times(kept, process):
     assert [model.readers for model in status.models if model.device == DEVICE] == [1]
 
 
-def test_nothing_is_left_of_a_sleeper(process):
-    """Its fds are those of before, once it is awake."""
+def test_waking_leaves_no_descriptors(process):
+    """The process has as many open as before it slept."""
     (engine,) = published(process)
     before = open_fds(engine.pid)
     engine.sleep()
@@ -66,8 +69,8 @@ def test_nothing_is_left_of_a_sleeper(process):
     assert open_fds(engine.pid) == before
 
 
-def test_one_sleeps_and_one_works(kept, process):
-    """The model stays for the one; the other comes back to it without anything being copied."""
+def test_one_of_two_sleeps(kept, process):
+    """The model stays on the device, and the sleeper maps it again without a copy."""
     one, other = published(process, 2)
     before = resident(kept)
     one.sleep()
@@ -80,7 +83,7 @@ def test_one_sleeps_and_one_works(kept, process):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_both_sleep_and_wake_in_either_order(kept, process, order):
-    """The device is empty when both sleep, they have one host copy, and share again when they wake."""
+    """The device is empty while both sleep; they share one host copy, and the model when they wake."""
     engines = published(process, 2)
     before = resident(kept)
     for engine in engines:
@@ -96,7 +99,7 @@ def test_both_sleep_and_wake_in_either_order(kept, process, order):
 
 
 def test_both_wake_at_once(kept, process):
-    """One of them publishes, the other waits for that and shares it."""
+    """One of them publishes; the other waits and attaches."""
     engines = published(process, 2)
     before = resident(kept)
     for engine in engines:
@@ -110,8 +113,8 @@ def test_both_wake_at_once(kept, process):
     assert all(right(engine) for engine in engines)
 
 
-def test_the_last_one_awake_leaves(kept, process):
-    """What sleepers will bring back need not stay on the device."""
+def test_the_last_reader_awake_ends(kept, process):
+    """The model leaves the device: a sleeper can publish it again."""
     one, other = published(process, 2)
     before = resident(kept)
     one.sleep()
@@ -121,8 +124,8 @@ def test_the_last_one_awake_leaves(kept, process):
     assert right(one)
 
 
-def test_a_pinned_model_stays(kept, process):
-    """Pinned is pinned, asleep or not."""
+def test_a_pinned_model_stays_on_the_device(kept, process):
+    """Although its only reader sleeps."""
     (engine,) = published(process)
     before = resident(kept)
     engine.pin(key=KEY)
@@ -131,20 +134,20 @@ def test_a_pinned_model_stays(kept, process):
     assert engine.wake() == [before, 0]
 
 
-def test_without_sleepers_a_model_stays_as_a_cache(kept, process):
-    """A host copy that nobody reads changes nothing for those who leave."""
+def test_a_host_copy_without_readers_does_not_remove_the_model(kept, process):
+    """When all readers are awake and end, the model stays resident."""
     one, other = published(process, 2)
     before = resident(kept)
     one.sleep()
     one.wake()
     one.kill()
     other.kill()
-    wait_until(lambda: set(readers(kept).values()) == {0}, "both to be gone")
+    wait_until(lambda: set(readers(kept).values()) == {0}, "both to end")
     assert resident(kept) == before
 
 
 def test_a_new_engine_publishes_while_others_sleep(kept, process):
-    """It loads as ever, the blobs lie as before, and the sleeper shares them."""
+    """Its layout is the former one, so the sleeper shares the model when it wakes."""
     (engine,) = published(process)
     before = resident(kept)
     engine.sleep()
@@ -155,7 +158,7 @@ def test_a_new_engine_publishes_while_others_sleep(kept, process):
 
 
 def test_another_layout(kept, process):
-    """Another process laid it out otherwise meanwhile: right bytes in own memory, counted; shared again later."""
+    """A model published with another layout: private memory with the right bytes, counted; shared on the next wake."""
     other = process("other")
     other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
     (engine,) = published(process)
@@ -165,15 +168,15 @@ def test_another_layout(kept, process):
     other.leave(key=key(2))
     other.remove(key=key(2))
     fresh = process("fresh")
-    assert fresh.publish(key=KEY, model=MODEL) == "granted"  # with the third blob beside the others now
+    assert fresh.publish(key=KEY, model=MODEL) == "granted"  # the third blob is now in the same segment as the others
     shared, private = engine.wake()
     assert private > 0
     assert engine.addresses() == addresses
     assert right(engine)
     counters = kept.status().counters
     assert counters.fallbacks == 1
-    mine = [one for one in kept.status().clients if one.name == "engine 0" and one.key]
-    assert [one.private_bytes for one in mine] == ([private] if shared else [])
+    mine = [client for client in kept.status().clients if client.name == "engine 0" and client.key]
+    assert [client.private_bytes for client in mine] == ([private] if shared else [])
     engine.sleep()
     fresh.leave(key=KEY)
     fresh.kill()
@@ -183,7 +186,7 @@ def test_another_layout(kept, process):
 
 
 def test_a_blob_that_another_model_has(process):
-    """Part of a segment lies elsewhere by now: it is published as it was, and this process has all of it shared."""
+    """A blob has another location by now: its former segment is published completely, and all of it is shared."""
     (engine,) = published(process)
     engine.sleep()
     other = process("other")
@@ -197,8 +200,8 @@ def test_a_blob_that_another_model_has(process):
     assert right(late)
 
 
-def test_no_room_for_the_host_copy(start, process_of):
-    """Sleeping is refused, and the engine is as it was."""
+def test_no_memory_for_the_host_copy(start, process_of):
+    """Sleeping is refused, and the engine stays awake."""
     kept = start(max_resident={"cpu": 2 * MIB})
     engine = process_of()
     engine.publish(key=KEY, model=MODEL)
@@ -207,11 +210,12 @@ def test_no_room_for_the_host_copy(start, process_of):
         engine.sleep()
     assert engine.mapped() == 2
     assert right(engine)
-    assert [(one.key, one.readers) for one in kept.status().models] == [(one.key, one.readers) for one in before]
+    after = kept.status().models
+    assert [(model.key, model.readers) for model in after] == [(model.key, model.readers) for model in before]
 
 
-def test_no_room_to_wake(start, process_of):
-    """The error is raised, nothing is mapped, and once there is room it wakes."""
+def test_no_memory_to_wake(start, process_of):
+    """Waking raises and maps nothing. It succeeds once another model can be evicted."""
     kept = start(max_resident={DEVICE: 80 * MIB})
     engine, other = process_of(), process_of()
     engine.publish(key=KEY, model=MODEL)
@@ -220,14 +224,14 @@ def test_no_room_to_wake(start, process_of):
     with pytest.raises(OutOfMemoryError):
         engine.wake()
     assert engine.mapped() == 0
-    other.leave(key=key(2))  # is a cache now, and leaves when room is needed
+    other.leave(key=key(2))  # can be evicted now
     assert engine.wake()[1] == 0
     assert right(engine)
     assert kept.status().counters.fallbacks == 0
 
 
-def test_written_pages_are_not_lost(process):
-    """Where a reader can write, what it wrote would not come back: refused."""
+def test_a_reader_that_wrote_cannot_sleep(process):
+    """Its private pages would be lost."""
     (engine,) = published(process)
     engine.write(index=0, text="mine")
     with pytest.raises(UnsupportedError, match="wrote"):
@@ -235,8 +239,8 @@ def test_written_pages_are_not_lost(process):
     assert engine.mapped() == 2
 
 
-def test_prepared_and_not_needed(kept, process):
-    """Whoever prepared to sleep and stays awake reads the host copy no more after waking up."""
+def test_waking_after_prepare_leaves_the_host_copy(kept, process):
+    """A process that prepared to sleep and stayed awake is not a reader of the host copy any more."""
     (engine,) = published(process)
     engine.prepare()
     assert [n for (device, _), n in readers(kept).items() if device == "cpu"] == [1]
@@ -245,7 +249,7 @@ def test_prepared_and_not_needed(kept, process):
 
 
 def test_wrong_bytes_on_the_device(kept, process, directory):
-    """What the store would not take as a host copy is not slept on."""
+    """The store refuses the host copy, and the process stays awake."""
     from support.saved import turn_a_bit
 
     from shared_store.base.errors import DigestMismatchError
@@ -256,11 +260,11 @@ def test_wrong_bytes_on_the_device(kept, process, directory):
     with pytest.raises(DigestMismatchError):
         engine.sleep()
     assert engine.mapped() == 2
-    assert not [one for one in kept.status().models if one.device == "cpu"]
+    assert not [model for model in kept.status().models if model.device == "cpu"]
 
 
-def test_a_wish_that_cannot_be(kept):
-    """It is refused, and the publisher may plan without it."""
+def test_an_impossible_preferred_layout(kept):
+    """It is refused, and the publisher can plan without it."""
     from shared_store.base.errors import ProtocolError
     from shared_store.protocol.messages import BlobPlace
 
@@ -275,8 +279,8 @@ def test_a_wish_that_cannot_be(kept):
     assert len(planned.segments) == 1
 
 
-def test_the_host_copys_key_is_its_contents():
-    """Neither another model's blobs nor another key share it."""
+def test_the_key_of_a_host_copy():
+    """It depends on the model's key and on the blobs."""
     keys = {host_key(KEY, [b"a" * 32]), host_key(KEY, [b"b" * 32]), host_key(key(2), [b"a" * 32])}
     assert len(keys) == 3
     assert all(map(is_key, keys))

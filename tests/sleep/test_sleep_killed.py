@@ -1,4 +1,4 @@
-"""Stores and processes are killed while models sleep, fall asleep and wake."""
+"""Stores and processes are killed while models sleep, fall asleep or wake."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from support.waiting import wait_until
 from shared_store.base.errors import StoreUnavailableError
 
 
-def back(engine, pid):
-    """Wait until a client is connected to a store that is not this one."""
-    wait_until(lambda: engine.alive() and engine.store_pid() != pid, "the client to be back")
+def reconnected(engine, pid):
+    """Wait until a client is connected to another store than `pid`."""
+    wait_until(lambda: engine.alive() and engine.store_pid() != pid, "the client to reconnect")
 
 
 def test_store_killed_while_one_sleeps(kept, process):
-    """The next store counts it as reader of the host copy, and not of the model; it wakes as ever."""
+    """The next store counts it as a reader of the host copy and not of the model; waking succeeds."""
     one, other = published(process, 2)
     before, addresses = resident(kept), one.addresses()
     one.sleep()
     pid = kept.kill_store()
-    back(one, pid)
-    back(other, pid)
+    reconnected(one, pid)
+    reconnected(other, pid)
     assert sorted((device, n) for (device, _), n in readers(kept).items()) == [(DEVICE, 1), ("cpu", 1)]
     assert one.wake() == [before, 0]
     assert one.addresses() == addresses
@@ -31,14 +31,14 @@ def test_store_killed_while_one_sleeps(kept, process):
 
 
 def test_store_killed_while_all_sleep(kept, process):
-    """Nothing is on the device before and after; the first that wakes brings the model back, the second shares it."""
+    """The device stays empty; the first that wakes publishes the model, the second attaches."""
     engines = published(process, 2)
     before = resident(kept)
     for engine in engines:
         engine.sleep()
     pid = kept.kill_store()
     for engine in engines:
-        back(engine, pid)
+        reconnected(engine, pid)
     assert resident(kept) == 0
     assert [engine.wake() for engine in engines] == [[before, 0]] * 2
     assert all(right(engine) for engine in engines)
@@ -46,20 +46,20 @@ def test_store_killed_while_all_sleep(kept, process):
 
 
 def test_keeper_and_store_killed_while_all_sleep(start, kept, process):
-    """The sleepers give the host copy to the next store, and wake from it."""
+    """The sleepers offer the host copy to the next store, and wake from it."""
     engines = published(process, 2)
     before = resident(kept)
     for engine in engines:
         engine.sleep()
     kept.kill_both()
     again = start()
-    wait_until(lambda: list(readers(again).values()) == [2], "both to be back")
+    wait_until(lambda: list(readers(again).values()) == [2], "both to rejoin")
     assert [engine.wake() for engine in engines] == [[before, 0]] * 2
     assert all(right(engine) for engine in engines)
 
 
-def test_no_store_any_more(kept, process):
-    """Nobody serves: the sleeper wakes with memory of its own, and cannot sleep again, but works."""
+def test_waking_without_a_store(kept, process):
+    """The process wakes in private memory and works, but cannot sleep again."""
     (engine,) = published(process)
     before, addresses = resident(kept), engine.addresses()
     engine.sleep()
@@ -72,8 +72,8 @@ def test_no_store_any_more(kept, process):
     assert right(engine)
 
 
-def test_store_killed_before_anybody_slept(kept, process):
-    """Without a store that answers, sleeping is refused, and the engine is as it was."""
+def test_sleeping_without_a_store(kept, process):
+    """It is refused, and the process stays awake."""
     (engine,) = published(process)
     kept.kill_both()
     with pytest.raises(StoreUnavailableError):
@@ -82,36 +82,36 @@ def test_store_killed_before_anybody_slept(kept, process):
     assert right(engine)
 
 
-def test_the_one_that_worked_does_not_come_back(kept, process):
-    """Store and worker are gone at once: when nobody can come back any more, the device is empty."""
+def test_store_and_last_reader_killed(kept, process):
+    """The model leaves the device when the grace period ends."""
     one, other = published(process, 2)
     before = resident(kept)
     one.sleep()
     other.stop()
     pid = kept.kill_store()
     other.kill()
-    back(one, pid)
-    assert resident(kept) == before  # nobody knows yet who is on the way
+    reconnected(one, pid)
+    assert resident(kept) == before  # its readers may still rejoin
     wait_until(lambda: resident(kept) == 0, "the device to be empty")
     assert one.wake() == [before, 0]
     assert right(one)
 
 
-def test_a_sleeper_is_killed(kept, process):
-    """Another one's host copy stays; with the last one it is a cache."""
+def test_one_of_two_sleepers_is_killed(kept, process):
+    """The host copy stays for the other one."""
     one, other = published(process, 2)
     before = resident(kept)
     one.sleep()
     other.sleep()
     one.kill()
-    wait_until(lambda: list(readers(kept).values()) == [1], "it to be gone")
+    wait_until(lambda: list(readers(kept).values()) == [1], "it to end")
     assert other.wake() == [before, 0]
     assert right(other)
 
 
 @pytest.mark.parametrize("what", ["sleep", "wake"])
-def test_killed_in_the_middle(kept, process, what):
-    """Whoever is killed while it copies leaves nothing half done: the other one does it."""
+def test_killed_while_copying(kept, process, what):
+    """The publication is aborted, and the other process publishes."""
     model = [*MODEL, [6, 150 * MIB]]
     one, other = published(process, 2, model)
     before = resident(kept)
@@ -119,21 +119,21 @@ def test_killed_in_the_middle(kept, process, what):
         one.sleep()
         other.sleep()
     one.begin(what)
-    wait_until(lambda: any(it.state == "publishing" for it in kept.status().models), "it to copy")
+    wait_until(lambda: any(model.state == "publishing" for model in kept.status().models), "it to copy")
     one.kill()
     assert other.sleep() is None
     assert other.wake() == [before, 0]
     assert right(other)
 
 
-def test_store_killed_in_the_middle_of_waking(kept, process):
-    """It is asked again, or the next one is: the bytes are right, wherever they are."""
+def test_store_killed_while_waking(kept, process):
+    """The process asks the next store, or wakes in private memory: the bytes are right either way."""
     model = [*MODEL, [6, 150 * MIB]]
     (engine,) = published(process, 1, model)
     addresses = engine.addresses()
     engine.sleep()
     engine.begin("wake")
-    wait_until(lambda: any(it.state == "publishing" for it in kept.status().models), "it to copy")
+    wait_until(lambda: any(model.state == "publishing" for model in kept.status().models), "it to copy")
     kept.kill_store()
     engine.finish()
     assert engine.addresses() == addresses

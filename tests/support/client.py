@@ -19,7 +19,7 @@ from shared_store.base.manifest import decode
 from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping, backend_for
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 
 
 class Client:

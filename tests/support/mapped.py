@@ -1,4 +1,4 @@
-"""What the kernel says of the store's segments in host memory: in a process, and in the store."""
+"""Mappings, descriptors and memory of processes, as the kernel reports them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SegmentRange:
-    """One mapping of a segment: addresses, and bytes that are the process's own because it wrote there."""
+    """A mapping of a segment: its addresses, and the bytes that are private because the process wrote to them."""
 
     start: int
     end: int
@@ -16,33 +16,33 @@ class SegmentRange:
 
 
 def segment_ranges(pid: int | str = "self") -> list[SegmentRange]:
-    """A process's mappings of segments in host memory, from its `smaps` (see `proc_pid_smaps(5)`)."""
+    """Return a process's mappings of segments in host memory, from `smaps` (see `proc_pid_smaps(5)`)."""
     found: list[SegmentRange] = []
-    place: tuple[int, int] | None = None
+    addresses: tuple[int, int] | None = None
     for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
         head, *rest = line.split()
         if "-" in head and not head.endswith(":"):
             start, end = (int(part, 16) for part in head.split("-"))
-            place = (start, end) if "/memfd:wooly" in line else None
-        elif place is not None and head == "Anonymous:":
-            found.append(SegmentRange(*place, int(rest[0]) * 1024))
+            addresses = (start, end) if "/memfd:wooly" in line else None
+        elif addresses is not None and head == "Anonymous:":
+            found.append(SegmentRange(*addresses, int(rest[0]) * 1024))
     return found
 
 
 def segment_bytes(pid: int) -> int:
-    """Memory behind all segments that a process has fds of."""
+    """Return the bytes of all segments in host memory that a process has descriptors of."""
     found: dict[int, int] = {}
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
             if fd.readlink().name.startswith("memfd:wooly"):
-                what = fd.stat()
-                found[what.st_ino] = what.st_blocks * 512
-        except FileNotFoundError:  # closed meanwhile
+                status = fd.stat()
+                found[status.st_ino] = status.st_blocks * 512
+        except FileNotFoundError:  # closed since it was listed
             continue
     return sum(found.values())
 
 
 def own_bytes(pid: int) -> int:
-    """Memory of a process that is backed by no file (`RssAnon` of `proc_pid_status(5)`)."""
+    """Return the anonymous memory of a process in bytes (`RssAnon` of `proc_pid_status(5)`)."""
     lines = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines())
     return int(lines["RssAnon"].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""Models for saving: published with any manifest, looked at, changed behind the store's back, removed."""
+"""Models with any manifest: publish them, read them back, and change a resident bit without the store."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from support.client import Client
 from support.hostmemory import peek, poke
 
 from shared_store.memory import Access, Mapping, MemfdBackend
-from shared_store.transfer.reading import committed, reading
+from shared_store.transfer.resident import attach, committed
 
 UNSEALED = (str(Path(__file__).with_name("unsealed_store_main.py")),)
-"""The program of a store in which :func:`turn_a_bit` works."""
+"""The program of a store whose segments are not sealed, so that :func:`turn_a_bit` works."""
 
 
 def publish(session, manifest, contents):
-    """Publish a manifest of the host's, with the bytes of each of its blobs."""
+    """Publish a manifest on the device `cpu`, with the bytes of each of its blobs."""
     backend = MemfdBackend()
     asked = {"name": manifest.name, "engine": manifest.engine, "device": "cpu", "publish": True, "timeout_s": 10}
     assert session.open(manifest.key, **asked) is None
@@ -38,14 +38,14 @@ def publish(session, manifest, contents):
 
 
 def resident(session, key):
-    """The manifest of a model in the store, and the bytes of each of its blobs, as they are there."""
-    with reading(session, committed(session.status().models, key), MemfdBackend()) as holding:
-        blobs = [peek(*holding.spans[blob.digest]) for blob in holding.manifest.blobs]
-        return holding.manifest, blobs
+    """Return the manifest of a resident model, and the bytes of each of its blobs."""
+    with attach(session, committed(session.status().models, key), MemfdBackend()) as model:
+        blobs = [peek(*model.spans[blob.digest]) for blob in model.manifest.blobs]
+        return model.manifest, blobs
 
 
 def turn_a_bit(directory, key, blob=0, backend=None):
-    """Change a published blob in place, in a store that is `UNSEALED` or on a GPU (by its backend): a stray write."""
+    """Flip a bit of a published blob in place, in a store that is `UNSEALED`, or on a GPU (with its backend)."""
     client = Client(directory, "stray")
     client.backend = backend or client.backend
     try:

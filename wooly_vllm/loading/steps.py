@@ -15,7 +15,7 @@ from torch import nn
 from shared_store.base.errors import BindingError, CheckpointError, UnsupportedError, WoolyError
 from shared_store.base.manifest import Manifest
 from shared_store.client.identify import Checkpoint
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 from shared_store.torch.bind import Binder, Bound, measure
 from shared_store.torch.devices import backend_of
 from shared_store.torch.mapped_model import MappedModel

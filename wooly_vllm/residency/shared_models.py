@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from shared_store.base.errors import UnsupportedError
-from shared_store.sleep.sleep import Sleeper
+from shared_store.sleep.sleeper import Sleeper
 
 _shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _sleepers: weakref.WeakKeyDictionary[nn.Module, Sleeper] = weakref.WeakKeyDictionary()
