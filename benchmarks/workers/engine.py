@@ -66,6 +66,12 @@ def _generate(llm: Any, *, requests: int, prompt: int, tokens: int) -> list[list
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def check(talk: Talk, job: dict[str, Any]) -> None:  # noqa: ARG001 - the signature of all roles
+    """Wrap all functions that :func:`engine` times with wooly, and send ``imported``."""
+    watch_wooly(Stopwatch(), {})
+    talk.send("imported")
+
+
 def main() -> None:
     """Run the role given on the command line."""
-    play({"engine": engine})
+    play({"engine": engine, "check": check})
