@@ -71,7 +71,7 @@ changelog: $(RELEASE_VENV)/.installed ## the section of the changelog that the f
 release: $(RELEASE_VENV)/.installed ## build sdist and wheel, check them, and run the wheel in a fresh environment (docs/releasing.md)
 	$(RELEASE_VENV)/bin/python deploy/release.py
 
-bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
+bench: install ## benchmarks on a CPU, plots and summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks cpu
 	$(VENV)/bin/python benchmarks hf
 	$(VENV)/bin/python benchmarks disk
@@ -83,7 +83,7 @@ soak: install ## 200 clients that publish, read and die at random for two minute
 	$(VENV)/bin/python benchmarks soak
 	$(VENV)/bin/python benchmarks summary
 
-# With GPU_PYTHON and PARITY="--lanes 4 --budget-s 500 --missing" on a machine with a GPU, until nothing is missing.
+# On a machine with a GPU: GPU_PYTHON=... PARITY="--lanes 4 --budget-s 500 --missing", repeated until no row is missing.
 parity: ## stock, publisher and reader compared over models and quantizations (PARITY=options), and docs/parity.md
 	$(GPU_PYTHON) benchmarks parity $(PARITY)
 	$(GPU_PYTHON) benchmarks parity --markdown
@@ -95,12 +95,12 @@ hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5
 vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIONS="0.26 0.29"; all that are supported)
 	$(PYTHON) deploy/vllm_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
 
-# GPU_PYTHON may be any interpreter that finds vLLM, wooly and pytest (on PYTHONPATH, say): no network, no install step.
-# All of it takes an hour on an H100. In pieces of ten minutes at most, of which an empty variable leaves one out:
+# GPU_PYTHON is any interpreter that finds vLLM, wooly and pytest (for example on PYTHONPATH): no network, no installation.
+# All parts together take an hour on an H100. An empty variable skips a part. In pieces of at most ten minutes:
 #   make gpu PARTS= HF_PARTS= DISK= GPU_TESTS=tests/gpu/test_engines.py
 #   make gpu GPU_TESTS= HF_PARTS= DISK= PARTS=digest,load,peak,decode      then ttft, then capacity, then mps,dedup
 #   make gpu GPU_TESTS= PARTS= DISK=      and last   make gpu GPU_TESTS= PARTS= HF_PARTS=
-# Other people's warnings are not errors here: the versions are what the machine has.
+# Warnings of other packages are not errors here, because their versions are those of the machine.
 gpu: ## GPU tests (GPU_TESTS=...), then benchmarks (PARTS=load,decode,... HF_PARTS=... DISK=yes), with GPU_PYTHON
 	$(if $(strip $(GPU_TESTS)),$(GPU_PYTHON) -m pytest -o filterwarnings=default -m gpu $(GPU_TESTS))
 	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks gpu --parts $(PARTS))

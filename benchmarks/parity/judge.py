@@ -32,17 +32,17 @@ def judge(answers: Mapping[str, list[dict[str, Any]]], *, embeds: bool) -> Outco
     for role in ("publisher", "reader"):
         for number, each in enumerate(answers[role]):
             if each["answer"] != (stock, again)[number]:
-                unsteady = "" if stock == again else "; but stock vLLM does not answer twice alike either"
+                unsteady = "" if stock == again else "; but the two answers of stock vLLM differ, too"
                 not_shared = f"; not shared: {refused[0]}" if refused else ""
                 return Outcome("differs", f"answer {number + 1} of the {role} is not stock's{unsteady}{not_shared}")
     if not embeds and len({token for tokens in stock for token in tokens}) <= DISTINCT:
-        return Outcome("failed", "the answers hardly vary, so that they prove nothing")
+        return Outcome("failed", "too few distinct tokens: equal answers would prove nothing")
     if refused:
         return Outcome("refused", refused[0])
     lease = answers["reader"][0]
     if lease["role"] != "reader" or not lease["mapped_bytes"]:
         reported = {name: value for name, value in lease.items() if name in ("role", "mapped_bytes", "store")}
-        return Outcome("failed", f"the reader maps nothing, and does not say why: {reported}")
+        return Outcome("failed", f"the reader maps nothing, and logged no reason: {reported}")
     mapped, private = lease["mapped_bytes"], lease["private_bytes"]
     return Outcome("equal", shared_fraction=round(mapped / (mapped + private), 4))
 

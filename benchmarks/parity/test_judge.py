@@ -38,7 +38,7 @@ def _answers(
         (_answers(refused=["because [unsupported]"]), "refused", "because [unsupported]"),
         (_answers(reader=OTHERS), "differs", "answer 1 of the reader is not stock's"),
         (_answers(publisher=OTHERS, refused=["because [x]"]), "differs", "not shared: because [x]"),
-        (_answers(again=OTHERS), "differs", "stock vLLM does not answer twice alike either"),
+        (_answers(again=OTHERS), "differs", "the two answers of stock vLLM differ, too"),
         (_answers(lease={"role": None}), "failed", "the reader maps nothing"),
         (_answers(lease=LEASE | {"mapped_bytes": 0}), "failed", "the reader maps nothing"),
     ],

@@ -60,7 +60,7 @@ def _check(session: Session, fds: int, patience_s: float) -> dict[str, int]:
         raise LeftoverError(f"the store has no models, but {cpu}")
     wait_until(lambda: usage(session.store_pid).fds <= fds, f"the store to have at most {fds} descriptors", patience_s)
     for number in range(LEASES):
-        with session.turn(f"lease-{number}", LEASE_TIMEOUT_S):  # times out if a dead client still holds it
+        with session.turn(f"lease-{number}", LEASE_TIMEOUT_S):  # times out if a dead client still has the turn
             pass
     return figures
 

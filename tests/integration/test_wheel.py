@@ -1,4 +1,4 @@
-"""What `make test` tests is the built wheel, as installed: not the source tree that pytest is started in."""
+"""`make test` tests the built wheel, as installed, and not the source tree in which pytest runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def wheel():
     path = os.environ.get("WOOLY_TESTED_WHEEL")
     if path is None:
-        pytest.skip("WOOLY_TESTED_WHEEL names no wheel; `make test` builds one and sets it")
+        pytest.skip("WOOLY_TESTED_WHEEL is not set; `make test` builds a wheel and sets it")
     with zipfile.ZipFile(path) as archive:
         yield archive
 
@@ -28,7 +28,7 @@ def wheel():
 @pytest.mark.usefixtures("wheel")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_imported_from_site_packages(package):
-    """In this process, and in a child started in the source tree."""
+    """In this process, and in a child that is started in the source tree."""
     expected = Path(sysconfig.get_path("purelib")) / package / "__init__.py"
     spec = importlib.util.find_spec(package)
     assert spec is not None
@@ -39,7 +39,7 @@ def test_packages_are_imported_from_site_packages(package):
 
 
 def test_installed_files_are_the_wheels(wheel):
-    """Byte for byte: a stale installation would pass tests for code that is no longer there."""
+    """Byte for byte: otherwise tests could pass on outdated code."""
     site_packages = Path(sysconfig.get_path("purelib"))
     modules = [name for name in wheel.namelist() if name.split("/")[0] in PACKAGES]
     assert modules
@@ -48,7 +48,7 @@ def test_installed_files_are_the_wheels(wheel):
 
 
 def test_wheel_has_every_source_file_and_nothing_else(wheel):
-    """Every file of the packages' folders, the licence, and no tests."""
+    """The wheel contains all files of the packages' folders, the licence, and no tests."""
     sources = {
         str(file.relative_to(ROOT))
         for package in PACKAGES
