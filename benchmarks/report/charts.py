@@ -20,7 +20,7 @@ def bars(title: str, unit: str, values: Sequence[Bar]) -> Figure:
     drawn = axes.bar([label for label, _, _ in values], [value for _, value, _ in values])
     for bar, (_, _, colour) in zip(drawn, values, strict=True):
         bar.set_color(colour)
-    axes.bar_label(drawn, labels=[f"{value:,.4g}" for _, value, _ in values], padding=2)
+    axes.bar_label(drawn, labels=[_written(value, 4) for _, value, _ in values], padding=2)
     return figure
 
 
@@ -30,10 +30,17 @@ def pairs(title: str, unit: str, labels: Sequence[str], stock: Sequence[float], 
     for side, (name, colour, values) in enumerate((("stock", STOCK, stock), ("wooly", WOOLY, wooly))):
         places = [place + 0.4 * side - 0.2 for place in range(len(labels))]
         drawn = axes.bar(places, values, width=0.38, label=name, color=colour)
-        axes.bar_label(drawn, labels=[f"{value:,.3g}" for value in values], padding=2, fontsize="small")
+        axes.bar_label(drawn, labels=[_written(value, 3) for value in values], padding=2, fontsize="small")
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(frameon=False)
     return figure
+
+
+def _written(value: float, digits: int) -> str:
+    """Return a value as it is written above its bar; zero stands for a value that was not measured."""
+    if not value:
+        return "n/a"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}"
 
 
 def _chart(title: str, unit: str, width: float, heights: Sequence[float]) -> tuple[Figure, Axes]:

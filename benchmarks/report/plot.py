@@ -63,7 +63,7 @@ GPU_CHARTS: dict[str, tuple[str, str, dict[str, tuple[str, float, str]]]] = {
         {"ttft_stock_s": ("stock", 1, STOCK), "ttft_wooly_s": ("wooly", 1, WOOLY)},
     ),
     "dedup": (
-        "A model and three fine-tunes, a tenth of the layers changed",
+        "A model and three fine-tunes of two layers in 16",
         "GiB",
         {
             "dedup_private_bytes": ("private copies", 1 / GIB, STOCK),
@@ -154,7 +154,7 @@ def gpu(machine: str, result: dict[str, Any]) -> Figures:
     ]
     known = [(label, float(value), colour) for label, value, colour in replicas if value is not None]
     if len(known) == len(replicas):
-        title = f"Engines running at the same time ({result['capacity_kv_mib']:,} MiB of KV cache each)\n{where}"
+        title = f"Engines at once ({result['capacity_kv_mib']:,} MiB of KV cache each)\n{where}"
         figures[f"{machine}_capacity"] = bars(title, "engines", known)
     else:
         print(f"{machine}: skipped capacity: not measured")
