@@ -335,4 +335,4 @@ def _describe(code: int | None) -> str:
 
 
 def _reported() -> None:
-    """Do nothing: the starter was told already."""
+    """Do nothing: the starter was notified already."""
