@@ -45,8 +45,8 @@ class EventBuffer:
     def add(self, kind: str, fields: Mapping[str, Value]) -> None:
         """Add an event, with the next sequence number and the current time."""
         self._last_seq += 1
-        kept = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in fields.items()}
-        self._waiting.append(Event(self._last_seq, time.time(), kind, kept))
+        cut = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in fields.items()}
+        self._waiting.append(Event(self._last_seq, time.time(), kind, cut))
         while len(self._waiting) > self._capacity:
             self._last_dropped = self._waiting.popleft()
             self._dropped += 1

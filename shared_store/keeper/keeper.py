@@ -16,18 +16,18 @@ The retained state is as the stores sent it. The keeper changes nothing in it.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from shared_store.keeper.restart_delay import RestartDelay
 from shared_store.keeper.retained_state import LISTEN, RetainedState
 from shared_store.keeper.service_manager import ServiceManager
+from shared_store.keeper.stop_signals import stop_signals
 from shared_store.keeper.store_process import StoreProcess
 from shared_store.keeper.upgrade import become
 from shared_store.protocol import keeper_messages
@@ -96,7 +96,7 @@ class Keeper:
 
     def run(self) -> int:
         """Run until SIGTERM, SIGINT, or the requested stop of a store. Return the exit code."""
-        signals = _signals()
+        signals = stop_signals()
         self._selector.register(signals, selectors.EVENT_READ, lambda _: self._signalled(signals))
         self._manager.store_fd(LISTEN, self._listen.fileno())
         self._retained.rewrite()
@@ -195,9 +195,9 @@ class Keeper:
     def _begin(self, store: StoreProcess) -> None:
         """Send the state, and let the store serve."""
         for change, fds in self._retained.state.changes():
-            store.send(change, _duplicates(fds))
+            store.send(change, OwnedFds.duplicates(fds))
         begin = keeper_messages.Begin(os.getpid(), self._restarts, self._manager.present, self._options.to_json())
-        store.send(begin, _duplicates((self._listen.fileno(), self._lock.fileno())))
+        store.send(begin, OwnedFds.duplicates((self._listen.fileno(), self._lock.fileno())))
         store.send(keeper_messages.JournalState(self._retained.journal_reason))
         while self._notices:
             store.send(self._notices.pop(0))
@@ -305,28 +305,6 @@ class Keeper:
         self._exit_code = 0
 
 
-def _signals() -> socket.socket:
-    """Return a socket that becomes readable on SIGTERM and SIGINT."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    signal.set_wakeup_fd(theirs.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return ours
-
-
-def _duplicates(fds: Iterable[int]) -> OwnedFds:
-    made = OwnedFds()
-    try:
-        for fd in fds:
-            made.add(OwnedFd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)))
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
 def _describe(code: int | None) -> str:
     """Describe the end of a store by its exit code (negative: a signal; None: unknown)."""
     if code is None:
@@ -335,4 +313,4 @@ def _describe(code: int | None) -> str:
 
 
 def _reported() -> None:
-    """Do nothing: the starter was told already."""
+    """Do nothing: the starter was notified already."""

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def become(installation: keeper_messages.Upgrade, handover: Handover, directory: Path) -> OSError:
     """Execute the installation's keeper. Does not return unless that fails; then everything is as before."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LISTEN_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LISTEN_"))}
     python = {name: value for name, value in installation.environment.items() if name.startswith("PYTHON")}
     with leave(handover) as memfd:
         command = [installation.python, "-m", "shared_store.keeper", str(directory), "", "", str(memfd.fileno())]
@@ -26,7 +26,7 @@ def become(installation: keeper_messages.Upgrade, handover: Handover, directory:
         for fd in (memfd.fileno(), *handover.fds):
             os.set_inheritable(fd, True)
         try:
-            os.execve(installation.python, command, {**kept, **python})  # noqa: S606 - no shell is the point
+            os.execve(installation.python, command, {**inherited, **python})  # noqa: S606 - no shell is the point
         except OSError as error:
             for fd in handover.fds:
                 os.set_inheritable(fd, False)

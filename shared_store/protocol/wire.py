@@ -12,11 +12,10 @@ Does not promise: that payloads are messages. :mod:`shared_store.protocol.messag
 from __future__ import annotations
 
 import array
-import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -40,12 +39,6 @@ class Frame:
 
     payload: bytes
     fds: OwnedFds = field(default_factory=OwnedFds)
-
-
-def close_fds(fds: Iterable[int]) -> None:
-    """Close plain descriptors."""
-    for fd in fds:
-        os.close(fd)
 
 
 def header(payload: bytes, fds: int) -> bytes:

@@ -22,8 +22,10 @@ def blob(number, nbytes=4096):
 
 
 def model(key, blobs=(), *, state="committed", manifest=b"\x00\xffmanifest"):
-    held = tuple(blobs)
-    return ModelDoc(key, f"name of {key}", "vllm", "cpu", state, len(held), sum(b.nbytes for b in held), manifest, held)
+    blobs = tuple(blobs)
+    return ModelDoc(
+        key, f"name of {key}", "vllm", "cpu", state, len(blobs), sum(b.nbytes for b in blobs), manifest, blobs
+    )
 
 
 def lease(client, key="", role="reader"):
@@ -39,10 +41,10 @@ def snapshot(models=(), leases=(), of=None):
     return Snapshot(of or node(), tuple(models), tuple(leases))
 
 
-def expected(held):
+def expected(content):
     """Return the result that `read` must have for a snapshot."""
-    doc = held.node
-    committed = [b for m in held.models if m.state == "committed" for b in m.blobs]
+    doc = content.node
+    committed = [b for m in content.models if m.state == "committed" for b in m.blobs]
     return {
         "node": {
             "node": doc.node,
@@ -53,7 +55,7 @@ def expected(held):
             "started_at": repr(doc.started_at),
             "devices": doc.devices,
         },
-        "listed": {m.key for m in held.models},
+        "listed": {m.key for m in content.models},
         "models": {
             m.key: {
                 "key": m.key.encode(),
@@ -66,7 +68,7 @@ def expected(held):
                 "manifest": m.manifest,
                 "blobs": str(len(m.blobs)).encode(),
             }
-            for m in held.models
+            for m in content.models
         },
         "leases": {
             str(ls.client): {
@@ -77,7 +79,7 @@ def expected(held):
                 "key": ls.key,
                 "role": ls.role,
             }
-            for ls in held.leases
+            for ls in content.leases
         },
         "blobs": {b.digest.hex(): b.nbytes for b in committed},
     }

@@ -56,8 +56,8 @@ def test_private_and_without_persistence(own, server_directory):
 
 def test_killed_server_is_restarted_and_rewritten(own):
     catalog = Catalog(own.url, lease_ttl_s=1.5)
-    held = snapshot([model("aa", [blob(1)])])
-    catalog.start(held)
+    content = snapshot([model("aa", [blob(1)])])
+    catalog.start(content)
     assert catalog.flush(10)
     before = own.pid
     for _ in range(2):
@@ -65,7 +65,7 @@ def test_killed_server_is_restarted_and_rewritten(own):
         own.restart()
         assert catalog.flush(20)
         with own.client() as client:
-            assert read(client) == expected(held)
+            assert read(client) == expected(content)
     assert own.pid != before
     catalog.stop()
 

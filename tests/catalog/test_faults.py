@@ -28,7 +28,7 @@ print("whole", flush=True)
 sys.stdin.read()
 """
 
-HELD = snapshot([model("aa", [blob(n) for n in range(700)]), model("cc", state="publishing")], [lease(1, "aa")])
+CONTENT = snapshot([model("aa", [blob(n) for n in range(700)]), model("cc", state="publishing")], [lease(1, "aa")])
 
 
 class Recorded:
@@ -42,7 +42,7 @@ class Recorded:
 @pytest.fixture
 def recorded(server):
     running = Recorded(server.url, lease_ttl_s=1.5)
-    running.catalog.start(HELD)
+    running.catalog.start(CONTENT)
     assert running.catalog.flush(10)
     yield running
     running.catalog.stop()
@@ -78,13 +78,13 @@ def test_server_killed_and_restarted_empty(server, recorded):
     wait_until(lambda: catalog.state == "down", "the state to go down")
     for number in range(2, 6):
         catalog.event("during", number=number)
-    held = snapshot([model("aa", [blob(1)]), model("dd", [blob(9999)])], [lease(7)])
-    catalog.update(held)
+    content = snapshot([model("aa", [blob(1)]), model("dd", [blob(9999)])], [lease(7)])
+    catalog.update(content)
     server.restart()
     assert catalog.flush(20)
     assert recorded.states == ["ok", "down", "ok"]
     with server.client() as client:
-        assert read(client) == expected(held)
+        assert read(client) == expected(content)
         arrived = events(client)
     assert [e["number"] for e in arrived if e["kind"] == "during"] == ["1", "2", "3", "4", "5"]
     assert arrived[-1]["kind"] == "catalog_restored"
@@ -96,14 +96,14 @@ def test_server_unreachable_at_the_start(server):
     server.pause()
     recorded = Recorded(server.url)
     began = time.monotonic()
-    recorded.catalog.start(HELD)
+    recorded.catalog.start(CONTENT)
     assert time.monotonic() - began < AT_ONCE_S
     assert not recorded.catalog.flush(0.1)
     assert recorded.catalog.state == "down"
     server.resume()
     assert recorded.catalog.flush(20)
     with server.client() as client:
-        assert read(client) == expected(HELD)
+        assert read(client) == expected(CONTENT)
     recorded.catalog.stop()
 
 
@@ -111,10 +111,10 @@ def test_server_hangs(server, recorded):
     """update() and event() return at once, the state is `down` after a time-out, and everything is written later."""
     catalog = recorded.catalog
     server.pause()
-    held = snapshot([model("ee", [blob(3)])])
+    content = snapshot([model("ee", [blob(3)])])
     began = time.monotonic()
     for number in range(100):
-        catalog.update(held)
+        catalog.update(content)
         catalog.event("during", number=number)
     assert time.monotonic() - began < AT_ONCE_S
     wait_until(lambda: catalog.state == "down", "the time-out")
@@ -123,7 +123,7 @@ def test_server_hangs(server, recorded):
     assert catalog.flush(20)
     assert catalog.state == "ok"
     with server.client() as client:
-        assert read(client) == expected(held)
+        assert read(client) == expected(content)
         numbers = [int(e["number"]) for e in events(client) if e["kind"] == "during"]
     assert numbers == list(range(100))
 
@@ -163,7 +163,7 @@ def test_more_events_than_fit_are_dropped_and_counted(server, recorded):
 def test_server_emptied_by_another_client(client):
     """FLUSHALL breaks no connection. The heartbeat detects it without an update."""
     client.flushall()
-    wait_until(lambda: read(client) == expected(HELD), "the catalog to be rewritten")
+    wait_until(lambda: read(client) == expected(CONTENT), "the catalog to be rewritten")
     wait_until(lambda: "catalog_restored" in [e["kind"] for e in events(client)], "the event")
 
 
@@ -171,15 +171,15 @@ def test_server_emptied_by_another_client(client):
 def test_one_key_lost(client):
     """The heartbeat detects a deleted hash of a model."""
     client.delete("wooly:node:n1:model:aa")
-    wait_until(lambda: read(client) == expected(HELD), "the model to be rewritten")
+    wait_until(lambda: read(client) == expected(CONTENT), "the model to be rewritten")
 
 
 def test_scripts_flushed_by_another_client(client, recorded):
     client.script_flush()
-    held = snapshot([model("ff")])
-    recorded.catalog.update(held)
+    content = snapshot([model("ff")])
+    recorded.catalog.update(content)
     assert recorded.catalog.flush(20)
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
 
 
 def test_server_out_of_memory(client, recorded):
@@ -191,20 +191,20 @@ def test_server_out_of_memory(client, recorded):
     catalog.update(snapshot([model("aa", [blob(1)], manifest=bytes(4_000_000)), model("bb", [blob(2)])]))
     wait_until(lambda: catalog.state == "down", "the refusal")
     assert not catalog.flush(0.5)
-    held = snapshot([model("bb", [blob(2)])], [lease(2)])
-    catalog.update(held)
+    content = snapshot([model("bb", [blob(2)])], [lease(2)])
+    catalog.update(content)
     assert catalog.flush(20)
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
 
 
 def test_entries_of_an_earlier_run_are_removed(server, client, other_store):
     """A killed store left a model, blobs and a lease. Its successor replaces them."""
     other_store("n1", 60).kill()
     successor = Catalog(server.url, lease_ttl_s=60)
-    held = snapshot([model("hh", [blob(1), blob(9999)])], [lease(5)], of=node(epoch="epoch-2", started_at=2000.0))
-    successor.start(held)
+    content = snapshot([model("hh", [blob(1), blob(9999)])], [lease(5)], of=node(epoch="epoch-2", started_at=2000.0))
+    successor.start(content)
     assert successor.flush(10)
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
     successor.stop()
 
 
@@ -218,7 +218,7 @@ def test_killed_store_is_removed_after_its_time_to_live(client, recorded, other_
     assert read(client, "n2") == NOTHING
     assert not list(client.scan_iter("wooly:node:n2*"))
     assert recorded.catalog.flush(10)
-    assert read(client) == expected(HELD)
+    assert read(client) == expected(CONTENT)
 
 
 @pytest.mark.usefixtures("recorded")
@@ -235,12 +235,12 @@ def test_store_that_hung_past_its_time_to_live_is_rewritten(client, other_store)
 def test_same_node_twice_the_later_start_wins(server, client, caplog):
     """Writes of the earlier store are refused, in any order of arrival, and its log has the reason."""
     earlier = Catalog(server.url, lease_ttl_s=2)
-    earlier.start(HELD)
+    earlier.start(CONTENT)
     assert earlier.flush(10)
     later = Catalog(server.url, lease_ttl_s=2)
-    held = snapshot([model("aa", [blob(9999)])], [lease(9)], of=node(epoch="epoch-0", started_at=2000.25))
+    content = snapshot([model("aa", [blob(9999)])], [lease(9)], of=node(epoch="epoch-0", started_at=2000.25))
     with caplog.at_level(logging.WARNING):
-        later.start(held)
+        later.start(content)
         assert later.flush(10)
         for number in range(20):
             earlier.update(snapshot([model(f"old{number}", [blob(number)])]))
@@ -250,10 +250,10 @@ def test_same_node_twice_the_later_start_wins(server, client, caplog):
     assert not earlier.flush(0.5)
     assert later.flush(10)
     assert later.state == "ok"
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
     assert "too_late" not in [e["kind"] for e in events(client)]
     earlier.stop()
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
     later.stop()
 
 
@@ -262,11 +262,11 @@ def test_same_node_twice_the_earlier_takes_over_when_the_later_leaves(server, cl
     later.start(snapshot(of=node(epoch="epoch-2", started_at=2000.0)))
     assert later.flush(10)
     earlier = Catalog(server.url)
-    earlier.start(HELD)
+    earlier.start(CONTENT)
     assert not earlier.flush(0.5)
     later.stop()
     assert earlier.flush(20)
-    assert read(client) == expected(HELD)
+    assert read(client) == expected(CONTENT)
     earlier.stop()
 
 
@@ -274,13 +274,13 @@ def test_same_node_twice_the_earlier_takes_over_when_the_later_leaves(server, cl
 def test_server_restarted_with_old_data(redis_server):
     """A server with persistence restarts with an earlier state of the same epoch, which is replaced."""
     recorded = Recorded(redis_server.url)
-    recorded.catalog.start(HELD)
+    recorded.catalog.start(CONTENT)
     assert recorded.catalog.flush(10)
     with redis_server.client() as client:
         client.save()
     # As many of each as before, so that counting them would not tell.
-    held = snapshot([model("aa", [blob(n + 1) for n in range(700)]), model("cc", state="publishing")], [lease(2)])
-    recorded.catalog.update(held)
+    content = snapshot([model("aa", [blob(n + 1) for n in range(700)]), model("cc", state="publishing")], [lease(2)])
+    recorded.catalog.update(content)
     assert recorded.catalog.flush(10)
     redis_server.kill()
     redis_server.restart()
@@ -290,6 +290,6 @@ def test_server_restarted_with_old_data(redis_server):
     assert other.flush(10)
     assert recorded.catalog.flush(20)
     with redis_server.client() as client:
-        assert read(client) == expected(held)
+        assert read(client) == expected(content)
     for catalog in (recorded.catalog, other):
         catalog.stop()

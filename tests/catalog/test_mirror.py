@@ -27,14 +27,14 @@ def commands(client):
 
 def test_after_start_every_document_can_be_read(catalog, client):
     """Models with manifests, leases, the node, and the blobs of committed models."""
-    held = snapshot(
+    content = snapshot(
         [model("aa", [blob(1), blob(2, 8192)]), model("bb", [blob(3)], state="publishing", manifest=b"")],
         [lease(1, "aa"), lease(2, "bb", "publisher"), lease(3)],
     )
-    catalog.start(held)
+    catalog.start(content)
     assert catalog.flush(10)
     assert catalog.state == "ok"
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
     assert client.exists(f"wooly:blob:{blob(3).digest.hex()}") == 0
     assert client.zrange("wooly:nodes", 0, -1) == [b"n1"]
     for key in ("wooly:node:n1", "wooly:node:n1:leases"):
@@ -47,11 +47,11 @@ def test_thousands_of_blobs_need_few_round_trips(catalog, client):
     catalog.start(snapshot())
     assert catalog.flush(10)
     before = commands(client)["evalsha"]
-    held = snapshot([model("aa", blobs, manifest=bytes(2_000_000))])
-    catalog.update(held)
+    content = snapshot([model("aa", blobs, manifest=bytes(2_000_000))])
+    catalog.update(content)
     assert catalog.flush(10)
     assert commands(client)["evalsha"] - before < 30
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
     catalog.update(snapshot())
     assert catalog.flush(10)
     assert read(client) == expected(snapshot())
@@ -76,12 +76,12 @@ def test_a_blob_of_two_models_is_removed_with_the_second(catalog, client):
     both = blob(1)
     first, second = model("aa", [both, blob(2)]), model("bb", [both])
     for models in ([first, second], [second], [first], []):
-        held = snapshot(models)
+        content = snapshot(models)
         if models == [first, second]:
-            catalog.start(held)
-        catalog.update(held)
+            catalog.start(content)
+        catalog.update(content)
         assert catalog.flush(10)
-        assert read(client) == expected(held)
+        assert read(client) == expected(content)
 
 
 def test_a_model_that_is_committed_and_a_capacity_that_changes_are_rewritten(catalog, client):
@@ -90,10 +90,10 @@ def test_a_model_that_is_committed_and_a_capacity_that_changes_are_rewritten(cat
     assert catalog.flush(10)
     grown = node()
     grown.devices["cpu"]["resident_bytes"] = 1 << 30
-    held = snapshot([model("aa", [blob(1)])], of=grown)
-    catalog.update(held)
+    content = snapshot([model("aa", [blob(1)])], of=grown)
+    catalog.update(content)
     assert catalog.flush(10)
-    assert read(client) == expected(held)
+    assert read(client) == expected(content)
 
 
 def test_events_arrive_in_order_with_their_origin(catalog, client):

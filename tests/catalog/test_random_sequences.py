@@ -34,7 +34,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.client = self.connect()
         self.client.flushall()
         self.epoch = 0
-        self.held = snapshot()
+        self.content = snapshot()
         self.catalog = None
         self.sent = 0
 
@@ -42,18 +42,18 @@ class AnyOrder(RuleBasedStateMachine):
     def begin(self, first):
         self.run(first)
 
-    def run(self, held):
+    def run(self, content):
         self.epoch += 1
         self.of = node(epoch=f"epoch-{self.epoch}", started_at=float(self.epoch))
-        self.held = snapshot(held.models, held.leases, of=self.of)
+        self.content = snapshot(content.models, content.leases, of=self.of)
         self.catalog = Catalog(self.url, lease_ttl_s=5)
-        self.catalog.start(self.held)
+        self.catalog.start(self.content)
         self.sent = 0
 
-    @rule(held=SNAPSHOTS)
-    def update(self, held):
-        self.held = snapshot(held.models, held.leases, of=self.of)
-        self.catalog.update(self.held)
+    @rule(content=SNAPSHOTS)
+    def update(self, content):
+        self.content = snapshot(content.models, content.leases, of=self.of)
+        self.catalog.update(self.content)
 
     @rule()
     def event(self):
@@ -63,7 +63,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def flush(self):
         assert self.catalog.flush(20)
-        assert read(self.client) == expected(self.held)
+        assert read(self.client) == expected(self.content)
 
     @rule()
     def lose_all(self):
@@ -83,12 +83,12 @@ class AnyOrder(RuleBasedStateMachine):
         if not clean:
             self.lose_the_connection()
         self.catalog.stop()
-        self.run(self.held)
+        self.run(self.content)
 
     def teardown(self):
         if self.catalog is not None:
             assert self.catalog.flush(20)
-            assert read(self.client) == expected(self.held)
+            assert read(self.client) == expected(self.content)
             numbers = [
                 int(e["number"]) for e in events(self.client) if e["kind"] == "sent" and e["epoch"] == self.of.epoch
             ]

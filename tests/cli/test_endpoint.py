@@ -171,8 +171,8 @@ def test_silent_peer_is_disconnected(serve, status, monkeypatch):
 def test_flood_of_connections_is_bounded(serve, status):
     """A connection over the limit is closed at once. Requests are served again when others disconnect."""
     port = serve(lambda: status).port
-    with contextlib.ExitStack() as held:
-        peers = [held.enter_context(connect(port)) for _ in range(MAX_REQUESTS)]
+    with contextlib.ExitStack() as connections:
+        peers = [connections.enter_context(connect(port)) for _ in range(MAX_REQUESTS)]
         with connect(port) as further:
             assert further.recv(1) == b""
         for peer in peers:

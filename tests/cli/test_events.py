@@ -131,7 +131,7 @@ def test_all_nodes(wooly, server, start_store, actor):
             "pid": "x",
         }
         connection.xadd(EVENTS, other)
-        connection.xadd(EVENTS, {"what": "nobody of wooly wrote this"})
+        connection.xadd(EVENTS, {"what": "not written by wooly"})
     assert kinds(wooly, "--redis-url", server) == EXPECTED
     everything = events(wooly("events", "--all-nodes", "--json", "--redis-url", server))
     assert [event["kind"] for event in everything] == [*EXPECTED, "published", ""]

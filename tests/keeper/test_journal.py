@@ -38,36 +38,36 @@ changes = st.one_of(
 )
 
 
-def state(held):
-    return {number: one.record for number, one in held.segments.items()}, held.models, dict(held.files)
+def plain(state):
+    return {number: one.record for number, one in state.segments.items()}, state.models, dict(state.files)
 
 
 def applied(history):
-    held = DurableState()
+    state = DurableState()
     for change in history:
-        held.apply(change)
-    return held
+        state.apply(change)
+    return state
 
 
 @given(st.lists(st.one_of(changes, st.just("rewrite")), max_size=20))
 def test_what_was_written_is_read(tmp_path_factory, history):
     """The journal restores the state, with any number of rewrites in between. So does a handover."""
     path = tmp_path_factory.mktemp("journal") / "journal"
-    held, written = DurableState(), Journal(path)
+    state, written = DurableState(), Journal(path)
     written.rewrite([])
     for change in history:
         if change == "rewrite":
-            written.rewrite(one for one, _ in held.changes())
+            written.rewrite(one for one, _ in state.changes())
         else:
-            held.apply(change)
+            state.apply(change)
             written.append(change)
     written.close()
     found, damage = read(path)
-    assert (state(applied(found)), damage, written.reason) == (state(held), "", "")
+    assert (plain(applied(found)), damage, written.reason) == (plain(state), "", "")
     copied = DurableState()
-    for payload, _ in handover.changes_of(held):
+    for payload, _ in handover.changes_of(state):
         copied.apply(keeper_messages.decode_state(payload))
-    assert state(copied) == state(held)
+    assert plain(copied) == plain(state)
 
 
 @given(st.lists(changes, min_size=1, max_size=6), st.data())
@@ -80,8 +80,8 @@ def test_torn_tail(tmp_path_factory, history, data):
     path.write_bytes(MAGIC + boot_id() + whole[:cut])
     found, damage = read(path)
     ends = [sum(map(len, records[:count])) for count in range(len(records) + 1)]
-    kept = max(count for count, end in enumerate(ends) if end <= cut)
-    assert found == history[:kept]
+    complete = max(count for count, end in enumerate(ends) if end <= cut)
+    assert found == history[:complete]
     assert bool(damage) == (cut not in ends)
 
 

@@ -22,10 +22,10 @@ def readers(kept, key=ONE):
 
 def journal_state(kept):
     """Return segments and models as recorded in the journal."""
-    held = DurableState()
+    state = DurableState()
     for change in read(kept.paths.journal)[0]:
-        held.apply(change)
-    return held.segments, held.models
+        state.apply(change)
+    return state.segments, state.models
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class StoreProcess:
 
     def start(self, *, through=(), pass_fds=(), **popen):
         """Start it, and wait until clients can connect. ``through``: a command that executes the store's."""
-        told, low = os.pipe()
+        ready, low = os.pipe()
         tell = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 200)  # a number above those that tests assign
         os.close(low)
         try:
@@ -56,10 +56,10 @@ class StoreProcess:
             with (self.directory / "test.log").open("ab") as log:
                 self._process = subprocess.Popen(command, pass_fds=(tell, *pass_fds), stdout=log, stderr=log, **popen)
             os.close(tell)
-            assert readable(told, 20.0), "the store was not ready within 20 s"
-            assert os.read(told, 1) == b"1", self.log()
+            assert readable(ready, 20.0), "the store was not ready within 20 s"
+            assert os.read(ready, 1) == b"1", self.log()
         finally:
-            os.close(told)
+            os.close(ready)
         return self
 
     def refused(self, **popen):
