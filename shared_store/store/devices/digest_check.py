@@ -1,6 +1,6 @@
-"""Digests of blobs that lie in the store's segments, taken in a thread.
+"""Digests of blobs in segments of the store, computed in a thread.
 
-A check has a hold of its own on what it looks at, so that segments may be dropped meanwhile.
+A check holds its own reference to the memory, so the store may release the segments meanwhile.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from collections.abc import Iterable, Sequence
 
 from shared_store.base.digest import digest_at
 from shared_store.base.manifest import Blob
-from shared_store.memory import Access, Backend, Mapping, export
-from shared_store.memory.backend import Segment
+from shared_store.memory import Access, Backend, Mapping, Segment, export
 
 Part = tuple[Backend, Segment, Sequence[tuple[Blob, int]]]
-"""A segment in memory that the host can read, and blobs in it with their first bytes."""
+"""A segment that the host can read, and blobs in it with their first bytes."""
 
 
 class Check:
-    """Blobs that are to be digested where they lie. :meth:`wrong` is called once."""
+    """Blobs to be digested. :meth:`wrong` must be called once."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        """Take hold of the segments."""
+        """Take references to the segments."""
         self._parts: list[tuple[Mapping, Sequence[tuple[Blob, int]]]] = []
         try:
             for backend, segment, blobs in parts:
@@ -30,7 +29,7 @@ class Check:
             raise
 
     def wrong(self) -> list[tuple[Blob, bytes]]:
-        """Blobs whose bytes are not those of their digest, with the digest that they have; lets go of the segments."""
+        """Return the blobs whose bytes do not match, with the digests found; drop the references."""
         try:
             return [different for mapping, blobs in self._parts for different in _differing(mapping, blobs)]
         finally:
@@ -42,10 +41,10 @@ class Check:
         self._parts.clear()
 
 
-def mapping_of(backend: Backend, segment: Segment) -> Mapping:
-    """A mapping with a hold of its own on a segment that the store has."""
-    with export(backend, segment) as fd:
-        return Mapping(backend, backend.import_fd(fd.fileno(), segment.nbytes))
+def mapping_of(backend: Backend, memory: Segment) -> Mapping:
+    """Return a mapping with its own reference to a segment. The caller closes it."""
+    with export(backend, memory) as fd:
+        return Mapping(backend, backend.import_fd(fd.fileno(), memory.nbytes))
 
 
 def _differing(mapping: Mapping, blobs: Iterable[tuple[Blob, int]]) -> list[tuple[Blob, bytes]]:
