@@ -125,9 +125,8 @@ def no_leak_in(*pids):
     before = {pid: steady(pid) for pid in pids}
     yield
     deadline = time.monotonic() + PATIENCE_S
-    while different := {pid: _difference(kinds(pid), before[pid]) for pid in pids if kinds(pid) != before[pid]}:
+    while different := {pid: found for pid in pids if (found := _difference(steady(pid), before[pid]))}:
         assert time.monotonic() < deadline, f"processes have other descriptors than before: {different}"
-        time.sleep(_POLL_S)
 
 
 def _difference(now, before):
