@@ -6,9 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
-from support.engines import CPU_SETTINGS
+from support.engines import CPU_SETTINGS, PRELOADED
 
 __all__ = ["checkpoint", "engine", "module_runtime_dir", "runtime_dir"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded() -> None:
+    """Import vLLM while the first test prepares itself."""
+    PRELOADED.begin()
 
 
 @pytest.fixture(scope="module", autouse=True)

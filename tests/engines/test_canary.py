@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import CPU_SETTINGS, PRELOADED
+from support.preloaded import finish
 from torch import nn
 
 pytestmark = [
@@ -58,7 +59,7 @@ def test_the_command_reports_on_a_real_engine(checkpoint: Any) -> None:
     settings = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True, "dtype": "bfloat16"}
     command = ["wooly_vllm.canary", str(checkpoint("llama")), "--json", "--engine-args", json.dumps(settings)]
     environment = {**os.environ, **CPU_SETTINGS, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    code, output = PRELOADED.start(*command, environment=environment).finish(280)
+    code, output = finish(PRELOADED.start(*command, environment=environment), 280)
     assert code == 0, output
     (line,) = (line for line in output.splitlines() if line.startswith("{"))
     report = json.loads(line)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.engines import PRELOADED
+from support.preloaded import finish
 
 from shared_store.base.errors import ConfigError
 from shared_store.runtime import versions as supported
@@ -132,7 +133,7 @@ def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_no
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
         process = PRELOADED.start(str(program), environment={**os.environ, "WOOLYAI_WEIGHTS_DEDUP": "1"}, stderr=stderr)
-    code, printed = process.finish(200)
+    code, printed = finish(process, 200)
     told = errors.read_text()
     assert code == 1, printed + told
     assert printed.splitlines()[-1] == "DefaultModelLoader"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hf.jobs import PRELOADED
+from support.preloaded import finish
 from support.stores import StoreProcess
 
 from shared_store.base.status import Status
@@ -60,7 +61,7 @@ def encode(encoder: Path, store: StoreProcess, tmp_path: Path) -> Callable[[str 
 
     def run(device_map: str | None) -> dict[str, Any]:
         request = json.dumps([str(encoder), device_map, SENTENCES])
-        code, output = PRELOADED.start(str(program), request, environment=environment).finish(200)
+        code, output = finish(PRELOADED.start(str(program), request, environment=environment), 200)
         assert code == 0, output[-3000:]
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
         return found

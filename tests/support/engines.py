@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.preloaded import Pool, PreloadedProcess
+from support.preloaded import Pool
 from support.waiting import process_state, wait_until
 
 from shared_store.base.errors import StoreUnavailableError
@@ -23,8 +21,6 @@ from shared_store.runtime.versions import Range
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0
-HAS_GPU = Path("/dev/nvidiactl").exists()
-"""CUDA does not survive a fork: engines on a GPU are started from nothing."""
 CPU_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -44,26 +40,12 @@ def vllm_since(version: str) -> bool:
     return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
 
 
-def _start(job: str, environment: dict[str, str]) -> subprocess.Popen[str] | PreloadedProcess:
-    """Start ``engine.py`` with its output and its errors in one pipe; on a CPU, with vLLM imported already."""
-    if not HAS_GPU and PRELOADED.forks:
-        return PRELOADED.start(str(ENGINE), job, environment=environment, text=True)
-    return subprocess.Popen(
-        [sys.executable, str(ENGINE), job],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
 class EngineProcess:
     """A running ``engine.py``; its JSON lines are events, everything else is its log."""
 
     def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
         variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
-        self.process = _start(json.dumps(job), variables)
+        self.process = PRELOADED.start(str(ENGINE), json.dumps(job), environment=variables)
         self.log: list[str] = []
         self.events: list[dict[str, Any]] = []
         self._commands = 0

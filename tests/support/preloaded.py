@@ -31,6 +31,8 @@ from support.waiting import readable
 MAIN = Path(__file__).with_name("preloaded_main.py")
 IMPORTED_WITHIN_S = 120.0
 STARTED_WITHIN_S = 60.0
+GPU = Path("/dev/nvidiactl")
+"""Where it exists, nothing is forked: a driver that an import has started does not survive that."""
 
 
 class PreloadedProcess:
@@ -54,19 +56,6 @@ class PreloadedProcess:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         return code
 
-    def finish(self, timeout_s: float) -> tuple[int, str]:
-        """Read stdout to its end; returns the exit code, and what was written. Kills the process when time is up."""
-        self.stdin.close()
-        with self.stdout:
-            killer = threading.Timer(timeout_s, self.kill)
-            killer.start()
-            try:
-                written = self.stdout.read()
-            finally:
-                killer.cancel()
-                killer.join()
-        return self.wait(timeout_s), written
-
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -83,6 +72,9 @@ class PreloadedProcess:
             os.close(self._status)
             os.close(self._pidfd)
         return self.returncode
+
+
+Process = PreloadedProcess | subprocess.Popen[Any]
 
 
 class Preloaded:
@@ -110,14 +102,11 @@ class Preloaded:
         program: str,
         *arguments: str,
         environment: dict[str, str],
-        stdout: IO[Any] | None = None,
-        stderr: IO[Any] | None = None,
-        text: bool = True,
+        stdout: IO[Any] | None,
+        stderr: IO[Any] | None,
+        text: bool,
     ) -> PreloadedProcess:
-        """Fork a process that runs a script, or a module by its name.
-
-        Its stdin is a pipe; so is stdout, unless it is given. Without `stderr`, errors go where stdout goes.
-        """
+        """Fork a process; see `Pool.start`."""
         assert self.threads == 1, "a process with threads cannot be forked"
         request = {
             "program": program,
@@ -151,7 +140,7 @@ class Preloaded:
 
 
 class Pool:
-    """Two servers with the same modules, from which processes come in turn. They start with the first process."""
+    """Starts processes with some modules imported under an environment: from two servers in turn."""
 
     def __init__(self, modules: tuple[str, ...], environment: dict[str, str]) -> None:
         self._modules = modules
@@ -164,11 +153,54 @@ class Pool:
         return [Preloaded(self._modules, {**self._environment, "PYTHONHASHSEED": seed}) for seed in seeds]
 
     @functools.cached_property
-    def forks(self) -> bool:
-        """Whether the imports left no thread running, so that a process can be forked after them."""
-        return all(server.threads == 1 for server in self._servers)
+    def _forks(self) -> bool:
+        return not GPU.exists() and all(server.threads == 1 for server in self._servers)
 
-    def start(self, *arguments: Any, **options: Any) -> PreloadedProcess:
-        """`Preloaded.start`, from the one or the other."""
-        servers = self._servers
-        return servers[next(self._turns) % len(servers)].start(*arguments, **options)
+    def begin(self) -> None:
+        """Start the servers, unless they run; they stay until this process ends."""
+        if not GPU.exists():
+            assert self._servers
+
+    def start(
+        self,
+        program: str,
+        *arguments: str,
+        environment: dict[str, str],
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        text: bool = True,
+    ) -> Process:
+        """Start a process that runs a script, or a module by its name, with pipes as its stdin and stdout.
+
+        Without `stderr`, errors go where stdout goes. Where the imports leave threads running, or there is a GPU, the
+        process is not forked but starts from nothing.
+        """
+        streams: dict[str, Any] = {"stdout": stdout, "stderr": stderr, "text": text}
+        if self._forks:
+            server = self._servers[next(self._turns) % len(self._servers)]
+            return server.start(program, *arguments, environment=environment, **streams)
+        return subprocess.Popen(
+            [sys.executable, *([program] if Path(program).is_file() else ["-m", program]), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if stderr is None else stderr,
+            env=environment,
+            text=text,
+            bufsize=-1 if text else 0,
+        )
+
+
+def finish(process: Process, timeout_s: float) -> tuple[int, str]:
+    """Read stdout to its end; returns the exit code and what was written. Kills the process when the time is up."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    killer = threading.Timer(timeout_s, process.kill)
+    killer.start()
+    try:
+        with process.stdout:
+            written = process.stdout.read()
+    finally:
+        killer.cancel()
+        killer.join()
+    return process.wait(timeout_s), written

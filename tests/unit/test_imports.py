@@ -53,8 +53,8 @@ def test_requested_from_within_the_import(module):
     assert sys.modules["awaited_two"].seen == [7]
 
 
-def test_an_error_of_the_call_is_raised_by_the_import(module):
-    """An error is not lost, and is raised once."""
+def test_what_it_raises_is_raised_by_the_import(module):
+    """An error is not lost; and it does not come twice."""
 
     def fail(_):
         raise ValueError("not this one")

@@ -1,8 +1,10 @@
-"""Reading the catalog's stream of events, for the command line.
+"""Read the catalog's stream of events, for ``wooly events``.
 
-It needs the server and no store, and writes nothing. It relies on ids of a stream growing with time, as the server
-makes them. Not promised: events that were trimmed (the stream keeps about the last 10,000), or that a store has not
-written yet. Importing this module imports redis-py.
+It needs the catalog server and no store, and writes nothing. Importing this module imports redis-py.
+
+Relies on: stream ids that increase with time, as the server creates them.
+
+Does not promise: events that were trimmed (the stream retains about the last 10,000) or are not written yet.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from shared_store.base.errors import CatalogUnavailableError, ConfigError
 from shared_store.catalog.schema import EVENTS
 
 _ANSWER_WITHIN_S: Final = 5.0
-_BLOCK_MS: Final = 2000  # less than the above: a server that is there answers in time, with nothing if there is nothing
+_BLOCK_MS: Final = (
+    2000  # less than the time-out above, so that a live server answers in time, without events if there are none
+)
 _AT_ONCE: Final = 500
 _ABOUT: Final = ("kind", "node", "epoch", "seq", "time")
 _NUMBERS: Final = frozenset({"bytes", "count", "down_ms", "freed_bytes", "moved_bytes", "pid", "segment"})
 
 
 class EventEntry(msgspec.Struct, frozen=True):
-    """One event of the stream.
+    """An event of the stream.
 
-    ``id`` is the stream's; ``time`` is Unix seconds of the node's clock; ``seq`` counts from 1 in each ``epoch``,
-    which is one run of a store. ``fields`` are what its kind has.
+    ``id`` is the stream's id. ``time`` is in Unix seconds by the node's clock. ``seq`` counts from 1 in each ``epoch``,
+    which is one run of a store. ``fields`` depend on the kind.
     """
 
     id: str
@@ -43,10 +47,15 @@ class EventEntry(msgspec.Struct, frozen=True):
 
 
 class EventStream:
-    """The stream of one server. Every method raises :class:`CatalogUnavailableError` when the server is away.
+    """The stream of one server. Every method raises :class:`CatalogUnavailableError` if the server does not answer.
 
-    ``node``: of this node alone; ``kinds``: of these kinds alone; both leave out nothing by default.
-    Raises :class:`ConfigError` for a URL that cannot be one of Redis.
+    Args:
+        url: URL of the server.
+        node: show events of this node only; None: of all nodes.
+        kinds: show events of these kinds only; empty: of all kinds.
+
+    Raises:
+        ConfigError: ``url`` is not the URL of a Redis server.
     """
 
     def __init__(self, url: str, *, node: str | None = None, kinds: Iterable[str] = ()) -> None:
@@ -71,7 +80,7 @@ class EventStream:
         self._redis.close()
 
     def last(self, most: int) -> list[EventEntry]:
-        """The newest events, ``most`` of them, oldest first. What :meth:`follow` gives begins after them."""
+        """Return the newest events, at most ``most``, oldest first. :meth:`follow` continues after them."""
         found: list[EventEntry] = []
         with _typed_errors():
             newest = self._redis.xrevrange(EVENTS, count=1)
@@ -87,7 +96,7 @@ class EventStream:
         return found[:most][::-1]
 
     def follow(self) -> Iterator[EventEntry]:
-        """Events as they come, without end. A server that goes away ends it with the error."""
+        """Yield events as they are written, without end."""
         while True:
             with _typed_errors():
                 answer = self._redis.xread({EVENTS: self._last_id}, count=_AT_ONCE, block=_BLOCK_MS)
@@ -103,7 +112,7 @@ class EventStream:
 
 
 def _entry(number: str, fields: dict[str, str]) -> EventEntry:
-    """What a store wrote, or anybody else who may write to the server: so nothing is taken for granted."""
+    """Decode an entry. Any program may write to the server, so every field may be missing or wrong."""
     about = {name: fields.get(name, "") for name in _ABOUT}
     rest = {
         name: int(value) if name in _NUMBERS and value.isascii() and value.isdigit() else value
@@ -123,6 +132,6 @@ def _typed_errors() -> Iterator[None]:
         yield
     except (redis.RedisError, OSError) as error:
         raise CatalogUnavailableError(
-            f"the catalog does not answer: {error}; see that its server runs, and give its URL with --redis-url or "
-            "WOOLY_REDIS_URL (a store without one runs its own, which ends with it)"
+            f"the catalog does not answer: {error}; check that its server runs, and pass its URL with --redis-url or "
+            "WOOLY_REDIS_URL (without a URL the store runs an embedded server, which ends with the store)"
         ) from error

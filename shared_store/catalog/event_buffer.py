@@ -1,6 +1,6 @@
-"""Events on their way to the catalog: a bounded buffer that says what it had to drop.
+"""A bounded buffer of events for the catalog. It counts the events that it drops.
 
-Not thread-safe: the catalog holds its lock around each call.
+Not thread-safe: callers use a lock.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Value = str | int
 
 LONGEST_TEXT: Final = 500
-"""Characters of a field's text that are kept: clients say what models are called and why they failed, at any length."""
+"""Longest text of a field, in characters. Longer text is cut: clients choose model names and reasons freely."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened. ``seq`` counts from 1 in each epoch; ``time`` is Unix seconds on this node."""
+    """An event. ``seq`` counts from 1 in each epoch; ``time`` is Unix seconds on this node."""
 
     seq: int
     time: float
@@ -30,7 +30,7 @@ class Event:
 
 
 class EventBuffer:
-    """The events not written yet, at most ``capacity`` of them. The oldest make room for new ones."""
+    """Events that are not written yet, at most ``capacity``. New events displace the oldest."""
 
     def __init__(self, capacity: int) -> None:
         self._waiting: deque[Event] = deque()
@@ -43,7 +43,7 @@ class EventBuffer:
         return len(self._waiting)
 
     def add(self, kind: str, fields: Mapping[str, Value]) -> None:
-        """Take an event in, with the next sequence number and the time now."""
+        """Add an event, with the next sequence number and the current time."""
         self._last_seq += 1
         kept = {name: value[:LONGEST_TEXT] if isinstance(value, str) else value for name, value in fields.items()}
         self._waiting.append(Event(self._last_seq, time.time(), kind, kept))
@@ -54,8 +54,8 @@ class EventBuffer:
     def take(self, most: int) -> list[Event]:
         """Remove and return the oldest ``most`` events.
 
-        What was dropped since the last time comes before them, as one event ``events_dropped`` with a ``count`` and in
-        the place (sequence number and time) of the last of them.
+        If events were dropped since the last call, one event ``events_dropped`` precedes them, with their ``count`` and
+        with the sequence number and time of the last dropped event.
         """
         batch = []
         if self._last_dropped is not None:
