@@ -60,7 +60,7 @@ class Parts:
         Args:
             backends: memory backends by device; others are looked up when a client names their devices.
             limits: most bytes of segments by device.
-            inheritance: what the store started with.
+            inheritance: settings, descriptors and state that the store started with.
             channel: to the keeper; None: there is none.
             find_backend: looks up a device's backend.
             clock: returns Unix seconds.

@@ -59,7 +59,7 @@ def test_a_model_with_readers_is_not_evicted(small, actor):
 
 
 def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(small, actor):
-    """No other model is evicted if that would not free enough; the error lists what is pinned and the next steps."""
+    """No other model is evicted if that would not free enough; the error lists the pinned models and the next steps."""
     client, process = small.client(), actor()
     cache(process, 1, 2)
     assert client.pin("0" * 63 + "1") == key(1)

@@ -97,7 +97,7 @@ def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
     client.leave(key(3))
     client.remove(key(3))
     assert reader.digests()[1] == reader.expected()[1]
-    assert served.backend.allocated_bytes == 4 * MIB + 2 * MIB + 2 * MIB  # what the reader maps, and model 4
+    assert served.backend.allocated_bytes == 4 * MIB + 2 * MIB + 2 * MIB  # the segment of the reader, and model 4
     reader.leave(key(2))
     assert served.backend.allocated_bytes == 2 * MIB
 

@@ -1,4 +1,4 @@
-"""Handlers of ``Report`` and ``ReportFallback``: what clients report for the status."""
+"""Handlers of ``Report`` and ``ReportFallback``: clients report private bytes and fallbacks, for the status."""
 
 from __future__ import annotations
 

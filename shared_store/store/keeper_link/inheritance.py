@@ -1,4 +1,4 @@
-"""What a store starts with, from the command line or from its keeper."""
+"""Settings, descriptors and state that a store starts with, from the command line or from its keeper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared_store.store.keeper_link.channel import ControlChannel
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What a store starts with.
+    """Settings, descriptors and state of a store that starts.
 
     Attributes:
         options: its settings.

@@ -50,7 +50,7 @@ class KeeperLink:
         Args:
             records: the state to replicate.
             signals: receives events of the keeper.
-            inheritance: what the store started with.
+            inheritance: settings, descriptors and state that the store started with.
             channel: the connection; None: there is no keeper.
         """
         self._records = records

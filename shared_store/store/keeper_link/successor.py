@@ -17,7 +17,7 @@ def start_keeper(inheritance: Inheritance, held: DurableState, control: socket.s
     """Start a keeper for this process.
 
     Args:
-        inheritance: what the store started with.
+        inheritance: settings, descriptors and state that the store started with.
         held: the state; its descriptors stay owned by it.
         control: the keeper's end of the control channel; the caller closes it.
 

@@ -1,4 +1,4 @@
-"""Handlers of ``Remove`` and ``Pin``: what people ask of committed models."""
+"""Handlers of ``Remove`` and ``Pin``: commands of operators on committed models."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Attach:
             MemoryBackendError: a descriptor cannot be duplicated; the client is no reader any more.
         """
         locations = self._state.locations_of(key)
-        segments = self._state.segments_of(key)
+        segments = tuple(dict.fromkeys(segment for segment, _ in locations))
         try:
             fds = self._devices.export_all(segments)
         except BaseException:

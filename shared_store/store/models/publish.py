@@ -121,7 +121,7 @@ class Publishing:
         return Answer(messages.Filled(request.id), OwnedFds([fd]))
 
     async def commit(self, session: Session, request: messages.Commit) -> Answer:
-        """Seal and verify what was written, and make the model visible; the publisher and all waiters read it.
+        """Seal and verify the new blobs, and make the model visible; the publisher and all waiters read it.
 
         Raises:
             NotPublisherError: the client does not publish the model, or no longer does.

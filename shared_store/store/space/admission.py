@@ -105,7 +105,7 @@ class Admission:
         return True
 
     def _blockers(self, device: str, key: str) -> str:
-        """Return why no more models can be evicted, and what to do."""
+        """Return the models that cannot be evicted, and the next steps, for an error."""
         if self._state.grace.active:
             return "the store was just restarted and evicts nothing yet: try again in a few seconds"
         models = [model for model in self._state.models.all() if model.device == device and model.key != key]

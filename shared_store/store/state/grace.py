@@ -1,4 +1,4 @@
-"""The grace period after a restart, and what is known of the store before this one.
+"""The grace period after a restart, and the records of the store before this one.
 
 A model is awaited when only the journal knows it: keeper and store ended together, and its segments exist in clients
 only. Nothing is evicted or compacted during the grace period, because readers may be about to rejoin.

@@ -28,7 +28,7 @@ class State(enum.Enum):
 
 
 class Event(enum.Enum):
-    """What can happen to a model."""
+    """Events in the life of a model."""
 
     OPEN = "open"
     COMMIT = "commit"
@@ -40,16 +40,16 @@ class Event(enum.Enum):
 
 
 class Action(enum.Enum):
-    """What a transition requires."""
+    """Work that a transition requires."""
 
     GRANT = "grant"  # the client that asked publishes
     WAIT = "wait"  # the client that asked waits for the publisher
     ATTACH = "attach"  # the client that asked reads
     ADMIT = "admit"  # the publisher and all waiters read
-    PASS_ON = "pass on"  # noqa: S105 - no password; drop what was written; the next waiter that may publish does
+    PASS_ON = "pass on"  # noqa: S105 - no password; drop the written segments; the next waiter that may publish does
     DROP = "drop"  # forget the model
     KEEP = "keep"  # answer no client: earlier readers rejoin by themselves
-    WITHDRAW = "withdraw"  # forget the key; retain what readers map
+    WITHDRAW = "withdraw"  # forget the key; retain the segments that readers map
 
 
 TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
