@@ -56,7 +56,8 @@ docs: $(TEST_VENV)/.installed ## the documentation site, in build/site
 
 # PYTHONSAFEPATH keeps the working directory, and with it the source tree, off the import path: in pytest and in every
 # process that a test starts. tests/integration/test_wheel.py checks that it did.
-test: lint docs wheel ## everything that CI runs: lint, the site, build the wheel, install it, and the whole test suite on it
+test: $(TEST_VENV)/.installed ## everything that CI runs: lint, the site, build the wheel, install it, and the whole test suite on it
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint docs wheel
 	$(PYTHON) deploy/install.py --venv $(TEST_VENV) --wheel dist/*.whl
 	PYTHONSAFEPATH=1 WOOLY_TESTED_WHEEL="$$(ls dist/*.whl)" $(TOOLS)/pytest $(PYTEST_ARGUMENTS)
 

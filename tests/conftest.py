@@ -1,4 +1,4 @@
-"""How tests are divided among processes, where pytest runs in several (``-n 2``)."""
+"""The division of tests among pytest's processes (``-n 2``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST = (
     "tests/engines",
     "tests/hf",
 )
-"""Files and folders that take longest, in the order in which they start: short ones fill what is left in the end."""
+"""The longest files and folders, in the order in which they start: short ones balance the processes at the end."""
 
 
 def _place(nodeid: str) -> int:

@@ -13,16 +13,16 @@ __all__ = ["checkpoint", "engine", "module_runtime_dir", "runtime_dir"]
 
 @pytest.fixture(scope="session", autouse=True)
 def preloaded() -> None:
-    """Import vLLM while the first test prepares itself."""
+    """Start importing vLLM before the first test."""
     PRELOADED.begin()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_each() -> Iterator[None]:
-    """Let every engine, server and script that a test starts compute in one thread, wherever the kernel puts it.
+    """Run every engine, server and script of a test with one compute thread, not bound to a processor.
 
-    Threads meet after each operation. Where more of them compute than there are processors, most of the time is spent
-    waiting for the one that does not run.
+    Threads synchronise after each operation. With more threads than processors, most of the time goes into waiting for
+    a thread that is not scheduled.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CPU_SETTINGS.items():

@@ -1,6 +1,6 @@
-"""An engine process for tests: ``python engine.py JSON``. Prints one JSON object a line; see :func:`main`.
+"""An engine process: ``python engine.py JSON``. Prints one JSON object a line; see :func:`main`.
 
-The process is a real vLLM engine, in one process. Tests read its lines as events, and can hold it between steps.
+It is a real vLLM engine in a single process. Its lines are events for the test, which can pause it between steps.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 CPU_KV_BLOCKS = 128
-"""Blocks of the KV cache of engines on a CPU: enough for `max_num_seqs` of `max_model_len`, in blocks of 16 tokens and
-up. vLLM zeroes them all when it starts, and by default that is a GiB."""
+"""KV cache blocks of engines on a CPU, enough for `max_num_seqs` times `max_model_len` tokens in blocks of 16 or more.
+vLLM zeroes the whole cache at the start, which is a GiB otherwise."""
 
 
 def say(event: str, **facts: Any) -> None:
@@ -45,7 +45,7 @@ def wait_for(word: str) -> None:
 
 
 def tokens_of(llm: Any) -> list[list[float]]:
-    """Greedy tokens of each prompt; of a model that embeds, the embeddings."""
+    """Return the greedy tokens of each prompt; of an embedding model, the embeddings."""
     from vllm import SamplingParams
 
     if llm.llm_engine.vllm_config.model_config.runner_type == "pooling":
@@ -57,7 +57,7 @@ def tokens_of(llm: Any) -> list[list[float]]:
 
 
 def tokens_one_by_one(llm: Any, adapter: Any = None) -> list[list[int]]:
-    """As a server would that is asked one thing at a time: what is batched together can change the last bits."""
+    """Return greedy tokens of one prompt at a time, as batching can change the last bits."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
@@ -69,7 +69,7 @@ def tokens_one_by_one(llm: Any, adapter: Any = None) -> list[list[int]]:
 
 
 def answers_of_adapters(llm: Any, adapters: dict[str, str]) -> dict[str, Any]:
-    """Tokens of the base, with each adapter, and of the base when those are unloaded; and where the weights lie."""
+    """Return tokens of the base, of each adapter, and of the base without them; and where the weights are."""
     from vllm.lora.request import LoRARequest
 
     numbers = {name: number for number, name in enumerate(sorted(adapters), start=1)}
@@ -83,9 +83,9 @@ def answers_of_adapters(llm: Any, adapters: dict[str, str]) -> dict[str, Any]:
 
 
 def where_weights_lie(llm: Any) -> dict[str, int]:
-    """Bytes of the model's weights in the store's memory and outside of it, of adapters, and of segments gone private.
+    """Return the bytes of weights in the store's memory and outside, of adapters, and of private pages of segments.
 
-    By address, from what the kernel says of this process: it does not matter who put a tensor where, and when.
+    By address, from the kernel's view of this process, whichever code made a tensor.
     """
     import torch
     from support.mapped import segment_ranges
@@ -117,7 +117,7 @@ def where_weights_lie(llm: Any) -> dict[str, int]:
 
 
 def under_load(llm: Any, right: list[list[float]]) -> dict[str, int]:
-    """Answer again and again until the test sends a line; how often, and how often not as at first."""
+    """Answer until the test sends a line; return the number of rounds, and of answers that differ from `right`."""
     rounds = wrong = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
         rounds += 1
@@ -131,7 +131,7 @@ def model_of(llm: Any) -> Any:
 
 
 def scribble(llm: Any) -> int:
-    """Write to every parameter in place; returns how many."""
+    """Write to every parameter in place; return their number."""
     import torch
 
     parameters = list(model_of(llm).parameters())
@@ -142,7 +142,7 @@ def scribble(llm: Any) -> int:
 
 
 def make_it_write(llm: Any) -> None:
-    """From now on the model writes to one of its weights each time that it computes."""
+    """Make the model write to one of its weights in each forward pass."""
     model = model_of(llm)
     weight = max(model.parameters(), key=lambda parameter: parameter.numel())
 
@@ -195,9 +195,9 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
 
 
 def end_groups() -> None:
-    """End the process groups that 0.26 and 0.29 leave behind, made as the first model of a process wanted them.
+    """Destroy the process groups that 0.26 and 0.29 leave behind, which fit the first model of a process.
 
-    A mixture of experts after a dense model would find none for its experts.
+    A mixture of experts after a dense model would have no group for its experts.
     """
     from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
@@ -206,7 +206,7 @@ def end_groups() -> None:
 
 
 def all_answers(llm: Any, adapters: dict[str, str]) -> dict[str, list[list[int]]]:
-    """Tokens of the base and with each adapter, asked one by one."""
+    """Return tokens of the base and of each adapter, one prompt at a time."""
     from vllm.lora.request import LoRARequest
 
     numbered = enumerate(sorted(adapters), start=1)
@@ -215,19 +215,19 @@ def all_answers(llm: Any, adapters: dict[str, str]) -> dict[str, list[list[int]]
 
 
 def obey(llm: Any, job: dict[str, Any]) -> None:
-    """Do what the test says, a line at a time, until it says `stop`; say what came of each (`did`, with its number)."""
+    """Run the test's commands, one a line, until `stop`; print the result of each (`did`, with its number)."""
     adapters = job.get("adapters", {})
     for number, line in enumerate(iter(lambda: sys.stdin.readline().split(), ["stop"]), start=1):
         facts: dict[str, Any] = {}
         try:
             facts = do(llm, adapters, *line)
-        except Exception as error:  # noqa: BLE001 - the test is told of any
+        except Exception as error:  # noqa: BLE001 - reported to the test
             facts["error"] = f"{type(error).__name__}: {error}"
         say(f"did {number}", **facts)
 
 
 def do(llm: Any, adapters: dict[str, str], what: str, *words: str) -> dict[str, Any]:
-    """One of a test's commands."""
+    """Run one command of the test."""
     if what == "answer":
         return {"answers": all_answers(llm, adapters)}
     if what == "sleep":
@@ -246,7 +246,7 @@ def do(llm: Any, adapters: dict[str, str], what: str, *words: str) -> dict[str, 
 
 
 def cycles(llm: Any, adapters: dict[str, str], count: int) -> dict[str, Any]:
-    """Sleep, wake and answer again and again: how often not as before; addresses of weights that moved."""
+    """Sleep, wake and answer `count` times; return the number of wrong answers, and of weights that moved."""
     right = all_answers(llm, adapters)
     where = {name: parameter.data_ptr() for name, parameter in model_of(llm).named_parameters()}
     wrong = 0
@@ -259,7 +259,7 @@ def cycles(llm: Any, adapters: dict[str, str], count: int) -> dict[str, Any]:
 
 
 def pools() -> dict[str, int]:
-    """Bytes in the pool that vLLM sets aside when it sleeps, by what they are for; and in torch's own."""
+    """Return the bytes in vLLM's pool for sleep mode, by tag, and in torch's own pool."""
     import torch
     from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -270,13 +270,13 @@ def pools() -> dict[str, int]:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has got from read(2) and its kin, as the kernel counts them (``proc_pid_io(5)``)."""
+    """Return the bytes that this process got from read(2) and similar calls, by the kernel (``proc_pid_io(5)``)."""
     with open("/proc/self/io", encoding="ascii") as lines:  # noqa: PTH123 - one line of it is wanted
         return int(next(line for line in lines if line.startswith("rchar:")).split()[1])
 
 
 def lease_of_this_process() -> dict[str, Any]:
-    """What the store says of this process's last lease."""
+    """Return the store's facts about the last lease of this process."""
     from shared_store.client.session import Session
 
     with Session.connect(autostart=False) as session:
@@ -290,10 +290,10 @@ def lease_of_this_process() -> dict[str, Any]:
 
 
 def freeze_imports() -> None:
-    """Take what imports have made out of garbage collection, for good.
+    """Exclude the objects that exist now, mostly modules, from garbage collection for good.
 
-    vLLM collects several times for each engine, and each time would visit hundreds of thousands of objects of modules.
-    It freezes an engine that has started and unfreezes all when that ends; here engines are not frozen at all.
+    vLLM collects several times for each engine, and would visit hundreds of thousands of such objects each time. It
+    freezes a started engine and unfreezes everything when one ends; here engines are not frozen at all.
     """
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""One checkpoint in a transformers process and in a vLLM engine: what is the same in the end is in memory once."""
+"""One checkpoint in a transformers process and in a vLLM engine: equal final tensors are resident once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from shared_store.base.layout import GRANULARITY
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 _SAME_IN_BOTH = ("embed_tokens.weight", "norm.weight", "down_proj.weight")
-"""Tensors of a checkpoint that both engines keep as they are; vLLM merges q, k and v, and gate and up."""
+"""Tensors of a checkpoint that no engine transforms; vLLM merges q, k and v, and gate and up."""
 _SMALL_ENOUGH_TO_PACK = "o_proj.weight"
-"""vLLM on a machine with AMX packs it (it is below 1 MiB here), and keeps it as it is on others."""
+"""vLLM packs it on a machine with AMX (it is below 1 MiB here), and does not on others."""
 _SMALLEST_WEIGHT = 2 * 576
 """Bytes of a norm of SmolLM2, in bf16."""
 
@@ -34,7 +34,7 @@ result = [found.shared_bytes, found.private_bytes]
 
 
 def _bytes_of(checkpoint: Path, *ends: str) -> int:
-    """Bytes of the tensors whose names end like that, from the headers of a checkpoint's files."""
+    """Return the bytes of the tensors with these name endings, from the headers of a checkpoint's files."""
     total = 0
     for file in checkpoint.glob("*.safetensors"):
         with file.open("rb") as stream:
@@ -51,10 +51,10 @@ def preloaded_transformers() -> None:
     PRELOADED.begin()
 
 
-def test_they_share_every_tensor_that_is_the_same_and_wooly_models_says_how_much(
+def test_all_equal_tensors_are_shared_and_wooly_models_shows_how_much(
     engine: Any, checkpoint: Any, runtime_dir: Path, tmp_path: Path
 ) -> None:
-    """SIZE less UNIQUE of both models is what the checkpoint's headers say must be equal; so much less is in memory."""
+    """SIZE less UNIQUE is the size of the equal tensors by the checkpoint's headers; they are resident once."""
     path = checkpoint("smollm2")
     job = Job(runtime_dir, tmp_path / "log", WOOLY_AUTOSTART="1")
     try:
@@ -77,7 +77,7 @@ def test_they_share_every_tensor_that_is_the_same_and_wooly_models_says_how_much
         shared = {engine: model["bytes"] - model["unique_bytes"] for engine, model in of.items()}
         same = _SAME_IN_BOTH if torch.cpu._is_amx_tile_supported() else (*_SAME_IN_BOTH, _SMALL_ENOUGH_TO_PACK)
         assert shared["transformers"] == _bytes_of(path, *same)
-        # vLLM's attention scales are all alike: a model's repetitions of a blob of its own are not unique either.
+        # vLLM's attention scales are equal, and repetitions of a blob within a model are not unique either.
         assert 0 <= shared["vllm"] - shared["transformers"] < _SMALLEST_WEIGHT
         device = status_of(runtime_dir).devices[0]
         once = sum(model["bytes"] for model in models) - shared["transformers"]

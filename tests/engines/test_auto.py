@@ -1,4 +1,4 @@
-"""``WOOLYAI_WEIGHTS_DEDUP``: engines whose command line knows nothing of wooly share, and work as before."""
+"""``WOOLYAI_WEIGHTS_DEDUP``: engines without an option of wooly's share weights, and work as before."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FORMATS = ("wooly", "auto", "hf", "safetensors")
 MULTITHREAD = {"enable_multithread_load": True, "num_threads": 2}
 
 
-def test_an_auto_engine_shares_with_one_that_asks_for_it(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """The first has no option of wooly's, and one of vLLM's own loader, which is obeyed; the second attaches to it."""
+def test_an_auto_engine_shares_with_a_wooly_engine(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
+    """The first engine has only an option of vLLM's own loader, which is applied; the second attaches to its model."""
     path = checkpoint("llama")
     fixed = engine(path, extra=MULTITHREAD, lease=True, hold=True, environment={"WOOLYAI_WEIGHTS_DEDUP": "true"})
     published = fixed.wait("answered")
@@ -36,8 +36,8 @@ def test_an_auto_engine_shares_with_one_that_asks_for_it(engine: Any, checkpoint
     assert published["tokens"] == attached["tokens"]
 
 
-def test_keys_are_told_apart() -> None:
-    """Ours are ours, all others go on to vLLM's loader; ours are checked as ever."""
+def test_options_are_divided_between_wooly_and_vllm() -> None:
+    """Wooly's options are parsed and checked; all others are passed to vLLM's loader."""
     assert split(MULTITHREAD | {"fallback": False}) == (Options(fallback=False), MULTITHREAD)
     with pytest.raises(ConfigError, match="timeout_s"):
         split({"timeout_s": -1})
@@ -45,7 +45,7 @@ def test_keys_are_told_apart() -> None:
 
 @pytest.fixture(scope="module")
 def loading() -> Any:
-    """The plugin's loaders; vLLM's own imports warn of what torch will drop."""
+    """Return the loaders of the plugin and of vLLM, whose own imports warn about deprecations in torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm.config import LoadConfig
@@ -57,10 +57,10 @@ def loading() -> Any:
 
 
 @pytest.mark.parametrize(("value", "ours"), [(None, False), ("false", False), ("true", True)])
-def test_only_the_variable_makes_auto_ours(
+def test_the_variable_makes_auto_share(
     loading: Any, monkeypatch: pytest.MonkeyPatch, value: str | None, ours: bool
 ) -> None:
-    """Off by default; then ``auto`` is vLLM's own loader, as are the formats that a command line has to name."""
+    """Without the variable ``auto`` is vLLM's own loader; formats named explicitly always are."""
     from vllm.model_executor import model_loader
 
     import wooly_vllm
@@ -76,7 +76,7 @@ def test_only_the_variable_makes_auto_ours(
     assert made["hf"] is made["safetensors"] is loading.DefaultModelLoader
 
 
-def test_a_key_that_nobody_knows_is_vllms_error_as_before(loading: Any) -> None:
+def test_an_unknown_option_raises_vllms_error(loading: Any) -> None:
     config = loading.LoadConfig(load_format="auto", model_loader_extra_config={"enable_multithred_load": True})
     with pytest.raises(ValueError, match="enable_multithred_load") as stock:
         loading.DefaultModelLoader(config)
@@ -86,7 +86,7 @@ def test_a_key_that_nobody_knows_is_vllms_error_as_before(loading: Any) -> None:
 
 
 def test_only_shared_weights_cannot_be_reloaded(loading: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was loaded the stock way is reloaded the stock way; what others read is refused, with a way out."""
+    """Weights loaded the stock way are reloaded the stock way; shared ones are refused, with the next step."""
     import torch
 
     from wooly_vllm.residency import shared_models

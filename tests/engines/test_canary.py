@@ -1,4 +1,4 @@
-"""The canary finds what an engine writes to after loading, and finds nothing in a model that is only read."""
+"""The canary finds the tensors that an engine writes to after loading, and none in a model that is only read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # importing vLLM here, in this process, warns
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # importing vLLM in this process warns
 ]
 
 
 class Model(nn.Module):
-    """A weight, a view of it elsewhere, and tensors that no register names."""
+    """A weight, a view of it elsewhere, and tensors that no registry contains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 def test_every_written_tensor_is_named_once_and_whether_it_would_be_shared() -> None:
-    """Large and small, in registers and outside of them; a tensor of the same memory is not a second one."""
+    """Large and small tensors, in registries and outside; a tensor over the same memory is not reported again."""
     from wooly_vllm.canary import Watch
 
     model = Model()
@@ -44,8 +44,8 @@ def test_every_written_tensor_is_named_once_and_whether_it_would_be_shared() -> 
     assert found == {"weight": True, "counter": False, "elsewhere['table']": True}
 
 
-def test_a_model_that_is_replaced_and_not_written_to_is_quiet() -> None:
-    """New memory in the place of old is no write: the engine does not touch what would be shared."""
+def test_replaced_tensors_are_not_reported() -> None:
+    """Replacing a tensor by a new one is no write to memory that would be shared."""
     from wooly_vllm.canary import Watch
 
     model = Model()
@@ -55,7 +55,7 @@ def test_a_model_that_is_replaced_and_not_written_to_is_quiet() -> None:
 
 
 def test_the_command_reports_on_a_real_engine(checkpoint: Any) -> None:
-    """Nothing of a dense model is written to after loading; the exit code says so, and so does the JSON."""
+    """A dense model is not written to after loading: exit code 0, and an empty list in the JSON."""
     settings = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True, "dtype": "bfloat16"}
     command = ["wooly_vllm.canary", str(checkpoint("llama")), "--json", "--engine-args", json.dumps(settings)]
     environment = {**os.environ, **CPU_SETTINGS, "VLLM_CPU_KVCACHE_SPACE": "1"}

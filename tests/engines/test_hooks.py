@@ -1,4 +1,4 @@
-"""What wooly needs of the installed vLLM is there; where it is not, an error says so and what to do."""
+"""The parts of vLLM that wooly hooks exist; if one is missing, the error has the next step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def compat() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM's own imports warn of what torch will drop
+        warnings.simplefilter("ignore")  # vLLM's own imports warn about deprecations in torch
         from wooly_vllm import compat
         from wooly_vllm.loading import loader
 
@@ -34,7 +34,7 @@ def compat() -> Any:
 
 
 def _hooks(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Module and names of every ``find`` and ``replace_function`` in the plugin's source, where it writes them out."""
+    """Yield module and names of each ``find`` and ``replace_function`` with literal arguments in the plugin."""
     for path in sorted(folder.rglob("*.py")):
         tree = ast.parse(path.read_text())
         assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
@@ -48,8 +48,8 @@ def _hooks(folder: Path) -> Iterator[tuple[str, ...]]:
                     yield tuple(name for name in given if name is not None)
 
 
-def test_every_hook_is_where_it_is_looked_for(compat: Any) -> None:
-    """Those of GPUs too, which nothing on a CPU calls."""
+def test_every_hook_exists(compat: Any) -> None:
+    """Includes those of GPUs, which no CPU process calls."""
     hooks = set(_hooks(Path(compat.__file__).parent))
     assert ("vllm.v1.worker.gpu_worker", "request_memory") in hooks
     assert len(hooks) > 10
@@ -63,11 +63,11 @@ def test_every_hook_is_where_it_is_looked_for(compat: Any) -> None:
 
 @pytest.fixture
 def advice(compat: Any) -> str:
-    """What an error about a hook that is missing says besides."""
+    """Return the pattern of the advice in an error about a missing hook."""
     return rf"this vLLM \({compat.version()}\).*install '{supported.range_of('vllm')}', which wooly supports"
 
 
-def test_a_name_that_is_gone(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_name(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor import model_loader
 
     monkeypatch.delattr(model_loader, "register_model_loader")
@@ -76,15 +76,15 @@ def test_a_name_that_is_gone(compat: Any, advice: str, monkeypatch: pytest.Monke
     assert "vllm.model_executor.model_loader.register_model_loader" in str(raised.value)
 
 
-def test_a_module_that_is_gone(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.rotary_embedding", None)
     with pytest.raises(ConfigError, match=advice) as raised, compat.building(None, None):
         pass
     assert "vllm.model_executor.layers.rotary_embedding._ROPE_DICT" in str(raised.value)
 
 
-def test_attributes_that_are_gone(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of configurations and of the default loader are looked for when a model is loaded."""
+def test_missing_attributes(compat: Any, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attributes of configurations and of the default loader are looked up when a model is loaded."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     with (
@@ -117,8 +117,8 @@ def test_small_weights_stay_plain_where_their_kernel_takes_other_arguments(
     assert layer.weight.shape == (16, 32)
 
 
-def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_not(tmp_path: Path) -> None:
-    """A process of vLLM's own lacks a class that the loader needs: whoever asks for wooly is told what to do."""
+def test_without_a_loader_only_its_format_is_refused(tmp_path: Path) -> None:
+    """A class that the loader needs is missing: only ``--load-format wooly`` is refused, with the next step."""
     program = tmp_path / "program.py"
     program.write_text(
         "from vllm.model_executor.model_loader import base_loader\n"
@@ -146,10 +146,10 @@ def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_no
 
 
 @pytest.mark.parametrize(("version", "warned"), [("0.25.1", 1), ("0.26.0", 0), ("0.33.1+cu130", 0), ("0.34.0", 1)])
-def test_a_version_out_of_the_range_is_said_once(
+def test_an_unsupported_version_warns_once(
     compat: Any, version: str, warned: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever makes loaders hears it at the first; nothing is refused."""
+    """The first loader of a process warns; no version is refused."""
     import vllm
     from vllm.config import LoadConfig
 

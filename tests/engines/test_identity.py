@@ -1,4 +1,4 @@
-"""Identity is the bytes: not names, shapes, sizes, times or paths."""
+"""A model is identified by its bytes: not by names, shapes, sizes, times or paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 def test_one_zeroed_norm_is_another_model_that_shares_all_other_tensors(
     engine: Any, checkpoint: Any, runtime_dir: Path, tmp_path: Path
 ) -> None:
-    """Each checkpoint answers as its stock twin does; the store holds the common tensors once."""
+    """Each checkpoint answers as with stock loading; the store has the common tensors once."""
     original, zeroed = checkpoint("llama"), tmp_path / "zeroed"
     zero_one_norm(original, zeroed)
     stock = engine(original, zeroed)
@@ -40,7 +40,7 @@ def test_one_zeroed_norm_is_another_model_that_shares_all_other_tensors(
 def test_the_same_bytes_under_two_paths_are_one_model(
     engine: Any, checkpoint: Any, runtime_dir: Path, tmp_path: Path
 ) -> None:
-    """A copy attaches to what the original published."""
+    """A copy of a checkpoint attaches to the published original."""
     original, copy = checkpoint("llama"), tmp_path / "somewhere-else"
     shutil.copytree(original, copy)
     process = engine(original, copy, load_format="wooly", extra={"fallback": False})
@@ -50,9 +50,9 @@ def test_the_same_bytes_under_two_paths_are_one_model(
     assert (len(status.models), status.counters.publishes, status.counters.attaches) == (1, 1, 2)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing vLLM here, in this process, warns
-def test_ranks_that_hold_other_experts_have_other_keys() -> None:
-    """Data parallel ranks divide experts, with expert parallelism and without; a dense model is the same on all."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing vLLM in this process warns
+def test_ranks_with_other_experts_have_other_keys() -> None:
+    """Data parallel ranks divide experts, with or without expert parallelism; a dense model is equal on all ranks."""
     from vllm.config import ParallelConfig
 
     from wooly_vllm.compat import divided_further

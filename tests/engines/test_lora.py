@@ -1,7 +1,7 @@
-"""LoRA servers over one base: the base is shared, what adapters add is each server's own, and answers are stock's.
+"""LoRA servers over one base: the base is shared, adapters are private to each server, and answers are stock's.
 
-vLLM puts its LoRA layers around the base layers when a loader has returned; so what is shared is looked at after
-adapters were loaded and used.
+vLLM wraps the base layers in LoRA layers after the loader has returned, so sharing is checked after adapters have been
+loaded and used.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PLAIN: dict[str, Any] = {"max_num_batched_tokens": 1024}
 SERVING = ("--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "1024", "--dtype", "bfloat16")
 SERVING += ("--num-gpu-blocks-override", str(CPU_KV_BLOCKS))
 SERVING += ("--enforce-eager", "--load-format", "wooly", "--model-loader-extra-config", '{"fallback": false}')
-OTHER_ROOM = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16")
-"""More room for adapters than the engines of ``LORA`` have."""
+LARGER_LIMITS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16")
+"""Larger limits for adapters than those of ``LORA``."""
 
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Directories of two adapters of the base, by name."""
+    """Return the directories of two adapters of the base, by name."""
     directory = tmp_path_factory.mktemp("adapters")
     base = checkpoint("llama")
     return {name: str(random_adapter(base, directory / name, seed=seed)) for seed, name in enumerate(NAMES)}
@@ -54,7 +54,7 @@ def _run(runtime_dir: Path, base: Path, settings: list[Any], environment: dict[s
 
 @pytest.fixture(scope="module")
 def stock(module_runtime_dir: Path, checkpoint: Any, adapters: dict[str, str]) -> dict[str, Any]:
-    """What stock vLLM answers, under wooly's kernels and the same LoRA settings."""
+    """Return the answers of stock vLLM, with wooly's kernels and the same LoRA settings."""
     kernels = {"WOOLY_CPU_DISPATCH": "1"}
     (answers,) = _run(module_runtime_dir, checkpoint("llama"), [LORA], kernels, adapters=adapters)
     tokens: dict[str, Any] = answers["with_adapters"]
@@ -63,7 +63,7 @@ def stock(module_runtime_dir: Path, checkpoint: Any, adapters: dict[str, str]) -
 
 @pytest.fixture(scope="module")
 def shared(module_runtime_dir: Path, checkpoint: Any, adapters: dict[str, str]) -> list[dict[str, Any]]:
-    """Answers of three engines, one after the other: without LoRA, with it (publishes), and with it (attaches)."""
+    """Return the answers of three engines in sequence: without LoRA, with it (publishes), and with it (attaches)."""
     job = {"load_format": "wooly", "extra": {"fallback": False}, "adapters": adapters}
     return _run(module_runtime_dir, checkpoint("llama"), [PLAIN, LORA, LORA], {}, **job)
 
@@ -72,7 +72,7 @@ def shared(module_runtime_dir: Path, checkpoint: Any, adapters: dict[str, str]) 
 def servers(
     module_runtime_dir: Path, checkpoint: Any, shared: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Server]]:
-    """Two servers at once over the base that is in the store, with more room for adapters."""
+    """Start two servers over the resident base, with larger limits for adapters."""
     assert shared
     logs = tmp_path_factory.mktemp("logs")
     environment = CPU_ENVIRONMENT | {
@@ -86,7 +86,7 @@ def servers(
                     name,
                     checkpoint("llama"),
                     logs / name,
-                    arguments=(*SERVING, *OTHER_ROOM),
+                    arguments=(*SERVING, *LARGER_LIMITS),
                     environment=environment,
                 )
             )
@@ -98,7 +98,7 @@ def servers(
 
 
 def _post(server: Server, path: str, body: dict[str, Any]) -> str:
-    """The text of an answer; vLLM's to what is done with adapters is not JSON."""
+    """Return the text of an answer; those about adapters are not JSON."""
     address = f"http://127.0.0.1:{server._port}{path}"
     request = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
@@ -113,7 +113,7 @@ def _tokens(server: Server, model: str) -> list[list[int]]:
 
 
 def test_each_adapter_changes_the_answer(stock: dict[str, Any]) -> None:
-    """Equality with stock means something: the base and each adapter answer every prompt differently."""
+    """Control: the base and each adapter answer every prompt differently."""
     for base, one, two in zip(stock["base"], stock["one"], stock["two"], strict=True):
         assert len({tuple(base), tuple(one), tuple(two)}) == 3
         assert min(len(set(answer)) for answer in (base, one, two)) > 1
@@ -123,7 +123,7 @@ def test_each_adapter_changes_the_answer(stock: dict[str, Any]) -> None:
 @pytest.mark.parametrize("role", ["publisher", "reader"])
 @pytest.mark.parametrize("what", ["base", *NAMES, "base again"])
 def test_answers_equal_stock(stock: dict[str, Any], shared: Any, what: str, role: str) -> None:
-    """The base, each adapter, and the base once the adapters are unloaded."""
+    """Of the base, each adapter, and the base once the adapters are unloaded."""
     engine = shared[1:][["publisher", "reader"].index(role)]
     assert engine["removed"]
     assert engine["with_adapters"][what] == stock[what]
@@ -131,7 +131,7 @@ def test_answers_equal_stock(stock: dict[str, Any], shared: Any, what: str, role
 
 @pytest.mark.parametrize("role", ["publisher", "reader"])
 def test_the_base_is_shared_and_adapters_are_private(shared: Any, checkpoint: Any, role: str) -> None:
-    """After adapters were used the base still lies in the store's memory, unwritten, and what they added does not."""
+    """After adapters were used, the base is in the store's memory and unwritten, and their tensors are not."""
     engine = shared[1:][["publisher", "reader"].index(role)]
     weights = engine["weights"]
     stored = sum(file.stat().st_size for file in checkpoint("llama").glob("*.safetensors"))
@@ -144,7 +144,7 @@ def test_the_base_is_shared_and_adapters_are_private(shared: Any, checkpoint: An
 
 @pytest.mark.usefixtures("shared")
 def test_an_engine_with_lora_has_the_tensors_of_one_without(module_runtime_dir: Path) -> None:
-    """Two weight keys (some kinds of layers do depend on it), but for this model not a byte is there twice."""
+    """Two weight keys, since LoRA changes some kinds of layers; for this model every byte is shared."""
     status = status_of(module_runtime_dir)
     assert [model.unique_bytes for model in status.models] == [0, 0]
     assert len({model.key for model in status.models}) == 2
@@ -154,7 +154,7 @@ def test_an_engine_with_lora_has_the_tensors_of_one_without(module_runtime_dir: 
 def test_two_servers_share_the_base_and_load_adapters_while_they_run(
     servers: list[Server], stock: dict[str, Any], adapters: dict[str, str], module_runtime_dir: Path
 ) -> None:
-    """Over the API, and with another room for adapters than the publisher had: stock's tokens, one base in memory."""
+    """Over the API, with other limits for adapters than the publisher: stock's tokens, one base in memory."""
     first, second = servers
     before = status_of(module_runtime_dir)
     for server in servers:

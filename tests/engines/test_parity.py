@@ -1,8 +1,8 @@
 """Greedy tokens of publisher and reader equal stock vLLM's, family by family.
 
-Every random model is small enough that vLLM's own dispatch takes the kernel that wooly takes, so those are compared
-with stock vLLM as shipped. SmolLM2's larger layers go through another kernel as shipped: it is compared with stock vLLM
-under wooly's dispatch (``WOOLY_CPU_DISPATCH=1``).
+vLLM dispatches the layers of the random models, which are small, to the same kernel as wooly, so these are compared
+with stock vLLM. SmolLM2's larger layers go to another kernel: it is compared with stock vLLM under wooly's dispatch
+(``WOOLY_CPU_DISPATCH=1``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from support.engines import EngineProcess, status_of, vllm_since
 from support.models import families
 
 RUN_WITHIN_S = 600.0
-"""A process that runs all families, one after the other."""
+"""Time limit of a process that runs all families, one after the other."""
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(4 * RUN_WITHIN_S)]
 
@@ -26,14 +26,14 @@ TAUGHT_BY = {
     "gpt-oss": "sinks, and experts with biases",
     "bert": "an encoder that embeds",
 }
-"""Families that show what others do not, and what that is."""
+"""Families that cover further features, and the features."""
 
 
-TOLD_OF_FINAL = vllm_since("0.30")
-"""Whether this vLLM can be told that a layer's tensors are final. On a CPU, others pack experts each time."""
+HAS_FINAL_TENSORS = vllm_since("0.30")
+"""Whether this vLLM has a way to mark a layer's tensors as final. Others pack experts on a CPU at each load."""
 SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
-LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if vllm_since("0.27") else {"mamba2"})
-"""Families that are not shared by this version, or (mamba2) that stock vLLM does not run on a CPU."""
+LEFT_OUT = {name for name in SPARSE if not HAS_FINAL_TENSORS} | (set() if vllm_since("0.27") else {"mamba2"})
+"""Families that this version does not share, or (mamba2) that stock vLLM does not run on a CPU."""
 SMALL = [name for name in (*families.COMMON, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]
 READ_TWICE = ("llama-tied", "gpt2", "bert", "smollm2")
@@ -56,10 +56,10 @@ def _run(
 
 @pytest.fixture(scope="module")
 def runs(module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
-    """Answers of processes that came one after the other, by role and by family.
+    """Return the answers of processes that ran in sequence, by role and by family.
 
-    The publisher and the first reader write to every parameter once they have answered; the second reader comes after
-    that, so that it would see a write that reached the store.
+    The publisher and the first reader write to every parameter after they have answered. The second reader starts after
+    that, so it would see a write that reached the store.
     """
     paths = {family: checkpoint(family) for family in FAMILIES}
     small, large = ({name: paths[name] for name in names} for names in (SMALL, ["smollm2"]))
@@ -79,25 +79,25 @@ def runs(module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]
 @pytest.mark.parametrize("role", ["publisher", "reader"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_stock(runs: Any, family: str, role: str) -> None:
-    """What is shared computes what stock computes."""
+    """Shared weights compute the same tokens."""
     assert runs[role][family]["tokens"] == runs["stock"][family]["tokens"]
 
 
 @pytest.mark.parametrize("family", READ_TWICE)
 def test_tokens_equal_stock_after_others_wrote_to_their_copies(runs: Any, family: str) -> None:
-    """Whoever comes after them maps what was published."""
+    """A later reader maps the published bytes."""
     assert runs["second reader"][family]["tokens"] == runs["stock"][family]["tokens"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_not_degenerate(runs: Any, family: str) -> None:
-    """Equality of tokens means something: the answers vary."""
+    """Control: the answers vary, so their equality means something."""
     assert len({token for answer in runs["stock"][family]["tokens"] for token in answer}) > 10
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_map_nearly_all_of_the_weights(runs: Any, family: str) -> None:
-    """Publisher and reader hold less than a tenth of the model for themselves (SmolLM2: a thousandth)."""
+    """Less than a tenth of the model is private to publisher and reader (SmolLM2: a thousandth)."""
     for role in ("publisher", "reader"):
         lease = runs[role][family]
         assert lease["role"] == "reader"
@@ -106,24 +106,24 @@ def test_both_map_nearly_all_of_the_weights(runs: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engines_own_writes_take_effect_for_itself(runs: Any, family: str) -> None:
-    """The writes of the test above were real: the process that made them answers differently."""
+    """Control: the process that wrote to its parameters answers differently."""
     assert runs["reader"][family]["scribbled"] > 0
     assert runs["reader"][family]["tokens_after"] != runs["reader"][family]["tokens"]
 
 
-def test_each_model_was_published_once(runs: Any, module_runtime_dir: Path) -> None:
+@pytest.mark.usefixtures("runs")
+def test_each_model_was_published_once(module_runtime_dir: Path) -> None:
     """Publisher and readers attached to each model; none fell back."""
     counters = status_of(module_runtime_dir).counters
-    assert runs
     attached = 2 * len(FAMILIES) + len(READ_TWICE)
     assert (counters.publishes, counters.attaches, counters.fallbacks) == (len(FAMILIES), attached, 0)
 
 
-@pytest.mark.skipif(TOLD_OF_FINAL, reason="this vLLM can be told that experts are packed already")
+@pytest.mark.skipif(HAS_FINAL_TENSORS, reason="this vLLM has a way to mark experts as packed")
 def test_experts_that_would_be_packed_twice_are_loaded_the_stock_way(
     engine: Any, checkpoint: Any, runtime_dir: Path
 ) -> None:
-    """A reader has no use for them; it says why, and answers as stock does."""
+    """A reader cannot use them: it says why, and answers as stock does."""
     path = checkpoint("mixtral")
     stock = engine(path)
     assert stock.finish() == 0, stock.log[-20:]

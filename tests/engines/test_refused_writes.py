@@ -1,4 +1,4 @@
-"""Errors that a refused write may have caused say where to read on; all others are left alone."""
+"""Errors that a refused write may have caused get a note with a pointer to the documentation; others do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered"
 @pytest.fixture
 def refused_writes() -> Iterator[Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vLLM's own imports warn of what torch will drop
+        warnings.simplefilter("ignore")  # vLLM's own imports warn about deprecations in torch
         from wooly_vllm.memory import refused_writes
     refused_writes._log_once.cache_clear()
     yield refused_writes
@@ -32,10 +32,10 @@ class _Worker:
         return answer
 
 
-def test_an_illegal_access_is_explained_once_and_goes_on(
+def test_an_illegal_access_is_explained_once_and_raised(
     refused_writes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two layers of the worker see the same error: one note, one line in the log, and the same error object."""
+    """Two layers of the worker see the same error: one note, one log line, and the same error object."""
     monkeypatch.setattr(_Worker, "execute_model", refused_writes._explaining(_Worker.execute_model))
     monkeypatch.setattr(_Worker, "execute_model", refused_writes._explaining(_Worker.execute_model))
     monkeypatch.setattr(refused_writes.compat, "logger", lambda: logging.getLogger("wooly-test"))
@@ -48,7 +48,7 @@ def test_an_illegal_access_is_explained_once_and_goes_on(
     assert [record.getMessage() for record in caplog.records] == [refused_writes.NOTE]
 
 
-def test_other_errors_and_results_are_as_they_were(refused_writes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_and_results_do_not_change(refused_writes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Worker, "execute_model", refused_writes._explaining(_Worker.execute_model))
     assert _Worker().execute_model(None, answer="42") == "42"
     for error in (RuntimeError("CUDA out of memory"), KeyboardInterrupt()):
@@ -58,7 +58,7 @@ def test_other_errors_and_results_are_as_they_were(refused_writes: Any, monkeypa
         assert not hasattr(error, "__notes__")
 
 
-def test_every_place_that_waits_for_a_gpu_is_where_it_is_looked_for(refused_writes: Any) -> None:
+def test_every_method_that_waits_for_a_gpu_exists(refused_writes: Any) -> None:
     """A version of vLLM that moves one fails here; installing twice wraps once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Rehearsing a layer: what comes out must be the publisher's in everything that has no values of weights in it."""
+"""Rehearsing a layer: its state must equal the publisher's in everything but the values of weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from wooly_vllm.loading import rehearsal
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # importing vLLM here, in this process, warns
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # importing vLLM in this process warns
 ]
 
 
 class Kernel:
-    """What a layer's method might leave: it refers to the layer's weight, and has plain values and helpers."""
+    """State that a layer's method may leave: a reference to the layer's weight, plain values and helpers."""
 
     def __init__(self, weight: torch.Tensor, **other: Any) -> None:
         self.weight = weight
@@ -51,7 +51,7 @@ def closing_over(thing: Any) -> Any:
 
 
 def test_the_values_of_the_models_own_weights_do_not_count() -> None:
-    """Zeros here, weights there: the manifest has them, and a reader is bound to them."""
+    """They come from the manifest, to whose tensors a reader is bound."""
     assert prints(model(0.0)) == prints(model(1.5))
 
 
@@ -68,9 +68,9 @@ def test_the_values_of_the_models_own_weights_do_not_count() -> None:
     ],
     ids=["plain", "tensor", "nested", "closure", "partial", "module outside of the model", "slots"],
 )
-def test_everything_else_does(here: dict[str, Any], there: dict[str, Any]) -> None:
-    """What differs anywhere that the layer's own objects reach is found, and the layer is named."""
-    if "packed" in here:  # a tuple hides a module from its parent's registers, as kernels do
+def test_all_other_state_counts(here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Any difference reachable from the layer's own objects raises an error that names the layer."""
+    if "packed" in here:  # a tuple hides a module from its parent's registries, as in kernels
         here, there = {"packed": (here["packed"],)}, {"packed": (there["packed"],)}
     published = prints(model(**here))
     same, other = model(**here), model(**there)
@@ -79,8 +79,8 @@ def test_everything_else_does(here: dict[str, Any], there: dict[str, Any]) -> No
         rehearsal.check(other, {"0": other[0]}, published)
 
 
-def test_a_layer_more_or_less_is_a_difference() -> None:
-    """A publisher whose layer needed no rehearsal, and a reader whose layer does, are not alike."""
+def test_a_missing_or_additional_layer_is_a_difference() -> None:
+    """A rehearsal in the reader alone, or in the publisher alone, is a difference."""
     made = model()
     with pytest.raises(BindingError):
         rehearsal.check(made, {"0": made[0]}, {})
@@ -88,17 +88,17 @@ def test_a_layer_more_or_less_is_a_difference() -> None:
         rehearsal.check(made, {}, prints(made))
 
 
-def test_what_hides_its_contents_is_never_equal_to_that_of_another_process() -> None:
-    """An object of C code may hold weights that were packed: nobody can tell, so it is not shared."""
+def test_opaque_objects_are_never_equal() -> None:
+    """An object of C code may contain packed weights, which cannot be compared: it is not shared."""
     hidden = torch.Generator()
     reading = rehearsal._Reading(rehearsal._Known(set(), set()))
     assert any("hides its contents, process" in line for line in reading.lines("", {"handle": hidden}))
-    # Not even the same object is equal to itself: processes in containers may have the same number.
+    # Not even the same object is equal to itself: processes in different containers may have the same pid.
     assert prints(model(handle=hidden)) != prints(model(handle=hidden))
 
 
 class Private:
-    """Keeps what it was given under names that are easily overlooked."""
+    """Stores its argument in a private slot."""
 
     __slots__ = "__kept"  # noqa: PLC0205 - one name, not in a tuple
 
@@ -107,14 +107,14 @@ class Private:
 
 
 @pytest.mark.parametrize("wrap", [Private, lambda tensor: types.MethodType(closing_over(tensor), "bound to")])
-def test_tensors_in_out_of_the_way_places_count(wrap: Any) -> None:
-    """In private slots, in closures of bound methods."""
+def test_tensors_in_slots_and_closures_count(wrap: Any) -> None:
+    """Tensors in private slots and in closures of bound methods."""
     assert prints(model(call=wrap(torch.zeros(2)))) == prints(model(call=wrap(torch.zeros(2))))
     assert prints(model(call=wrap(torch.zeros(2)))) != prints(model(call=wrap(torch.ones(2))))
 
 
 def test_every_one_of_many_closures_counts() -> None:
-    """What is made on the way through one of them must not stand for what is in the next."""
+    """Objects made while one closure is read must not stand for those of the next."""
     calls = [closing_over(torch.zeros(2)) for _ in range(50)]
     published = prints(model(calls=calls))
     for number in range(50):

@@ -1,7 +1,7 @@
-"""vLLM engines on what was saved: no byte of the checkpoint is needed any more, and the tokens are the same.
+"""vLLM engines on saved models: the checkpoint's bytes are not needed, and the tokens are the same.
 
-The proof is a checkpoint whose files hold zeros by then. A store is told the digests that they had before, as if nobody
-had touched them, so that engines take them for the model that was saved.
+The weights of the checkpoint are overwritten with zeros. A store gets the digests of before, as if the files had not
+changed, so that engines open the saved model.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def own_checkpoint(checkpoint: Any, tmp_path: Path) -> Path:
-    """A checkpoint that may be spoilt."""
+    """Return a copy of a checkpoint that may be overwritten."""
     return Path(shutil.copytree(checkpoint("llama"), tmp_path / "llama"))
 
 
 @pytest.fixture
 def later_store(runtime_dir: Path) -> Iterator[StoreProcess]:
-    """A store that is started after the first one has ended, and whose memory can be written to."""
+    """Return a store, to be started after the first one has ended, whose memory is not sealed."""
     store = StoreProcess(runtime_dir, program=UNSEALED, redis_url=f"unix://{runtime_dir}/away")
     yield store
     store.clean_up()
@@ -57,7 +57,7 @@ def spoil(files: list[Path]) -> None:
 def test_saved_models_serve_without_their_checkpoint(
     engine: Any, runtime_dir: Path, own_checkpoint: Path, later_store: StoreProcess, tmp_path: Path
 ) -> None:
-    """Publish and save; another store; restore and attach; a bit turns, and the next engine restores for itself."""
+    """Publish and save; restore and attach in another store; after a bit flip, the next engine restores again."""
     cache = {"WOOLY_CACHE_DIR": str(tmp_path / "cache")}
     publisher = engine(own_checkpoint, environment=cache, load_format="wooly", extra={"fallback": False})
     assert publisher.finish() == 0, "\n".join(publisher.log[-40:])

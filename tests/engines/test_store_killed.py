@@ -1,4 +1,4 @@
-"""The store is killed under engines that answer: they do not notice, and the next engine attaches."""
+"""The store is killed under engines that answer: they go on, and the next engine attaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several engines on one store: single flight, and what happens when one of them dies."""
+"""Several engines on one store: one publishes, and the death of one affects no other."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 def test_four_engines_at_once_read_the_checkpoint_once(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """Four start at the same moment: one hashes and loads, the others read none of the weights; all answer alike.
+    """Of four engines that start together one hashes and loads; the others read no weights; all answers are equal.
 
-    What an engine reads to hash is counted by the kernel; that it loads is vLLM's own word for it in its log.
+    Bytes read are counted by the kernel; loading shows in vLLM's log.
     """
     path = checkpoint("smollm2")
     processes = [engine(path, **SHARING, gate=True) for _ in range(4)]
@@ -38,7 +38,7 @@ def test_four_engines_at_once_read_the_checkpoint_once(engine: Any, checkpoint: 
 def test_publisher_killed_while_publishing_and_the_next_takes_over(
     engine: Any, checkpoint: Any, runtime_dir: Path
 ) -> None:
-    """A waiting engine loads instead; nothing of the dead one is served or left in memory."""
+    """The next engine publishes; no bytes of the dead one are served or left in memory."""
     path = checkpoint("smollm2")
     first = engine(path, **SHARING)
     publishing = _publisher_with_memory(runtime_dir, first)
@@ -58,7 +58,7 @@ def test_publisher_killed_while_publishing_and_the_next_takes_over(
 
 
 def _publisher_with_memory(runtime_dir: Path, process: Any) -> str:
-    """Wait until an engine has segments that it writes to, and stop it right there; returns the model's key."""
+    """Wait until an engine has segments to write to, and stop it there; return the model's key."""
     import signal
 
     process.wait("starting")
@@ -79,7 +79,7 @@ def _publisher_with_memory(runtime_dir: Path, process: Any) -> str:
 
 
 def test_reader_killed_and_its_lease_is_gone_at_once(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """SIGKILL of a reader ends its lease; the other engine goes on answering, and a third attaches."""
+    """SIGKILL of a reader ends its lease; the other engine still answers, and a third attaches."""
     path = checkpoint("llama")
     staying, dying = engine(path, **SHARING, hold=True), engine(path, **SHARING, hold=True)
     before = staying.wait("answered")["tokens"]
@@ -95,7 +95,7 @@ def test_reader_killed_and_its_lease_is_gone_at_once(engine: Any, checkpoint: An
 
 
 def test_a_dead_store_stops_no_engine(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """The store is killed while an engine serves: the same answers as before, from the memory that stays mapped."""
+    """The store is killed while an engine serves: the answers do not change, since the memory stays mapped."""
     import os
     import signal
 

@@ -1,4 +1,4 @@
-"""What would write to shared weights is refused, clearly and before anything changes: the engine goes on."""
+"""Operations that write to shared weights are refused before anything changes; the engine goes on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRITING = (
 
 
 def test_weights_are_not_reloaded(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """Each way that vLLM has says why and what to do; the answers stay the same, and so does the store."""
+    """Each of vLLM's operations raises the reason and the next step; answers and store do not change."""
     process = engine(checkpoint("llama"), load_format="wooly", extra={"fallback": False}, obey=True)
     process.wait("answered")
     before = process.do("answer")["answers"]
@@ -36,8 +36,8 @@ def test_weights_are_not_reloaded(engine: Any, checkpoint: Any, runtime_dir: Pat
     assert status_of(runtime_dir).counters.fallbacks == 0
 
 
-def test_an_engine_of_its_own_is_left_alone(engine: Any, checkpoint: Any) -> None:
-    """Weights that are not shared are reloaded as ever, in a process where wooly is installed."""
+def test_private_weights_are_reloaded(engine: Any, checkpoint: Any) -> None:
+    """Private weights are reloaded as in stock vLLM, in a process with wooly installed."""
     process = engine(
         checkpoint("llama"), load_format="wooly", environment={"WOOLY_AUTOSTART": "0"}, lease=False, obey=True
     )
@@ -58,7 +58,7 @@ def test_an_engine_of_its_own_is_left_alone(engine: Any, checkpoint: Any) -> Non
     ids=["eplb", "weight transfer"],
 )
 def test_refused_before_loading(settings: dict[str, Any], reason: str) -> None:
-    """Engines that are going to write to their weights load them the stock way."""
+    """Engines that will write to their weights load them the stock way."""
     pytest.importorskip("vllm")
     from wooly_vllm.loading.identity import check_supported
 

@@ -1,4 +1,4 @@
-"""The catalog's server dies and comes back: attaching and publishing go on, and the catalog is whole again after it."""
+"""Kill the catalog's server: attaching and publishing go on, and the catalog is complete again afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = [[1, 3 << 20], [2, 100]]
 
 
 class Embedded:
-    """The store's own server, which the store starts again."""
+    """The embedded server, which the store restarts."""
 
     def __init__(self, directory):
         self.options = {}
@@ -38,7 +38,7 @@ class Embedded:
 
 
 class External:
-    """A `redis-server` that the store was given."""
+    """A `redis-server` outside of the store."""
 
     def __init__(self, directory):
         self._command = ["redis-server", "--port", "0", "--unixsocket", f"{directory}/redis.sock", "--save", ""]
@@ -91,7 +91,7 @@ def test_the_catalogs_server_is_killed(server, start_store, actor):
 
 
 def models(url):
-    """Keys of the models that the catalog tells of; none while it does not answer."""
+    """Return the keys of the models in the catalog; none while it does not answer."""
     with contextlib.closing(redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0))) as server:
         try:
             found = list(server.scan_iter("wooly:*model*"))
@@ -101,7 +101,7 @@ def models(url):
 
 
 def test_a_store_whose_catalog_never_answers(start_store, actor):
-    """It says so, and serves."""
+    """It reports itself degraded, and serves."""
     store = start_store(redis_url="unix:///nowhere/redis.sock")
     one, two = actor(), actor()
     assert one.publish(key=key(1), model=MODEL) == "granted"

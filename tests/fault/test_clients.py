@@ -1,4 +1,4 @@
-"""A reader or a waiting client misbehaves: it alone has the consequences."""
+"""A reader or a waiting client misbehaves: no other client is affected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = [[1, 3 * MIB], [2, 100]]
 
 @pytest.mark.usefixtures("store")
 def test_a_reader_writes_into_a_weight(actor):
-    """It sees its own write; another process, one that comes later, and the store do not."""
+    """It sees its own write; other readers, later readers and the store do not."""
     writer, other = actor(), actor()
     writer.publish(key=key(1), model=MODEL)
     other.open(key=key(1))
@@ -46,7 +46,7 @@ def test_a_reader_is_killed(store, actor):
 
 
 def test_a_waiting_client_is_killed(store, actor):
-    """It is never granted; who waits behind it is."""
+    """It is never granted; the next waiter is."""
     publisher, victim, heir = actor(), actor(), actor()
     publisher.open(key=key(1))
     client = store.client()
@@ -71,10 +71,10 @@ def test_a_client_is_frozen_before_it_greets(store, actor):
 def test_a_client_that_never_greets_is_cut_off(store):
     with RawClient(store.paths.socket, greet=False, timeout_s=20) as silent:
         assert silent.ended()
-    assert store.client().session.status().counters.protocol_errors == 0  # it did nothing wrong, it did nothing
+    assert store.client().session.status().counters.protocol_errors == 0  # idle, which is no error
 
 
-def test_a_frozen_reader_keeps_its_lease_and_holds_up_nobody(store, actor):
+def test_a_frozen_reader_keeps_its_lease_and_delays_no_other_client(store, actor):
     frozen, others = actor(name="frozen"), [actor() for _ in range(3)]
     frozen.publish(key=key(1), model=MODEL)
     frozen.stop()
@@ -88,7 +88,7 @@ def test_a_frozen_reader_keeps_its_lease_and_holds_up_nobody(store, actor):
 
 
 @pytest.mark.usefixtures("store")
-def test_a_frozen_publisher_holds_up_only_who_waits_for_it(actor):
+def test_a_frozen_publisher_delays_only_its_waiters(actor):
     publisher, waiter, other = actor(), actor(), actor()
     publisher.open(key=key(1))
     publisher.plan(key=key(1), model=MODEL)
@@ -104,20 +104,20 @@ def test_a_frozen_publisher_holds_up_only_who_waits_for_it(actor):
     assert waiter.digests() == waiter.expected()
 
 
-def test_a_client_does_not_read_what_it_asked_for(store, actor):
-    """Its replies pile up in the store to a bound; others go on, and it is cut off where the bound is passed."""
+def test_a_client_does_not_read_its_replies(store, actor):
+    """Its replies are buffered up to a limit; past it the store closes the connection. Other clients go on."""
     publisher = actor()
     publisher.publish(key=key(1), model=MODEL)
     with RawClient(store.paths.socket) as deaf:
         for number in range(1, 61):
             deaf.send(messages.GetStatus(number))
         assert actor().open(key=key(1)) == "attached"
-        for number in range(1, 61):  # nothing was lost, and the order is that of asking
+        for number in range(1, 61):  # nothing is lost, and answers come in order of request
             assert deaf.receive().id == number
 
 
-def test_a_client_never_reads_and_asks_on(store, actor):
-    """More than the bound of unread replies: cut off, and its replies freed."""
+def test_a_client_never_reads_and_keeps_requesting(store, actor):
+    """More unread replies than the limit: the connection is closed, and the buffers are freed."""
     actor().publish(key=key(1), model=MODEL)
     wide = store.client()
     wide.session.open(key(2), name="n" * (4 * MIB), engine="", device="cpu", publish=True, timeout_s=10)
@@ -130,7 +130,7 @@ def test_a_client_never_reads_and_asks_on(store, actor):
 
 
 def test_a_client_forks(store, actor):
-    """The child gets an error that says what to do; and it does not keep the parent's lease alive."""
+    """The child gets an error with the next step, and does not extend the parent's lease."""
     parent = actor(name="parent")
     parent.publish(key=key(1), model=MODEL)
     child = parent.fork()
@@ -160,13 +160,13 @@ def test_a_client_asks_twice_for_one_model(store):
 
 
 @pytest.mark.parametrize("bad", ["", "short", "F" * 64, key(1) + "0", key(1)[:-1] + "/"])
-def test_a_client_asks_for_what_is_no_key(store, bad):
-    """Keys are parts of names elsewhere (of publishers, in the catalog), so their form is checked."""
+def test_a_client_opens_a_malformed_key(store, bad):
+    """The form of keys is checked, since they are parts of names elsewhere (of publishers, in the catalog)."""
     with pytest.raises(ProtocolError, match="64 hexadecimal digits"):
         store.client().open(bad)
 
 
-def test_a_client_tells_digests_that_are_none(store):
+def test_a_client_sends_malformed_digests(store):
     from shared_store.base.checkpoint import FileId
 
     client, file = store.client(), FileId(1, 2, 3, 4, 5)
@@ -177,7 +177,7 @@ def test_a_client_tells_digests_that_are_none(store):
     assert client.session.recall_files([file, FileId(1, 2, 3, 4, 6)]) == [bytes(range(32)), None]
 
 
-def test_a_session_that_was_closed_says_so(store):
+def test_a_closed_session_raises(store):
     client = store.client()
     client.close()
     client.close()

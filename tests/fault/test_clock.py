@@ -1,4 +1,4 @@
-"""The wall clock jumps, of the store, its catalog's server and a client: no lease or time-out goes by it."""
+"""The wall clocks of store, catalog and client jump: no lease and no time-out depends on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def clock(tmp_path):
 
 
 def test_the_clock_that_these_tests_shift(clock):
-    """A process sees the wall clock jump, and the monotonic one not: else the others would prove nothing."""
+    """A process sees the wall clock jump, and the monotonic clock go on: a control for the other tests."""
     program = """
 import sys, time
 for _ in sys.stdin:
@@ -55,7 +55,7 @@ for _ in sys.stdin:
 
 @pytest.mark.parametrize("jump", JUMPS)
 def test_the_clock_jumps(clock, directory, start_store, actor, jump):
-    """Readers read, who waits waits on and is served, what is published is right; the catalog comes to itself."""
+    """Readers read, waiters are served, published bytes are right, and the catalog recovers."""
     store = start_store(popen={"env": clock.environment})
     reader, publisher, waiter = (actor(env=clock.environment) for _ in range(3))
     reader.publish(key=key(1), model=MODEL)
@@ -91,13 +91,13 @@ def test_the_clock_jumps(clock, directory, start_store, actor, jump):
 
 
 def heartbeat(directory, node):
-    """When the catalog's server heard of the node last, by its own clock, which jumped too."""
+    """Return the time of the node's last heartbeat, by the clock of the catalog's server, which jumped too."""
     with redis.Redis.from_url(f"unix://{directory}/catalog.sock") as server:
         return float(server.hget(f"wooly:node:{node}", "heartbeat") or 0)
 
 
 def test_the_clock_jumps_while_a_client_says_nothing(clock, start_store):
-    """The time for the greeting neither ends with a jump ahead nor starts anew with one back."""
+    """A jump forward does not end the time-out of the greeting, and a jump back does not restart it."""
     store = start_store(popen={"env": clock.environment})
     with RawClient(store.paths.socket, greet=False, timeout_s=60) as silent:
         began = time.monotonic()

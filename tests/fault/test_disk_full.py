@@ -1,4 +1,4 @@
-"""The runtime directory's file system is full or read-only from the start, or fills up under a running store."""
+"""The file system of the runtime directory is full or read-only at the start, or fills up under a running store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def disk(directory):
 
 
 def refused(directory):
-    """A store that is started there says why it cannot, and a client that would start one is told."""
+    """Start a store there: it exits with the reason, and a client that would start it gets the same."""
     with pytest.raises(ConfigError, match="cannot write in the runtime directory"):
         spawn.start(directory)
     code, said = StoreProcess(directory).refused()
@@ -38,7 +38,7 @@ def refused(directory):
 
 
 def test_a_full_disk_refuses_a_store(disk, directory, start_store):
-    """And leaves nothing half written: with room again, a store starts."""
+    """It leaves nothing half written: once there is space, a store starts."""
     disk.fill()
     refused(directory)
     disk.empty()
@@ -46,7 +46,7 @@ def test_a_full_disk_refuses_a_store(disk, directory, start_store):
 
 
 def test_a_disk_without_a_byte_for_the_nodes_name_refuses_a_store(disk, directory, start_store):
-    """There are inodes, so the lock is made; the name is not, and no empty one stays."""
+    """The lock, which needs only an inode, is created; the name is not, and no empty file remains."""
     with (directory / "filling").open("wb", buffering=0) as file:
         for _ in range(256):
             file.write(bytes(4096))
@@ -66,7 +66,7 @@ def test_a_read_only_disk_refuses_a_store(disk, directory, start_store):
 
 
 def test_the_disk_is_full_in_the_middle_of_publishing(disk, directory, start_store, actor):
-    """Weights do not lie on it: the model is committed and served, the store ends in good order, and starts again."""
+    """Weights are not stored there: the model is committed and served; the store ends cleanly and restarts."""
     store = start_store()
     reader, publisher = actor(), actor()
     reader.publish(key=key(1), model=MODEL)
@@ -95,7 +95,7 @@ def test_the_disk_is_full_in_the_middle_of_publishing(disk, directory, start_sto
 
 
 def test_the_disk_is_full_and_the_catalogs_server_is_killed(disk, start_store, actor):
-    """It keeps nothing on disk, so it comes back."""
+    """It writes nothing to disk, so it restarts."""
     store = start_store()
     client = store.client()
     wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog")

@@ -1,4 +1,4 @@
-"""Memory runs out in the middle of publishing: an error with numbers, and a store that is as before."""
+"""Memory runs out during a publication: an error with numbers, and an unchanged store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.waiting import open_segments
 from shared_store.base.errors import OutOfMemoryError
 
 MIB = 1 << 20
-HEADROOM = 256 * MIB  # what the store leaves to the machine, and to its control group
+HEADROOM = 256 * MIB  # bytes that the store leaves free, on the machine and in its control group
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def group():
 
 
 def test_the_control_group_is_full_in_the_middle_of_publishing(group, start_store, actor):
-    """Where the kernel would kill the store, it refuses: others go on, and room that is made is used."""
+    """The store refuses before the kernel would kill it: other clients go on, and freed memory is used."""
     store = start_store()
     group.limit(HEADROOM + 96 * MIB)
     group.add(store.pid)

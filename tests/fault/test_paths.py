@@ -23,7 +23,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as a
 
 
 def refused_by_both(directory, error, text):
-    """Preparing it raises, and a store process says so and exits with the error's code."""
+    """Check that preparing it raises, and that a store process reports the error and exits with its code."""
     with pytest.raises(error, match=text):
         paths.prepare(directory)
     code, said = StoreProcess(directory).refused()
@@ -47,14 +47,14 @@ def test_a_runtime_directory_that_lets_others_in(directory, mode):
 
 @pytest.mark.parametrize("mode", [0o750, 0o701, 0o751])
 def test_a_runtime_directory_that_an_earlier_store_shared_is_closed_again(directory, mode):
-    """What a store gave its directory for a group or for allowed users, the next one takes back."""
+    """Permissions that a store gave its directory for a group or allowed users are revoked by the next store."""
     directory.chmod(mode)
     paths.prepare(directory)
     assert directory.stat().st_mode & 0o777 == 0o700
 
 
 @needs_root
-def test_a_runtime_directory_of_somebody_else(directory):
+def test_a_runtime_directory_of_another_user(directory):
     os.chown(directory, NOBODY, NOBODY)
     refused_by_both(directory, UnsafePathError, f"belongs to uid {NOBODY}, not to uid 0")
 
@@ -74,7 +74,7 @@ def test_a_runtime_directory_with_too_long_a_path(directory):
 
 
 def test_the_longest_path_that_is_possible(directory):
-    """The bound is the kernel's: one byte more is refused by it."""
+    """The limit is the kernel's, which refuses one byte more."""
     room = paths.SOCKET_PATH_LIMIT - len(os.fsencode(directory)) - len("//store.sock")
     prepared = paths.prepare(directory / ("d" * room))
     assert len(os.fsencode(prepared.socket)) == paths.SOCKET_PATH_LIMIT
@@ -85,7 +85,7 @@ def test_the_longest_path_that_is_possible(directory):
 
 
 def as_user(uid, program, directory):
-    """Run a Python program with a directory, as a user who may not even read this interpreter; what it printed."""
+    """Run a Python program as a user who cannot read this interpreter; return its output."""
     become = f"import os; os.setgroups([]); os.setgid({uid}); os.setuid({uid})\n"
     command = [sys.executable, "-c", IMPORTS + become + program, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -131,7 +131,7 @@ def test_another_user_cannot_reach_the_socket(store):
 
 @needs_root
 def test_another_user_that_reaches_the_socket_is_refused_by_its_uid(store):
-    """The file modes are opened by hand: the kernel's word about the peer decides."""
+    """File modes are opened by hand, so that the peer's credentials decide."""
     store.directory.chmod(0o711)
     store.paths.socket.chmod(0o666)
     said = as_user(NOBODY, CONNECT, store.directory)
@@ -142,7 +142,7 @@ def test_another_user_that_reaches_the_socket_is_refused_by_its_uid(store):
 
 @needs_root
 def test_another_user_that_is_allowed_is_let_in(start_store):
-    """The store lets it reach the socket itself; a third user reaches it too, and is refused by its uid."""
+    """The store opens its socket for it; a third user can connect too, and is refused by its uid."""
     store = start_store(allow_uids=[NOBODY])
     assert store.directory.stat().st_mode & 0o777 == 0o701
     assert as_user(NOBODY, CONNECT, store.directory) == "connected"
@@ -151,7 +151,7 @@ def test_another_user_that_is_allowed_is_let_in(start_store):
 
 @needs_root
 def test_a_group_is_let_in_and_others_are_not(start_store):
-    """The store opens its directory and socket to the group itself; the directory is older and was closed."""
+    """The store opens its directory, which existed and was closed, and its socket for the group."""
     import grp
 
     group = grp.getgrgid(NOBODY).gr_name
@@ -160,12 +160,12 @@ def test_a_group_is_let_in_and_others_are_not(start_store):
     assert store.paths.socket.stat().st_mode & 0o777 == 0o660
     assert as_user(NOBODY, CONNECT, store.directory) == "connected"
     store.stop()
-    assert start_store(socket_group=group).client().alive()  # the directory is taken as the first run left it
+    assert start_store(socket_group=group).client().alive()  # the directory as the first run left it
 
 
 @needs_root
 def test_a_user_without_a_name_is_refused_where_a_group_is_allowed(start_store):
-    """Containers have uids that no file tells of."""
+    """In containers, uids need not be in the user database."""
     store = start_store(socket_group="daemon")
     store.directory.chmod(0o711)
     store.paths.socket.chmod(0o666)
@@ -174,8 +174,8 @@ def test_a_user_without_a_name_is_refused_where_a_group_is_allowed(start_store):
 
 
 @needs_root
-def test_a_store_that_somebody_planted_where_ones_own_would_be_is_not_trusted(monkeypatch):
-    """Who can guess the default directory in a public place can be there first, and would hand out weights."""
+def test_a_store_of_another_user_in_the_default_directory_is_not_trusted(monkeypatch):
+    """A default directory in a public place can be guessed, and created first by another user."""
     with tempfile.TemporaryDirectory(prefix="wooly-") as public:
         monkeypatch.delenv("WOOLY_RUNTIME_DIR", raising=False)
         monkeypatch.setenv("XDG_RUNTIME_DIR", public)
@@ -199,7 +199,7 @@ def test_a_socket_that_is_a_file(directory):
 
 
 @needs_root
-def test_a_socket_of_somebody_else_in_ones_directory(directory):
+def test_a_socket_of_another_user_in_the_directory(directory):
     with socket.socket(socket.AF_UNIX) as planted:
         planted.bind(str(directory / "store.sock"))
         planted.listen()
@@ -222,7 +222,7 @@ def test_a_client_follows_no_link_to_a_store(store):
 
 
 def test_a_directory_that_vanishes_under_a_store():
-    """Who is connected goes on; who comes is told that there is none."""
+    """Connected clients go on; new clients are told that there is no store."""
     with tempfile.TemporaryDirectory(prefix="wooly-") as parent:
         directory = Path(parent) / "d"
         directory.mkdir(mode=0o700)

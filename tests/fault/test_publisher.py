@@ -1,4 +1,4 @@
-"""A publisher dies, lies, or breaks its word: nothing of it is served, and the next one gets its chance."""
+"""A publisher dies, or sends wrong bytes or requests: nothing of it is served, and the next client is granted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = [[1, 3 * MIB], [2, 100], [3, MIB]]
 
 
 def wait_in_line(store, process, name):
-    """Begin to open a model that is being published; returns once the store has it in line."""
+    """Begin to open a model that is being published; return once the store has queued the request."""
     process.begin("open", key=name)
     client = store.client()
     wait_for_status(client, lambda status: any(one.role == "waiting" for one in status.clients), "the wait")
@@ -31,7 +31,7 @@ def wait_in_line(store, process, name):
 
 @pytest.mark.parametrize("moment", ["opened", "planned", "half written", "written", "unmapped"])
 def test_publisher_killed(store, actor, moment):
-    """The waiting process is granted, the dead one's memory is gone, and what is served later is right."""
+    """The waiter is granted, the memory of the dead publisher is freed, and the bytes served later are right."""
     victim, heir = actor(), actor()
     victim.open(key=key(1))
     if moment != "opened":
@@ -46,7 +46,7 @@ def test_publisher_killed(store, actor, moment):
     assert heir.finish() == "granted"
     assert resident(client) == 0
     wait_until(lambda: open_segments(store.pid) == 0, "the segments to be released")
-    assert heir.plan(key=key(1), model=MODEL) == [True] * 3  # nothing that was written before counts
+    assert heir.plan(key=key(1), model=MODEL) == [True] * 3  # nothing written before counts
     heir.fill(key=key(1))
     heir.unmap()
     heir.commit(key=key(1))
@@ -57,7 +57,7 @@ def test_publisher_killed(store, actor, moment):
 
 
 def test_publisher_killed_while_the_store_checks_its_bytes(store, actor):
-    """The bytes were all there: the model is served if they are right, or published by the next; never wrong."""
+    """All bytes were written: the model is served if they are right, or published by the next client; never wrong."""
     victim, heir = actor(), actor()
     victim.open(key=key(1))
     victim.plan(key=key(1), model=[[1, 64 * MIB]])
@@ -75,7 +75,7 @@ def test_publisher_killed_while_the_store_checks_its_bytes(store, actor):
 
 
 def test_publisher_killed_beside_a_model_that_has_its_blobs(store, actor):
-    """What it shares with a committed model stays; what was its own goes."""
+    """Blobs that it shares with a committed model stay; its other blobs are freed."""
     reader, victim, client = actor(), actor(), store.client()
     reader.publish(key=key(1), model=[[1, 3 * MIB]])
     before = resident(client)
@@ -88,8 +88,8 @@ def test_publisher_killed_beside_a_model_that_has_its_blobs(store, actor):
     assert reader.digests() == reader.expected()
 
 
-def test_publisher_lies_about_a_digest(store, actor):
-    """One bit in one blob: refused, dropped, and the liar may start over."""
+def test_publisher_sends_a_wrong_digest(store, actor):
+    """One bit in one blob: the commit is refused, the memory is freed, and the publisher may start over."""
     liar, heir = actor(), actor()
     liar.open(key=key(1))
     liar.plan(key=key(1), model=MODEL)
@@ -110,8 +110,8 @@ def test_publisher_lies_about_a_digest(store, actor):
 
 
 @pytest.mark.usefixtures("store")
-def test_publisher_lies_about_a_blob_that_is_there_already(actor):
-    """It cannot write what it did not bring: the committed bytes stay as they are."""
+def test_publisher_claims_other_bytes_for_a_resident_blob(actor):
+    """It cannot write blobs of other models: the committed bytes do not change."""
     reader, liar = actor(), actor()
     reader.publish(key=key(1), model=[[1, 3 * MIB]])
     liar.open(key=key(2))
@@ -189,7 +189,7 @@ def test_a_client_that_was_not_granted_a_model_cannot_publish_it(store, actor):
 
 
 def test_a_publisher_is_given_only_its_own_segments(store, actor):
-    """The number of another publisher's segment, of a committed one, or of none."""
+    """Requests with the number of another publisher's segment, of a committed one, or of none are refused."""
     other, client = actor(), store.client()
     other.open(key=key(2))
     other.plan(key=key(2), model=[[9, MIB]])
@@ -220,7 +220,7 @@ def test_a_digest_that_comes_with_two_sizes(store, actor):
 
 
 def test_the_store_is_full_by_its_limit(start_store, actor):
-    """The message says how much is needed and free, the store is as before, and room that is made is used."""
+    """The message says how much is needed and free, the store is unchanged, and freed memory is used."""
     store = start_store(max_resident={"cpu": 8 * MIB})
     reader, client = actor(), store.client()
     reader.publish(key=key(1), model=[[1, 3 * MIB]])
@@ -243,7 +243,7 @@ def test_the_store_is_full_by_its_limit(start_store, actor):
 
 
 def test_two_publishers_cannot_pass_the_limit_together(start_store):
-    """What is promised counts before it is allocated."""
+    """Planned segments count towards the limit before they are allocated."""
     store = start_store(max_resident={"cpu": 8 * MIB})
     one, two = store.client(), store.client()
     one.open(key(1))
@@ -256,7 +256,7 @@ def test_two_publishers_cannot_pass_the_limit_together(start_store):
 
 
 def test_the_machine_is_full(store):
-    """More than the machine has: refused before anything is taken, by name and number; the publisher may go on."""
+    """More than the machine has is refused before anything is allocated, with numbers; the publisher may go on."""
     client = store.client()
     client.open(key(1))
     huge = 1 << 50

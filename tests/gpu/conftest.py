@@ -1,4 +1,4 @@
-"""Fixtures of the tests on a GPU; engines there take their turn with CUDA graphs on."""
+"""Fixtures of the tests on a GPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BESIDE_OTHERS: dict[str, Any] = {
     "kv_cache_memory_bytes": 256 << 20,
     "enable_prefix_caching": False,
 }
-"""Settings of engines that take little of a GPU."""
+"""Settings of engines that use little of a GPU."""
 
 
 @pytest.fixture(scope="session")
 def gpu() -> str:
-    """The UUID of the GPU that the test runs on."""
+    """Return the UUID of the GPU that the test runs on."""
     visible_gpus = pytest.importorskip("shared_store.memory.cuda.driver").visible_gpus()
     if not visible_gpus:
         pytest.skip("no NVIDIA GPU is visible")
@@ -31,16 +31,16 @@ def gpu() -> str:
 
 
 def used_mib(device: str) -> int:
-    """VRAM in use, as the driver counts it."""
+    """Return the VRAM in use in MiB, as the driver counts it."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", device]
     return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout)
 
 
 @pytest.fixture
 def vram_returned(gpu: str) -> Iterator[None]:
-    """Fail the test unless VRAM in use returns, within a minute, to what it was before the test (give or take 16 MiB).
+    """Fail the test unless VRAM in use returns, within a minute and 16 MiB, to its value before the test.
 
-    Request it first: it looks again when everything else of the test has been torn down.
+    Request it first, so that it is checked after all other fixtures of the test are torn down.
     """
     before = used_mib(gpu)
     yield

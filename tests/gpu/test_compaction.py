@@ -34,7 +34,7 @@ def wooly(runtime_dir: Any, *arguments: str) -> Any:
 
 
 def test_small_models_are_packed_and_their_bytes_stay(gpu: str, runtime_dir: Any, tmp_path: Any) -> None:
-    """Each has a segment of its own; after that they share one, and every digest is right."""
+    """Models in a segment each share one after compaction, and every digest is right."""
     store = StoreProcess(runtime_dir, redis_url=f"unix://{runtime_dir}/away").start()
     try:
         with Session.connect(runtime_dir, autostart=False) as session:

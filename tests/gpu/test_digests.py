@@ -25,7 +25,7 @@ def _gpus() -> int:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_gpus() == 0, reason="no CUDA device")]
 
 CHUNK = 1024
-GROUP = 256 * CHUNK  # what one thread block hashes
+GROUP = 256 * CHUNK  # bytes of one thread block
 POOL = 24 << 20
 EDGES = [0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 1087, 1088, 2047, 2048, 2049, 3072, 3073]
 TREES = [(CHUNK << k) + off for k in range(2, 15) for off in (-CHUNK, -65, -1, 0, 1, 64, CHUNK, CHUNK + 1)]
@@ -58,7 +58,7 @@ def digests():
 
 
 def mismatches(digests, uploaded, places):
-    """The ``(offset, size)`` among ``places`` whose digest from one call is not the host's."""
+    """Return the ``(offset, size)`` among ``places`` whose digest from one call differs from the host's."""
     got = digests.digest_many([(uploaded.address + offset, size) for offset, size in places])
     assert len(got) == len(places)
     return [
@@ -93,7 +93,7 @@ def test_thousands_of_random_ranges_in_one_call(digests, pool):
 
 
 def test_no_ranges(digests):
-    """Nothing to digest is no launch and no error."""
+    """Without ranges there is no launch and no error."""
     assert digests.digest_many([]) == []
 
 
@@ -140,7 +140,7 @@ def test_the_work_waits_for_its_stream(digests):
 
 
 def test_scratch_memory_is_freed(digests, pool):
-    """Two hundred calls that take 1.5 MB each leave free memory where it was, but for what others do on the GPU."""
+    """Two hundred calls that use 1.5 MB each leave free memory unchanged, apart from other users of the GPU."""
     places = [(pool.address, POOL)] * 500
     digests.digest_many(places)
     before, _ = cupy.cuda.runtime.memGetInfo()
@@ -150,7 +150,7 @@ def test_scratch_memory_is_freed(digests, pool):
     assert before - after < 100 << 20
 
 
-def test_the_current_device_is_left_alone(pool):
+def test_the_current_device_does_not_change(pool):
     """A caller's choice of device survives a call for another one (or the same, where there is only one)."""
     last = _gpus() - 1
     before = cupy.cuda.runtime.getDevice()
@@ -160,6 +160,6 @@ def test_the_current_device_is_left_alone(pool):
 
 
 def test_a_device_that_is_not_there_is_a_typed_error():
-    """CUDA's own refusal comes out as wooly's error."""
+    """CUDA's error is raised as wooly's."""
     with pytest.raises(MemoryBackendError, match="digests on the GPU failed"):
         CudaDigests(_gpus()).digest_many([(0, 0)])

@@ -1,4 +1,4 @@
-"""Real vLLM on a GPU, with torch.compile and CUDA graphs: what is shared computes what stock computes."""
+"""Real vLLM on a GPU, with torch.compile and CUDA graphs: shared weights give stock's tokens."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROLES: dict[str, dict[str, Any]] = {"stock": {}, "publisher": SHARING, "reader":
 
 @pytest.fixture(scope="module")
 def runs(gpu: str, module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
-    """Answers of stock vLLM, of a publisher and of a reader, by family."""
+    """Return the answers of stock vLLM, of a publisher and of a reader, by family."""
     assert gpu.startswith("GPU-")
     pytest.importorskip("vllm")
     paths = {family: checkpoint(family) for family in FAMILIES}
     answers: dict[str, dict[str, Any]] = {role: {} for role in ROLES}
     with contextlib.ExitStack() as stack:
-        # All import vLLM at once, which takes long, and have their turns after that. vLLM makes its groups for experts
-        # with a process's first model, or never, so dense and sparse models are in processes of their own.
+        # All import vLLM at once, which takes long, and load one after the other. vLLM creates its groups for experts
+        # with the first model of a process, or never, so dense and sparse models run in separate processes.
         turns = [(role, {str(paths[family]): family for family in group}) for role in ROLES for group in GROUPS]
         processes = []
         for role, every in turns:
@@ -66,12 +66,12 @@ def test_each_model_was_published_once(module_runtime_dir: Path) -> None:
 def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
     engine: Any, tmp_path: Path, runtime_dir: Path
 ) -> None:
-    """Three start at once with one utilization: equal KV caches, whoever published; VRAM is free in the end."""
+    """Three start at once with one utilization: publisher and readers get equal KV caches; VRAM is freed in the end."""
     gpu_model = pytest.importorskip("gpu_model")
     pytest.importorskip("vllm")
     model = tmp_path / "model"
     make = [sys.executable, gpu_model.__file__, "make", str(model), "--layers", "4"]
-    subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
+    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
     settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
     processes = [engine(model, settings=settings, hold=True, **SHARING) for _ in range(3)]
     answers = [process.wait("answered") for process in processes]
@@ -89,10 +89,10 @@ def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
 def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
     engine: Any, checkpoint: Any, runtime_dir: Path
 ) -> None:
-    """With CUDA graphs, all the time: every answer is stock vLLM's; in the end the VRAM is free."""
+    """With CUDA graphs: every answer is stock vLLM's throughout; VRAM is freed in the end."""
     pytest.importorskip("vllm")
     model = checkpoint("qwen3")
-    # What is in the prefix cache is computed by other kernels, with other last bits, also in stock vLLM.
+    # Prefix-cached tokens are computed by other kernels, with other last bits, also in stock vLLM.
     settings = {**GRAPHS, "enable_prefix_caching": False}
     stock = engine(model, settings=settings)
     workers = [engine(model, settings=settings, load=True, gate=True, **SHARING) for _ in range(2)]
@@ -106,7 +106,7 @@ def test_two_engines_work_for_a_minute_while_a_third_comes_and_goes(
     visitor.tell("start")
     answers.append(visitor.wait("answered"))
     assert visitor.finish() == 0
-    threading.Event().wait(max(0.0, working_since + 60 - time.monotonic()))  # a minute is what the test is about
+    threading.Event().wait(max(0.0, working_since + 60 - time.monotonic()))  # the test is about a minute of load
     for worker in workers:
         worker.tell("stop")
     for worker in workers:
@@ -138,7 +138,7 @@ print("written", flush=True)
 
 
 def test_a_kernel_that_writes_to_shared_memory_is_stopped_and_others_go_on(gpu: str) -> None:
-    """The hardware refuses the write: the writer's process fails, and what others map is as it was."""
+    """The hardware refuses the write: the writing process fails, and the mappings of others do not change."""
     import os
 
     torch = pytest.importorskip("torch")

@@ -52,7 +52,7 @@ def pair(processes):
     ("family", "options"), [("llama-tied", {}), ("mixtral", {"dtype": "float32"}), ("gpt2", {"dtype": "float16"})]
 )
 def test_publisher_and_reader_are_as_stock(pair, store, checkpoint, family, options):
-    """All that can be seen of the model is equal, on the GPU: tensors, ties, answers, and what is saved."""
+    """Tensors, ties, answers and saved files on the GPU equal those of stock loading."""
     code = "my_model = load(path, device_map, **options); result = [describe(my_model), facts(my_model)]"
     path = checkpoint(family)
     before = store.client().session.status().counters
@@ -70,11 +70,11 @@ def test_publisher_and_reader_are_as_stock(pair, store, checkpoint, family, opti
 
 
 def test_vram_is_paid_once(pair, tmp_path):
-    """A second process with the model takes a fraction of its size from the GPU, beyond what any process takes."""
+    """A second process with the model uses a fraction of its size beyond what every process uses."""
     gpu_model = pytest.importorskip("gpu_model")
     path = tmp_path / "model"
     make = [sys.executable, gpu_model.__file__, "make", str(path), "--layers", "1", "--vocabulary", "320"]
-    subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
+    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
     code = """
     torch.zeros(1, device="cuda")
     def free():
@@ -94,7 +94,7 @@ def test_vram_is_paid_once(pair, tmp_path):
 
 @pytest.fixture
 def reader(pair, checkpoint):
-    """A process with a small model, and another that reads the same."""
+    """Return a process with a small model; another process reads the same model."""
     for one in pair:
         one.run("my_model = load(path, device_map); my_before = describe(my_model)", **on_gpu(checkpoint))
     yield pair[0]
@@ -124,7 +124,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_known_writers_are_refused_before_a_kernel_runs(reader, writer):
-    """A typed error that names `unshare`; the GPU works on, and after `unshare` the same code does, too."""
+    """A typed error names `unshare`; the GPU still works, and after `unshare` the same code does."""
     with pytest.raises(JobError) as raised:
         reader.run(WRITERS[writer])
     assert raised.value.name == "SharedWriteError"
@@ -158,7 +158,7 @@ def test_training_an_adapter(reader):
 
 
 def test_copies_and_safe_merging_are_private(reader):
-    """What makes new tensors works as ever."""
+    """Operations that make new tensors work."""
     code = """
     import copy, peft
     my_copy = copy.deepcopy(my_model)
@@ -170,8 +170,8 @@ def test_copies_and_safe_merging_are_private(reader):
     assert reader.run(code) == [0, True]
 
 
-def test_memory_goes_with_the_model(pair, store, fresh_model):
-    """`del` unmaps, ends the lease, and gives VRAM back."""
+def test_deleting_the_model_frees_its_memory(pair, store, fresh_model):
+    """`del` unmaps, ends the lease, and frees VRAM."""
     names = {"path": fresh_model, "device_map": ON_GPU}
     pair[0].run("my_model = load(path, device_map)", **names)
 
@@ -186,5 +186,5 @@ def test_memory_goes_with_the_model(pair, store, fresh_model):
 
 @pytest.fixture
 def fresh_model(checkpoint, tmp_path):
-    """A copy of a checkpoint under a path of its own."""
+    """Return a copy of a checkpoint under another path."""
     return shutil.copytree(checkpoint("qwen3"), tmp_path / "model")

@@ -22,7 +22,7 @@ MORE_ROOM: dict[str, Any] = {**LORA, "max_loras": 3, "max_lora_rank": 16}
 def runs(
     gpu: str, module_runtime_dir: Path, checkpoint: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Answers of stock vLLM, of a publisher, and of a reader with more room for adapters."""
+    """Return the answers of stock vLLM, of a publisher, and of a reader with a larger limit of adapters."""
     assert gpu.startswith("GPU-")
     pytest.importorskip("vllm")
     base = checkpoint("llama")
@@ -33,7 +33,7 @@ def runs(
     answers: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         processes = {}
-        for role, job in jobs.items():  # all import vLLM at once, which takes long, and have their turns after that
+        for role, job in jobs.items():  # all import vLLM at once, which takes long, and load one after the other
             full = {"models": [str(base)], "adapters": adapters, "gate": True, **job}
             processes[role] = EngineProcess(module_runtime_dir, full)
             stack.callback(processes[role].close)
@@ -54,7 +54,7 @@ def test_answers_equal_stock(runs: Any, what: str, role: str) -> None:
 
 
 def test_each_adapter_changes_the_answer(runs: Any) -> None:
-    """Equality with stock means something."""
+    """Control: the base and each adapter answer differently."""
     stock = runs["stock"]["with_adapters"]
     for answers in zip(*(stock[name] for name in ("base", *NAMES)), strict=True):
         assert len({tuple(answer) for answer in answers}) == 3

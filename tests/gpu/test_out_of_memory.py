@@ -1,4 +1,4 @@
-"""A GPU without room: the store's error says what was asked for, what is free, and who has the rest."""
+"""A full GPU: the store's error names the bytes requested, the bytes free, and the processes that use the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def other() -> Iterator[subprocess.Popen[str]]:
-    """A process that holds nearly all of the GPU until its input ends."""
+    """Start a process that allocates nearly all of the GPU until its input ends."""
     pytest.importorskip("torch")
     command = [sys.executable, "-c", _HOLD, str(LEFT)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
@@ -47,16 +47,16 @@ def other() -> Iterator[subprocess.Popen[str]]:
 
 
 def _processes(gpu: str) -> str:
-    """Lines of pid and MiB, as nvidia-smi gives them here."""
+    """Return lines of pid and MiB, as nvidia-smi prints them here."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits", "-i", gpu]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 @pytest.mark.usefixtures("vram_returned")
-def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
+def test_the_error_names_bytes_requested_bytes_free_and_other_processes(
     gpu: str, other: subprocess.Popen[str], runtime_dir: Path
 ) -> None:
-    """Over the wire, as the publisher gets it; once the other process is gone, the same request is granted."""
+    """The publisher gets it over the socket; once the other process has ended, the same request succeeds."""
     with Session.connect(runtime_dir, autostart=True, name="test") as session:
         assert session.open(KEY, name="model", engine="test", device=gpu, publish=True, timeout_s=10) is None
         planned, _ = session.plan(KEY, [Blob(bytes(32), ASKED)])
@@ -70,7 +70,7 @@ def test_the_error_names_what_was_asked_for_what_is_free_and_who_has_the_rest(
         assert free is not None
         assert 0 < int(free[1]) < ASKED
         listed = [line.split(",")[0].strip() for line in _processes(gpu).splitlines()]
-        if listed:  # by their numbers outside of any container, which may not be what this process knows them by
+        if listed:  # pids outside of any container, which may differ from those that this process sees
             assert all(f"pid {pid} (" in text for pid in listed)
         else:
             assert "nvidia-smi names no process" in text

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 def test_a_decode_engine_goes_on_from_the_prefill_engines_cache(
     checkpoint: Any, runtime_dir: Path, eager: bool
 ) -> None:
-    """And both share the weights."""
+    """Both share the weights."""
     pytest.importorskip("vllm")
     settings = {**BESIDE_OTHERS, "enforce_eager": eager}
     if not eager:

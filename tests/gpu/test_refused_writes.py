@@ -1,4 +1,4 @@
-"""A model that writes to its shared weights on a GPU: its engine ends and says where to read on; others go on."""
+"""A model writes to its shared weights on a GPU: its engine ends with a pointer to the documentation; others go on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EAGER: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.15}
 
 @pytest.mark.usefixtures("vram_returned")
 def test_an_engine_whose_model_writes_ends_with_a_pointer_and_others_go_on(engine: Any, checkpoint: Any) -> None:
-    """The illegal access is told with wooly's note, in the traceback and once in vLLM's log."""
+    """Wooly's note on the illegal access is in the traceback, and once in vLLM's log."""
     pytest.importorskip("vllm")
     path = checkpoint("llama")
     staying = engine(path, settings=EAGER, hold=True, **SHARING)

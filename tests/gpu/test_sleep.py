@@ -1,4 +1,4 @@
-"""Sleep level 1 with shared weights on a GPU, with CUDA graphs: right tokens after it, and free VRAM meanwhile."""
+"""Sleep level 1 with shared weights on a GPU, with CUDA graphs: VRAM is free while asleep, tokens are right after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLEEPY: dict[str, Any] = {
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]},
 }
 TOLERATED_MIB = 64
-"""What may be in use more or less than before: torch's caches, the driver's."""
+"""MiB that may be in use more or less than before: caches of torch and of the driver."""
 
 
 def resident(runtime_dir: Path, gpu: str) -> int:
@@ -34,16 +34,16 @@ def resident(runtime_dir: Path, gpu: str) -> int:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of more than a GiB, so that it shows in VRAM."""
+    """Return a checkpoint of more than a GiB, so that it shows in VRAM."""
     gpu_model = pytest.importorskip("gpu_model")
     directory = tmp_path_factory.mktemp("large") / "model"
     make = [sys.executable, gpu_model.__file__, "make", str(directory), "--layers", "4"]
-    subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
+    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
     return directory
 
 
 def awake(engine: Any, model: Path) -> tuple[Any, Any]:
-    """A sharing engine that may sleep, and its answers."""
+    """Return an engine with shared weights and sleep mode, and its answers."""
     process = engine(model, settings=SLEEPY, obey=True, **SHARING)
     process.wait("answered")
     return process, process.do("answer")["answers"]
@@ -52,7 +52,7 @@ def awake(engine: Any, model: Path) -> tuple[Any, Any]:
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "lora"])
 @pytest.mark.usefixtures("vram_returned")
 def test_twenty_cycles(engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir: Path, gpu: str, lora: bool) -> None:
-    """Graphs that were captured before replay on the weights that came back: stock's tokens, each time."""
+    """CUDA graphs captured before sleeping replay on the restored weights: stock's tokens in every cycle."""
     pytest.importorskip("vllm")
     model = checkpoint("llama")
     adapters = {"one": str(random_adapter(model, tmp_path / "one", seed=1))} if lora else {}
@@ -72,12 +72,12 @@ def test_twenty_cycles(engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir
         assert process.finish() == 0
     counters = status_of(runtime_dir).counters
     assert counters.fallbacks == 0
-    assert resident(runtime_dir, gpu) > 0  # a cache, now that nobody sleeps
+    assert resident(runtime_dir, gpu) > 0  # resident without readers
 
 
 @pytest.mark.usefixtures("vram_returned")
 def test_two_engines(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
-    """One sleeps while the other works; when both sleep the VRAM is free; they wake in either order, and share."""
+    """One sleeps while the other answers; VRAM is free when both sleep; they wake in either order, and share."""
     pytest.importorskip("vllm")
     one = engine(large, settings=SLEEPY, obey=True, **SHARING)
     one.wait("answered")
@@ -122,7 +122,7 @@ def test_two_engines(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> N
 def test_the_kv_cache_alone_does_not_bring_the_weights(
     engine: Any, checkpoint: Any, runtime_dir: Path, gpu: str
 ) -> None:
-    """Tags mean what they mean in stock vLLM."""
+    """Tags have the same effect as in stock vLLM."""
     pytest.importorskip("vllm")
     process, right = awake(engine, checkpoint("llama"))
     process.do("sleep 1")
@@ -136,10 +136,10 @@ def test_the_kv_cache_alone_does_not_bring_the_weights(
 
 
 @pytest.mark.usefixtures("vram_returned")
-def test_what_would_write_is_refused_and_the_engine_goes_on(
+def test_writing_operations_are_refused_and_the_engine_goes_on(
     engine: Any, checkpoint: Any, runtime_dir: Path, gpu: str
 ) -> None:
-    """Level 2 and reloading: a clear error, nothing changed, and answers without waking up first."""
+    """Level 2 and reloading raise and change nothing; the engine answers without waking first."""
     pytest.importorskip("vllm")
     process, right = awake(engine, checkpoint("llama"))
     before = resident(runtime_dir, gpu)
@@ -155,8 +155,8 @@ def test_what_would_write_is_refused_and_the_engine_goes_on(
 
 
 @pytest.mark.usefixtures("vram_returned")
-def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
-    """Sleeping is refused while there is no store, and the engine goes on."""
+def test_sleeping_without_a_store_is_refused(engine: Any, checkpoint: Any, runtime_dir: Path) -> None:
+    """Without a store there is no host copy; the engine goes on."""
     from support.engines import stop_store
 
     pytest.importorskip("vllm")
@@ -169,8 +169,8 @@ def test_no_store_to_hold_the_host_copy(engine: Any, checkpoint: Any, runtime_di
 
 
 @pytest.mark.usefixtures("vram_returned")
-def test_what_the_pool_of_sleep_mode_has(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
-    """A publisher's originals are given back: it keeps as much for itself as a reader, which never had any."""
+def test_private_memory_in_the_pool_of_sleep_mode(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> None:
+    """A publisher frees its original tensors: its private memory is that of a reader."""
     pytest.importorskip("vllm")
     own = []
     for _ in ("publisher", "reader"):
@@ -230,7 +230,7 @@ print("right")
 
 
 def test_memory_outside_of_the_pool(gpu: str) -> None:
-    """It is given back while the pool is in use, and not set aside with it; what comes after is the pool's again."""
+    """It is freed while the pool is in use, and not offloaded with it; later allocations use the pool again."""
     assert gpu.startswith("GPU-")
     pytest.importorskip("vllm")
     done = subprocess.run([sys.executable, "-c", _POOL], capture_output=True, text=True, timeout=300, check=False)

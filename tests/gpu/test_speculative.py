@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 def test_target_and_draft_are_shared(
     engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir: Path, method: str
 ) -> None:
-    """Publisher and reader answer as stock vLLM with the same draft does; every model is there once."""
+    """Publisher and reader answer as stock vLLM with the same draft does; every model is resident once."""
     pytest.importorskip("vllm")
     target = checkpoint("llama")
     drafts = {

@@ -1,4 +1,4 @@
-"""The store is killed under engines that answer on a GPU: what lies in VRAM outlives it."""
+"""The store is killed under engines that answer on a GPU: their VRAM outlives it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model of 600 MB in one file: reading it would show among all that an engine reads."""
+    """Return a checkpoint of 600 MB in one file: reading it would show among the bytes that an engine reads."""
     gpu_model = pytest.importorskip("gpu_model")
     path = tmp_path / "model"
     make = [sys.executable, gpu_model.__file__, "make", str(path), "--layers", "1", "--vocabulary", "10000"]
-    subprocess.run(make, check=True, timeout=120)  # in a process of its own, whose context goes with it
+    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
     parts = sorted(path.glob("*.safetensors"))
     tensors = {name: tensor for part in parts for name, tensor in load_file(part).items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -31,7 +31,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("vram_returned")
 def test_store_killed_under_load_on_a_gpu(engine: Any, model: Path, runtime_dir: Path) -> None:
-    """With CUDA graphs; in the end the VRAM is free."""
+    """With CUDA graphs; VRAM is freed in the end."""
     pytest.importorskip("vllm")
     settings = {"enforce_eager": False, "gpu_memory_utilization": 0.15, "enable_prefix_caching": False}
     kill_store_under_load(engine, model, runtime_dir, settings=settings)

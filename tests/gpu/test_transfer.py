@@ -30,7 +30,7 @@ CONTENTS = [content(1, (9 << 20) + 12), content(2, 1000), content(3, 1), content
 
 @pytest.fixture
 def session(gpu, runtime_dir):
-    """A connection to a store of its own; the catalog's server is away."""
+    """Connect to a private store; its catalog is unreachable."""
     assert gpu
     store = StoreProcess(runtime_dir, redis_url=f"unix://{runtime_dir}/away").start()
     with Session.connect(runtime_dir, autostart=False) as connected:
@@ -40,7 +40,7 @@ def session(gpu, runtime_dir):
 
 @pytest.fixture
 def saved(session, tmp_path):
-    """A model of the host's memory, saved, and out of the store."""
+    """Save a model from host memory and remove it from the store; return the directory."""
     publish(session, manifest_of(KEY, [blob(data) for data in CONTENTS]), CONTENTS)
     save_resident(session, committed(session.status().models, KEY), tmp_path / "saved", shard_bytes=20 << 20)
     session.remove(KEY)
@@ -59,12 +59,12 @@ def wooly(runtime_dir, *arguments):
 
 
 def files(directory):
-    """The bytes of the tensors' files."""
+    """Return the bytes of the tensors' files."""
     return {path.name: path.read_bytes() for path in Path(directory).glob("*.safetensors")}
 
 
 def test_round_trip_through_a_gpu(session, saved, gpu, runtime_dir, tmp_path):
-    """Restored to the GPU, verified there, saved from there: the files are the same to the bit."""
+    """A model restored to the GPU is verified and saved there: the files are bit-equal."""
     done = wooly(runtime_dir, "restore", saved, "--device", gpu, "--json")
     assert done.returncode == 0, done.stderr
     (model,) = session.status().models
@@ -81,7 +81,7 @@ def test_round_trip_through_a_gpu(session, saved, gpu, runtime_dir, tmp_path):
 
 
 def test_a_changed_file_is_refused_on_the_gpu(session, saved, gpu):
-    """The digest is of what arrived there."""
+    """Bytes are digested on the GPU."""
     place = next(one for one in json.loads((saved / "wooly.json").read_text())["saved"]["blobs"] if one["bytes"] > 1e7)
     with SavedModel(saved) as opened:
         name = opened.files[place["file"]].name
@@ -97,7 +97,7 @@ def test_a_changed_file_is_refused_on_the_gpu(session, saved, gpu):
 
 
 def test_a_stray_write_on_the_gpu_is_found(session, saved, gpu, runtime_dir):
-    """One bit: exit code 11, and the model is out of service."""
+    """One bit: exit code 11, and the model is withdrawn."""
     with SavedModel(saved) as opened:
         restore_resident(session, opened, gpu)
     reach_gpu_memory(0)

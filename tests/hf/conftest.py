@@ -1,4 +1,4 @@
-"""A store, and processes with transformers in them, for all tests of a file."""
+"""A store, and processes with transformers, for all tests of a file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["checkpoint"]
 
 @pytest.fixture(scope="session", autouse=True)
 def preloaded():
-    """Import transformers while the first test prepares itself."""
+    """Start importing transformers before the first test."""
     PRELOADED.begin()
 
 
 @pytest.fixture(scope="module")
 def store():
-    """A running store. Its catalog's server is away: nothing here needs it."""
+    """Start a store whose catalog is unreachable: no test here needs it."""
     directory = Path(tempfile.mkdtemp(prefix="wooly-"))
     running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
     yield running
@@ -40,7 +40,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def processes(store, tmp_path_factory, request):
-    """The processes of this file's tests, by their names; starting one takes seconds, so they are used again."""
+    """Return a process by name; it starts once, and ends with the file's tests."""
     logs = tmp_path_factory.mktemp("jobs")
     made = {}
 
@@ -58,7 +58,7 @@ def processes(store, tmp_path_factory, request):
 
 @pytest.fixture
 def job(processes):
-    """A process by its name, with `load(path, device_map)` and `facts(model)` in it. Its models go with the test."""
+    """Return a process by name, with `load(path, device_map)` and `facts(model)`; drop its models after the test."""
     used = {}
 
     def get(name, **environment):
@@ -72,7 +72,7 @@ def job(processes):
 
 @pytest.fixture
 def served(store):
-    """A function that returns the store's status."""
+    """Return a function that returns the store's status."""
     with Session.connect(store.directory, autostart=False, name="test") as session:
         yield session.status
 
@@ -82,7 +82,7 @@ _copies = itertools.count(1)
 
 @pytest.fixture
 def fresh(checkpoint, tmp_path):
-    """A copy of a checkpoint that no store has seen before: it differs from all others by one bit of one weight."""
+    """Return a function that copies a checkpoint and flips one bit, so that it is new to the store."""
 
     def make(family):
         number = next(_copies)
@@ -103,7 +103,7 @@ IN_ACCESS, IN_OPEN, IN_NONBLOCK = 0x1, 0x20, 0o4000
 
 @pytest.fixture
 def opened():
-    """Watch a file: a function that tells how often any process opened or read it since the last call."""
+    """Return a function that watches a file, and returns how often processes opened or read it since the last call."""
     libc = ctypes.CDLL(None, use_errno=True)
     watch = libc.inotify_init1(IN_NONBLOCK)
     assert watch >= 0

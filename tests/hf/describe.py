@@ -1,4 +1,4 @@
-"""What can be seen of a loaded model, as plain values: two models that look the same here behave the same."""
+"""A loaded model as plain values: models with equal values behave the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def digest(tensor):
 
 
 def describe(model):
-    """Tensors by every name (place, dtype, shape, stride, gradient, bytes), who is whom, what is computed and saved."""
+    """Return tensors by each name (device, dtype, shape, stride, gradient, bytes), ties, answers and saved files."""
     names = {}
     for kind, found in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
@@ -38,7 +38,7 @@ def describe(model):
 
 
 def ties(model):
-    """Groups of names that are one object."""
+    """Return groups of names that are one object."""
     groups = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(tensor), []).append(name)
@@ -59,7 +59,7 @@ def tokens(model):
 
 
 def saved(model):
-    """What `save_pretrained` writes: names and bytes."""
+    """Return names and bytes of the tensors that `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return {

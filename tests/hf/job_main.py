@@ -1,4 +1,4 @@
-"""The process behind `jobs.Job`: runs the code that comes in lines of JSON, in one namespace."""
+"""The program of `jobs.Job`: run code from lines of JSON, in one namespace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 
 
 def main():
-    # Only answers go where answers are read.
+    # Keep stdout for answers: everything that libraries print goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -20,9 +20,9 @@ def main():
         names.pop("result", None)
         names.update(given)
         try:
-            exec(compile(code, "<test>", "exec"), names)  # the test's own
+            exec(compile(code, "<test>", "exec"), names)  # code of the test
             answer = {"result": names.get("result")}
-        except Exception as error:  # noqa: BLE001 - the test that called is told of any
+        except Exception as error:  # noqa: BLE001 - reported to the test
             answer = {"error": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

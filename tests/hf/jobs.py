@@ -1,4 +1,4 @@
-"""Processes with transformers and wooly in them, that a test gives Python to run piece by piece."""
+"""Processes with transformers and wooly that run Python code of a test, piece by piece."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
-    # Sums of floats depend on how they are divided among threads.
+    # Sums of floats depend on the number of threads.
     "OMP_NUM_THREADS": "1",
 }
 PRELOADED = Pool(
@@ -29,7 +29,7 @@ PRELOADED = Pool(
     ),
     _SETTINGS,
 )
-"""Neither wooly nor PEFT, for what happens when they are imported is tested."""
+"""Without wooly and PEFT: tests cover their import."""
 
 _BEGINNING = """
 import gc, torch, transformers, wooly_hf
@@ -52,7 +52,7 @@ gc.collect()
 
 
 class Job:
-    """A process with `load(path, device_map)` and `facts(model)` in it. Names stay from one run to the next."""
+    """A process with `load(path, device_map)` and `facts(model)`; names persist between pieces of code."""
 
     def __init__(self, directory, log, **environment):
         stock = {name: text for name, text in os.environ.items() if not name.startswith("WOOLY")}
@@ -78,20 +78,20 @@ class Job:
         return self._process.pid
 
     def log(self):
-        """What it wrote to stderr, its logging included."""
+        """Return what it wrote to stderr, logging included."""
         return self._log.read_text(errors="replace")
 
     def begin(self, code, **names):
-        """Run a piece of code, with some names set to JSON values; `result` is what it gives back."""
+        """Start to run code with some names set to JSON values; the name `result` is its result."""
         request = json.dumps([textwrap.dedent(code), {name: _plain(value) for name, value in names.items()}])
         self._process.stdin.write(request.encode() + b"\n")
 
     def answered(self):
-        """Whether what was begun has ended."""
+        """Return whether the code has ended."""
         return readable(self._process.stdout, 0)
 
     def finish(self, timeout_s=300.0):
-        """The `result` of what was begun; an exception there is a `JobError` here."""
+        """Return the `result` of the code. Raises `JobError` if the code raised."""
         while b"\n" not in self._unread:
             if not readable(self._process.stdout, timeout_s):
                 raise AssertionError(f"the job did not answer within {timeout_s} s: {self.log()}")
@@ -110,7 +110,7 @@ class Job:
         return self.finish()
 
     def forget(self):
-        """Let go of all models, and of names that begin with `my_`."""
+        """Delete all models, and names that begin with `my_`."""
         self.run(_FORGET)
 
     def kill(self):
@@ -121,7 +121,7 @@ class Job:
 
 
 class JobError(Exception):
-    """What a job raised: the class's name, the message, and where."""
+    """An exception in a job: class name, message and traceback."""
 
     def __init__(self, name, text, trace):
         super().__init__(f"{name}: {text}\n{trace}")

@@ -1,7 +1,7 @@
-"""Ways of loading that cannot be shared: how each is asked for, and what wooly says of it.
+"""Ways of loading that cannot be shared: the code for each, and the reason that wooly gives.
 
-A way's code runs in a job, with ``path``, ``folder`` (a test's own) and ``device_map``; it leaves ``my_model``.
-Nothing in it is simulated: where several processes or another package are needed, they are there.
+The code runs in a job with ``path``, ``folder`` (private to the test) and ``device_map``, and sets ``my_model``.
+Nothing is simulated: several processes, or another package, are used where they are needed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Way:
     """A way of loading.
 
     Attributes:
-        reason: a part of what is said of it.
-        code: it, in a job.
-        weights: the file whose weights it reads, below the checkpoint.
-        prepare: turns a checkpoint into one that is loaded in this way.
-        ranks: processes that load together.
-        answer: what is compared with stock loading.
-        unavailable: why it cannot be tried here.
+        reason: part of the message.
+        code: runs in a job.
+        weights: the file with the weights, below the checkpoint.
+        prepare: converts a checkpoint for this way.
+        ranks: number of processes that load together.
+        answer: an expression to compare with stock loading.
+        unavailable: why it cannot run here.
     """
 
     reason: str
@@ -46,7 +46,7 @@ class Way:
 
 
 def quantize(path: Path) -> None:
-    """Store the layers of a model in fp8, a scale for each block, as fine-grained fp8 checkpoints do."""
+    """Store the layers of a model in fp8 with a scale for each block, as fine-grained fp8 checkpoints do."""
     state = {}
     for name, weight in load_file(path / "model.safetensors").items():
         if not name.endswith("proj.weight"):
@@ -65,7 +65,7 @@ def quantize(path: Path) -> None:
 
 
 def to_gguf(path: Path) -> None:
-    """Write a Llama as one GGUF file, its matrices in 8 bits."""
+    """Write a Llama as one GGUF file, with matrices in 8 bits."""
     config = json.loads((path / "config.json").read_text())
     writer = gguf.GGUFWriter(path / "model.gguf", "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -93,7 +93,7 @@ def to_gguf(path: Path) -> None:
 
 
 def divide(path: Path) -> None:
-    """Save a model as a distributed checkpoint, by two processes that hold a half each."""
+    """Save a model as a distributed checkpoint, from two processes with a half each."""
     from hf.jobs import Job
 
     target = path.with_name(f"{path.name}-divided")
@@ -118,7 +118,7 @@ def divide(path: Path) -> None:
 
 
 def as_rank(rank: int, ranks: int) -> dict[str, str]:
-    """The environment of one of several processes, as torchrun sets it."""
+    """Return the environment of one of several processes, as torchrun sets it."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     return {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 

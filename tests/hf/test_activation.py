@@ -1,4 +1,4 @@
-"""The opt-in distribution: processes that never heard of wooly share weights, and none of them breaks by it."""
+"""The opt-in distribution: processes that do not import wooly share weights, and none breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACTIVATION = Path(__file__).resolve().parents[2] / "deploy" / "activation"
 
 @pytest.fixture
 def installed(tmp_path):
-    """A folder with the distribution in it, as an installer would lay it out."""
+    """Return a folder with the distribution, in the layout of an installer."""
     project = tomllib.loads((ACTIVATION / "pyproject.toml").read_text())["project"]
     folder = tmp_path / "site"
     info = folder / f"wooly_activate-{project['version']}.dist-info"
@@ -29,7 +29,7 @@ def installed(tmp_path):
 
 
 def python(code, store, folder, *arguments, **environment):
-    """Run a program that finds the distribution; its output and what it said on stderr."""
+    """Run a program that finds the distribution; return its stdout and stderr."""
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -69,14 +69,14 @@ for device_map in {maps}:
     ],
 )
 def test_a_program_that_does_not_import_wooly(store, installed, checkpoint, variable, maps, shared):
-    """The device map works; with the variable on, so does loading onto one device without it; off, all is stock."""
+    """The device map works. With the variable on, loading onto one device shares without it; off, all is stock."""
     out, _ = python(LOAD.format(maps=maps), store, installed, checkpoint("llama"), WOOLYAI_WEIGHTS_DEDUP=variable)
     assert out.split() == [str(one) for one in shared]
 
 
 @pytest.mark.parametrize("first", ["torch", "transformers", "transformers.modeling_utils"])
-def test_whatever_is_imported_first(store, installed, first):
-    """Once transformers can load models, wooly is there; importing torch alone brings neither."""
+def test_any_order_of_imports(store, installed, first):
+    """Wooly is imported with transformers' models, and not with torch alone."""
     code = (
         f"import {first}, sys; assert 'wooly_hf' not in sys.modules or 'transformers.modeling_utils' in sys.modules; "
         "from transformers import LlamaForCausalLM; print('wooly_hf' in sys.modules)"
@@ -85,13 +85,13 @@ def test_whatever_is_imported_first(store, installed, first):
 
 
 def test_without_the_distribution_nothing_happens(store, tmp_path):
-    """The control of the test above."""
+    """Control of the test above."""
     code = "from transformers import LlamaForCausalLM; import sys; print('wooly_hf' in sys.modules)"
     assert python(code, store, tmp_path)[0] == "False"
 
 
-def test_a_transformers_that_does_not_fit_is_told_of_and_works(store, installed, checkpoint):
-    """Where wooly refuses transformers, it says so, and the program runs as if wooly were not there."""
+def test_an_unsupported_transformers_warns_and_works(store, installed, checkpoint):
+    """With an unsupported transformers, a warning has the reason, and the program runs without wooly."""
     code = LOAD.format(maps=[None]).replace(
         "import sys\n", "import sys, transformers\ntransformers.__version__ = '4.57.6'\n"
     )
@@ -101,7 +101,7 @@ def test_a_transformers_that_does_not_fit_is_told_of_and_works(store, installed,
 
 
 def test_a_broken_installation_does_not_break_torch(store, installed):
-    """With wooly itself gone or broken, `import torch` still works, and the reason is told."""
+    """With wooly missing or broken, `import torch` works, and a warning has the reason."""
     (installed / "shared_store").mkdir()
     (installed / "shared_store" / "__init__.py").write_text("raise RuntimeError('broken')\n")
     out, err = python("import torch; print(torch.ones(2).sum().item())", store, installed)

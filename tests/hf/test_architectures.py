@@ -1,7 +1,7 @@
-"""Every architecture, in the dtype that it is stored in and in another: with wooly it is what stock loading gives.
+"""Every architecture, in the dtype of its checkpoint and in another one: sharing gives what stock loading gives.
 
-Three processes load all of them: one without wooly; on one store a publisher and, when that has ended, a reader. What
-they wrote down about a model is compared here, aspect by aspect.
+Three processes load all models: one without wooly; a publisher; and, after that has ended, a reader of the same store.
+Their reports are compared here, aspect by aspect.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CASES = [(each.name, dtype) for each in ARCHITECTURES for dtype in (each.stored,
 GENERATING = {each.name for each in ARCHITECTURES if each.generates}
 WITHIN_S = 500
 
-# All models are loaded and run before the first test: that counts as the first one's time.
+# All models are loaded and run in the set-up of the first test.
 pytestmark = pytest.mark.timeout(4 * WITHIN_S)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """Facts by name and dtype, from each process; and what the store said when the last one had ended."""
+    """Facts by name and dtype from each process, and the store's status after the last one ended."""
 
     stock: dict[str, dict[str, Any]]
     publisher: dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ class Examined:
 
 @pytest.fixture(scope="module")
 def examined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examined]:
-    """What the three processes found."""
+    """Run the three processes and return their reports."""
     checkpoints, reports = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("reports")
 
     def run(name: str, *command: str, **environment: str) -> Process:
@@ -90,7 +90,7 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examined]:
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """An architecture's name, and a dtype."""
+    """Return an architecture's name, and a dtype."""
     found: tuple[str, str] = request.param
     return found
 
@@ -103,13 +103,13 @@ def role(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def stock(examined: Examined, case: tuple[str, str]) -> dict[str, Any]:
-    """The facts without wooly."""
+    """Return the facts without wooly."""
     return of(examined, "stock", case)
 
 
 @pytest.fixture
 def shared(examined: Examined, role: str, case: tuple[str, str]) -> dict[str, Any]:
-    """The facts with wooly, in the publisher or the reader."""
+    """Return the facts with wooly, from the publisher or the reader."""
     return of(examined, role, case)
 
 
@@ -121,22 +121,22 @@ def of(examined: Examined, role: str, case: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_there_are_many_architectures_of_every_kind():
-    """What these tests say about transformers rests on it."""
+    """Control: the table covers every kind."""
     assert len({each.name for each in ARCHITECTURES}) == len(ARCHITECTURES) >= 35
     kinds = {"decoder", "experts", "encoder", "encoder-decoder", "vision", "audio", "multimodal", "state-space"}
     assert {each.kind for each in ARCHITECTURES} == kinds
 
 
 def test_one_published_and_the_other_attached(examined: Examined, case: tuple[str, str]):
-    """By the store's counters around the load: neither took another way."""
+    """By the store's counters around the load; neither process fell back."""
     published, attached = (of(examined, role, case)["counted"] for role in ("publisher", "reader"))
-    assert (published["publishes"], published["attaches"]) == (1, 1)  # it maps what it has published
+    assert (published["publishes"], published["attaches"]) == (1, 1)  # it maps the published model
     assert (attached["publishes"], attached["attaches"]) == (0, 1)
     assert published["fallbacks"] == attached["fallbacks"] == 0
 
 
 def test_weights_are_shared(shared, stock):
-    """All bytes but those of small tensors, of what the checkpoint lacks, of what is computed, and of repetitions."""
+    """All bytes, apart from small tensors, missing and computed ones, and repetitions."""
     missing = stock["info"]["missing_keys"]
     loaded = [facts for name, facts in once(stock, "parameters") if name not in missing]
     distinct = {facts[-1]: nbytes(facts) for facts in loaded}
@@ -158,46 +158,46 @@ def test_generated_tokens_are_equal(shared, stock):
 
 
 def test_parameters_are_equal(shared, stock):
-    """Names in their order, types, dtypes, shapes, strides, devices (none is meta), ``requires_grad``, and bytes."""
+    """Order of names, types, dtypes, shapes, strides, devices (none is meta), ``requires_grad``, and bytes."""
     assert list(shared["parameters"]) == list(stock["parameters"])
     assert shared["parameters"] == stock["parameters"]
     assert all("meta" not in device_of(facts) for facts in shared["parameters"].values())
 
 
 def test_the_same_parameters_are_one_object(shared, stock):
-    """Tied ones; and no others, although layers with equal bytes are one blob in the store."""
+    """Tied parameters, and no others, although layers with equal bytes are one blob in the store."""
     assert shared["ties"] == stock["ties"]
     assert shared["overlaps"] == shared["ties"]
 
 
 def test_buffers_and_tensor_attributes_are_equal(shared, stock):
-    """Persistent buffers, those that are computed after loading, and tensors that no registry knows."""
+    """Persistent buffers, buffers computed after loading, and tensors outside of registries."""
     assert shared["buffers"] == stock["buffers"]
     assert shared["attributes"] == stock["attributes"]
     assert all("meta" not in device_of(facts) for facts in shared["buffers"].values())
 
 
-def test_what_loading_says_is_equal(shared, stock):
+def test_loading_info_is_equal(shared, stock):
     """Missing, unexpected and mismatched keys; the model's dtype; evaluation mode."""
     for what in ("info", "dtype", "training"):
         assert shared[what] == stock[what]
 
 
 def test_saved_files_are_equal(shared, stock):
-    """The same keys with the same tensors under them, and in the end the same bytes in every file."""
+    """Keys and tensors, and the bytes of every file."""
     assert shared["saved"]["tensors"] == stock["saved"]["tensors"]
     assert shared["saved"]["files"] == stock["saved"]["files"]
 
 
 def test_the_store_outlives_both_with_every_model(examined: Examined):
-    """Nobody is left to read, nothing was given up, and equal tensors lie there once."""
+    """No reader is left, no publication was aborted, and equal tensors are resident once."""
     committed = [model for model in examined.status.models if model.state == "committed"]
     assert len(committed) == len(CASES)
     assert not any(model.readers for model in committed)
     assert examined.status.counters.aborted_publishes == 0
     bert = [model for model in committed if "bert-new-head" in model.name]
     assert len(bert) == 2
-    assert all(model.unique_bytes < model.bytes // 20 for model in bert)  # the trunk is the other BERT's
+    assert all(model.unique_bytes < model.bytes // 20 for model in bert)  # the trunk is that of the other BERT
 
 
 def device_of(facts: list[Any]) -> str:
@@ -206,7 +206,7 @@ def device_of(facts: list[Any]) -> str:
 
 
 def nbytes(facts: list[Any]) -> int:
-    """Bytes of a tensor, by its dtype and shape."""
+    """Return the bytes of a tensor, by dtype and shape."""
     _, dtype, shape, *_ = facts
     size: int = {"torch.float32": 4, "torch.bfloat16": 2, "torch.int64": 8, "torch.bool": 1}[dtype]
     for extent in shape:
@@ -215,6 +215,6 @@ def nbytes(facts: list[Any]) -> int:
 
 
 def once(facts: dict[str, Any], kind: str) -> Iterator[tuple[str, list[Any]]]:
-    """Each tensor, under one of its names."""
+    """Yield each tensor, under one of its names."""
     again = {name for group in facts["ties"] for name in group[1:]} if kind == "parameters" else set()
     return ((name, described) for name, described in facts[kind].items() if name not in again)

@@ -1,4 +1,4 @@
-"""How sharing is asked for, and what happens to what cannot be shared."""
+"""How sharing is requested, and what happens to models that cannot be shared."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hf.jobs import JobError
 
 @pytest.fixture
 def parsing(job):
-    """A process in which `parse` is."""
+    """Return a process with `parse` imported."""
     one = job("one")
     one.run("from wooly_hf.device_map import parse")
     return one
 
 
 def test_device_maps(parsing):
-    """What asks for sharing, and the device map that transformers gets of it."""
+    """Device maps that request sharing, and the device map that is passed to transformers."""
     code = """
     result = [None if (found := parse(it)) is None else [found.inner] for it in given]
     """
@@ -28,14 +28,14 @@ def test_device_maps(parsing):
     assert parsing.run("result = parse('wooly:') == parse('wooly')")
 
 
-def test_a_default_device_does_not_win_over_the_map(parsing):
-    """Under another default device, `wooly:cpu` still names the CPU."""
+def test_the_map_overrides_the_default_device(parsing):
+    """Under another default device, `wooly:cpu` is still the CPU."""
     assert parsing.run("with torch.device('meta'): result = parse('wooly:cpu').inner") == "cpu"
 
 
 @pytest.mark.parametrize("wrong", ["wooly:nowhere", "wooly:cuda:x"])
-def test_a_device_that_is_none(job, checkpoint, wrong):
-    """An error that says what would be one."""
+def test_an_invalid_device(job, checkpoint, wrong):
+    """The error lists valid devices."""
     with pytest.raises(JobError, match="is not a device; use wooly, wooly:cpu") as raised:
         job("one").run("load(path, wrong)", path=checkpoint("llama"), wrong=wrong)
     assert raised.value.name == "ConfigError"
@@ -43,7 +43,7 @@ def test_a_device_that_is_none(job, checkpoint, wrong):
 
 @pytest.mark.parametrize("device_map", [{"": "wooly:cpu"}, {"model": "wooly:cpu", "lm_head": "cpu"}, "wooly:auto"])
 def test_maps_onto_one_device(job, checkpoint, device_map):
-    """Dicts and `auto` share, as long as all modules come to lie on one device."""
+    """Dicts and `auto` share if all modules are placed on one device."""
     code = "my_model = load(path, device_map); result = [facts(my_model)[0] > 0, logits(my_model)]"
     shared, answer = job("one").run(code, path=checkpoint("llama"), device_map=device_map)
     assert shared
@@ -51,7 +51,7 @@ def test_maps_onto_one_device(job, checkpoint, device_map):
 
 
 def test_pipeline(job, checkpoint):
-    """`pipeline(device_map="wooly")`: text equal to stock's, from shared weights."""
+    """`pipeline(device_map="wooly")`: stock's text, from shared weights."""
     code = """
     def ask(**options):
         global my_model
@@ -68,7 +68,7 @@ def test_pipeline(job, checkpoint):
 
 
 def test_a_changed_file_is_not_published(job, served, fresh):
-    """A checkpoint that is written to while it is loaded serves nobody else; this process has what it read."""
+    """A checkpoint that changes while it is loaded is not published; the process uses the weights that it read."""
     path = fresh("llama")
     code = """
     import pathlib
@@ -93,14 +93,14 @@ def test_a_changed_file_is_not_published(job, served, fresh):
 
 
 def test_strict(job, served, checkpoint):
-    """With `WOOLY_STRICT=1` what can be shared is shared."""
+    """With `WOOLY_STRICT=1`, models that can be shared are shared."""
     one = job("strict", WOOLY_STRICT="1")
     assert one.run("my_model = load(path); result = facts(my_model)[0] > 0", path=checkpoint("llama"))
     assert [client.role for client in served().clients if client.pid == one.pid] == ["reader"]
 
 
 def test_everywhere_by_the_environment(job, checkpoint, tmp_path):
-    """With the variable on, loading onto one device shares, whatever names it; anything else is stock, and not told."""
+    """With the variable on, loading onto one device shares, however it is named; otherwise stock, without a warning."""
     one = job("everywhere", WOOLYAI_WEIGHTS_DEDUP="true")
     code = "my_model = load(path, device_map, **options); result = facts(my_model)[0] > 0"
     for device_map in (None, "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}, "auto", "wooly:cpu"):
@@ -114,7 +114,7 @@ def test_everywhere_by_the_environment(job, checkpoint, tmp_path):
 
 
 def test_a_model_with_its_own_way_to_load(job, served, checkpoint):
-    """A class that does not call what wooly wraps works as ever; that is told, and counted like every other reason."""
+    """A class that overrides the wrapped method loads as in stock, with a warning and a count."""
     code = """
     class Own(transformers.LlamaForCausalLM):
         @classmethod

@@ -1,4 +1,4 @@
-"""A transformers that wooly does not know is refused when `wooly_hf` is imported, and stays untouched."""
+"""An unsupported transformers is refused when `wooly_hf` is imported, and stays unchanged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ for name, change in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def answers():
-    """What importing `wooly_hf` did after each change, in a process of its own."""
+    """Return the outcome of importing `wooly_hf` after each change, each in its own process."""
     changes = {name: code for name, (code, _) in BROKEN.items()} | {"none": "", "newer": NEWER}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(changes)],
@@ -77,7 +77,7 @@ def answers():
 
 @pytest.mark.parametrize("change", BROKEN)
 def test_refused(answers, change):
-    """A typed error says what is not as it was and which versions to install; nothing was replaced."""
+    """A typed error says what differs and which versions to install; nothing was replaced."""
     kind, text, untouched = answers[change]
     assert kind == "ConfigError"
     assert BROKEN[change][1] in text
@@ -86,8 +86,8 @@ def test_refused(answers, change):
 
 
 @pytest.mark.parametrize("change", ["none", "newer"])
-def test_taken(answers, change):
-    """The installed one, and a later one that has everything where it was."""
+def test_accepted(answers, change):
+    """The installed version, and a later one with the same hooks."""
     kind, _, untouched = answers[change]
     assert kind == "NoneType"
     assert not untouched

@@ -1,6 +1,6 @@
-"""Where memory refuses writes, known writers get an error that says what to do, before anything is written.
+"""Where memory is read-only, known writers raise an error with the next step before they write.
 
-On a GPU it does; here the guards are told that it does, and everything else is real.
+On a GPU it is; here the guards are told so, and everything else is real.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ my_before = describe(my_model)
 
 @pytest.fixture
 def refusing(job, checkpoint):
-    """A process with a model whose memory refuses writes."""
+    """Return a process with a model whose memory the guards take for read-only."""
     one = job("refusing")
     one.run(REFUSE, path=checkpoint("llama-tied"))
     return one
@@ -73,7 +73,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_refused(refusing, writer):
-    """The error names the writer and `wooly_hf.unshare`; after that, the same code works. No byte had changed."""
+    """The error names the writer and `wooly_hf.unshare`, and no byte has changed; after `unshare` the code works."""
     code, message = WRITERS[writer]
     with pytest.raises(JobError, match=message) as raised:
         refusing.run(code)
@@ -88,7 +88,7 @@ def test_refused(refusing, writer):
 
 
 def test_what_does_not_write_is_allowed(refusing):
-    """Safe merging, adapters' own state, assigned tensors, frozen parameters, and copies that are loaded into."""
+    """Safe merging, state of adapters, assigned tensors, frozen parameters, and loading into copies."""
     code = """
     import peft, copy, pickle
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
@@ -109,7 +109,7 @@ def test_what_does_not_write_is_allowed(refusing):
 
 
 def test_loading_a_partly_initialized_model(refusing, checkpoint):
-    """What the checkpoint lacks is initialized beside what is shared, and nothing of that is refused."""
+    """Missing weights are initialized beside shared ones, without an error."""
     code = """
     my_model = load(path, cls=transformers.AutoModelForSequenceClassification, num_labels=3)
     result = facts(my_model)[0] > 0

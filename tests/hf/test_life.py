@@ -1,4 +1,4 @@
-"""What happens to a shared model in its life: written to, copied, saved, changed, and let go of."""
+"""Operations on a shared model: writing, copying, saving, changing and deleting it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.waiting import wait_until
 
 @pytest.fixture
 def pair(job, checkpoint):
-    """Two processes with one model, and the path of it."""
+    """Return two processes with the same model, and its path."""
     path = checkpoint("llama-tied")
     for name in ("one", "two"):
         job(name).run("my_model = load(path); my_before = describe(my_model)", path=path)
@@ -21,7 +21,7 @@ def peer_is_as_before(peer):
 
 
 def test_in_place_writes_stay_private_and_are_counted(pair):
-    """A write to one row goes to this process's own page, which the statistics show; the peer sees nothing."""
+    """A write to one row makes a page private, which the statistics show; the peer is unaffected."""
     one, two = pair
     shared, private, written = one.run("result = facts(my_model)")
     assert written == 0
@@ -38,8 +38,8 @@ def test_in_place_writes_stay_private_and_are_counted(pair):
     assert peer_is_as_before(two)
 
 
-def test_training_writes_only_here_and_is_told_of_once(pair):
-    """An optimizer over shared weights works as stock's does, makes them private, and one warning says so."""
+def test_training_stays_private_and_warns_once(pair):
+    """An optimizer over shared weights works as in stock and makes them private; one warning says so."""
     one, two = pair
     code = """
     def train(model):
@@ -75,7 +75,7 @@ my_copy = torch.load(stream, weights_only=False)
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_are_private(pair, how):
-    """A copy is the same model in memory of its own; writing to it changes neither the original nor the peer."""
+    """A copy equals the model in private memory; writing to it affects neither the original nor the peer."""
     one, two = pair
     code = """
     result = [describe(my_copy) == my_before, facts(my_copy)[0], facts(my_model)[2]]
@@ -94,7 +94,7 @@ def test_copies_are_private(pair, how):
 
 
 def test_saved_and_loaded_again(pair, tmp_path):
-    """What `save_pretrained` writes of a shared model loads to the same model, stock and shared."""
+    """Files of `save_pretrained` of a shared model load to an equal model, stock and shared."""
     one, two = pair
     code = """
     my_model.save_pretrained(path)
@@ -105,7 +105,7 @@ def test_saved_and_loaded_again(pair, tmp_path):
 
 
 def test_conversions_and_resizing(pair):
-    """`.to`, `.half`, and a larger vocabulary: private results equal to stock's, and a peer that sees nothing of it."""
+    """`.to`, `.half` and a larger vocabulary: results are private and equal stock's; the peer is unaffected."""
     one, two = pair
     code = """
     def change(model):
@@ -126,7 +126,7 @@ def test_conversions_and_resizing(pair):
 
 
 def test_unshare_makes_a_part_private_and_keeps_ties(pair):
-    """A layer, then all: equal bytes, the same objects, nothing shared any more, and views in the model follow."""
+    """A layer, then all: equal bytes, the same objects, no byte shared; views in the model follow."""
     one, two = pair
     code = """
     my_model.my_view = my_model.model.embed_tokens.weight.detach()[3:5]
@@ -145,7 +145,7 @@ def test_unshare_makes_a_part_private_and_keeps_ties(pair):
 
 
 def test_the_lease_and_the_mapping_end_with_the_model(job, served, fresh):
-    """`del` unmaps and leaves; a part that outlives its model keeps its memory, but not the lease."""
+    """`del` unmaps and ends the lease; a part that outlives its model keeps the mapping, but not the lease."""
     path = fresh("qwen3")
     one = job("one")
 
@@ -167,7 +167,7 @@ def test_the_lease_and_the_mapping_end_with_the_model(job, served, fresh):
 
 
 def test_state_dict_into_a_shared_model(pair):
-    """On a CPU `load_state_dict` works as ever, in pages of this process's own."""
+    """On a CPU, `load_state_dict` works as in stock, in private pages."""
     one, two = pair
     code = """
     my_model.load_state_dict({name: torch.zeros_like(it) for name, it in my_model.state_dict().items()})

@@ -1,4 +1,4 @@
-"""Loading: what a process gets from the store is what stock transformers would have given it, read and kept once."""
+"""A process gets from the store what stock transformers would give it, read and stored once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ONE_OF_EACH = [("llama-tied", None), ("mixtral", "float32"), ("bloom", "float16"
 
 @pytest.mark.parametrize(("family", "dtype"), ONE_OF_EACH)
 def test_publisher_and_reader_are_as_stock(job, served, fresh, family, dtype):
-    """All that can be seen of the model is equal: tensors, strides, ties, gradients, answers, and what is saved."""
+    """Tensors, strides, ties, gradients, answers and saved files are equal."""
     path = fresh(family)
     before = served().counters
     options = {"dtype": dtype} if dtype else {}
@@ -23,7 +23,7 @@ def test_publisher_and_reader_are_as_stock(job, served, fresh, family, dtype):
     reader = job("two").run(code, path=path, device_map="wooly:cpu", options=options)
     assert publisher == stock
     assert reader == stock
-    after = served().counters  # a publisher attaches to what it published
+    after = served().counters  # a publisher attaches to its own model
     assert (after.publishes - before.publishes, after.attaches - before.attaches) == (1, 2)
     assert after.fallbacks == before.fallbacks
     for name in ("one", "two"):
@@ -33,7 +33,7 @@ def test_publisher_and_reader_are_as_stock(job, served, fresh, family, dtype):
 
 
 def test_real_model(job, checkpoint, served):
-    """SmolLM2-135M-Instruct: publisher and reader answer as stock does, and hold next to nothing of their own."""
+    """SmolLM2-135M-Instruct: publisher and reader answer as stock does, with less than 1 MiB private."""
     path = checkpoint("smollm2")
     code = "my_model = load(path, device_map); result = [logits(my_model), tokens(my_model), facts(my_model)]"
     *stock, _ = job("one").run(code, path=path, device_map=None)
@@ -47,8 +47,8 @@ def test_real_model(job, checkpoint, served):
     assert found.engine.startswith("transformers ")
 
 
-def test_the_checkpoint_is_let_go_of(job, fresh):
-    """Stock loading maps the file. The publisher keeps none of that, not even for its small private tensors."""
+def test_the_checkpoint_is_unmapped(job, fresh):
+    """Stock loading maps the file; the publisher maps none of it, not even for its small private tensors."""
     path = fresh("gpt2")
     code = "my_model = load(path, device_map); result = open('/proc/self/maps').read().count(path)"
     assert job("one").run(code, path=path, device_map=None) > 0
@@ -58,7 +58,7 @@ def test_the_checkpoint_is_let_go_of(job, fresh):
 
 
 def test_the_checkpoint_is_not_opened_on_a_hit(job, fresh, opened):
-    """The publisher opens the weights; a reader does not, not even to look at their header."""
+    """The publisher opens the weights; a reader does not, not even for their header."""
     path = fresh("llama")
     opened(path / "model.safetensors")
     job("one").run("my_model = load(path); result = facts(my_model)", path=path)
@@ -69,7 +69,7 @@ def test_the_checkpoint_is_not_opened_on_a_hit(job, fresh, opened):
 
 
 def test_four_at_once_load_once(job, fresh, served):
-    """Four processes ask for a model that nobody has: one loads and publishes it, three wait and attach."""
+    """Of four processes that open a new model, one loads and publishes it, and three wait and attach."""
     path = fresh("qwen2")
     jobs = [job(name) for name in ("one", "two", "three", "four")]
     before = served().counters
@@ -83,7 +83,7 @@ def test_four_at_once_load_once(job, fresh, served):
 
 
 def test_other_bytes_are_another_model(job, checkpoint, tmp_path, served):
-    """A copy with one norm changed, under the same names and dates, gets its own norm, and shares the rest."""
+    """A copy with one norm changed, under the same names and times, gets its own norm, and shares the rest."""
     original = checkpoint("llama")
     copy = tmp_path / "copy"
     norm = zero_one_norm(original, copy)
@@ -97,8 +97,8 @@ def test_other_bytes_are_another_model(job, checkpoint, tmp_path, served):
     assert found.unique_bytes < found.bytes / 100
 
 
-def test_what_is_missing_is_made_and_private(job, checkpoint):
-    """A classifier's head that the checkpoint lacks is initialized as stock does it; the rest is shared."""
+def test_missing_weights_are_initialized_and_private(job, checkpoint):
+    """A classifier's head that the checkpoint lacks is initialized as in stock; the rest is shared."""
     code = """
     torch.manual_seed(5)
     my_model, info = load(path, device_map, cls=transformers.AutoModelForSequenceClassification, num_labels=7,
@@ -117,7 +117,7 @@ def test_what_is_missing_is_made_and_private(job, checkpoint):
 
 
 def test_mismatched_sizes(job, checkpoint):
-    """A head of another size than the checkpoint's is made anew, and told of in the same way; or refused alike."""
+    """A head of another size than the checkpoint's is initialized and reported, or refused, as in stock."""
     code = """
     torch.manual_seed(5)
     my_model, info = load(path, device_map, vocab_size=1000, ignore_mismatched_sizes=True, output_loading_info=True)
@@ -138,7 +138,7 @@ def test_mismatched_sizes(job, checkpoint):
 
 
 def test_equal_tensors_stay_apart(job, tmp_path):
-    """Equal but untied weights are kept once, and yet a write to one changes no other; saving takes them for two."""
+    """Equal untied weights are stored once; a write to one changes no other, and saving writes both."""
     make = """
     config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=64, num_hidden_layers=3, vocab_size=64,
                                       num_attention_heads=8, tie_word_embeddings=False)
@@ -165,7 +165,7 @@ def test_equal_tensors_stay_apart(job, tmp_path):
 
 
 def test_a_part_of_a_model_is_not_its_whole(job, checkpoint):
-    """The base model and the one with a head are different models of one checkpoint, each right."""
+    """The base model and the one with a head are different models of one checkpoint."""
     code = """
     my_model = load(path, device_map, cls=getattr(transformers, cls))
     result = {name: digest(it) for name, it in my_model.state_dict().items()}
@@ -178,7 +178,7 @@ def test_a_part_of_a_model_is_not_its_whole(job, checkpoint):
 
 
 def test_the_peak_of_a_miss_is_not_two_models(job, store, checkpoint):
-    """Loading and publishing SmolLM2 in fp32: this process's own memory and the store's together, and what is left."""
+    """Loading and publishing SmolLM2 in fp32: private memory and the store's together, at the peak and afterwards."""
     one = job("peak")
     began = own_bytes(one.pid) + segment_bytes(store.pid)
     one.begin("my_model = load(path, dtype='float32'); result = facts(my_model)", path=checkpoint("smollm2"))

@@ -1,4 +1,4 @@
-"""LoRA over a shared base: a real chat model, adapters that were really trained, and a process for each of them."""
+"""LoRA over a shared base: a real chat model, trained adapters, and a process for each of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 class LoraProcess(Actor):
-    """A process whose methods are those of `lora_main.Lora`."""
+    """A process with the methods of `lora_main.Lora`."""
 
     def __init__(self, runtime_dir: Path, log: Path) -> None:
         with log.open("ab") as stream:
@@ -50,7 +50,7 @@ class LoraProcess(Actor):
 
 @pytest.fixture(scope="module")
 def start(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start a process with the base loaded: shared through one store, or (no device map) stock."""
+    """Return a function that starts a process with the base: shared, or (without a device map) stock."""
     base, log, started = smollm2(CACHE), tmp_path_factory.mktemp("logs") / "log", []
 
     def begin(device_map: str | None) -> LoraProcess:
@@ -65,7 +65,7 @@ def start(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def stock(start: Start, adapters: dict[str, Path]) -> dict[str, Any]:
-    """What stock loading gives: the base's answer and digest, each adapter's answer, and the last one's when merged."""
+    """Return stock's results: answer and digest of the base, each adapter's answer, and the last one's when merged."""
     process = start(None)
     found: dict[str, Any] = {"digest": process.base_digest(), "base": process.answer()}
     found["nbytes"] = process.base_bytes(at_least=MAPPED_FROM)
@@ -80,7 +80,7 @@ def stock(start: Start, adapters: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def training(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Three adapters that one process trained over a shared base, and what it found before, meanwhile and after."""
+    """Train three adapters in one process over a shared base; return facts of before, during and after."""
     process = start("wooly:cpu")
     found: dict[str, Any] = {"digest_before": process.base_digest(), "stats_before": process.stats(), "runs": {}}
     found["directories"] = {word: tmp_path_factory.mktemp("adapters") / word for word in WORDS}
@@ -93,14 +93,14 @@ def training(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="module")
 def adapters(training: dict[str, Any]) -> dict[str, Path]:
-    """The adapters' directories by the word that they answer."""
+    """Return the adapters' directories, by the word that they answer."""
     found: dict[str, Path] = training["directories"]
     return found
 
 
 @pytest.fixture(scope="module")
 def serving(start: Start, adapters: dict[str, Path]) -> dict[str, LoraProcess]:
-    """A process for each adapter, all alive, by its word."""
+    """Return a running process for each adapter, by its word."""
     processes = {}
     for word, directory in adapters.items():
         processes[word] = start("wooly:cpu")
@@ -109,7 +109,7 @@ def serving(start: Start, adapters: dict[str, Path]) -> dict[str, LoraProcess]:
 
 
 def test_training_gives_gradients_to_adapters_alone(training: dict[str, Any]):
-    """And it learns: what is trained over a shared base is trained."""
+    """The loss falls by training over a shared base."""
     for run in training["runs"].values():
         assert run["losses"][-1] < 0.1 * run["losses"][0]
         assert run["with_gradient"]
@@ -125,7 +125,7 @@ def test_training_leaves_the_shared_base_as_it_was(training: dict[str, Any], sto
 
 
 def test_adapters_answer_differently_and_as_stock_does(serving: dict[str, LoraProcess], stock: dict[str, Any]):
-    """Each its own word, the base another thing, and all logits bit-equal to stock."""
+    """Each answers its word, the base does not, and all logits are bit-equal to stock's."""
     answers = {word: process.answer() for word, process in serving.items()}
     assert {word: answer["text"] for word, answer in answers.items()} == {word: word for word in WORDS}
     assert stock["base"]["text"] not in WORDS
@@ -138,7 +138,7 @@ def test_adapters_answer_differently_and_as_stock_does(serving: dict[str, LoraPr
 def test_three_processes_share_one_base_and_have_their_deltas_alone(
     serving: dict[str, LoraProcess], stock: dict[str, Any], served: Callable[[], Status]
 ):
-    """By the store: one model, three readers. By each process: the base is shared, and the rest is small."""
+    """One model with three readers in the store; in each process, little but the adapter is private."""
     status = served()
     (model,) = status.models
     assert model.readers == len(serving)
@@ -151,7 +151,7 @@ def test_three_processes_share_one_base_and_have_their_deltas_alone(
 
 
 def test_merging_in_one_process_leaves_the_others_bit_equal(serving: dict[str, LoraProcess], stock: dict[str, Any]):
-    """What merging writes goes private in the one that merges; it answers as a stock process that merged."""
+    """Merged weights go private in the process that merges; it answers as a stock process that merged."""
     *others, merging = (serving[word] for word in WORDS)
     before = [(process.answer(), process.base_digest(), process.stats()) for process in others]
     unmerged = merging.stats()

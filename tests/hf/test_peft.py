@@ -1,4 +1,4 @@
-"""PEFT over one shared base: adapters are private, and what one process does with them stays there."""
+"""PEFT over a shared base: adapters are private, and operations on them affect one process only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make(folder, seed):
 
 @pytest.fixture
 def adapters(job, checkpoint, tmp_path):
-    """Two adapters' folders over one base, and the base's."""
+    """Return the base's path, and the folders of two adapters."""
     path = checkpoint("llama")
     job("one").run(MAKE, path=path)
     for number in (1, 2):
@@ -33,7 +33,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_over_a_shared_base(job, adapters, way):
-    """Whichever way an adapter is loaded: answers as in stock, differs from the base, base shared, delta private."""
+    """However an adapter is loaded: stock's answers, another answer than the base's, base shared, adapter private."""
     path, folders = adapters
     code = f"""
 import peft
@@ -62,7 +62,7 @@ result = [logits(my_model), len(lora), sum(it.nbytes for it in lora), any(mappin
 
 
 def test_merging_in_one_process_leaves_the_other_as_it_was(job, adapters):
-    """`merge_and_unload` writes to this process's own pages: its peer with the same base is bit-equal after it."""
+    """`merge_and_unload` writes to private pages: a peer with the same base is bit-equal after it."""
     path, folders = adapters
     code = """
     import peft
@@ -89,7 +89,7 @@ def test_merging_in_one_process_leaves_the_other_as_it_was(job, adapters):
 
 
 def test_training_an_adapter_leaves_the_base_shared(job, adapters):
-    """Gradients go to the adapter alone: as in stock to the bit, with no page of the base written, and no warning."""
+    """Gradients reach the adapter only, bit-equal to stock: no page of the base is written, and there is no warning."""
     path, folders = adapters
     code = """
     import peft

@@ -1,4 +1,4 @@
-"""transformers on what the cache directory has: the checkpoint's weights are not needed any more."""
+"""Loading from the cache directory: the checkpoint's weights are not needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared_store.client.session import Session
 
 
 def test_a_published_model_is_cached_and_restored_for_the_next_process(job, fresh, store, tmp_path):
-    """By then the checkpoint's weights are zeros, and the store was told that they are what they were."""
+    """The checkpoint's weights are zeros by then, and the store has their earlier digests."""
     path = fresh("llama-tied")
     one = job("caching", WOOLY_CACHE_DIR=str(tmp_path / "cache"), WOOLY_STRICT="1")
     before = one.run("my_model = load(path); result = describe(my_model)", path=path)

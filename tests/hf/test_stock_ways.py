@@ -1,4 +1,4 @@
-"""What cannot be shared is loaded as stock transformers does: told of once, counted, and an error if asked for."""
+"""Models that cannot be shared load as in stock: with one warning and a count, or an error in strict mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def name(request):
 
 @pytest.fixture
 def way(name):
-    """A way of loading that this machine has."""
+    """Return a way of loading that this machine supports."""
     found = WAYS[name]
     if found.unavailable:
         pytest.skip(found.unavailable)
@@ -23,7 +23,7 @@ def way(name):
 
 @pytest.fixture
 def path(way, fresh):
-    """A checkpoint for it, that no store has seen."""
+    """Return a checkpoint for it that is new to the store."""
     made = fresh("llama")
     if way.prepare:
         way.prepare(made)
@@ -32,7 +32,7 @@ def path(way, fresh):
 
 @pytest.fixture
 def together(job, way, name, tmp_path):
-    """The processes that load together: a function that runs code in all of them, and returns what each found."""
+    """Return a function that starts the processes that load together, and one that runs code in all of them."""
     tmp_path.chmod(0o700)
 
     def get(**environment):
@@ -58,8 +58,8 @@ def together(job, way, name, tmp_path):
     return get
 
 
-def test_it_is_loaded_as_stock_told_once_and_counted(together, way, name, path, served):
-    """Equal to stock's, nothing shared, one line that says why for two loads, and two more in the store's counter."""
+def test_it_loads_as_stock_with_one_warning_and_a_count(together, way, name, path, served):
+    """Equal to stock's, nothing shared; two loads give one warning with the reason, and two counts."""
     jobs, run = together()
     code = f"{way.code}\nresult = {way.answer}, facts(my_model)[0]"
     before = served().counters
@@ -77,8 +77,8 @@ def test_it_is_loaded_as_stock_told_once_and_counted(together, way, name, path, 
     assert (after.publishes, after.aborted_publishes) == (before.publishes, before.aborted_publishes)
 
 
-def test_strictly_it_is_an_error_before_any_weight_is_read(together, way, name, path, opened):
-    """The reason is the error's text; the file with the weights was not even opened. What can be shared still is."""
+def test_strict_mode_raises_before_any_weight_is_read(together, way, name, path, opened):
+    """The error has the reason, and the file with the weights was not opened."""
     jobs, run = together(WOOLY_STRICT="1")
     run("import os, torch.distributed, transformers.integrations.tensor_parallel")
     opened(path / way.weights)

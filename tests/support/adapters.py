@@ -1,4 +1,4 @@
-"""LoRA adapters for tests: PEFT directories with random deltas for every linear layer of a checkpoint."""
+"""LoRA adapters: PEFT directories with random weights for every linear layer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ RANK = 8
 
 
 def random_adapter(base: Path, directory: Path, *, seed: int) -> Path:
-    """Write an adapter for ``base`` that changes what it answers, and return its directory.
+    """Write an adapter that changes the answers of ``base``; return its directory.
 
-    Both factors are random: PEFT begins with zeros in one of them, and such an adapter does nothing.
+    Both factors are random: PEFT initializes one of them with zeros, which has no effect.
     """
     import torch
     from safetensors.torch import save_file
@@ -46,7 +46,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def _linear_shapes(base: Path) -> dict[str, tuple[int, int]]:
-    """Module names and weight shapes (rows, columns) of the layers that adapters change."""
+    """Return module names and weight shapes (rows, columns) of the linear layers."""
     found = {}
     for file in sorted(base.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -1,8 +1,8 @@
-"""A process that loads models with transformers and writes down everything about them that can be compared.
+"""Load models with transformers and report everything about them that can be compared.
 
-Its one argument is a JSON file: ``names`` of architectures, the directory ``checkpoints`` that they are saved in, the
-``device_map`` for `from_pretrained`, and ``report``, the file to write: facts by name and dtype, as JSON. What fails
-for one model is written down as its ``error``, and the others go on. Bytes are told by digest.
+Its argument is a JSON file: ``names`` of architectures, the directory ``checkpoints``, the ``device_map`` for
+`from_pretrained`, and the file ``report`` to write: facts by name and dtype, as JSON. If one model fails, its facts are
+its ``error``. Bytes are reported by digest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEW_TOKENS = 8
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)  # several of these processes run at once, and must sum in the same order
+    torch.set_num_threads(1)  # the order of sums depends on the number of threads
     by_name = {each.name: each for each in ARCHITECTURES}
     report: dict[str, dict[str, Any]] = {}
     for name in job["names"]:
@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def examine(architecture: Architecture, checkpoint: Path, dtype: str, device_map: str | None) -> dict[str, Any]:
-    """Load one model in one dtype, run it, save it, and tell of it."""
+    """Load one model in one dtype, run it, save it, and return the facts."""
     model_class = architecture.model_class()
     if device_map:
         import wooly_hf
 
-    torch.manual_seed(0)  # heads that the checkpoint lacks are drawn
+    torch.manual_seed(0)  # heads that the checkpoint lacks are random
     before = counters()
     model, info = model_class.from_pretrained(
         checkpoint, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True
@@ -89,7 +89,7 @@ def examine(architecture: Architecture, checkpoint: Path, dtype: str, device_map
 
 
 def counters() -> dict[str, int]:
-    """The store's counters; none where none runs yet."""
+    """Return the store's counters; none where no store runs."""
     try:
         with Session.connect(autostart=False, name="examiner") as session:
             counted = session.status().counters
@@ -99,7 +99,7 @@ def counters() -> dict[str, int]:
 
 
 def every(model: torch.nn.Module, registry: str) -> Iterator[tuple[str, Any]]:
-    """Each parameter or buffer under each of its names."""
+    """Yield each parameter or buffer under each of its names."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, tensor in getattr(module, registry).items():
             if tensor is not None:
@@ -107,7 +107,7 @@ def every(model: torch.nn.Module, registry: str) -> Iterator[tuple[str, Any]]:
 
 
 def attributes(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Tensors that modules have as plain attributes."""
+    """Yield tensors that are plain attributes of modules."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
@@ -120,7 +120,7 @@ def persists(model: torch.nn.Module, name: str) -> bool:
 
 
 def described(tensor: torch.Tensor) -> list[Any]:
-    """Type, dtype, shape, stride, device, whether it takes a gradient, and the digest of its values."""
+    """Return type, dtype, shape, stride, device, whether it takes a gradient, and the digest of its values."""
     kind = type(tensor).__name__
     layout = [str(tensor.dtype), list(tensor.shape), list(tensor.stride()), str(tensor.device), tensor.requires_grad]
     return [kind, *layout, None if tensor.is_meta else digest(tensor)]
@@ -132,7 +132,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def same(tensors: Iterable[tuple[str, Any]], by: Any) -> list[list[str]]:
-    """Groups of names, two or more, whose tensors are equal by something."""
+    """Return groups of two or more names whose tensors have the same value of `by`."""
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors:
         if tensor.numel():
@@ -141,7 +141,7 @@ def same(tensors: Iterable[tuple[str, Any]], by: Any) -> list[list[str]]:
 
 
 def tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The floating tensors in nested outputs, by their path."""
+    """Yield the floating tensors in nested outputs, with their paths."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict):
@@ -153,12 +153,12 @@ def tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def varied(output: torch.Tensor) -> bool:
-    """Whether an output says something of the weights: no two values of it are likely to be equal."""
+    """Return whether most values of an output differ, so that it depends on the weights."""
     return len(output.float().unique()) > output.numel() ** 0.5
 
 
 def saved(directory: Path) -> dict[str, Any]:
-    """What a saved model is: every file's bytes, and of each tensor in it."""
+    """Return the digest of each file of a saved model, and a description of each tensor in it."""
     files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
     keys: dict[str, Any] = {}
     for file in directory.glob("*.safetensors"):

@@ -10,7 +10,7 @@ LAYERS = 1
 
 
 def eagle_head(target: Path, directory: Path, *, seed: int = 3) -> Path:
-    """A random EAGLE head for a llama-like model, without embeddings and output layer: it uses its target's."""
+    """Write a random EAGLE head for a llama-like model; embeddings and output layer are the target's."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,8 @@ def eagle_head(target: Path, directory: Path, *, seed: int = 3) -> Path:
     layer = {
         name.removeprefix("model."): tensor
         for name, tensor in load_file(target / "model.safetensors").items()
-        if name.startswith("model.layers.0.") and "input_layernorm" not in name  # EAGLE has none before its first layer
+        if name.startswith("model.layers.0.")
+        and "input_layernorm" not in name  # none before its first layer, as in EAGLE
     }
     generator = torch.Generator().manual_seed(seed)
     width = config["hidden_size"]

@@ -1,4 +1,4 @@
-"""Private stores, checkpoints, and engines that never outlive their test: fixtures for all folders with engines."""
+"""Fixtures of all folders with engines: private stores, checkpoints, and engines that end with their test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.models.smollm2 import smollm2
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Callable[[str], Path]:
-    """The directory of a checkpoint by its family's name, or of ``smollm2``; kept between runs."""
+    """Return the directory of a checkpoint by its family, or of ``smollm2``; kept between runs."""
     return lambda name: smollm2(CACHE) if name == "smollm2" else random_model(name, CACHE)
 
 
@@ -31,7 +31,7 @@ def module_runtime_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def engine(runtime_dir: Path) -> Iterator[Callable[..., EngineProcess]]:
-    """Start engines on a private store; whatever still runs in the end is killed."""
+    """Return a function that starts engines on a private store; kill those that still run after the test."""
     started: list[EngineProcess] = []
 
     def start(*paths: Path, environment: dict[str, str] | None = None, **job: Any) -> EngineProcess:

@@ -1,4 +1,4 @@
-"""Engine processes and private stores, for tests with real vLLM on the CPU."""
+"""Engine processes with real vLLM, and private stores."""
 
 from __future__ import annotations
 
@@ -29,19 +29,18 @@ CPU_SETTINGS = {
 }
 """The environment of engines on a CPU."""
 PRELOADED = Pool(("vllm.entrypoints.llm",), CPU_SETTINGS)
-"""No more of vLLM than `engine.py` imports by itself, so that the plugin is registered before workers and models are
-imported, as ever."""
+"""Only the imports of `engine.py`: as in a server, the plugin is registered before workers and models are imported."""
 SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
-"""Of a job: share, or fail."""
+"""Settings of a job: share, or fail."""
 
 
 def vllm_since(version: str) -> bool:
-    """Whether the installed vLLM is this version or a later one."""
+    """Return whether the installed vLLM is this version or a later one."""
     return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
 
 
 class EngineProcess:
-    """A running ``engine.py``; its JSON lines are events, everything else is its log."""
+    """A running ``engine.py``: its JSON lines are events, all other output is its log."""
 
     def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
         variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
@@ -66,7 +65,7 @@ class EngineProcess:
             self._changed.notify_all()
 
     def wait(self, event: str, model: str | None = None) -> dict[str, Any]:
-        """The first event of that kind (about that model); fails with the engine's log if it does not come."""
+        """Return the first event of that kind (about that model). Fails with the engine's log if there is none."""
 
         def found() -> dict[str, Any] | None:
             matching = (e for e in self.events if e["event"] == event and model in (None, e.get("model")))
@@ -89,13 +88,13 @@ class EngineProcess:
         self.process.stdin.flush()
 
     def do(self, command: str) -> dict[str, Any]:
-        """What came of a command to an engine that obeys (see `engine.obey`)."""
+        """Run a command in an engine that obeys (see `engine.obey`); return its result."""
         self._commands += 1
         self.tell(command)
         return self.wait(f"did {self._commands}")
 
     def finish(self, timeout_s: float = STARTED_WITHIN_S) -> int:
-        """Wait for its end; returns the exit code."""
+        """Wait for the end; return the exit code."""
         code = self.process.wait(timeout=timeout_s)
         self._reader.join(timeout=10)
         return code
@@ -111,7 +110,7 @@ class EngineProcess:
 
 
 def private_store_directory() -> Iterator[Path]:
-    """A short directory for a store of its own, which is stopped in the end."""
+    """Yield a directory for a store, with a short path; stop the store afterwards."""
     with tempfile.TemporaryDirectory(prefix="wooly-", dir="/tmp") as name:
         directory = Path(name)
         directory.chmod(0o700)
@@ -129,7 +128,7 @@ def stop_store(directory: Path) -> None:
             session.shutdown_store()
     except StoreUnavailableError:
         return
-    # Ended is enough: orphans are reaped by the machine's init, in its own time.
+    # Zombies have ended: when they are reaped is up to init.
     wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in pids), "store and keeper to end")
 
 

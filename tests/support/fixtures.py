@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run real stores and clients; a folder's `conftest.py` imports them."""
+"""Fixtures for real stores and clients; a folder's `conftest.py` imports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["actor", "directory", "start_store", "store"]
 
 @pytest.fixture
 def directory(monkeypatch):
-    """A private runtime directory, short enough for a socket, and the one that clients find by default."""
+    """Return a private runtime directory with a short path, which clients find by default."""
     path = Path(tempfile.mkdtemp(prefix="wooly-"))
     monkeypatch.setenv("WOOLY_RUNTIME_DIR", str(path))
     monkeypatch.delenv("WOOLY_REDIS_URL", raising=False)
@@ -26,7 +26,7 @@ def directory(monkeypatch):
 
 @pytest.fixture
 def start_store(directory):
-    """Start a store in the directory, with options (`popen`: of its process); all are ended with the test."""
+    """Return a function that starts a store with options (`popen`: of its process); end all after the test."""
     started = []
 
     def start(*, popen=None, **options):
@@ -40,13 +40,13 @@ def start_store(directory):
 
 @pytest.fixture
 def store(start_store):
-    """A running store."""
+    """Start a store."""
     return start_store()
 
 
 @pytest.fixture
 def actor(directory):
-    """Make client processes, connected unless `connect=False`; all are ended with the test."""
+    """Return a function that starts client processes, connected unless `connect=False`; end all after the test."""
     made = []
 
     def make(*, connect=True, name="", autostart=False, env=None, **popen):

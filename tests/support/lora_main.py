@@ -1,4 +1,4 @@
-"""The process behind `test_lora.LoraProcess`: one model with LoRA adapters, whose methods are called by lines of JSON.
+"""The program of `test_lora.LoraProcess`: one model with LoRA adapters, whose methods are called by lines of JSON.
 
 Relies on transformers and peft. With a ``device_map`` of wooly's the base is shared; without, all is stock.
 """
@@ -27,10 +27,10 @@ STEPS = 12
 
 
 class Lora:
-    """A base model, and what is put on it."""
+    """A base model, with at most one adapter."""
 
     def __init__(self) -> None:
-        torch.set_num_threads(1)  # several of these processes run at once, and must sum in the same order
+        torch.set_num_threads(1)  # the order of sums depends on the number of threads
         self.model: Any = None
         self.tokenizer: Any = None
         self.shared = False
@@ -40,11 +40,11 @@ class Lora:
         if self.shared:
             import wooly_hf  # noqa: F401 - turns the device map on
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        # bfloat16, as it is stored, would take CPUs without instructions for it minutes to train.
+        # Training in bfloat16, the dtype of the checkpoint, takes minutes on CPUs without instructions for it.
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map=device_map).eval()
 
     def train(self, word: str, directory: str) -> dict[str, Any]:
-        """Teach a new adapter to answer the question with a word, write it to a directory, and take it off again."""
+        """Train a new adapter to answer the question with a word, write it to a directory, and unload it."""
         torch.manual_seed(0)
         model: Any = get_peft_model(
             self.model,
@@ -57,7 +57,7 @@ class Lora:
         answer = self.tokenizer(f"{word}<|im_end|>", return_tensors="pt", add_special_tokens=False)["input_ids"]
         both = torch.cat([asked, answer], 1)
         labels = both.clone()
-        labels[:, : asked.shape[1]] = -100  # what the question says is not to be learned
+        labels[:, : asked.shape[1]] = -100  # the question is not part of the loss
         losses = []
         for _ in range(STEPS):
             loss = model(input_ids=both, labels=labels).loss
@@ -71,7 +71,7 @@ class Lora:
         return {"losses": losses, "with_gradient": with_gradient}
 
     def put_on(self, adapter: str) -> None:
-        """An adapter from a directory. What was there already is taken off."""
+        """Load an adapter from a directory, in the place of the current one."""
         self.take_off()
         self.model = PeftModel.from_pretrained(self.model, adapter).eval()
 
@@ -83,7 +83,7 @@ class Lora:
         self.model = self.model.merge_and_unload()
 
     def answer(self) -> dict[str, Any]:
-        """What it says, and the digest of the logits after the question."""
+        """Return the answer, and the digest of the logits after the question."""
         asked = self._tokens()
         with torch.no_grad():
             logits = self.model(input_ids=asked).logits
@@ -94,19 +94,19 @@ class Lora:
         return {"text": text.strip(), "logits": _digest(logits)}
 
     def base_answer(self) -> dict[str, Any]:
-        """What it says while the adapter is switched off."""
+        """Return the answer with the adapter disabled."""
         with self.model.disable_adapter():
             return self.answer()
 
     def base_digest(self) -> str:
-        """One digest over the weights of the base, with or without an adapter on it."""
+        """Return one digest over the weights of the base, with or without an adapter."""
         found = hashlib.sha256()
         for name, tensor in self._base():
             found.update(f"{name} {_digest(tensor)}\n".encode())
         return found.hexdigest()
 
     def base_bytes(self, at_least: int) -> int:
-        """Bytes of the base's weights of some size, one object counted once."""
+        """Return the bytes of the base's weights of at least some size, each object once."""
         return sum(
             tensor.nbytes for tensor in {id(t): t for _, t in self._base()}.values() if tensor.nbytes >= at_least
         )
@@ -143,7 +143,7 @@ def main() -> None:
         method, arguments = json.loads(line)
         try:
             answer = {"result": getattr(lora, method)(**arguments)}
-        except Exception as error:  # noqa: BLE001 - the test that called is told of any
+        except Exception as error:  # noqa: BLE001 - reported to the test
             answer = {"error": type(error).__name__, "text": str(error)}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

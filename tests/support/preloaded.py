@@ -1,13 +1,13 @@
-"""Python processes whose imports are done: forked from a server that imported torch, transformers or vLLM once.
+"""Python processes forked from a server that has imported torch, transformers or vLLM.
 
-Each is a process of its own, with its own memory, descriptors and pid, and is killed like any other. What it does not
-have for itself is the import: of tests that start dozens of processes with vLLM in them, most of the time is that.
+Each is a separate process, with private memory, descriptors and pid, and is killed like any other. It does not repeat
+the import, which takes most of the time of tests that start dozens of processes with vLLM.
 
 Processes come from two servers in turn. Two in a row, such as a publisher and its reader, thus differ in address
 layout and in the seed of string hashes, as unrelated processes do.
 
-Not for CUDA, whose state does not survive a fork, and not for tests of what happens during imports. The environment of
-a process is its own, but what imports read from it was read by the server.
+Not for CUDA, whose state does not survive a fork, and not for tests of imports. A process has its own environment, but
+imports read the server's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GPU = Path("/dev/nvidiactl")
 
 
 class PreloadedProcess:
-    """A forked process, with what tests use of `subprocess.Popen`."""
+    """A forked process, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, pid: int, pidfd: int, status: int, stdin: IO[Any], stdout: IO[Any]) -> None:
         self.pid = pid
@@ -191,7 +191,7 @@ class Pool:
 
 
 def finish(process: Process, timeout_s: float) -> tuple[int, str]:
-    """Read stdout to its end; returns the exit code and what was written. Kills the process when the time is up."""
+    """Read stdout to its end; return the exit code and the output. Kills the process after `timeout_s` seconds."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.close()

@@ -1,4 +1,4 @@
-"""Two tensor parallel engines beside stock vLLM: a scenario for CPUs and GPUs."""
+"""Two tensor parallel engines, compared with stock vLLM: a scenario for CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.engines import SHARING, status_of
 
 
 def ranks_share(engine: Any, path: Path, runtime_dir: Path, **job: Any) -> list[str]:
-    """Each rank has the weights of its like in the other engine, and all answer as stock; the models' devices."""
+    """Check that each rank shares with the same rank of the other engine and answers as stock; return the devices."""
     stock = engine(path, **job)
     right = stock.wait("answered")["tokens"]
     assert stock.finish() == 0

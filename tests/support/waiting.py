@@ -1,4 +1,4 @@
-"""Waiting for a condition with a deadline, and what the kernel says about processes."""
+"""Waits with a deadline, and process facts from the kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def wait_until(condition, what, timeout_s=15.0):
-    """Poll until `condition()` is true and return what it gave; fail with `what` it waited for."""
+    """Poll until `condition()` is true; return its value. Fails with `what` after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -28,7 +28,7 @@ def readable(file, timeout_s):
 
 
 def process_state(pid):
-    """The letter of `proc_pid_stat(5)`: R, S, T (stopped), Z (ended, not waited for); empty when it is gone."""
+    """Return the state letter of `proc_pid_stat(5)`: R, S, T (stopped), Z (zombie); empty if there is no process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -36,12 +36,12 @@ def process_state(pid):
 
 
 def open_fds(pid="self"):
-    """How many fds a process has open."""
+    """Return the number of open fds of a process."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def open_segments(pid="self"):
-    """How many fds of a process are segments in host memory."""
+    """Return the number of a process's fds that are segments in host memory."""
     targets = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:

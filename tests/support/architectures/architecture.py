@@ -1,4 +1,4 @@
-"""A small random model of one architecture: its config, its inputs, and how its checkpoint is written."""
+"""A small random model of one architecture: config, inputs, and checkpoint."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Architecture:
 
     Attributes:
         model: name of the class in ``transformers`` that is saved.
-        config: name of its config's class, which is made with ``settings``.
-        inputs: makes the inputs of a forward pass; equal from call to call.
+        config: name of its config class, which is called with ``settings``.
+        inputs: makes the inputs of a forward pass, equal in each call.
         generates: whether ``generate`` takes the same inputs.
-        stored: dtype of the checkpoint; the models are loaded in it, and in the other one.
-        loaded: name of the class that loads it, where that is another one than ``model``.
+        stored: dtype of the checkpoint; models are loaded in it and in the other dtype.
+        loaded: name of the class that loads it, if it differs from ``model``.
         finish: changes the model before it is saved.
     """
 
@@ -44,11 +44,11 @@ class Architecture:
 
     @property
     def other_dtype(self) -> DType:
-        """The dtype that it is not stored in."""
+        """Return the dtype that the checkpoint does not have."""
         return "bfloat16" if self.stored == "float32" else "float32"
 
     def model_class(self) -> Any:
-        """The class that loads it."""
+        """Return the class that loads it."""
         import transformers
 
         return getattr(transformers, self.loaded or self.model)
@@ -69,7 +69,7 @@ class Architecture:
 
 
 def _spread(parameter: torch.Tensor) -> None:
-    """New values: of matrices, so large that what goes through keeps its size; of vectors, near those that they had."""
+    """Draw values: of matrices, so that activations keep their size; of vectors, near their initial values."""
     if parameter.dim() > 1:
         summed = parameter[0].numel() if parameter.dim() > 3 else parameter.shape[-1]  # of images: a window
         parameter.normal_(0, 1.5 / summed**0.5)

@@ -9,7 +9,7 @@ from support.architectures.settings import GROUPED, SHAPE, SLIDING, TOKENS, UNTI
 
 
 def _make_twins(model: Any) -> None:
-    """The second layer gets the values of the first: equal bytes, and yet weights of their own."""
+    """Copy the first layer to the second: equal bytes of separate weights."""
     first, second = model.model.layers
     second.load_state_dict(first.state_dict())
 

@@ -16,48 +16,48 @@ LENGTH = 10
 
 
 def text(config: Any) -> Inputs:
-    """Two rows of token ids: of the texts, no special token but the first."""
+    """Return two rows of token ids, whose only special token is the first."""
     ids = _integers(3, min(VOCABULARY - 8, _vocabulary(config)), (2, LENGTH))
     ids[:, 0] = 1
     return {"input_ids": ids, "attention_mask": _ones_like(ids)}
 
 
 def text_for_both(config: Any) -> Inputs:
-    """What an encoder-decoder reads, and how its answer begins."""
+    """Return the input of an encoder-decoder, and the first tokens of its answer."""
     return {**text(config), "decoder_input_ids": _integers(3, VOCABULARY - 8, (2, 4))}
 
 
 def pixels(config: Any) -> Inputs:
-    """Two images."""
+    """Return two images."""
     size: int = getattr(config, "image_size", None) or 32
     return {"pixel_values": _normal((2, 3, size, size))}
 
 
 def text_and_pixels(config: Any) -> Inputs:
-    """Two captions, and two images."""
+    """Return two captions and two images."""
     return {**text(config.text_config), **pixels(config.vision_config)}
 
 
 def spectrogram(config: Any) -> Inputs:
-    """One spectrogram, and how the text begins."""
+    """Return one spectrogram, and the first tokens of the text."""
     frames = 2 * config.max_source_positions
     ids = _integers(3, VOCABULARY - 8, (1, 4))
     return {"input_features": _normal((1, config.num_mel_bins, frames)), "decoder_input_ids": ids}
 
 
 def waveform(config: Any) -> Inputs:  # noqa: ARG001 - all inputs are made of a config
-    """One short piece of sound."""
+    """Return one short waveform."""
     return {"input_values": _normal((1, 1600))}
 
 
 def text_around_image(config: Any) -> Inputs:
-    """One row of token ids with one image in it, whose place is as many tokens as it has patches."""
+    """Return one row of token ids with one image, which takes as many tokens as it has patches."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     return {**_around(patches), "pixel_values": _normal((1, 3, *(2 * [config.vision_config.image_size])))}
 
 
 def text_around_patches(config: Any) -> Inputs:
-    """As Qwen2-VL takes an image: patches of two frames as rows, and the grid that they were."""
+    """Return an image as Qwen2-VL takes it: patches of two frames as rows, and their grid."""
     import torch
 
     vision = config.vision_config
