@@ -8,7 +8,7 @@ WHEEL_VENV := build/venv-wheel
 INSTALLER := deploy/install.py deploy/vllm_cpu_shim.py
 TOOLS := $(TEST_VENV)/bin
 RELEASE_VENV := build/venv-release
-SCRIPTS := $(wildcard deploy/*.py benchmarks/*.py examples/*.py)
+SCRIPTS := benchmarks $(wildcard deploy/*.py examples/*.py docs/site/*.py)
 PYTEST_ARGUMENTS ?= -n 2
 VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml $(INSTALLER)
 	@touch $@
 
 demo: install ## two vLLM servers on one copy of a real model's weights (10 minutes at most)
-	@$(VENV)/bin/python benchmarks/demo.py
+	@$(VENV)/bin/python benchmarks demo
 
 wheel: ## dist/wooly-VERSION-py3-none-any.whl
 	@test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)
@@ -46,7 +46,7 @@ lint: $(TEST_VENV)/.installed ## ruff, mypy, and the layers
 	$(TOOLS)/ruff check .
 	$(TOOLS)/ruff format --check .
 	$(TOOLS)/mypy
-	MYPYPATH=benchmarks:deploy $(TOOLS)/mypy $(SCRIPTS)
+	MYPYPATH=tests:deploy:docs/site $(TOOLS)/mypy $(SCRIPTS)
 	$(TOOLS)/lint-imports
 
 # The reference is generated from the packages of this tree. A dead link, anchor or page outside of the navigation is an error.
@@ -72,22 +72,22 @@ release: $(RELEASE_VENV)/.installed ## build sdist and wheel, check them, and ru
 	$(RELEASE_VENV)/bin/python deploy/release.py
 
 bench: install ## the CPU benchmark, its plots and the summary (in benchmarks/results)
-	$(VENV)/bin/python benchmarks/bench_cpu.py
-	$(VENV)/bin/python benchmarks/bench_hf.py
-	$(VENV)/bin/python benchmarks/bench_disk.py
-	$(VENV)/bin/python benchmarks/bench_store.py
-	$(VENV)/bin/python benchmarks/summary.py
-	$(VENV)/bin/python benchmarks/plot.py
+	$(VENV)/bin/python benchmarks cpu
+	$(VENV)/bin/python benchmarks hf
+	$(VENV)/bin/python benchmarks disk
+	$(VENV)/bin/python benchmarks store
+	$(VENV)/bin/python benchmarks summary
+	$(VENV)/bin/python benchmarks plot
 
 soak: install ## 200 clients that publish, read and die at random for two minutes, then an exact count (results/soak.json)
-	$(VENV)/bin/python benchmarks/soak.py
-	$(VENV)/bin/python benchmarks/summary.py
+	$(VENV)/bin/python benchmarks soak
+	$(VENV)/bin/python benchmarks summary
 
 # With GPU_PYTHON and PARITY="--lanes 4 --budget-s 500 --missing" on a machine with a GPU, until nothing is missing.
 parity: ## stock, publisher and reader compared over models and quantizations (PARITY=options), and docs/parity.md
-	$(GPU_PYTHON) benchmarks/parity.py $(PARITY)
-	$(GPU_PYTHON) benchmarks/parity.py --markdown
-	$(GPU_PYTHON) benchmarks/summary.py
+	$(GPU_PYTHON) benchmarks parity $(PARITY)
+	$(GPU_PYTHON) benchmarks parity --markdown
+	$(GPU_PYTHON) benchmarks summary
 
 hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
@@ -103,11 +103,11 @@ vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIO
 # Other people's warnings are not errors here: the versions are what the machine has.
 gpu: ## GPU tests (GPU_TESTS=...), then benchmarks (PARTS=load,decode,... HF_PARTS=... DISK=yes), with GPU_PYTHON
 	$(if $(strip $(GPU_TESTS)),$(GPU_PYTHON) -m pytest -o filterwarnings=default -m gpu $(GPU_TESTS))
-	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks/bench_gpu.py --parts $(PARTS))
-	$(if $(strip $(HF_PARTS)),$(GPU_PYTHON) benchmarks/bench_hf.py --gpu --parts $(HF_PARTS))
-	$(if $(strip $(DISK)),$(GPU_PYTHON) benchmarks/bench_disk.py --gpu)
-	$(GPU_PYTHON) benchmarks/summary.py
-	$(GPU_PYTHON) benchmarks/plot.py
+	$(if $(strip $(PARTS)),$(GPU_PYTHON) benchmarks gpu --parts $(PARTS))
+	$(if $(strip $(HF_PARTS)),$(GPU_PYTHON) benchmarks hf --gpu --parts $(HF_PARTS))
+	$(if $(strip $(DISK)),$(GPU_PYTHON) benchmarks disk --gpu)
+	$(GPU_PYTHON) benchmarks summary
+	$(GPU_PYTHON) benchmarks plot
 
 clean: ## remove environments, builds and caches
 	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

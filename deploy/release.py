@@ -5,8 +5,8 @@
     python deploy/release.py --tools     install the extra `release` of pyproject.toml into this environment
     python deploy/release.py --version   print the version of the source tree
 
-Nothing is uploaded, tagged or committed. The wheel is built from the source distribution, so that a file missing there is
-noticed. Exit codes: 0 done, 1 a step failed (its output says why).
+Nothing is uploaded, tagged or committed. The wheel is built from the source distribution, so that a file missing there
+is noticed. Exit codes: 0 done, 1 a step failed (its output says why).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ LINE = 17
 
 
 def sequence(source: str, *_arguments: Any, **_options: Any) -> str:
-    """Draw who sends what to whom, from top to bottom."""
+    """Draw messages between actors, from top to bottom."""
     steps = [_step(line) for line in _lines(source)]
     actors = list(dict.fromkeys(name for step in steps for name in (step.source, step.target) if name))
     at = {name: index for index, name in enumerate(actors)}
@@ -80,18 +80,18 @@ def states(source: str, *_arguments: Any, **_options: Any) -> str:
     routes = [_Route(at[a], at[b], labels) for (a, b), labels in edges.items() if a != b]
     above = [route for route in routes if route.target > route.source]
     below = [route for route in routes if route.target < route.source]
-    boxes = [max(_width(text) for text in (name, *lines)) + 28 for name, lines in zip(names, inside, strict=True)]
+    boxes = [max(_width(text) for text in (name, *events)) + 28 for name, events in zip(names, inside, strict=True)]
     lefts = [10.0]
     for index in range(1, len(names)):
         lefts.append(lefts[-1] + boxes[index - 1] + _gap(routes, boxes, index - 1))
     up, down = _levels(above), _levels(below)
     top, height = 14.0 + sum(up), 36.0 + LINE * max(map(len, inside))
     drawing = Drawing(width=lefts[-1] + boxes[-1] + 10, height=top + height + sum(down) + 14)
-    for name, lines, left, width in zip(names, inside, lefts, boxes, strict=True):
+    for name, events, left, width in zip(names, inside, lefts, boxes, strict=True):
         drawing.add(drawing.box(left, top, width, height, kind="state"))
         drawing.add(drawing.text(left + width / 2, top + 23, [name], kind="strong"))
-        if lines:
-            drawing.add(drawing.text(left + width / 2, top + 23 + LINE, lines, kind="inside"))
+        if events:
+            drawing.add(drawing.text(left + width / 2, top + 23 + LINE, events, kind="inside"))
     labels = []
     for side, heights, edge, way in ((above, up, top, -1), (below, down, top + height, 1)):
         for route, (x1, x2) in zip(side, _ports(side, lefts, boxes), strict=True):
@@ -104,11 +104,11 @@ def states(source: str, *_arguments: Any, **_options: Any) -> str:
 
 
 def stack(source: str, *_arguments: Any, **_options: Any) -> str:
-    """Draw layers; each uses those below it."""
+    """Draw layers, each above those that it uses."""
     rows = []
     for line in _lines(source):
-        names, _, text = line.partition(": ")
-        rows.append(([name.strip() for name in names.split("|")], text.strip()))
+        beside, _, text = line.partition(": ")
+        rows.append(([name.strip() for name in beside.split("|")], text.strip()))
     inner = max(sum(_width(name) + 40 for name in names) for names, _ in rows)
     texts = max(_width(text) for _, text in rows)
     drawing = Drawing(width=inner + texts + 40)
@@ -146,7 +146,7 @@ def _alone(step: _Step, actor: str) -> bool:
 
 
 def _pitch(steps: Sequence[_Step], at: dict[str, int], index: int) -> float:
-    """Pixels between an actor and the next one: as much as the widest text between them needs."""
+    """Return the pixels between an actor and the next one, for the widest text between them."""
     widest = 100.0
     for step in steps:
         width = max(map(_width, _wrapped(step.text))) + 24
@@ -174,7 +174,7 @@ class _Route:
 
 
 def _gap(routes: Sequence[_Route], boxes: Sequence[float], index: int) -> float:
-    """Pixels between a state and the next one: as much as the labels over the gap need."""
+    """Return the pixels between a state and the next one, for the labels over the gap."""
     needed = [48.0]
     for route in routes:
         low, high = route.span
@@ -201,7 +201,7 @@ def _levels(routes: list[_Route]) -> list[float]:
 
 
 def _ports(routes: Sequence[_Route], lefts: Sequence[float], boxes: Sequence[float]) -> list[tuple[float, float]]:
-    """Return where each route leaves and enters: spread over a state's side, in the order in which fewest lines cross."""
+    """Return where each route leaves and enters: spread over a state's side, so that few lines cross."""
     ends: dict[int, list[tuple[int, float, int, int]]] = defaultdict(list)
     for number, route in enumerate(routes):
         for end, (state, other) in enumerate([(route.source, route.target), (route.target, route.source)]):
@@ -223,17 +223,17 @@ class Drawing:
     parts: list[str] = field(default_factory=list)
 
     def add(self, *parts: str) -> None:
-        """Draw over what is there."""
+        """Add parts, over those that were added before."""
         self.parts += parts
 
     @staticmethod
     def box(x: float, y: float, width: float, height: float, kind: str = "box") -> str:
-        """A box; ``kind`` is its class in the style sheet."""
+        """Return a box; ``kind`` is its class in the style sheet."""
         return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="4"/>'
 
     @staticmethod
     def text(x: float, y: float, lines: Sequence[str], *, kind: str = "plain", anchor: str = "middle") -> str:
-        """Lines of text, the first with its base line at ``y``. A ``label`` covers the lines below it."""
+        """Return lines of text, the first with its base line at ``y``. A ``label`` covers the lines below it."""
         spans = "".join(
             f'<tspan x="{x:.1f}" dy="{LINE if index else 0}">{escape(line)}</tspan>' for index, line in enumerate(lines)
         )
@@ -241,12 +241,12 @@ class Drawing:
 
     @staticmethod
     def line(points: Sequence[tuple[float, float]]) -> str:
-        """A thin line."""
+        """Return a thin line."""
         return f'<path class="life" d="{_path(points)}"/>'
 
     @staticmethod
     def arrow(points: Sequence[tuple[float, float]], *, dashed: bool = False) -> str:
-        """A line with a head at its end."""
+        """Return a line with a head at its end."""
         (x0, y0), (x, y) = points[-2:]
         dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
         head = [(x, y), (x - 7 * dx + 4 * dy, y - 7 * dy + 4 * dx), (x - 7 * dx - 4 * dy, y - 7 * dy - 4 * dx)]
@@ -254,7 +254,7 @@ class Drawing:
         return f'<path class="{kind}" d="{_path(points)}"/><path class="head" d="{_path(head)}Z"/>'
 
     def html(self) -> str:
-        """The drawing, in a frame that scrolls where the page is narrower than it."""
+        """Return the drawing, in a frame that scrolls where the page is narrower."""
         width, height = round(self.width), round(self.height)
         return (
             f'<div class="diagram"><svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -271,7 +271,7 @@ def _lines(source: str) -> list[str]:
 
 
 def _wrapped(text: str, most: int = 44) -> list[str]:
-    """Break a text at ``; `` or between words where it is long."""
+    """Break a text at ``; `` and, where it is long, between words."""
     lines: list[str] = []
     for part in text.split("; "):
         for word in part.split():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import reference
 from mkdocs.config.defaults import MkDocsConfig
@@ -34,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, **_others: Any) -> str:
     """Point links to plots, which in the repository lie beside the results, to their copies in the site."""
     up = "../" * page.file.src_uri.count("/")
     return _ELSEWHERE.sub(f"]({up}assets/plots/", markdown)

@@ -26,22 +26,20 @@ _LITERAL = re.compile(r"``(.+?)``")
 
 
 def commands() -> str:
-    """Every command with its usage, arguments and options, as ``--help`` prints them."""
+    """Return the page of every command, with its usage, arguments and options as ``--help`` prints them."""
     group = typer.main.get_command(app)
     parts = [
         "# Every option\n",
-        "Generated from the commands' own help texts; `wooly COMMAND --help` prints the same. What commands mean, "
-        "their output and their exit codes are on [The wooly command](../cli.md).\n",
+        (
+            "Generated from the commands' own help texts; `wooly COMMAND --help` prints the same. What commands mean, "
+            "their output and their exit codes are on [The wooly command](../cli.md).\n"
+        ),
     ]
     for name, command in group.commands.items():  # type: ignore[attr-defined]  # a group, which typer does not say
         context = click.Context(command, info_name=f"wooly {name}")
-        parts += [f"## wooly {name}\n", *_help(command.help or ""), f"```\n{_usage(command, context)}\n```\n"]
-        rows = [
-            (", ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts]), _described(parameter))
-            for parameter in command.params
-            if parameter.param_type_name == "option"
-        ]
-        parts += _table(("option", "meaning"), rows)
+        parts += [f"## wooly {name}\n", f"```\n{_usage(command, context)}\n```\n", *_help(command.help or "")]
+        rows = [(_named(parameter), _described(parameter)) for parameter in command.params]
+        parts += _table(("argument or option", "meaning"), rows)
     return "\n".join(parts)
 
 
@@ -57,16 +55,22 @@ def _help(text: str) -> Iterator[str]:
             yield f"{' '.join(paragraph.split())}\n"
 
 
+def _named(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`"
+    return ", ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts])
+
+
 def _described(parameter: Any) -> str:
     text = " ".join((parameter.help or "").split())
-    if parameter.metavar:
+    if parameter.metavar and parameter.param_type_name == "option":
         text = f"`{parameter.metavar}`. {text}"
     shown = parameter.default not in (None, False, True, (), []) and "[default" not in text
     return f"{text}  [default: {parameter.default}]" if shown else text
 
 
 def metrics() -> str:
-    """Every metric that the store exposes, with type, labels and description."""
+    """Return the page of every metric that the store exposes, with type, labels and description."""
     rows = []
     for family in StatusCollector(_empty_status()).collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -74,9 +78,11 @@ def metrics() -> str:
     return "\n".join(
         [
             "# Metrics\n",
-            "Generated from the store's exposition. `wooly serve --metrics HOST:PORT` serves them at `/metrics`; "
-            "[Operations](../operations.md#monitoring) has the dashboard and the alerts. A histogram has the "
-            "suffixes `_bucket`, `_sum` and `_count`.\n",
+            (
+                "Generated from the store's exposition. `wooly serve --metrics HOST:PORT` serves them at `/metrics`; "
+                "[Operations](../operations.md#monitoring) has the dashboard and the alerts. A histogram has the "
+                "suffixes `_bucket`, `_sum` and `_count`.\n"
+            ),
             *_table(("metric", "type", "labels", "meaning"), rows),
         ]
     )
@@ -88,7 +94,7 @@ def _labels(family: Metric) -> str:
 
 
 def _empty_status() -> status.Status:
-    """A status of the right types: the exposition names its families whatever the values are."""
+    """Return a status of the right types; the names of metrics do not depend on the values."""
     return msgspec.convert(_example(status.Status), status.Status)
 
 
@@ -120,14 +126,16 @@ def _example_of(found: Any) -> Any:
 
 
 def failures() -> str:
-    """Every error class: its code, its exit code and its meaning."""
+    """Return the page of every error class: its code, its exit code and its meaning."""
     classes = sorted(_subclasses(errors.WoolyError), key=lambda cls: (cls.exit_code, cls.code))
     rows = [(f"`{cls.code}`", str(cls.exit_code), _inline(cls)) for cls in classes]
     return "\n".join(
         [
             "# Errors and exit codes\n",
-            "Generated from the error classes. The code is in brackets at the end of every message of the `wooly` "
-            "command, in warnings of engines, and in events; it is stable. The exit code is that of the command.\n",
+            (
+                "Generated from the error classes. The code is in brackets at the end of every message of the `wooly` "
+                "command, in warnings of engines, and in events; it is stable. The exit code is that of the command.\n"
+            ),
             *_table(("code", "exit code", "meaning"), rows),
         ]
     )
@@ -138,11 +146,13 @@ def _subclasses(cls: type[errors.WoolyError]) -> set[type[errors.WoolyError]]:
 
 
 def every_message() -> str:
-    """Every message of the protocol: tag, fields with types and defaults, and meaning."""
+    """Return the page of every message: tag, fields with types and defaults, and meaning."""
     parts = [
         "# Every message\n",
-        "Generated from the message structs. A message is a msgpack map whose `type` is the tag; the keys are the "
-        "fields, in any order. Conversations, limits and errors are on [The protocol](../protocol.md).\n",
+        (
+            "Generated from the message structs. A message is a msgpack map whose `type` is the tag; the keys are the "
+            "fields, in any order. Conversations, limits and errors are on [The protocol](../protocol.md).\n"
+        ),
     ]
     for title, union in (("From a client", messages.ClientMessage), ("From the store", messages.StoreMessage)):
         parts.append(f"## {title}\n")

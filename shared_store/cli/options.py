@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they mean."""
+"""Options and arguments that several commands share, and the connection to the store."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,14 +13,21 @@ if TYPE_CHECKING:
 RuntimeDir = Annotated[
     Path | None,
     typer.Option(
-        "--runtime-dir", metavar="DIR", help="The store's runtime directory.  [default: what WOOLY_RUNTIME_DIR says]"
+        "--runtime-dir",
+        metavar="DIR",
+        help="Runtime directory of the store.  "
+        "[default: WOOLY_RUNTIME_DIR, else $XDG_RUNTIME_DIR/wooly or /tmp/wooly-UID]",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes, times in seconds.")]
+Key = Annotated[
+    str,
+    typer.Argument(metavar="KEY", help="Key of the model, or an unambiguous prefix. `wooly models` lists the keys."),
+]
 
 
 def connect(runtime_dir: Path | None) -> "Session":
-    """A session with the store that runs; never starts one. Raises :class:`StoreUnavailableError`."""
+    """Connect to the running store. Never starts one. Raises :class:`StoreUnavailableError`."""
     import logging
 
     from shared_store.client.session import Session

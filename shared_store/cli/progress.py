@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: a bar at a terminal, and nothing where nobody watches."""
+"""Progress bar on stderr, at terminals only."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar of ``total`` bytes. Call what it gives with bytes done, from any thread."""
+    """Show a bar for ``total`` bytes. Yields a function that adds bytes to it; any thread may call it."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -1,4 +1,4 @@
-"""Text for people: sizes, durations, tables. JSON is not made here; it has the exact numbers."""
+"""Format sizes, durations and tables for people. JSON has exact numbers."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 KEY_SHOWN: Final = 12
-"""Digits of a key in tables: enough to tell models apart, and to give to ``wooly rm``."""
+"""Digits of a key in tables: enough to identify a model, also in commands that accept a prefix."""
 
 
 def size(nbytes: int) -> str:
-    """Bytes as ``1.5 GiB``; three significant digits."""
+    """Format bytes as ``1.5 GiB``, with three significant digits."""
     value, unit = float(nbytes), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -23,7 +23,7 @@ def size(nbytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``3 d 4 h``: the two largest units."""
+    """Format seconds as ``3 d 4 h``, with the two largest units."""
     rest = int(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -34,17 +34,17 @@ def duration(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """What a client said about itself, without characters that a terminal would act on."""
+    """Replace the control characters of a client's text, which a terminal would act on."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def short_key(key: str) -> str:
-    """The beginning of a key."""
+    """Return the first digits of a key."""
     return plain(key[:KEY_SHOWN])
 
 
 def console() -> "Console":
-    """Where tables go. Not a terminal: no colours, and lines as long as they are, for other programs to cut."""
+    """Return the console on stdout. Without a terminal, it prints no colours and folds no lines."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -53,7 +53,7 @@ def console() -> "Console":
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
-    """A table without lines; a column whose name begins with ``>`` is set flush right."""
+    """Build a table without borders. A column whose name starts with ``>`` is right-aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -68,7 +68,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
 
 
 def print_json(value: object) -> None:
-    """One line of JSON, of anything that msgspec encodes."""
+    """Print a value that msgspec can encode as one line of JSON."""
     import msgspec
 
     print(msgspec.json.encode(value).decode(), flush=True)

@@ -1,23 +1,17 @@
 """``wooly rm``."""
 
-from typing import Annotated
-
-import typer
-
-from shared_store.cli.options import RuntimeDir, connect
+from shared_store.cli.options import Key, RuntimeDir, connect
 
 
-def command(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The model's key, or an unambiguous beginning of it.")],
-    runtime_dir: RuntimeDir = None,
-) -> None:
-    """Remove a model that nobody uses from the store.
+def command(key: Key, runtime_dir: RuntimeDir = None) -> None:
+    """Remove an idle model from the store, pinned or not.
 
-    Its memory is freed, save for tensors that other models have too. `wooly models` lists the keys.
+    Its memory is freed, except for tensors that other models share. Exit code 10: the model is in use. `wooly status`
+    shows its readers.
 
     \b
     Example:
       wooly rm 3f9a
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     with connect(runtime_dir) as session:
         print(f"removed {session.remove(key)}")

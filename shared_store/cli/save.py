@@ -6,25 +6,26 @@ from typing import Annotated
 import typer
 
 from shared_store.cli import render
-from shared_store.cli.options import Json, RuntimeDir, connect
+from shared_store.cli.options import Json, Key, RuntimeDir, connect
 
 
 def command(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The model's key, or an unambiguous beginning of it.")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The directory to make; its parent must be there.")],
+    key: Key,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory to create. Its parent must exist.")],
     *,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Save a model as it is in the store, to be restored without its checkpoint.
+    """Save a model to files.
 
-    Writes safetensors files and wooly.json. The directory appears when all of it is on the disk, and nothing is ever
-    replaced. What is not what its digest says is not saved.
+    `wooly restore` then needs neither the checkpoint nor an engine. Writes the final tensors as safetensors files, and
+    wooly.json. The directory appears once everything is on disk. An existing directory is never replaced. A model whose
+    bytes do not match their digests is not saved.
 
     \b
     Example:
       wooly save 3f9a --to /models/llama.wooly
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.cli.progress import progress
     from shared_store.disk.save import save_resident
     from shared_store.transfer.resident import committed

@@ -15,7 +15,11 @@ DETACHED_WITHIN_S: Final = 20.0
 def command(
     *,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Return once the store serves, and leave it running.")
+        bool,
+        typer.Option(
+            "--detach",
+            help="Run in the background; return once clients can connect. Log: store.log in the runtime directory.",
+        ),
     ] = False,
     runtime_dir: RuntimeDir = None,
     redis_url: Annotated[
@@ -23,24 +27,27 @@ def command(
         typer.Option(
             "--redis-url",
             metavar="URL",
-            help="The catalog's server.  [default: what WOOLY_REDIS_URL says, else one of the store's own]",
+            help="Redis or Valkey server for the catalog.  [default: WOOLY_REDIS_URL, else an embedded server]",
         ),
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            "--metrics", metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz there.  [default: off]"
+            "--metrics",
+            metavar="HOST:PORT",
+            help="Serve HTTP there: /metrics (Prometheus), /healthz, /readyz.  [default: off]",
         ),
     ] = None,
     max_clients: Annotated[
-        int, typer.Option("--max-clients", metavar="N", min=1, help="Connections at a time.")
+        int, typer.Option("--max-clients", metavar="N", min=1, help="Maximum number of connections.")
     ] = 1024,
     max_resident: Annotated[
         list[str] | None,
         typer.Option(
             "--max-resident",
             metavar="DEVICE=SIZE",
-            help="Limit of the store's memory on a device, such as cpu=64GiB. May be repeated.",
+            help="Memory limit on a device (cpu, or a GPU's UUID as in nvidia-smi -L), for example cpu=64GiB. At the "
+            "limit, idle models are evicted. May be repeated.  [default: no limit]",
         ),
     ] = None,
     compact_share: Annotated[
@@ -50,21 +57,31 @@ def command(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="What of a segment (0 to 1) must be unused for an idle store to pack it anew; 1: it never does.",
+            help="Unused fraction at which an idle store compacts a segment in host memory; 1 disables.",
         ),
     ] = 0.25,
     group: Annotated[
         str | None,
-        typer.Option("--group", metavar="GROUP", help="Let members of this group connect.  [default: only this user]"),
+        typer.Option(
+            "--group", metavar="GROUP", help="Allow members of this group to connect.  [default: only this user]"
+        ),
     ] = None,
     allow_uid: Annotated[
         list[int] | None,
-        typer.Option("--allow-uid", metavar="UID", min=0, help="Let this user connect too. May be repeated."),
+        typer.Option(
+            "--allow-uid",
+            metavar="UID",
+            min=0,
+            help="Allow this user id to connect. May be repeated.  [default: only this user]",
+        ),
     ] = None,
     watchdog: Annotated[
         float,
         typer.Option(
-            "--watchdog", metavar="SECONDS", min=0, help="Restart a store that shows no life for so long; 0: never."
+            "--watchdog",
+            metavar="SECONDS",
+            min=0,
+            help="Restart a store that does not respond for this long; 0 disables.",
         ),
     ] = 30.0,
     log_level: Annotated[
@@ -72,21 +89,22 @@ def command(
         typer.Option(
             "--log-level",
             metavar="LEVEL",
-            help="DEBUG, INFO, WARNING or ERROR.  [default: what WOOLY_LOG_LEVEL says]",
+            help="DEBUG, INFO, WARNING or ERROR.  [default: WOOLY_LOG_LEVEL, else INFO]",
         ),
     ] = None,
 ) -> None:
-    """Run this node's store and its keeper, in the foreground until Ctrl-C or SIGTERM.
+    """Run the store and its keeper in the foreground.
 
-    The keeper starts the store again when it dies, with all models. Clients start both by themselves (unless
-    WOOLY_AUTOSTART=0); run it by hand to give options.
+    Ctrl-C or SIGTERM stops both. The store allocates the shared memory. The keeper restarts it after a crash, with all
+    models. The first engine starts both with default options, unless WOOLY_AUTOSTART=0. Use this command to set
+    options, or in a service manager.
 
     \b
     Examples:
       wooly serve --detach
       wooly serve --max-resident cpu=64GiB --metrics 127.0.0.1:9400
       wooly serve --redis-url redis://catalog.example:6379/0
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.memory import backend_for
     from shared_store.runtime.options import ServeOptions
 
@@ -105,7 +123,7 @@ def command(
     options = dataclasses.replace(
         ServeOptions.from_environment(), **{name: value for name, value in given.items() if value is not None}
     )
-    # What cannot work is refused before anything is started.
+    # Refuse invalid options before anything is started.
     for device in options.max_resident:
         backend_for(device)
     if metrics is not None:
@@ -118,7 +136,7 @@ def command(
         try:
             grp.getgrnam(group)
         except KeyError as error:
-            raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists them") from error
+            raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists all groups") from error
     if detach:
         from shared_store.runtime.spawn import start_detached
 
@@ -131,7 +149,7 @@ def command(
 
 
 def parse_limit(text: str) -> tuple[str, int]:
-    """Device and bytes of ``DEVICE=SIZE``. Raises :class:`ConfigError` that names the option and the form."""
+    """Parse ``DEVICE=SIZE`` to device and bytes. Raises :class:`ConfigError`."""
     from shared_store.base.sizes import parse_size
 
     device, equals, size = text.partition("=")
@@ -139,7 +157,7 @@ def parse_limit(text: str) -> tuple[str, int]:
     if not (device and equals) or nbytes is None:
         raise ConfigError(
             f"--max-resident {text!r} is not of the form DEVICE=SIZE, such as cpu=64GiB; "
-            "a size is a number and KiB, MiB, GiB or TiB"
+            "a size is a number with KiB, MiB, GiB or TiB"
         )
     return device, nbytes
 

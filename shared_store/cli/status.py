@@ -19,23 +19,25 @@ INTERVAL_S = 2.0
 def command(
     interval_s: Annotated[
         float | None,
-        typer.Argument(
-            metavar="SECONDS", min=0.1, show_default=False, help="With --watch: between two looks (default: 2)."
-        ),
+        typer.Argument(metavar="SECONDS", min=0.1, show_default=False, help="Interval of --watch.  [default: 2]"),
     ] = None,
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted (Ctrl-C).")] = False,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Show memory, models and clients, and what is saved.
+    """Show the store's state, memory, models and clients.
+
+    The line "shared" has the bytes that clients map, the bytes in memory, and the bytes saved by sharing. Columns: DEAD
+    is memory of removed tensors, which compaction frees; PADDING is unused space between tensors; UNIQUE is the part of
+    a model that no other model shares; MAPPED and PRIVATE are shared and private bytes of a client.
 
     \b
     Examples:
       wooly status
       wooly status --watch 5
       wooly status --json | jq .totals.saved_bytes
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     if interval_s is not None and not watch:
         raise typer.BadParameter("SECONDS goes with --watch")
     with connect(runtime_dir) as session:
@@ -45,7 +47,7 @@ def command(
         try:
             _watch(session, interval_s or INTERVAL_S, as_json=as_json)
         except KeyboardInterrupt:
-            return  # the way to end it
+            return  # the user ended it
 
 
 def _show(status: "Status", session: "Session", *, as_json: bool) -> None:

@@ -15,40 +15,44 @@ GONE_WITHIN_S: Final = 30.0
 
 
 def command(runtime_dir: RuntimeDir = None) -> None:
-    """Stop the store, and wait until it is gone.
+    """Stop the store and its keeper, and wait until both have ended.
 
-    Engines go on: what they have mapped stays theirs. Exit code 3: there was no store.
+    Engines continue with the models that they have mapped, and return them to the next store. Models without readers
+    are lost, and must be loaded again. To change only the version, use `wooly upgrade`. Exit code 3: no store is
+    running.
 
     \b
     Examples:
       wooly stop
-      wooly stop && wooly serve --detach      with other options
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+      wooly stop && wooly serve --detach --max-resident cpu=64GiB
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     directory = (runtime_dir or envs.RUNTIME_DIR.get()).absolute()
     try:
         session = connect(runtime_dir)
     except ConnectionLostError:
-        raise  # one was there, and did not greet: that is not "none runs"
+        raise  # a store is running and did not greet
     except StoreUnavailableError as error:
-        raise StoreUnavailableError(f"no store runs in {directory}: there is nothing to stop") from error
-    logging.getLogger("shared_store").setLevel(logging.ERROR)  # that the store ends is no news here
-    with session, contextlib.ExitStack() as held:
+        raise StoreUnavailableError(f"no store is running in {directory}; there is nothing to stop") from error
+    logging.getLogger("shared_store").setLevel(logging.ERROR)  # the end of the store is expected here
+    with session, contextlib.ExitStack() as closing:
         pid, keeper = session.store_pid, session.status().keeper
         processes = {}
         for one in (pid, *([keeper.pid] if keeper is not None else [])):
             with contextlib.suppress(ProcessLookupError):
                 processes[one] = os.pidfd_open(one)
-                held.callback(os.close, processes[one])
-        with contextlib.suppress(ConnectionLostError):  # it was quicker to end than to answer
+                closing.callback(os.close, processes[one])
+        with contextlib.suppress(ConnectionLostError):  # the store ended before it answered
             session.shutdown_store()
-        session.close()  # the store may wait for its clients
+        session.close()  # the store may wait for its clients to disconnect
         for one, process in processes.items():
             if not select.select([process], [], [], GONE_WITHIN_S)[0]:
                 raise TimedOutError(
-                    f"the store (pid {pid}) was told to end, and pid {one} still runs after {GONE_WITHIN_S:.0f} s; "
-                    f"its log may say why: {RuntimePaths(directory).log}"
+                    f"asked the store (pid {pid}) to stop, but pid {one} still runs after {GONE_WITHIN_S:.0f} s; "
+                    f"see its log: {RuntimePaths(directory).log}"
                 )
     if pid not in processes:
-        print(f"told the store to end; its pid {pid} is another container's, so its end cannot be seen from here")
+        print(
+            f"asked the store to stop; its pid {pid} is in another container, so its end cannot be observed from here"
+        )
     else:
         print(f"stopped the store (pid {pid})")

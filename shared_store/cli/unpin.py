@@ -1,21 +1,14 @@
 """``wooly unpin``."""
 
-from typing import Annotated
-
-import typer
-
-from shared_store.cli.options import RuntimeDir, connect
+from shared_store.cli.options import Key, RuntimeDir, connect
 
 
-def command(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The model's key, or an unambiguous beginning of it.")],
-    runtime_dir: RuntimeDir = None,
-) -> None:
-    """Let a pinned model leave again, when nobody reads it and its room is needed.
+def command(key: Key, runtime_dir: RuntimeDir = None) -> None:
+    """Unpin a model, so that it can be evicted.
 
     \b
     Example:
       wooly unpin 3f9a
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     with connect(runtime_dir) as session:
         print(f"unpinned {session.pin(key, pinned=False)}")

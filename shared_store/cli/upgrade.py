@@ -15,24 +15,30 @@ def command(
     python: Annotated[
         str | None,
         typer.Option(
-            "--python", metavar="PATH", help="Interpreter of the installation to change to.  [default: this command's]"
+            "--python",
+            metavar="PATH",
+            help="Python interpreter of the new installation.  [default: the one that runs this command]",
         ),
     ] = None,
     *,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Replace the store and its keeper by this installation's, with all models.
+    """Replace the running store by this version, with all models.
 
-    Nothing is loaded again. Engines go on, and join the new store by themselves.
+    The store and its keeper are replaced by those of this installation. Nothing is loaded again. Engines continue and
+    reconnect to the new store. If the new store does not start, the old one continues, and the exit code is 18. Only
+    the store's user and root may upgrade.
 
     \b
     Examples:
       pip install -U wooly && wooly upgrade
       wooly upgrade --python /opt/wooly-2/bin/python
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
-    here = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}  # as it would run here
-    interpreter = Path.cwd() / (python or sys.executable)  # not resolved: a link is what makes a virtual environment
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
+    here = {
+        name: value for name, value in os.environ.items() if name.startswith("PYTHON")
+    }  # so that the store imports the same packages as this command
+    interpreter = Path.cwd() / (python or sys.executable)  # not resolved: the link identifies the virtual environment
     with connect(runtime_dir) as session:
         before = session.store_version, session.store_pid
         started = time.monotonic()
@@ -50,4 +56,4 @@ def command(
             }
         )
     else:
-        print(f"wooly {before[0]} (pid {before[1]}) made room for {after[0]} (pid {after[1]}) in {took_s:.2f} s")
+        print(f"upgraded wooly {before[0]} (pid {before[1]}) to {after[0]} (pid {after[1]}) in {took_s:.2f} s")

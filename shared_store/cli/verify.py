@@ -17,25 +17,30 @@ if TYPE_CHECKING:
 def command(
     key: Annotated[
         str | None,
-        typer.Argument(metavar="KEY", show_default=False, help="The model's key, or an unambiguous beginning of it."),
+        typer.Argument(
+            metavar="KEY",
+            show_default=False,
+            help="Key of the model, or an unambiguous prefix. `wooly models` lists the keys.",
+        ),
     ] = None,
     *,
-    every: Annotated[bool, typer.Option("--all", help="All models.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Verify all models.")] = False,
     as_json: Json = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
-    """Digest what is resident again, and take out of service what has changed.
+    """Re-digest resident blobs; quarantine mismatches.
 
-    What several models share is digested once. Engines that read a changed blob go on; new ones load it anew. Exit
-    code 11: something had changed.
+    Compares the tensors in memory (blobs) with their digests from publication. A blob that several models share is
+    digested once. After a mismatch, the models that contain it are withdrawn: current engines keep their mappings, new
+    engines load the model again. Exit code 11: a mismatch was found.
 
     \b
     Examples:
       wooly verify --all
       wooly verify 3f9a --json | jq '.[].result'
-    """  # noqa: D301 - the escape is typer's, for lines that stay as they are
+    """  # noqa: D301 - typer's mark for lines that are not wrapped
     if (key is None) != every:
-        raise typer.BadParameter("give a KEY, or --all")
+        raise typer.BadParameter("pass a KEY, or --all")
     from shared_store.cli.progress import progress
     from shared_store.transfer.resident import committed
     from shared_store.transfer.verify import verify
@@ -54,8 +59,8 @@ def command(
     wrong = [one for one in found if one.result == "mismatch"]
     if wrong:
         raise DigestMismatchError(
-            f"{sum(len(one.mismatched) for one in wrong)} blobs are not what their digests say; the models that have "
-            "them are out of service, and the next engine that needs one loads it again"
+            f"{sum(len(one.mismatched) for one in wrong)} blobs do not match their digests; the models that contain "
+            "them are withdrawn, and the next engine that needs one loads it again"
         )
 
 

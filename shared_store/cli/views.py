@@ -1,4 +1,4 @@
-"""A status as text for people. Imports rich: for commands that have something to show."""
+"""Format a status as text and tables. Importing this module imports rich."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from shared_store.cli.render import duration, plain, short_key, size, table
 
 
 def report(status: Status, *, hide_client: int | None = None) -> Group:
-    """All of a status. ``hide_client``: the one who asks, who is of no interest."""
+    """Format a whole status. ``hide_client``: the number of the client to leave out (this command)."""
     parts: list[RenderableType] = [Text(plain(line)) for line in _summary(status)]
     parts += [Text(), devices(status.devices)]
     if status.models:
@@ -29,22 +29,23 @@ def _summary(status: Status) -> list[str]:
     reasons = f" ({', '.join(store.reasons)})" if store.reasons else ""
     mapped, resident, saved = map(size, (totals.mapped_bytes, totals.resident_bytes, totals.saved_bytes))
     published = f"{counters.publishes} publishes ({counters.aborted_publishes} aborted)"
-    left = f"{counters.evictions} evictions"
-    refused = f"{counters.fallbacks} fallbacks, {counters.protocol_errors} protocol errors"
+    failures = f"{counters.fallbacks} fallbacks, {counters.protocol_errors} protocol errors"
     keeper = status.keeper
-    kept = "none" if keeper is None else f"{keeper.state}, pid {keeper.pid}, {keeper.restarts} restarts of the store"
+    supervised = (
+        "none" if keeper is None else f"{keeper.state}, pid {keeper.pid}, {keeper.restarts} restarts of the store"
+    )
     return [
         f"store    {store.state}{reasons}, pid {store.pid}, wooly {store.version}, up {duration(store.uptime_s)}",
         f"at       {status.node.runtime_dir} on {status.node.hostname}",
-        f"keeper   {kept}",
+        f"keeper   {supervised}",
         f"catalog  {status.catalog.state}, {status.catalog.url}",
-        f"shared   {mapped} mapped out of {resident} resident: {saved} saved",
-        f"events   {published}, {counters.attaches} attaches, {left}, {refused}",
+        f"shared   {mapped} mapped by clients, {resident} resident, {saved} saved",
+        f"events   {published}, {counters.attaches} attaches, {counters.evictions} evictions, {failures}",
     ]
 
 
 def devices(rows: Sequence[DeviceStatus]) -> Table:
-    """Memory by device."""
+    """Format devices, one a row."""
     return table(
         ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS", ">DEAD", ">PADDING"),
         [
@@ -62,7 +63,7 @@ def devices(rows: Sequence[DeviceStatus]) -> Table:
 
 
 def models(rows: Sequence[ModelStatus]) -> Table:
-    """One model a row."""
+    """Format models, one a row."""
     return table(
         ("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE", ">READERS", "PINNED"),
         [
@@ -77,7 +78,7 @@ def models(rows: Sequence[ModelStatus]) -> Table:
 
 
 def quarantine(rows: Sequence[QuarantineStatus]) -> Table:
-    """One segment with wrong bytes a row."""
+    """Format quarantined segments, one a row."""
     return table(
         ("QUARANTINED", ">SEGMENT", ">SIZE", "MODELS", ">READERS"),
         [
@@ -88,7 +89,7 @@ def quarantine(rows: Sequence[QuarantineStatus]) -> Table:
 
 
 def clients(rows: Sequence[ClientStatus], names: dict[str, str]) -> Table:
-    """One lease a row; ``names`` of models by key."""
+    """Format clients, one row for each model that a client uses. ``names``: names of models by key."""
     return table(
         (">PID", ">UID", "CLIENT", "ROLE", "MODEL", ">MAPPED", ">PRIVATE"),
         [

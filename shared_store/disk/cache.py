@@ -56,7 +56,7 @@ class Cache:
         return path if (path / DESCRIPTION).exists() else None
 
     def touch(self, key: str) -> None:
-        """Record that an entry is in use now. Does nothing if it is gone or the directory is read-only."""
+        """Record that an entry is in use now. Does nothing if it was removed or the directory is read-only."""
         with contextlib.suppress(OSError):
             os.utime(self.path(key))
 

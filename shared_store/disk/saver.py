@@ -4,8 +4,8 @@ The engine that published the model starts it detached, so it goes on when the e
 for it. Savers wait for each other: one model at a time is written on a node. It is configured by the environment and
 logs to ``saver.log`` in the cache directory.
 
-On a GPU it takes the turn of engines that start there: it needs a CUDA context, and an engine that measures free memory
-at the same time would count that context as its own memory.
+On a GPU it takes a turn with the engines that start there: it needs a CUDA context, and an engine that measures free
+memory at the same time would count that context as its own memory.
 """
 
 from __future__ import annotations

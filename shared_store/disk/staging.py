@@ -69,7 +69,7 @@ def _create(parent: Path, prefix: str) -> tuple[Path, OwnedFd]:
 
 
 def _lock(directory: Path) -> OwnedFd | None:
-    """Lock a directory; the lock lasts as long as the descriptor. None if it is gone or another process locks it."""
+    """Lock a directory until the descriptor is closed. Returns None if it was removed or another process locks it."""
     try:
         fd = OwnedFd(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
     except FileNotFoundError:

@@ -58,8 +58,8 @@ class Model:
             raise
 
     def leave(self, key: str) -> None:
-        """Stop being a reader of this model or its host copy. A store that is gone has no readers."""
+        """Stop being a reader of this model or its host copy. Does nothing if the store ended: it has no readers."""
         try:
             self.session.leave(key)
         except NO_STORE as error:
-            log.debug("wooly: could not tell the store that %s is not read any more: %s", key[:12], error)
+            log.debug("wooly: could not leave model %s: %s", key[:12], error)

@@ -162,7 +162,7 @@ class Sleeper:
         return private, reason
 
     def _report(self, private: Sequence[int], reason: str) -> Woken:
-        """Tell the store how much of the model is shared, and log if a part is not."""
+        """Report to the store how much of the model is shared, and log if a part is not."""
         manifest, sizes = self._model.manifest, self._model.layout.sizes
         private_bytes = sum(sizes[index] for index in private)
         woken = Woken(self.nbytes - private_bytes, private_bytes, reason if private else "")

@@ -68,7 +68,7 @@ def private_segment(model: Model, index: int, host: HostCopy, copier: Copier, pr
     try:
         fd = model.backend.export(segment)
     finally:
-        model.backend.release(segment)  # the descriptor keeps the memory
+        model.backend.release(segment)  # the descriptor refers to the memory
     try:
         blobs = contents(model.manifest.blobs, former.offsets)
         fill_segment(fd, former.nbytes, blobs, host, model.backend, copier, progress)

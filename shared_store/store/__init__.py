@@ -1,5 +1,8 @@
-"""The store: one process a node that allocates segments, decides who publishes, and hands out fds.
+"""The store: one process for each runtime directory. It allocates segments, decides, and passes descriptors to clients.
 
-It imports neither torch nor CUDA, and is ready in a fraction of a second. All state lives in one event loop; what
-takes time (allocating, checking digests, the catalog) happens in threads, so that no client waits for another's work.
+A message goes from a connection through the server and dispatch to one handler (``models``, ``clients``, ``space``,
+``recovery``), which reads and changes the state and returns an answer. All state belongs to one event loop. Slow work
+(allocation, digests, the catalog) runs in threads; after each wait for it, handlers check the state again.
+
+Imports neither torch nor CUDA.
 """

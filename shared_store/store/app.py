@@ -1,4 +1,4 @@
-"""The store's process: puts the parts together and runs them until it is told to stop."""
+"""The store's process: starts the parts of a store, runs them until it is stopped, and stops them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
@@ -19,15 +19,15 @@ from shared_store.runtime.claim import claim, listen
 from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
+from shared_store.store.assembly import Parts
 from shared_store.store.keeper_link.channel import ControlChannel
-from shared_store.store.keeper_link.link import Inheritance, Keeping, inherit
+from shared_store.store.keeper_link.inheritance import Inheritance, inherit
+from shared_store.store.observe.catalog_documents import CatalogDocuments
 from shared_store.store.observe.catalog_mirror import Mirror
-from shared_store.store.observe.snapshot import identify, take_catalog, take_status
-from shared_store.store.recovery.grace import GRACE_S
-from shared_store.store.recovery.offers import end_grace, restore
+from shared_store.store.observe.identity import identify
+from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
-from shared_store.store.space.idle_compaction import Tidier
-from shared_store.store.store import Store
+from shared_store.store.space.idle_compaction import IdleCompaction
 
 if TYPE_CHECKING:
     from shared_store.store.observe.endpoint import Endpoint
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CATALOG_WITHIN_S = 2.0
-"""Seconds for the store's own catalog server to listen, before it counts as away."""
+"""Seconds that the store's own catalog server has to listen, before it counts as unreachable."""
 
 
 def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> int:
@@ -49,8 +49,8 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
         The process's exit code.
 
     Raises:
-        StoreRunningError: the runtime directory has a store.
-        ConfigError: something in the options cannot be used.
+        StoreRunningError: a store runs in the runtime directory.
+        ConfigError: an option has an unusable value.
     """
     _begin(options)
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
@@ -63,7 +63,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
 
 
 def run_kept(control_fd: int) -> int:
-    """Run a store for the keeper at the other end of an inherited socket. As :func:`run` otherwise."""
+    """Run a store for the keeper at the other end of an inherited socket; otherwise as :func:`run`."""
     os.set_inheritable(control_fd, False)
     channel = ControlChannel(socket.socket(fileno=control_fd))
     inheritance = inherit(channel)
@@ -83,77 +83,74 @@ async def _serve(
     paths: RuntimePaths, inheritance: Inheritance, channel: ControlChannel | None, ready: Callable[[], None]
 ) -> None:
     options = inheritance.options
-    keeping = Keeping(inheritance, channel)
     loop = asyncio.get_running_loop()
-    store = Store({"cpu": MemfdBackend()}, options.max_resident, keeping=keeping)
-    for device in set(options.max_resident) - set(store.segments.backends):
-        store.segments.add_device(backend_for(device))
+    stopping = asyncio.Event()
+    parts = Parts({"cpu": MemfdBackend()}, options.max_resident, inheritance=inheritance, channel=channel)
+    for device in set(options.max_resident) - set(parts.devices.backends):
+        parts.devices.add(backend_for(device))
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
+    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+    documents = CatalogDocuments(parts.state, snapshots, identity)
 
     def status() -> Status:
-        state: Literal["ok", "down"] = catalog.state
-        return take_status(store, identity, catalog_url=catalog.url, catalog_state=state)
+        return snapshots.take(catalog_url=catalog.url, catalog_state=catalog.state)
 
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
-    server = Server(store, inheritance.listen, options, status)
-    mirror = Mirror(catalog, lambda: take_catalog(store, identity))
-    tidier = Tidier(store, options.compact_share)
-
-    def changed() -> None:
-        mirror.changed()
-        tidier.changed()
-
-    store.changed, store.event = changed, catalog.event
-    keeping.event = catalog.event
-    restore(store, inheritance.held)
-    loop.call_later(GRACE_S, end_grace, store)
+    dispatch = parts.dispatch(status, stopping)
+    server = Server(inheritance.listen, options, dispatch, parts.sessions, parts.state.counts)
+    mirror = Mirror(catalog, documents.take)
+    idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
+    parts.signals.observe(mirror.changed, catalog.event)
+    parts.signals.observe(idle_compaction.changed)
+    parts.restore.restore(inheritance.held)
+    parts.grace.start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.stopping.set)
+        loop.add_signal_handler(number, stopping.set)
     try:
         if endpoint is not None:
             endpoint.start()
         server.start()
-        keeping.start()
+        parts.keeper.start()
         log.info("ready at %s", paths.socket)
         ready()
         if embedded is not None:
             await asyncio.to_thread(_start_own, embedded)
-        catalog.start(take_catalog(store, identity))
-        await server.stopping.wait()
+        catalog.start(documents.take())
+        await stopping.wait()
         log.info("stopping")
     finally:
         mirror.stop()
-        await tidier.stop()
-        await keeping.stop()
+        await idle_compaction.stop()
+        await parts.keeper.stop()
         await server.stop()
-        if not inheritance.supervised:  # a service manager keeps it for the next start
-            with contextlib.suppress(OSError):  # its directory may be gone by now, or read-only
+        if not inheritance.supervised:  # else the service manager retains it for the next start
+            with contextlib.suppress(OSError):  # the directory may have been removed or be read-only
                 paths.socket.unlink()
         if endpoint is not None:
             await asyncio.to_thread(endpoint.stop)
         await asyncio.to_thread(catalog.stop)
         if embedded is not None:
             await asyncio.to_thread(embedded.stop)
-        store.segments.close()
+        parts.devices.close()
 
 
 def _start_own(server: EmbeddedServer) -> None:
-    """Start the catalog's server, and let it begin to listen: one that only starts was not lost, and is not back."""
+    """Start the catalog's server and wait until it listens, so that its start is not reported as an outage."""
     server.start()
     server.wait(CATALOG_WITHIN_S)
 
 
 def _endpoint(address: str, status: Callable[[], Status]) -> Endpoint:
-    from shared_store.store.observe.endpoint import Endpoint  # what it imports costs time, and it is off by default
+    from shared_store.store.observe.endpoint import Endpoint  # its imports take time, and it is off by default
 
     return Endpoint(address, status)
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Status]) -> Status:
-    """Take the snapshot in the loop, which owns the state, for a thread that serves metrics."""
+    """Take the snapshot in the event loop, which owns the state, for a thread that serves metrics."""
 
     async def take() -> Status:
         return status()

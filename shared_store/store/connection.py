@@ -1,6 +1,7 @@
-"""One client's socket in the store's event loop: frames in, frames out, never waiting for the client.
+"""One client's socket in the store's event loop: frames in, frames out. Sending never waits for the client.
 
-A client that sends garbage or too much, or does not read what it is sent, loses its connection; nobody else notices.
+The connection of a client that sends garbage or too much, or does not read its socket, is closed. Other clients do not
+notice.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Sequence
 
 from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.protocol import messages, wire
@@ -32,7 +32,6 @@ class Connection:
         """Take over a non-blocking socket. :meth:`start` begins to read."""
         self.peer = peer
         self.number = number
-        self.name = ""
         self.closed = asyncio.Event()
         self.reason = ""
         self.refused = False
@@ -49,15 +48,15 @@ class Connection:
         self._loop.add_reader(self._sock, self._read)
 
     def greeted(self) -> None:
-        """The client introduced itself: larger messages are welcome now."""
+        """Accept larger messages from here on, because the client was greeted."""
         self._decoder.limit = MAX_FROM_CLIENT
 
     def expect_fds(self, count: int) -> None:
-        """Let the client's next messages bring this many fds, within reason. Otherwise they may bring none."""
+        """Accept up to ``count`` descriptors with the next messages, within :data:`MAX_OFFERED_FDS`."""
         self._decoder.max_fds = min(count, MAX_OFFERED_FDS)
 
     async def receive(self) -> wire.Frame | None:
-        """The next frame, which owns its fds; None once the client is gone or was cut off."""
+        """Wait for the next frame; return None once the connection is closed and its frames are read."""
         while not self._frames:
             if self.closed.is_set():
                 return None
@@ -65,31 +64,38 @@ class Connection:
             await self._arrived.wait()
         return self._frames.popleft()
 
-    def send(self, message: messages.Message, fds: Sequence[int] = ()) -> None:
-        """Queue a message. Its fds are this connection's from now on."""
+    def send(self, message: messages.Message, fds: OwnedFds | None = None) -> None:
+        """Queue a message; take over its descriptors."""
         if self.closed.is_set():
-            wire.close_fds(fds)
+            if fds is not None:
+                fds.close()
             return
-        self._outbox.put(messages.encode(message), OwnedFds.from_ints(fds))
+        self._outbox.put(messages.encode(message), fds)
         if self._outbox.pending_bytes > MAX_UNREAD:
-            self.cut("it does not read what it is sent")
+            self.cut("client is not reading its socket")
             return
         self._write()
 
     def cut(self, reason: str) -> None:
-        """End the connection because of something the client did."""
+        """Close the connection because of something the client did or did not do."""
         if not self.closed.is_set():
-            log.warning("client %d (pid %d, uid %d) cut off: %s", self.number, self.peer.pid, self.peer.uid, reason)
+            log.warning(
+                "closing the connection of client %d (pid %d, uid %d): %s",
+                self.number,
+                self.peer.pid,
+                self.peer.uid,
+                reason,
+            )
         self.close(reason)
 
     def refuse(self, error: WoolyError) -> None:
-        """Tell the client why it is cut off, as far as its socket takes it, and end the connection."""
+        """Send the client an error, as far as its socket takes it, and close the connection."""
         self.refused = True
         self.send(messages.Failed(0, error.code, str(error)))
         self.cut(str(error))
 
     def close(self, reason: str = "") -> None:
-        """End the connection. Idempotent."""
+        """Close the connection. Idempotent."""
         if self.closed.is_set():
             return
         self.reason = reason
@@ -102,7 +108,7 @@ class Connection:
         self._sock.close()
 
     def drop_frames(self) -> None:
-        """Close the fds of what arrived and nobody took."""
+        """Drop frames that were not received, and close their descriptors."""
         while self._frames:
             self._frames.popleft().fds.close()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_store.base.errors import CommitFailedError, DigestMismatchError, UnsupportedError, WoolyError
+from shared_store.base.errors import CommitFailedError, UnsupportedError, WoolyError
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.client.session import Session
 from shared_store.memory import Backend
@@ -25,6 +25,7 @@ from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.tensors import NamedTensor, collect, named_tensors
 from shared_store.torch.views import StorageKey, storage_key
+from shared_store.transfer.digest_check import wrong_copy
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _check_copies(mapped: MappedModel, source: _Source) -> None:
     for index, digest in zip(written, found, strict=True):
         wanted = source.manifest.blobs[index].digest
         if digest != wanted:
-            raise DigestMismatchError(f"the copy of blob {wanted.hex()[:16]} has digest {digest.hex()[:16]}")
+            raise wrong_copy(wanted, digest)
 
 
 def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None:

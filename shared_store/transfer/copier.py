@@ -14,9 +14,8 @@ from typing import Final, TypeAlias
 
 from shared_store.base.digest import digest_at
 from shared_store.memory import Backend
-from shared_store.memory.cuda.digests import CudaDigests
-from shared_store.memory.cuda.transfer import CudaTransfer
-from shared_store.memory.transfer import BUFFER_BYTES, HostTransfer, Transfer
+from shared_store.memory.registry import transfer_for
+from shared_store.memory.transfer import BUFFER_BYTES, Transfer
 from shared_store.memory.transfer import Lane as TransferLane
 from shared_store.transfer.files import OpenFile
 
@@ -102,28 +101,27 @@ def copier_for(backend: Backend) -> Iterator[Copier]:
         UnknownDeviceError: the device is a GPU, and there is no driver.
         OutOfMemoryError: the GPU has no memory for a context.
     """
-    copier = _host_copier() if backend.ordinal is None else _gpu_copier(backend.ordinal)
-    with contextlib.closing(copier.transfer), copier.transfer.current():
-        yield copier
+    digests = _host_digests if backend.ordinal is None else _gpu_digests(backend.ordinal)
+    with transfer_for(backend) as transfer:
+        yield Copier(transfer, digests)
 
 
-def _host_copier() -> Copier:
-    """Read files into host memory and write them from it, without a buffer; digest with several threads."""
+def _host_digests(spans: Sequence[Span], progress: Progress) -> list[bytes]:
+    """Digest host memory with several threads."""
 
-    def digests(spans: Sequence[Span], progress: Progress) -> list[bytes]:
-        def digest_span(span: Span) -> bytes:
-            found = digest_at(*span)
-            progress(span[1])
-            return found
+    def digest_span(span: Span) -> bytes:
+        found = digest_at(*span)
+        progress(span[1])
+        return found
 
-        with ThreadPoolExecutor(threads(), thread_name_prefix="wooly-digest") as pool:
-            return list(pool.map(digest_span, spans))
-
-    return Copier(HostTransfer(), digests)
+    with ThreadPoolExecutor(threads(), thread_name_prefix="wooly-digest") as pool:
+        return list(pool.map(digest_span, spans))
 
 
-def _gpu_copier(ordinal: int) -> Copier:
-    """Copy GPU memory through pinned buffers, and digest all spans in place with one call."""
+def _gpu_digests(ordinal: int) -> Callable[[Sequence[Span], Progress], list[bytes]]:
+    """Return a function that digests all spans of a GPU's memory in place, with one call."""
+    from shared_store.memory.cuda.digests import CudaDigests
+
     hasher = CudaDigests(ordinal)
 
     def digests(spans: Sequence[Span], progress: Progress) -> list[bytes]:
@@ -131,4 +129,4 @@ def _gpu_copier(ordinal: int) -> Copier:
         progress(sum(nbytes for _, nbytes in spans))
         return found
 
-    return Copier(CudaTransfer(ordinal), digests)
+    return digests

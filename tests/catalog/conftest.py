@@ -1,6 +1,6 @@
-"""Real servers for the catalog's tests: a `redis-server` process, and the store's own embedded Valkey.
+"""Servers for the catalog's tests: a `redis-server` process, and the embedded Valkey.
 
-`RedisServer`, `OwnServer` and the fixtures `server`, `redis_server` and `server_directory` need nothing else of this
+`RedisServer`, `OwnServer` and the fixtures `server`, `redis_server` and `server_directory` use nothing else of this
 folder.
 """
 
@@ -31,7 +31,7 @@ def wait_until(condition, what, timeout_s=15.0):
 
 
 def process_ended(pid):
-    """Whether a process is gone, or is a zombie that nobody has waited for yet."""
+    """Return True if a process has ended, waited for or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -39,7 +39,7 @@ def process_ended(pid):
 
 
 class Server:
-    """What a test does to a server: `kill` and `restart` it (empty), `pause` and `resume` it, look into it."""
+    """Operations of a test on a server: `kill` and `restart` (empty), `pause` and `resume`, and a client."""
 
     url: str
 
@@ -60,7 +60,7 @@ class Server:
         os.kill(self.pid, signal.SIGCONT)
 
     def client(self):
-        """A new client that raises at once when the server is away. The caller closes it."""
+        """Return a new client, which does not retry. The caller closes it."""
         return redis.Redis.from_url(self.url, protocol=2, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
     def answers(self):
@@ -72,7 +72,7 @@ class Server:
 
 
 class RedisServer(Server):
-    """A `redis-server` process on a Unix socket that keeps nothing."""
+    """A `redis-server` process on a Unix socket, without persistence."""
 
     def __init__(self, directory):
         self._socket = directory / "redis.sock"
@@ -99,7 +99,7 @@ class RedisServer(Server):
 
 
 class OwnServer(Server):
-    """The store's embedded server, which comes back by itself."""
+    """The embedded server, which restarts by itself."""
 
     def __init__(self, directory):
         self._embedded = EmbeddedServer(directory)
@@ -127,14 +127,14 @@ class OwnServer(Server):
 
 @pytest.fixture
 def server_directory():
-    """A private directory with a path short enough for a socket, which pytest's own may not have."""
+    """A private directory with a path that is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="wooly-") as directory:
         yield Path(directory)
 
 
 @contextlib.contextmanager
 def running(kind, directory):
-    """A server of the class `kind` that is ended whatever happens to the test."""
+    """Run a server of the class `kind`. It ends with the block."""
     if kind is RedisServer and shutil.which("redis-server") is None:
         pytest.skip("no redis-server on PATH")
     server = kind(directory)
@@ -156,7 +156,7 @@ def server(request, server_directory):
 
 @pytest.fixture
 def redis_server(server_directory):
-    """A running `redis-server`, for what only that one can be made to do."""
+    """A running `redis-server`, for tests that change its settings."""
     with running(RedisServer, server_directory) as started:
         yield started
 

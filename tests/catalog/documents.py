@@ -1,4 +1,4 @@
-"""Documents for the catalog's tests, and a reader of the keys that knows nothing of the code that writes them."""
+"""Documents for the catalog's tests, and a reader of the keys that is independent of the writer."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ from shared_store.catalog import BlobDoc, LeaseDoc, ModelDoc, NodeDoc, Snapshot
 _TESTS = str(Path(__file__).resolve().parents[1])
 _BEFORE = os.environ.get("PYTHONPATH")
 PROGRAMS = {**os.environ, "PYTHONPATH": f"{_TESTS}:{_BEFORE}" if _BEFORE else _TESTS}
-"""The environment of programs that tests start: they import this module as the tests do."""
+"""The environment of programs that tests start, so that they can import this module."""
 
 
-# What `read` gives of a node that is not there.
+# The result of `read` for a missing node.
 NOTHING = {"node": {}, "listed": set(), "models": {}, "leases": {}, "blobs": {}}
 
 
@@ -40,7 +40,7 @@ def snapshot(models=(), leases=(), of=None):
 
 
 def expected(held):
-    """What the keys must say of a snapshot, as `read` gives it."""
+    """Return the result that `read` must have for a snapshot."""
     doc = held.node
     committed = [b for m in held.models if m.state == "committed" for b in m.blobs]
     return {
@@ -84,7 +84,7 @@ def expected(held):
 
 
 def read(client, name="n1"):
-    """Everything under a node's keys; its blobs are looked up in every blob's own hash, not in the node's list."""
+    """Read all keys of a node. Its blobs are read from the hash of each blob, not from the node's set."""
     info = {k.decode(): v.decode() for k, v in client.hgetall(f"wooly:node:{name}").items()}
     for of_the_server in ("heartbeat", "last_event"):
         info.pop(of_the_server, None)
@@ -105,5 +105,5 @@ def read(client, name="n1"):
 
 
 def events(client):
-    """The stream's entries, oldest first, as text."""
+    """Return the stream's entries as text, oldest first."""
     return [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in client.xrange("wooly:events")]

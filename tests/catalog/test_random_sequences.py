@@ -1,4 +1,4 @@
-"""Whatever happens in whichever order, the catalog ends as the last snapshot says."""
+"""After any sequence of operations and faults, the catalog equals the last snapshot."""
 
 import pytest
 from catalog.documents import blob, events, expected, lease, model, node, read, snapshot

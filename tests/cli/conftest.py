@@ -1,4 +1,4 @@
-"""The `wooly` command as a process of its own, in a private runtime directory; and a status that was made up."""
+"""Run the `wooly` command in a private runtime directory; and an example of a status."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-m", "shared_store.cli"]
 
 @pytest.fixture
 def wooly(directory):
-    """Run the command; a store that it left running is ended with the test."""
+    """Run the command. A store that it started ends with the test."""
 
     def run(*arguments, **environment):
         return subprocess.run(
@@ -57,9 +57,9 @@ def wooly(directory):
 
 @pytest.fixture
 def background(directory):  # noqa: ARG001 - sets the environment
-    """Start the command and leave it running; it is ended with the test.
+    """Start the command in the background. It ends with the test.
 
-    It gets Ctrl-C as at a terminal, also where the tests themselves run in the background of a shell, which ignores it.
+    It handles Ctrl-C as at a terminal, also if the tests run in the background of a shell, which ignores Ctrl-C.
     """
     started = []
     at_terminal = ["env", "--default-signal=INT"]
@@ -78,7 +78,7 @@ def background(directory):  # noqa: ARG001 - sets the environment
 
 @pytest.fixture
 def status():
-    """Two models of which one is being published, and a client in every role."""
+    """A status with two models, one of them being published, and a client in every role."""
     models = tuple(
         ModelStatus(key * 32, name, "vllm", "cpu", state, 3, nbytes, nbytes // 2, readers, pinned=False)
         for key, name, state, nbytes, readers in (

@@ -1,4 +1,4 @@
-"""The commands, each as a process of its own, on real stores."""
+"""The commands, run as processes on running stores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gone(pid):
 
 
 def test_store_from_start_to_end(wooly, directory):
-    """A detached store answers when `serve` returns, a second is refused, and `stop` returns when all is gone."""
+    """A detached store answers when `serve` returns, a second one is refused, and `stop` waits for both processes."""
     started = wooly("serve", "--detach")
     assert started.returncode == 0, started.stderr
     status = json.loads(wooly("status", "--json").stdout)
@@ -45,8 +45,8 @@ def test_store_from_start_to_end(wooly, directory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_foreground_store_ends_in_good_order(background, wooly, directory, number):
-    """Ctrl-C and SIGTERM end it with exit code 0 and no stack, and its socket is gone."""
+def test_foreground_store_ends_on_a_signal(background, wooly, directory, number):
+    """Ctrl-C and SIGTERM end it with exit code 0 and without a traceback, and remove its socket."""
     process = background("serve")
     wait_until((directory / "store.sock").exists, "the store to listen")
     wait_until(lambda: wooly("status").returncode == 0, "the store to answer")
@@ -59,7 +59,7 @@ def test_foreground_store_ends_in_good_order(background, wooly, directory, numbe
 
 @pytest.mark.parametrize("command", ["status", "models", "rm x", "pin x", "unpin x", "compact", "stop"])
 def test_no_store(wooly, directory, command):
-    """Exit code 3, nothing on stdout, one line that says what to do or that there is nothing to do; none is started."""
+    """Exit code 3, nothing on stdout, one line with the next step, and no store is started."""
     done = wooly(*command.split())
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.count("\n") == 1
@@ -68,15 +68,15 @@ def test_no_store(wooly, directory, command):
 
 
 def test_options_reach_the_store(wooly):
-    """A limit and the number of clients hold in the store that `serve` starts."""
+    """The store that `serve` starts has the limit and the number of clients."""
     assert wooly("serve", "--detach", "--max-resident", "cpu=1.5GiB", "--max-clients", "1").returncode == 0
     status = json.loads(wooly("status", "--json").stdout)
     assert status["devices"][0]["limit_bytes"] == 3 << 29
 
 
 @pytest.mark.usefixtures("store")
-def test_status_json_is_the_contract(wooly, actor):
-    """Its text is msgspec's of a `Status`, and the names of its fields are those that programs were promised."""
+def test_status_json(wooly, actor):
+    """It decodes as a `Status`, and has all fields of the stable interface."""
     actor().publish(key=ONE, model=[[1, NBYTES]])
     text = wooly("status", "--json").stdout.removesuffix("\n")
     assert msgspec.json.encode(msgspec.json.decode(text, type=Status)).decode() == text
@@ -101,7 +101,7 @@ def test_status_json_is_the_contract(wooly, actor):
 
 @pytest.mark.usefixtures("store")
 def test_status_table(wooly, actor):
-    """Human sizes, the model and its two readers by name; not the command itself."""
+    """Formatted sizes, the model and its two readers by name, without the command itself."""
     actor(name="first").publish(key=ONE, model=[[1, NBYTES]])
     actor(name="second").publish(key=ONE, model=[[1, NBYTES]])
     shown = wooly("status").stdout
@@ -110,12 +110,12 @@ def test_status_table(wooly, actor):
     assert sum(line[2:5] == ["first", "reader", "model"] for line in lines) == 1
     assert sum(line[2:5] == ["second", "reader", "model"] for line in lines) == 1
     assert "idle" not in shown
-    assert ": 3.00 MiB saved" in shown
+    assert ", 3.00 MiB saved" in shown
 
 
 @pytest.mark.usefixtures("store")
 def test_output_in_a_pipe_is_plain(wooly, actor):
-    """No escape codes, even if the environment asks for colours and a name has some; long lines stay whole."""
+    """No escape codes, even if the environment requests colours or a name contains some, and no folded lines."""
     actor(name="\x1b[31mred" + "x" * 150).publish(key=ONE, model=[[1, 1000]])
     shown = wooly("status", FORCE_COLOR="1", COLUMNS="40").stdout
     assert "\x1b" not in shown
@@ -124,7 +124,7 @@ def test_output_in_a_pipe_is_plain(wooly, actor):
 
 @pytest.mark.usefixtures("store")
 def test_models_and_rm(wooly, actor):
-    """Models are listed in both forms; one goes by an unambiguous beginning of its key once nobody uses it."""
+    """Models are listed as table and JSON. An idle one is removed by an unambiguous prefix of its key."""
     assert wooly("models", "--json").stdout == "[]\n"
     assert "the store has no models" in wooly("models").stdout
     client = actor()
@@ -148,7 +148,7 @@ def test_models_and_rm(wooly, actor):
 
 @pytest.mark.usefixtures("store")
 def test_pin_and_unpin(wooly, actor):
-    """By an unambiguous beginning of the key; tables and JSON show it."""
+    """By an unambiguous prefix of the key. Table and JSON show the pin."""
     client = actor()
     client.publish(key=ONE, model=[[1, 1000]])
     client.publish(key=OTHER, model=[[2, 1000]])
@@ -163,7 +163,7 @@ def test_pin_and_unpin(wooly, actor):
 
 
 def test_compact(wooly, start_store, actor):
-    """What was gained, in both forms; then nothing more. Status shows dead bytes before, and none after."""
+    """Table and JSON show freed bytes; a second run frees nothing. The status has dead bytes before, none after."""
     start_store(compact_share=1.0)
     client = actor()
     client.publish(key=ONE, model=[[1, 4 << 20], [2, 1000]])
@@ -185,7 +185,7 @@ def test_compact(wooly, start_store, actor):
 
 @pytest.mark.usefixtures("store")
 def test_watch_as_json(background):
-    """One line a look, until Ctrl-C, which is a good end."""
+    """One line for each refresh, until Ctrl-C, with exit code 0."""
     process = background("status", "--watch", "0.1", "--json")
     uptimes = [json.loads(process.stdout.readline())["store"]["uptime_s"] for _ in range(3)]
     assert uptimes == sorted(set(uptimes))
@@ -196,7 +196,7 @@ def test_watch_as_json(background):
 
 @pytest.mark.usefixtures("store")
 def test_watch_on_a_terminal(background):
-    """On a terminal it redraws an alternate screen, and Ctrl-C gives the old screen and the cursor back."""
+    """On a terminal it redraws an alternate screen, and Ctrl-C restores the screen and the cursor."""
     controller, terminal = pty.openpty()
     try:
         environment = {**os.environ, "TERM": "xterm"}
@@ -223,7 +223,7 @@ def test_watch_on_a_terminal(background):
 
 
 def test_watch_ends_with_the_store(background, store):
-    """A store that goes away ends a watch with exit code 3 and a line that says so."""
+    """The end of the store ends a watch with exit code 3 and one line on stderr."""
     process = background("status", "--watch", "0.1", "--json")
     assert process.stdout.readline()
     store.kill()
@@ -250,7 +250,7 @@ def test_watch_ends_with_the_store(background, store):
     ],
 )
 def test_misuse(wooly, directory, arguments, says):
-    """Exit code 2, what is wrong, no stack; and no store is left behind."""
+    """Exit code 2, the reason, no traceback, and no store is started."""
     done = wooly(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
@@ -259,19 +259,19 @@ def test_misuse(wooly, directory, arguments, says):
 
 
 def test_unusable_environment_names_the_variable(wooly):
-    """A bad value is an error that names the variable."""
+    """An invalid value is an error that names the variable."""
     done = wooly("serve", WOOLY_LOG_LEVEL="loud")
     assert done.returncode == 2
     assert "WOOLY_LOG_LEVEL='loud'" in done.stderr
 
 
 def test_version(wooly):
-    """Both ways to ask for it."""
+    """The command and the option print the same."""
     assert wooly("--version").stdout == wooly("version").stdout == f"wooly {shared_store.__version__}\n"
 
 
 def test_help_is_light():
-    """Help imports none of what makes a start slow."""
+    """`--help` imports no module that is slow to import."""
     program = (
         "import sys\nfrom shared_store.cli import app\n"
         "try: app(['--help'], prog_name='wooly')\nexcept SystemExit: pass\n"
@@ -283,7 +283,7 @@ def test_help_is_light():
 
 
 def test_completion(wooly):
-    """The shell's completion knows the commands."""
+    """The shell's completion lists the commands."""
     done = wooly(_WOOLY_COMPLETE="complete_bash", COMP_WORDS="wooly st", COMP_CWORD="1")
     assert done.stdout.split() == ["stop", "status"]
 

@@ -1,4 +1,4 @@
-"""The documents and the program agree."""
+"""The documents match the program."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ COMMANDS = typer.main.get_command(app).commands
 
 @pytest.fixture(scope="module")
 def cli():
-    """`cli.md` by its headings."""
+    """The sections of `cli.md` by heading."""
     parts = re.split(r"^##+ (.+)$", (DOCS / "cli.md").read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def cells(text, column=0):
-    """A column of the tables in a text."""
+    """Return the cells of a column in all tables of a text."""
     return [line.strip("|").split("|")[column].strip() for line in text.splitlines() if line.startswith("| ")]
 
 
 def test_every_command_has_a_section(cli):
-    """None is missing, and none is described that does not exist."""
+    """All commands are described, and no others."""
     described = {heading.strip("`").removeprefix("wooly ") for heading in cli if heading.startswith("`wooly ")}
     assert described == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described(cli, command):
-    """The table of a command has its options, with their placeholders, and no others."""
+    """The table of a command has all its options with their placeholders, and no others."""
     expected = {
         " ".join([parameter.opts[0], parameter.metavar or ""]).strip()
         for parameter in COMMANDS[command].params
@@ -51,7 +51,7 @@ def test_every_option_is_described(cli, command):
 
 
 def test_exit_codes(cli):
-    """The table of exit codes is that of the error classes."""
+    """The table of exit codes matches the error classes."""
     expected = {}
     for cls in errors._all_subclasses(errors.WoolyError):
         expected.setdefault(str(cls.exit_code), set()).add(cls.code)
@@ -65,7 +65,7 @@ def test_exit_codes(cli):
 
 
 def test_metrics(cli, status):
-    """The table of metrics has all that are exposed, with their labels, and no others."""
+    """The table has all exposed metrics with their labels, and no others."""
     registry = CollectorRegistry()
     registry.register(StatusCollector(status))
     exposed = {
@@ -83,7 +83,7 @@ def test_metrics(cli, status):
 
 
 def test_fields_of_the_status(cli, status):
-    """The table of the JSON has every field of the snapshot."""
+    """The table has every field of the snapshot."""
     text = cli["`wooly status`"]
     meanings = dict(zip(cells(text), cells(text, 1), strict=True))
     for name, value in msgspec.to_builtins(status).items():
@@ -94,7 +94,7 @@ def test_fields_of_the_status(cli, status):
 
 
 def test_environment():
-    """The table of variables is the registry's, word for word."""
+    """The table of variables matches the registry."""
     rows = [line for line in (DOCS / "environment.md").read_text().splitlines() if line.startswith("| `")]
     assert rows == [
         f"| `{one.name}` | {f'`{one.default}`' if one.default else ''} | {one.meaning} |" for one in envs.REGISTRY

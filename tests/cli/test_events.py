@@ -1,4 +1,4 @@
-"""`wooly events`: what a real store wrote to a real server, with the store there and gone."""
+"""`wooly events` with running stores and servers, and after the store has ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.stores import wait_for_status
 from support.waiting import wait_until
 
 import shared_store
-from shared_store.catalog.events import LONGEST_TEXT, EventBuffer
+from shared_store.catalog.event_buffer import LONGEST_TEXT, EventBuffer
 from shared_store.catalog.schema import EVENTS
 
 MODEL = [[1, 100_000]]
@@ -27,7 +27,7 @@ MODEL = [[1, 100_000]]
 
 @pytest.fixture
 def server(directory):
-    """A `redis-server` that outlives stores: its URL."""
+    """The URL of a `redis-server` that outlives stores."""
     if shutil.which("redis-server") is None:
         pytest.skip("no redis-server on PATH")
     process = subprocess.Popen(
@@ -59,7 +59,7 @@ def kinds(wooly, *arguments):
 
 
 def publish_and_remove(store, actor):
-    """Three events of one model, once they are in the catalog."""
+    """Make three events of a model, and wait until they are in the catalog."""
     reader, client = actor(), store.client()
     reader.publish(key=key(1), model=MODEL)
     reader.leave(key=key(1))
@@ -71,8 +71,8 @@ def publish_and_remove(store, actor):
 EXPECTED = ["publish_started", "published", "attached", "removed"]
 
 
-def test_the_catalog_of_the_stores_own(wooly, store, actor):
-    """Without an option or a variable, the store says where it is."""
+def test_embedded_catalog(wooly, store, actor):
+    """Without option and variable, the URL is the running store's."""
     status = publish_and_remove(store, actor)
     wait_until(lambda: kinds(wooly) == EXPECTED, "the events")
     found = events(wooly("events", "--json"))
@@ -84,7 +84,7 @@ def test_the_catalog_of_the_stores_own(wooly, store, actor):
     assert abs(published["time"] * 1000 - int(published["id"].partition("-")[0])) < 60_000
 
 
-def test_the_newest_alone_and_of_some_kinds(wooly, store, actor):
+def test_last_and_kind(wooly, store, actor):
     publish_and_remove(store, actor)
     wait_until(lambda: kinds(wooly) == EXPECTED, "the events")
     assert kinds(wooly, "--last", "2") == EXPECTED[2:]
@@ -94,8 +94,8 @@ def test_the_newest_alone_and_of_some_kinds(wooly, store, actor):
     assert kinds(wooly, "--kind", "no_such_kind") == []
 
 
-def test_for_people(wooly, store, actor):
-    """A line each, with the key's beginning and a size that reads."""
+def test_text(wooly, store, actor):
+    """One line for each event, with the prefix of the key and a formatted size."""
     publish_and_remove(store, actor)
     wait_until(lambda: kinds(wooly) == EXPECTED, "the events")
     lines = wooly("events").stdout.splitlines()
@@ -106,8 +106,8 @@ def test_for_people(wooly, store, actor):
 
 
 @pytest.mark.redis_server
-def test_a_store_that_is_gone_and_a_server_that_is_not(wooly, server, start_store, actor):
-    """By variable and by option; the node is known from its directory."""
+def test_without_a_store(wooly, server, start_store, actor):
+    """The URL comes from the variable or the option, the node from the runtime directory."""
     store = start_store(redis_url=server)
     publish_and_remove(store, actor)
     assert store.stop() == 0
@@ -116,8 +116,8 @@ def test_a_store_that_is_gone_and_a_server_that_is_not(wooly, server, start_stor
 
 
 @pytest.mark.redis_server
-def test_other_nodes_are_shown_when_asked_for(wooly, server, start_store, actor):
-    """A cluster's stream: this node's events alone, or all of them with their nodes' names."""
+def test_all_nodes(wooly, server, start_store, actor):
+    """Events of this node only, or of all nodes with their names."""
     store = start_store(redis_url=server)
     publish_and_remove(store, actor)
     store.stop()
@@ -140,8 +140,8 @@ def test_other_nodes_are_shown_when_asked_for(wooly, server, start_store, actor)
     assert "other?[1m  published" in shown[-2]
 
 
-def test_following(wooly, background, store, actor):
-    """New events come as they happen, each once, after those of before; Ctrl-C is a good end."""
+def test_follow(wooly, background, store, actor):
+    """New events are printed once each, after past events. Ctrl-C ends with exit code 0."""
     reader, client = actor(), store.client()
     reader.publish(key=key(1), model=MODEL)
     wait_until(lambda: kinds(wooly) == EXPECTED[:3], "the first events")
@@ -163,8 +163,8 @@ def line_of(process):
     return line
 
 
-def test_the_catalog_goes_while_it_is_followed(wooly, background, store, actor):
-    """The command ends, with the error's code and what to do."""
+def test_follow_ends_with_the_server(wooly, background, store, actor):
+    """The end of the server ends the command with an error."""
     publish_and_remove(store, actor)
     wait_until(lambda: kinds(wooly) == EXPECTED, "the events")
     process = background("events", "--follow", "--json", "--last", "1")
@@ -177,13 +177,15 @@ def test_the_catalog_goes_while_it_is_followed(wooly, background, store, actor):
 
 
 def test_no_store_and_no_url(wooly):
-    """Which catalog, or whose events, nobody can tell: each with its way out."""
+    """The URL of the catalog, or the name of the node, is unknown: the error names the option that sets it."""
     done = wooly("events")
     assert done.returncode == 21
-    assert "which catalog to read; give --redis-url" in done.stderr
+    assert "the URL of the catalog is unknown" in done.stderr
+    assert "pass --redis-url" in done.stderr
     done = wooly("events", "--redis-url", "redis://127.0.0.1:1/0")
     assert done.returncode == 21
-    assert "which node is meant; give --all-nodes" in done.stderr
+    assert "the name of this node is unknown" in done.stderr
+    assert "pass --all-nodes" in done.stderr
 
 
 def test_a_server_that_does_not_answer(wooly):
@@ -192,14 +194,14 @@ def test_a_server_that_does_not_answer(wooly):
     assert "the catalog does not answer" in done.stderr
 
 
-def test_a_url_that_is_none(wooly):
+def test_an_invalid_url(wooly):
     done = wooly("events", "--all-nodes", "--redis-url", "file:///etc/passwd")
     assert done.returncode == 2
     assert "[config]" in done.stderr
 
 
-def test_texts_of_any_length_are_cut():
-    """What a client calls a model, and its reasons, are as long as it likes; a thousand may wait for the server."""
+def test_long_texts_are_cut():
+    """Clients choose names and reasons of any length, and 1000 events may wait for the server."""
     buffer = EventBuffer(10)
     buffer.add("fallback", {"reason": "r" * 10_000_000, "pid": 1})
     (event,) = buffer.take(1)
@@ -207,9 +209,9 @@ def test_texts_of_any_length_are_cut():
 
 
 def test_every_kind_is_described():
-    """The document's table has the kinds that the store's code writes, and none that it does not know."""
+    """The document's table has all kinds that the code writes, and no others."""
     written, words = set(), set()
-    for file in Path(shared_store.__file__).parent.glob("*/*.py"):
+    for file in Path(shared_store.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "event":
                 written |= texts(node.args[0])
@@ -223,5 +225,5 @@ def test_every_kind_is_described():
 
 
 def texts(node):
-    """The texts that stand in an expression."""
+    """Return the string constants in an expression."""
     return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)}

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for metrics that a real store has, and say where to read on."""
+"""The dashboard and the alerts use metrics of a running store, and link to the documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 
 @pytest.fixture
 def exposed(wooly, directory, actor):
-    """Labels by name, of all samples of a store with a limit, a model, and requests."""
+    """Return metric names and labels of a store with a limit, a model and requests."""
     done = wooly("serve", "--detach", "--metrics", f"{LOCAL}:0", "--max-resident", "cpu=1GiB")
     assert done.returncode == 0, done.stderr
     actor().publish(key=f"{1:064x}", model=[[1, 100_000]])
@@ -30,12 +30,12 @@ def exposed(wooly, directory, actor):
 
 
 def metrics(expression):
-    """Name and text of the selector of every metric in a query."""
+    """Return the name and the selector of each metric in a query."""
     return re.findall(r"\b((?:wooly|process)_[a-z_]+)(\{[^}]*\})?", expression)
 
 
-def test_dashboard_and_alerts_ask_for_what_there_is(exposed):
-    """Metrics by name, and the labels that they are selected and grouped by."""
+def test_dashboard_and_alerts_use_existing_metrics(exposed):
+    """The metrics exist, and the labels that select and group them."""
     asked = {"instance", "job"}  # what Prometheus itself adds
     for expression in [*EXPRESSIONS, *(rule["expr"] for rule in RULES)]:
         names = metrics(expression)
@@ -46,7 +46,7 @@ def test_dashboard_and_alerts_ask_for_what_there_is(exposed):
         assert used | grouped <= labels, expression
 
 
-def test_legends_and_summaries_name_labels_that_there_are(exposed):
+def test_legends_and_summaries_use_existing_labels(exposed):
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", ()):
             labels = set().union(*(exposed[name] for name, _ in metrics(target["expr"]))) | {"instance"}
@@ -61,8 +61,8 @@ def test_the_dashboard_has_all_of_woolys_metrics(exposed):
     assert {name for name in exposed if name.startswith("wooly_")} - shown == set()
 
 
-def test_panels_have_places_of_their_own():
-    """No two overlap, and each says what it shows."""
+def test_panels_do_not_overlap():
+    """Panels do not overlap, and each has a description."""
     taken = set()
     for panel in DASHBOARD["panels"]:
         at = panel["gridPos"]
@@ -74,7 +74,7 @@ def test_panels_have_places_of_their_own():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_every_alert_leads_to_what_to_do():
+def test_every_alert_links_to_a_procedure():
     headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert [rule["annotations"]["runbook"] for rule in RULES if rule["annotations"]["runbook"] not in headings] == []
     assert all(

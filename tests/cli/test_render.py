@@ -1,4 +1,4 @@
-"""Sizes, durations and names as people read and write them."""
+"""Formatted sizes, durations and names, and parsed sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shared_store.cli.serve import parse_limit
     ],
 )
 def test_size(nbytes, text):
-    """Binary units, three digits, and nothing above TiB."""
+    """Binary units up to TiB, with three digits."""
     assert render.size(nbytes) == text
 
 
@@ -32,19 +32,19 @@ def test_size(nbytes, text):
     [("1048576", 1 << 20), ("64GiB", 64 << 30), ("1.5 TiB", 3 << 39), ("2g", 2 << 30), ("10 kib", 10240), ("7B", 7)],
 )
 def test_parse_size(text, nbytes):
-    """What people write."""
+    """Valid sizes."""
     assert parse_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e9", "64GB", "64 gigabytes", "1,5GiB", "0", "0GiB", "inf", "٣"])
 def test_parse_size_refuses(text):
-    """Nothing is guessed: not decimal units, not zero, not other digits."""
+    """Decimal units, zero and other digits are refused."""
     assert parse_size(text) is None
 
 
 @pytest.mark.parametrize("text", ["", "cpu", "cpu=", "=1GiB", "cpu=much", "cpu 1GiB"])
 def test_limit_names_option_and_form(text):
-    """A limit in another form is refused with the option's name and the form."""
+    """Another form is refused with the option's name and the valid form."""
     with pytest.raises(ConfigError, match=r"--max-resident .* DEVICE=SIZE, such as cpu=64GiB"):
         parse_limit(text)
 
@@ -54,10 +54,10 @@ def test_limit_names_option_and_form(text):
     [(0.4, "0 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (93784.5, "1 d 2 h"), (864000, "10 d 0 h")],
 )
 def test_duration(seconds, text):
-    """The two largest units."""
+    """The two largest units are shown."""
     assert render.duration(seconds) == text
 
 
-def test_names_cannot_act_on_a_terminal():
-    """Escapes, line ends and invisible direction marks of a client's name are shown as question marks."""
+def test_control_characters_are_replaced():
+    """Escapes, line ends and direction marks in a client's name are shown as question marks."""
     assert render.plain("a\x1b[31mb\nc\u202ed") == "a?[31mb?c?d"

@@ -1,4 +1,4 @@
-"""`wooly upgrade` at a real store."""
+"""`wooly upgrade` with a running store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ONE = "a" * 64
 
 
 def test_upgrade(wooly, actor):
-    """It says from what to what and how long it took, as a line and as JSON; models and keeper are those of before."""
+    """It prints both versions and the duration, as text and as JSON. Models and keeper are the same as before."""
     assert wooly("serve", "--detach").returncode == 0
     actor().publish(key=ONE, model=[[1, 300_000]])
     before = json.loads(wooly("status", "--json").stdout)
@@ -27,11 +27,11 @@ def test_upgrade(wooly, actor):
     assert [model["key"] for model in after["models"]] == [ONE]
     again = wooly("upgrade", "--python", sys.executable)
     assert again.returncode == 0
-    assert again.stdout.startswith(f"wooly {shared_store.__version__} (pid {after['store']['pid']}) made room for ")
+    assert again.stdout.startswith(f"upgraded wooly {shared_store.__version__} (pid {after['store']['pid']}) to ")
 
 
-def test_upgrade_to_what_is_no_interpreter(wooly):
-    """Exit code 18, one line that says why, and the store goes on."""
+def test_upgrade_to_a_missing_interpreter(wooly):
+    """Exit code 18, one line with the reason, and the store continues."""
     assert wooly("serve", "--detach").returncode == 0
     pid = json.loads(wooly("status", "--json").stdout)["store"]["pid"]
     done = wooly("upgrade", "--python", "/nonexistent/python")
@@ -41,6 +41,6 @@ def test_upgrade_to_what_is_no_interpreter(wooly):
 
 
 def test_upgrade_without_a_store(wooly):
-    """Exit code 3: there is none, and none is started."""
+    """Exit code 3, and no store is started."""
     done = wooly("upgrade")
     assert (done.returncode, done.stdout) == (3, "")

@@ -68,7 +68,7 @@ def wooly(directory):
         process.communicate()
 
 
-MANIFEST = manifest_of(KEY, [blob(data) for data in CONTENTS], state={"layers.0": {"scale": 0.5, "room": 1e999}})
+MANIFEST = manifest_of(KEY, [blob(data) for data in CONTENTS], state={"layers.0": {"scale": 0.5, "limit": 1e999}})
 
 
 @pytest.fixture

@@ -167,15 +167,15 @@ def test_a_directory_is_never_replaced(wooly, model, tmp_path):
     """Not a directory with content, a file or a link; an empty directory is accepted."""
     full, file, link, empty = (tmp_path / name for name in ("full", "file", "link", "empty"))
     full.mkdir()
-    (full / "kept").write_text("kept")
-    file.write_text("kept")
+    (full / "other").write_text("other")
+    file.write_text("other")
     empty.mkdir()
     link.symlink_to(empty)
     for target in (full, file, link):
         done = wooly("save", model.key, "--to", target)
         assert (done.returncode, done.stdout) == (2, "")
         assert "exists already" in done.stderr
-    assert [path.name for path in full.iterdir()] == ["kept"]
+    assert [path.name for path in full.iterdir()] == ["other"]
     assert wooly("save", model.key, "--to", empty).returncode == 0
     assert wooly("save", model.key, "--to", tmp_path / "no" / "parent").returncode == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "link"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf.jobs import Job
+from hf.jobs import PRELOADED, Job
 from support.engines import status_of
 
 from shared_store.base.layout import GRANULARITY
@@ -44,6 +44,11 @@ def _bytes_of(checkpoint: Path, *ends: str) -> int:
         places = [entry["data_offsets"] for name, entry in header.items() if name.endswith(ends)]
         total += sum(end - start for start, end in places)
     return total
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded_transformers() -> None:
+    PRELOADED.begin()
 
 
 def test_they_share_every_tensor_that_is_the_same_and_wooly_models_says_how_much(

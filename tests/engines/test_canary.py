@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from support.engines import CPU_SETTINGS, PRELOADED
+from support.preloaded import finish
 from torch import nn
 
 pytestmark = [
@@ -57,17 +57,11 @@ def test_a_model_that_is_replaced_and_not_written_to_is_quiet() -> None:
 def test_the_command_reports_on_a_real_engine(checkpoint: Any) -> None:
     """Nothing of a dense model is written to after loading; the exit code says so, and so does the JSON."""
     settings = {"max_model_len": 256, "max_num_seqs": 4, "enforce_eager": True, "dtype": "bfloat16"}
-    command = [sys.executable, "-m", "wooly_vllm.canary", str(checkpoint("llama")), "--json"]
-    run = subprocess.run(
-        [*command, "--engine-args", json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    (line,) = (line for line in run.stdout.splitlines() if line.startswith("{"))
+    command = ["wooly_vllm.canary", str(checkpoint("llama")), "--json", "--engine-args", json.dumps(settings)]
+    environment = {**os.environ, **CPU_SETTINGS, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    code, output = finish(PRELOADED.start(*command, environment=environment), 280)
+    assert code == 0, output
+    (line,) = (line for line in output.splitlines() if line.startswith("{"))
     report = json.loads(line)
     assert report["written"] == []
     assert report["watched"] > 10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.engines import PRELOADED
+from support.preloaded import finish
 
 from shared_store.base.errors import ConfigError
 from shared_store.runtime import versions as supported
@@ -116,9 +117,10 @@ def test_small_weights_stay_plain_where_their_kernel_takes_other_arguments(
     assert layer.weight.shape == (16, 32)
 
 
-def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_not() -> None:
+def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_not(tmp_path: Path) -> None:
     """A process of vLLM's own lacks a class that the loader needs: whoever asks for wooly is told what to do."""
-    program = (
+    program = tmp_path / "program.py"
+    program.write_text(
         "from vllm.model_executor.model_loader import base_loader\n"
         "from vllm.plugins import load_general_plugins\n"
         "del base_loader.BaseModelLoader\n"
@@ -128,14 +130,16 @@ def test_where_the_loader_cannot_be_made_its_format_is_refused_and_others_are_no
         "print(type(get_model_loader(LoadConfig())).__name__)\n"
         "get_model_loader(LoadConfig(load_format='wooly'))\n"
     )
-    environment = {**os.environ, "WOOLYAI_WEIGHTS_DEDUP": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "DefaultModelLoader"
+    errors = tmp_path / "errors"
+    with errors.open("wb") as stderr:
+        process = PRELOADED.start(str(program), environment={**os.environ, "WOOLYAI_WEIGHTS_DEDUP": "1"}, stderr=stderr)
+    code, printed = finish(process, 200)
+    told = errors.read_text()
+    assert code == 1, printed + told
+    assert printed.splitlines()[-1] == "DefaultModelLoader"
     said = "vllm.model_executor.model_loader.base_loader.BaseModelLoader where wooly looks for it"
-    assert "wooly: cannot share weights, --load-format wooly is refused: this vLLM" in done.stdout + done.stderr
-    last = done.stderr.strip().splitlines()[-1]
+    assert "wooly: cannot share weights, --load-format wooly is refused: this vLLM" in printed + told
+    last = told.strip().splitlines()[-1]
     assert last.startswith("shared_store.base.errors.ConfigError: ")
     assert said in last
     assert f"install '{supported.range_of('vllm')}', which wooly supports, or a newer wooly" in last

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 from support.engines import status_of
+from support.models.zeroed import zero_one_norm
 
 from shared_store.base.layout import GRANULARITY, round_up
 
@@ -20,7 +20,7 @@ def test_one_zeroed_norm_is_another_model_that_shares_all_other_tensors(
 ) -> None:
     """Each checkpoint answers as its stock twin does; the store holds the common tensors once."""
     original, zeroed = checkpoint("llama"), tmp_path / "zeroed"
-    models.zero_one_norm(original, zeroed)
+    zero_one_norm(original, zeroed)
     stock = engine(original, zeroed)
     assert stock.finish() == 0, stock.log[-20:]
     shared = engine(original, zeroed, load_format="wooly", extra={"fallback": False})

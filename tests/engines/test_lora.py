@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines.engine import PROMPTS, TOKENS
-from servers import CPU_ENVIRONMENT, Server
+from engines.engine import CPU_KV_BLOCKS, PROMPTS, TOKENS
 from support.adapters import random_adapter
 from support.engines import STARTED_WITHIN_S, EngineProcess, status_of
 from support.mapped import segment_ranges
+from support.servers import CPU_ENVIRONMENT, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -27,6 +27,7 @@ NAMES = ("one", "two")
 LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_num_batched_tokens": 1024}
 PLAIN: dict[str, Any] = {"max_num_batched_tokens": 1024}
 SERVING = ("--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "1024", "--dtype", "bfloat16")
+SERVING += ("--num-gpu-blocks-override", str(CPU_KV_BLOCKS))
 SERVING += ("--enforce-eager", "--load-format", "wooly", "--model-loader-extra-config", '{"fallback": false}')
 OTHER_ROOM = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16")
 """More room for adapters than the engines of ``LORA`` have."""

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
+from engines.engine import CPU_KV_BLOCKS
 from support.engines import status_of, vllm_since
 from support.ranks import ranks_share
+from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -28,8 +29,10 @@ def test_ranks_share_with_the_same_rank_of_another_engine(engine: Any, checkpoin
 def test_replicas_of_a_server_read_one_copy(checkpoint: Any, tmp_path: Path, runtime_dir: Path) -> None:
     """One server with two data parallel ranks: one model, two readers, and the same answer from whichever is asked."""
     arguments = [*SMALL_ARGUMENTS, "--load-format", "wooly", "--data-parallel-size", "2"]
+    arguments += ["--num-gpu-blocks-override", str(CPU_KV_BLOCKS)]
     arguments += ["--model-loader-extra-config", '{"fallback": false}']
-    environment = {**CPU_ENVIRONMENT, "WOOLY_RUNTIME_DIR": str(runtime_dir)}
+    # vLLM refuses replicas without binding where there are fewer NUMA nodes than replicas.
+    environment = {**CPU_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "auto", "WOOLY_RUNTIME_DIR": str(runtime_dir)}
     path = str(checkpoint("llama"))
     with Server("replicas", path, tmp_path / "log", arguments=arguments, environment=environment) as server:
         server.wait_ready(600)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 from support.engines import EngineProcess, status_of, vllm_since
+from support.models import families
 
 RUN_WITHIN_S = 600.0
 """A process that runs all families, one after the other."""
@@ -34,7 +34,7 @@ TOLD_OF_FINAL = vllm_since("0.30")
 SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
 LEFT_OUT = {name for name in SPARSE if not TOLD_OF_FINAL} | (set() if vllm_since("0.27") else {"mamba2"})
 """Families that are not shared by this version, or (mamba2) that stock vLLM does not run on a CPU."""
-SMALL = [name for name in (*models.FAMILIES, *TAUGHT_BY) if name not in LEFT_OUT]
+SMALL = [name for name in (*families.COMMON, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]
 READ_TWICE = ("llama-tied", "gpt2", "bert", "smollm2")
 """Families with a second reader: whether writes reach the store does not depend on the architecture."""

@@ -1,4 +1,4 @@
-"""What is not the protocol: the connection that says it ends with the reason, and nobody else notices."""
+"""Protocol violations end the connection with a reason, and affect no other client."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ STATUS = messages.encode(messages.GetStatus(1))
 
 @pytest.fixture
 def bystander(store, actor):
-    """A reader that must notice nothing; and the store must have counted the one fault, and have no fd more."""
+    """A reader that must not be affected. The store must count one violation, and leak no fd."""
     reader = actor()
     reader.publish(key=key(1), model=MODEL)
     client = store.client()
-    wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog, which has fds too")
+    wait_for_status(client, lambda status: status.catalog.state == "ok", "the catalog, which opens fds")
     before = store.open_fds()
     yield reader
     assert reader.alive()
     assert reader.digests() == reader.expected()
     assert reader.status()["counters"]["protocol_errors"] == 1
-    wait_until(lambda: store.open_fds() <= before, "the store to have the fds that it had")
+    wait_until(lambda: store.open_fds() <= before, "the store to close all other fds")
 
 
 def frame(payload):
@@ -91,14 +91,14 @@ def test_after_the_greeting(store, name):
 
 @pytest.mark.usefixtures("bystander")
 def test_fds_from_a_client(store):
-    """Any number, with whatever message: refused, and closed."""
+    """Fds with a request are refused and closed."""
     with RawClient(store.paths.socket) as client:
         client.send_fds(frame(STATUS), [0] * 100)
         assert client.refusal() == "protocol"
 
 
 def test_a_truncated_frame(store, actor):
-    """A client dies while it sends: that is no fault of protocol, and nothing of the frame is done."""
+    """A client that dies while it sends is no violation, and the frame has no effect."""
     publisher = actor()
     publisher.publish(key=key(1), model=MODEL)
     publisher.leave(key=key(1))
@@ -107,7 +107,7 @@ def test_a_truncated_frame(store, actor):
         with RawClient(store.paths.socket) as client:
             client.send_bytes(removal[:cut])
     client = store.client()
-    wait_for_status(client, lambda status: len(status.clients) == 2, "the raw clients to be gone")
+    wait_for_status(client, lambda status: len(status.clients) == 2, "the raw clients to disconnect")
     assert client.open(key(1)) == "attached"
 
 
@@ -119,14 +119,14 @@ def test_a_frame_byte_by_byte(store):
 
 
 def test_as_many_requests_as_are_allowed(store):
-    """All are answered, in order, when the client waits in one of them meanwhile too."""
+    """All are answered, in order."""
     with RawClient(store.paths.socket) as client:
         client.send_bytes(b"".join(frame(messages.encode(messages.GetStatus(n))) for n in range(MAX_REQUESTS_WAITING)))
         assert [client.receive().id for _ in range(MAX_REQUESTS_WAITING)] == list(range(MAX_REQUESTS_WAITING))
 
 
 def test_too_many_requests_while_one_waits(store, actor):
-    """A client that is in line for a model floods the store: cut off, and out of line."""
+    """A waiter that floods the store loses its connection, and its place in the queue."""
     publisher = actor()
     publisher.open(key=key(1))
     client = store.client()
@@ -139,14 +139,14 @@ def test_too_many_requests_while_one_waits(store, actor):
     assert client.session.status().counters.protocol_errors == 1
 
 
-def test_the_session_of_another_version_has_the_reason(store, monkeypatch):
-    """What both sides are, and what to do."""
+def test_session_of_another_version(store, monkeypatch):
+    """The error names both versions and the solution."""
     monkeypatch.setattr(messages, "VERSION", messages.VERSION + 1)
     with pytest.raises(ProtocolVersionError, match=r"speaks protocol 2, this store .* speaks 1; install one version"):
         store.client()
 
 
-def test_an_error_in_a_request_leaves_the_connection(store):
+def test_a_failed_request_does_not_end_the_connection(store):
     with RawClient(store.paths.socket) as client:
         client.send(messages.Remove(7, "ff"))
         failed = client.receive()
@@ -155,7 +155,7 @@ def test_an_error_in_a_request_leaves_the_connection(store):
         assert client.receive().id == 8
 
 
-def test_an_answer_to_a_push_that_nobody_sent_is_ignored(store):
+def test_an_answer_to_an_unknown_push_is_ignored(store):
     with RawClient(store.paths.socket) as client:
         client.send(messages.Unsupported(99))
         client.send(messages.GetStatus(1))
@@ -163,7 +163,7 @@ def test_an_answer_to_a_push_that_nobody_sent_is_ignored(store):
 
 
 def test_a_thousand_connections(start_store, actor):
-    """Up to the limit all are served; one more is told so; as one leaves there is room again."""
+    """Connections up to the limit are served. One more is refused until others disconnect."""
     store = start_store(max_clients=1000)
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
         pytest.skip("this process may not open a thousand sockets (ulimit -n)")
@@ -186,7 +186,7 @@ def test_a_thousand_connections(start_store, actor):
 
 
 def test_a_store_that_may_open_few_files(start_store, actor):
-    """Out of fds: clients wait until there is room, those that are in go on, and the store stays."""
+    """Without free fds, new clients wait, and connected clients are served."""
     store = start_store()
     reader = actor()
     reader.publish(key=key(1), model=MODEL)
@@ -195,9 +195,9 @@ def test_a_store_that_may_open_few_files(start_store, actor):
     limit = store.open_fds() + 4
     _, hard = resource.prlimit(store.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (limit, hard))
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as clients:
         for _ in range(30):
-            held.enter_context(RawClient(store.paths.socket, greet=False))
+            clients.enter_context(RawClient(store.paths.socket, greet=False))
         wait_until(lambda: "cannot accept a client" in store.log(), "the store to be out of fds")
         assert reader.status()["models"][0]["readers"] == 1
     resource.prlimit(store.pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -205,7 +205,7 @@ def test_a_store_that_may_open_few_files(start_store, actor):
 
 
 def test_a_reader_that_the_store_has_no_fds_for(start_store):
-    """A typed error with the next step; it is no reader then, and can ask again."""
+    """`Open` fails with a typed error that names the solution, and may be repeated."""
     store = start_store()
     client = store.client()
     client.publish(key(1), MODEL)
@@ -223,7 +223,7 @@ def test_a_reader_that_the_store_has_no_fds_for(start_store):
 
 
 def test_a_client_that_may_open_few_files(store):
-    """The kernel drops fds that it cannot have: an error that says so, not a model with a piece missing."""
+    """The kernel drops fds over the limit: the client gets an error, not an incomplete model."""
     client = store.client()
     client.publish(key(1), MODEL)
     reader = store.client()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from gpu.conftest import BESIDE_OTHERS
-from servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.engines import SHARING, status_of
 from support.ranks import ranks_share
+from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 

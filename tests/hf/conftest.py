@@ -11,12 +11,21 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hf.jobs import Job
+from hf.jobs import PRELOADED, Job
+from support.descriptors import lasting
 from support.engine_fixtures import checkpoint
 from support.stores import StoreProcess
 from support.waiting import readable
 
+from shared_store.client.session import Session
+
 __all__ = ["checkpoint"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded():
+    """Import transformers while the first test prepares itself."""
+    PRELOADED.begin()
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +39,15 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def processes(store, tmp_path_factory):
+def processes(store, tmp_path_factory, request):
     """The processes of this file's tests, by their names; starting one takes seconds, so they are used again."""
     logs = tmp_path_factory.mktemp("jobs")
     made = {}
 
     def get(name, **environment):
         if name not in made:
-            made[name] = Job(store.directory, logs / name, **environment)
+            with lasting(request.config):
+                made[name] = Job(store.directory, logs / name, **environment)
         return made[name]
 
     get.made = made
@@ -62,9 +72,9 @@ def job(processes):
 
 @pytest.fixture
 def served(store):
-    """The store's status, now."""
-    client = store.client("test")
-    return client.session.status
+    """A function that returns the store's status."""
+    with Session.connect(store.directory, autostart=False, name="test") as session:
+        yield session.status
 
 
 _copies = itertools.count(1)

@@ -20,7 +20,16 @@ _SETTINGS = {
     # Sums of floats depend on how they are divided among threads.
     "OMP_NUM_THREADS": "1",
 }
-_POOL = Pool(("hf.preloaded_modules",), _SETTINGS)
+PRELOADED = Pool(
+    (
+        "hf.describe",
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+    ),
+    _SETTINGS,
+)
+"""Neither wooly nor PEFT, for what happens when they are imported is tested."""
 
 _BEGINNING = """
 import gc, torch, transformers, wooly_hf
@@ -49,7 +58,7 @@ class Job:
         stock = {name: text for name, text in os.environ.items() if not name.startswith("WOOLY")}
         self._log = Path(log)
         with self._log.open("ab") as stderr:
-            self._process = _POOL.start(
+            self._process = PRELOADED.start(
                 str(Path(__file__).with_name("job_main.py")),
                 environment={
                     **stock,

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hf.jobs import PRELOADED
 from support.architectures import ARCHITECTURES
 from support.engines import private_store_directory, status_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from support.preloaded import Process
+
     from shared_store.base.status import Status
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-MAKER, EXAMINER = SUPPORT / "architectures.py", SUPPORT / "architecture_main.py"
+MAKER, EXAMINER = SUPPORT / "checkpoints_main.py", SUPPORT / "architecture_main.py"
 CASES = [(each.name, dtype) for each in ARCHITECTURES for dtype in (each.stored, each.other_dtype)]
 GENERATING = {each.name for each in ARCHITECTURES if each.generates}
 WITHIN_S = 500
@@ -48,17 +49,13 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examined]:
     """What the three processes found."""
     checkpoints, reports = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("reports")
 
-    def run(name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+    def run(name: str, *command: str, **environment: str) -> Process:
         with (reports / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            return PRELOADED.start(
+                *command, environment={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, stdout=log
             )
 
-    def begin(role: str, runtime_dir: Path) -> subprocess.Popen[bytes]:
+    def begin(role: str, runtime_dir: Path) -> Process:
         job = {
             "names": [each.name for each in ARCHITECTURES],
             "checkpoints": str(checkpoints),
@@ -69,14 +66,16 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examined]:
         store = {"WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"}
         return run(role, str(EXAMINER), str(reports / f"{role}.job"), **store)
 
-    def end(name: str, process: subprocess.Popen[bytes]) -> None:
+    def end(name: str, process: Process) -> None:
         try:
             assert process.wait(WITHIN_S) == 0, (reports / f"{name}.log").read_text(errors="replace")[-3000:]
         finally:
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
-    def finish(role: str, process: subprocess.Popen[bytes]) -> dict[str, dict[str, Any]]:
+    def finish(role: str, process: Process) -> dict[str, dict[str, Any]]:
         end(role, process)
         found: dict[str, dict[str, Any]] = json.loads((reports / f"{role}.json").read_text())
         return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 from hf.jobs import JobError
 from support.mapped import own_bytes, segment_bytes
+from support.models.zeroed import zero_one_norm
 
 ONE_OF_EACH = [("llama-tied", None), ("mixtral", "float32"), ("bloom", "float16"), ("gpt2", None)]
 
@@ -86,7 +86,7 @@ def test_other_bytes_are_another_model(job, checkpoint, tmp_path, served):
     """A copy with one norm changed, under the same names and dates, gets its own norm, and shares the rest."""
     original = checkpoint("llama")
     copy = tmp_path / "copy"
-    norm = models.zero_one_norm(original, copy)
+    norm = zero_one_norm(original, copy)
     job("one").run("my_model = load(path)", path=original)
     before = served()
     zero = "my_model = load(path); result = bool(my_model.get_parameter(name).any())"

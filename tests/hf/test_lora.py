@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import models
 import pytest
+from hf.jobs import PRELOADED
 from support.actors import Actor
+from support.models.cache import CACHE
+from support.models.smollm2 import smollm2
 from support.stores import StoreProcess
 
 from shared_store.base.status import Status
@@ -33,13 +32,11 @@ class LoraProcess(Actor):
 
     def __init__(self, runtime_dir: Path, log: Path) -> None:
         with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, str(MAIN)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+            self._process = PRELOADED.start(
+                str(MAIN),
+                environment={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"},
                 stderr=stream,
-                bufsize=0,
-                env={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"},
+                text=False,
             )
         self._unread = b""
 
@@ -54,7 +51,7 @@ class LoraProcess(Actor):
 @pytest.fixture(scope="module")
 def start(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Start a process with the base loaded: shared through one store, or (no device map) stock."""
-    base, log, started = models.smollm2(checkpoints.CACHE), tmp_path_factory.mktemp("logs") / "log", []
+    base, log, started = smollm2(CACHE), tmp_path_factory.mktemp("logs") / "log", []
 
     def begin(device_map: str | None) -> LoraProcess:
         started.append(LoraProcess(store.directory, log))

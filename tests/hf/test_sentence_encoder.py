@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hf.jobs import PRELOADED
+from support.preloaded import finish
 from support.stores import StoreProcess
 
 from shared_store.base.status import Status
@@ -52,24 +52,26 @@ def encoder() -> Path:
     return next(Path(str(file.locate())).parent for file in files if file.name == "model.safetensors")
 
 
-def encode(encoder: Path, device_map: str | None, runtime_dir: Path) -> dict[str, Any]:
-    """Embeddings (3 x 384) from a new process; doubles have every bit of a float in them."""
-    done = subprocess.run(
-        [sys.executable, "-c", ENCODE, json.dumps([str(encoder), device_map, SENTENCES])],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env={**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), "WOOLY_STRICT": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+@pytest.fixture
+def encode(encoder: Path, store: StoreProcess, tmp_path: Path) -> Callable[[str | None], dict[str, Any]]:
+    """Return embeddings (3 x 384) from a new process; doubles hold every bit of a float."""
+    program = tmp_path / "encode.py"
+    program.write_text(ENCODE)
+    environment = {**os.environ, "WOOLY_RUNTIME_DIR": str(store.directory), "WOOLY_STRICT": "1"}
+
+    def run(device_map: str | None) -> dict[str, Any]:
+        request = json.dumps([str(encoder), device_map, SENTENCES])
+        code, output = finish(PRELOADED.start(str(program), request, environment=environment), 200)
+        assert code == 0, output[-3000:]
+        found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        return found
+
+    return run
 
 
-def test_embeddings_are_those_of_stock_loading(encoder: Path, store: StoreProcess, served: Callable[[], Status]):
+def test_embeddings_are_those_of_stock_loading(encode: Any, served: Callable[[], Status]):
     """In the process that published the weights, and in one that attached to them."""
-    stock, publisher, reader = (encode(encoder, way, store.directory) for way in (None, "wooly:cpu", "wooly:cpu"))
+    stock, publisher, reader = (encode(device_map) for device_map in (None, "wooly:cpu", "wooly:cpu"))
     assert publisher["embeddings"] == reader["embeddings"] == stock["embeddings"]
     assert min(publisher["shared"], reader["shared"]) > 0.99 * stock["bytes"]
     counters = served().counters

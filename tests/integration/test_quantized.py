@@ -1,6 +1,6 @@
-"""The quantized checkpoints hold the weights that they were made of, as far as their formats can: read back bit by bit.
+"""Quantized checkpoints contain the weights that they were made of, within the precision of their formats.
 
-What reads them here follows the formats' definitions and shares no code with what wrote them.
+The readers here follow the definitions of the formats and share no code with the writers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import families  # noqa: E402 - these need torch
-import quantized  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402 - these need torch
+from support.models import families, quantized  # noqa: E402
 
 LAYER = "model.layers.1.mlp.down_proj"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -29,7 +28,7 @@ def _nibble(words, place):
 
 
 def _gptq(stored):
-    """Row ``8 * i + place`` of the input is nibble ``place`` of word ``i``; the zero point is stored less one."""
+    """Row ``8 * i + place`` of the input is nibble ``place`` of word ``i``; zero points are stored minus one."""
     words, group = stored["qweight"], stored["g_idx"].to(torch.int64)
     values = torch.empty(len(group), words.shape[1])
     zeros = torch.empty(stored["scales"].shape)
@@ -80,12 +79,12 @@ READERS = {
     "ct-fp8": (_scaled, 0.05),
     "ct-w4a16": (_ct_w4a16, 0.15),
 }
-"""How a format is read, and how far its weights may be off on average, by the spread of the original's."""
+"""Reader of each format, and the tolerated standard deviation of the error, relative to that of the weights."""
 
 
 @pytest.mark.parametrize("method", READERS)
-def test_weights_come_back(method, cache):
-    """Each weight is near the original's: a wrong order of nibbles, rows or groups would be off by the whole spread."""
+def test_weights_are_equal_within_the_precision_of_the_format(method, cache):
+    """A wrong order of nibbles, rows or groups would give an error as large as the weights."""
     original = load_file(families.random_model("llama", cache) / "model.safetensors")[f"{LAYER}.weight"].float()
     tensors = load_file(quantized.quantized_model("llama", method, cache) / "model.safetensors")
     stored = {name.removeprefix(f"{LAYER}."): tensor for name, tensor in tensors.items() if name.startswith(LAYER)}
@@ -93,8 +92,8 @@ def test_weights_come_back(method, cache):
     assert (read(stored) - original).std() < tolerated * original.std()
 
 
-def test_experts_of_gpt_oss_come_back(cache):
-    """A value is a 4 bit float times a power of two that 32 neighbours along the input share; low nibble first."""
+def test_experts_of_gpt_oss_are_equal_within_the_precision_of_mxfp4(cache):
+    """A value is a 4-bit float times a power of two shared by 32 neighbours along the input; low nibble first."""
     name = "model.layers.0.mlp.experts.down_proj"
     original = load_file(families.random_model("gpt-oss", cache) / "model.safetensors")[name].float()
     stored = load_file(quantized.quantized_model("gpt-oss", "mxfp4", cache) / "model.safetensors")
@@ -114,8 +113,8 @@ def test_experts_of_gpt_oss_come_back(cache):
         ("gpt-oss", "mxfp4", "model.layers.0.mlp.router"),
     ],
 )
-def test_routers_embeddings_and_output_layers_are_left_alone(family, method, router, cache):
-    """They are there under their old names, with their old bytes; nothing that was converted is there twice."""
+def test_routers_embeddings_and_output_layers_are_not_quantized(family, method, router, cache):
+    """They have their old names and bytes, and no quantized tensor is also stored unquantized."""
     before = load_file(families.random_model(family, cache) / "model.safetensors")
     tensors = load_file(quantized.quantized_model(family, method, cache) / "model.safetensors")
     kept = {name for name in before if name in tensors and before[name].dtype == tensors[name].dtype}

@@ -9,7 +9,7 @@ __all__ = ["actor", "directory", "start_kept", "start_store", "store"]
 
 @pytest.fixture
 def start_kept(directory):
-    """Start a keeper and its store, with options; they are ended with the test."""
+    """Start a keeper and its store with options. Both end with the test."""
     started = []
 
     def start(**options):

@@ -1,4 +1,4 @@
-"""What a session does while there is no store."""
+"""A session while no store is running."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def threads():
 
 
 def test_closed_while_there_is_no_store(kept):
-    """It gives up at once: no thread, no fd and no memory of the model stays behind."""
+    """Closing stops the reconnection at once, and frees its thread, its fds and the memory of the model."""
     fds, segments = open_fds(), open_segments()
     client = Client(kept.directory)
     client.publish(ONE, MODEL)
     kept.kill_both()
-    wait_until(lambda: not client.alive(), "the client to notice")
+    wait_until(lambda: not client.alive(), "the client to lose its connection")
     assert threads()
     client.unmap_all()
     client.close()
@@ -35,40 +35,40 @@ def test_closed_while_there_is_no_store(kept):
 
 
 def test_tries_are_not_logged(kept, caplog):
-    """However long there is no store, the log has nothing of it; that the client is back is one line."""
+    """Failed attempts to reconnect are not logged. Success is one line."""
     client = kept.client()
     client.publish(ONE, MODEL)
     kept.kill_both()
-    wait_until(lambda: not client.alive(), "the client to notice")
+    wait_until(lambda: not client.alive(), "the client to lose its connection")
     with caplog.at_level(logging.INFO):
         again = KeptStore(kept.directory).start()
         try:
-            wait_until(client.alive, "the client to be back")
-            wait_until(lambda: caplog.messages, "the line that says so")
+            wait_until(client.alive, "the client to reconnect")
+            wait_until(lambda: caplog.messages, "the log line")
         finally:
             again.clean_up()
     said = [record.getMessage() for record in caplog.records if record.name == "shared_store.client.connection"]
     assert said == [f"wooly: rejoined the store (pid {client.session.store_pid})"]
 
 
-def test_session_without_models_comes_back_when_it_asks(kept):
-    """It has nothing to come back for by itself; the next question is answered by the next store."""
+def test_session_without_models_reconnects_on_its_next_request(kept):
+    """It does not reconnect in the background. The next store answers its next request."""
     client = kept.client()
     pid = kept.kill_store()
     assert client.session.status().store.pid != pid
 
 
 def test_fork_while_there_is_no_store(kept, actor):
-    """A forked child is refused the session and does not come back in the parent's place."""
+    """A forked child cannot use the session, and does not reconnect in place of its parent."""
     parent = actor()
     parent.publish(key=ONE, model=MODEL)
     kept.kill_both()
-    wait_until(lambda: not parent.alive(), "the client to notice")
+    wait_until(lambda: not parent.alive(), "the client to lose its connection")
     child = parent.fork()
     assert "connect again after a fork" in child["said"]
     again = KeptStore(kept.directory).start()
     try:
-        wait_until(lambda: again.status().models and again.status().models[0].readers == 1, "the parent to be back")
+        wait_until(lambda: again.status().models and again.status().models[0].readers == 1, "the parent to rejoin")
         assert [one.pid for one in again.status().clients if one.role == "reader"] == [parent.pid]
     finally:
         os.kill(child["pid"], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Keeper and store close every descriptor that they had for clients and models that are gone."""
+"""Keeper and store close all descriptors of disconnected clients and removed models."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MODEL = [[1, 300_000], [2, 3 << 20]]
 
 @pytest.fixture
 def kept(start_kept, directory):
-    """A keeper and its store, whose catalog is away: its connections come and go by themselves."""
+    """A keeper and its store, without a catalog server: its connections would change the counts."""
     return start_kept(redis_url=f"unix://{directory}/away")
 
 
 def test_clients_that_left_and_clients_that_were_killed(kept, actor):
-    """The keeper has a descriptor of each segment while its model lives, and no longer."""
+    """The keeper has a descriptor of each segment until its model is removed."""
     with no_leak_in(kept.pid, kept.store_pid):
         publisher, reader, unfinished = (actor() for _ in range(3))
         publisher.publish(key=ONE, model=MODEL)
@@ -33,13 +33,13 @@ def test_clients_that_left_and_clients_that_were_killed(kept, actor):
 
 
 def test_restarts_of_the_store(kept, actor):
-    """The keeper has what it had, once the models are gone that it brought back."""
+    """After restarts and the removal of all models, the keeper has as many descriptors as at first."""
     with no_leak_in(kept.pid):
         publisher = actor()
         publisher.publish(key=ONE, model=MODEL)
         for _ in range(3):
             pid = kept.kill_store()
-            wait_until(lambda pid=pid: publisher.alive() and publisher.store_pid() != pid, "the client to be back")
+            wait_until(lambda pid=pid: publisher.alive() and publisher.store_pid() != pid, "the client to reconnect")
         publisher.leave(key=ONE)
         publisher.remove(key=ONE)
         publisher.close()

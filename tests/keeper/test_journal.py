@@ -1,4 +1,4 @@
-"""The journal: what of a damaged one counts, and that a disk without it stops nothing."""
+"""The journal: damaged files, and disks that cannot be written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def applied(history):
 
 @given(st.lists(st.one_of(changes, st.just("rewrite")), max_size=20))
 def test_what_was_written_is_read(tmp_path_factory, history):
-    """However often it was written anew in between, the journal is the state; and so is a handover."""
+    """The journal restores the state, with any number of rewrites in between. So does a handover."""
     path = tmp_path_factory.mktemp("journal") / "journal"
     held, written = DurableState(), Journal(path)
     written.rewrite([])
@@ -72,7 +72,7 @@ def test_what_was_written_is_read(tmp_path_factory, history):
 
 @given(st.lists(changes, min_size=1, max_size=6), st.data())
 def test_torn_tail(tmp_path_factory, history, data):
-    """Cut off anywhere, the whole records before the cut count, and it is told unless the cut is between records."""
+    """Complete records before the cut are read. Damage is reported unless the cut is between records."""
     records = [record(change) for change in history]
     whole = b"".join(records)
     cut = data.draw(st.integers(0, len(whole)))
@@ -86,8 +86,8 @@ def test_torn_tail(tmp_path_factory, history, data):
 
 
 @given(st.lists(changes, min_size=1, max_size=6), st.data())
-def test_turned_bit(tmp_path_factory, history, data):
-    """A record with another bit in it does not count, nor does what follows."""
+def test_flipped_bit(tmp_path_factory, history, data):
+    """A record with a flipped bit is ignored, and so are all records after it."""
     records = [record(change) for change in history]
     which = data.draw(st.integers(0, len(records) - 1))
     bad = bytearray(records[which])
@@ -110,8 +110,8 @@ def test_turned_bit(tmp_path_factory, history, data):
     ],
     ids=["foreign", "of another boot"],
 )
-def test_no_journal_of_ours(tmp_path, data, why):
-    """Nothing of it counts."""
+def test_foreign_journal(tmp_path, data, why):
+    """It is ignored as a whole."""
     path = tmp_path / "journal"
     path.write_bytes(data)
     found, damage = read(path)
@@ -119,8 +119,8 @@ def test_no_journal_of_ours(tmp_path, data, why):
     assert why in damage
 
 
-def test_link_in_the_journals_place(tmp_path):
-    """It is not followed, and not written through."""
+def test_symbolic_link_as_journal(tmp_path):
+    """It is not followed, neither to read nor to write."""
     target = tmp_path / "target"
     target.write_bytes(b"precious")
     path = tmp_path / "journal"
@@ -135,7 +135,7 @@ def test_link_in_the_journals_place(tmp_path):
 
 
 def test_history_is_dropped(tmp_path, monkeypatch):
-    """A file that is mostly history is due to be written anew; one that is all state is not, however large."""
+    """A file that is mostly history is due for a rewrite. A large file without history is not."""
     monkeypatch.setattr(journal, "COMPACT_FROM", 1000)
     written = Journal(tmp_path / "journal")
     model = keeper_messages.ModelRecord(ONE, b"m" * 500, ())
@@ -150,7 +150,7 @@ def test_history_is_dropped(tmp_path, monkeypatch):
 
 
 def test_disk_full(tmp_path):
-    """What does not fit is not half there for the next reader: writing stops, with a reason, until all fits again."""
+    """Writing stops at the first failure, with a reason, and a rewrite completes the file later."""
     written = Journal(tmp_path / "journal")
     written.rewrite([keeper_messages.Release(1)])
     full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
@@ -167,7 +167,7 @@ def test_disk_full(tmp_path):
 
 
 def test_store_without_a_journal(directory, actor):
-    """Where it cannot be written the store serves, says `degraded` with the reason, and `ok` once it can be."""
+    """If the journal cannot be written, the store serves and is `degraded`; it is `ok` after a rewrite."""
     obstacle = directory / "journal.new"
     obstacle.mkdir()
     kept = KeptStore(directory).start()
@@ -177,10 +177,10 @@ def test_store_without_a_journal(directory, actor):
         status = kept.status()
         assert (status.store.state, status.keeper.journal) == ("degraded", "degraded")
         assert any("journal" in reason for reason in status.store.reasons)
-        pid = kept.kill_store()  # what the keeper holds needs no journal
-        wait_until(lambda: publisher.alive() and publisher.store_pid() != pid, "the reader to be back")
+        pid = kept.kill_store()  # the keeper needs no journal for a restart of the store
+        wait_until(lambda: publisher.alive() and publisher.store_pid() != pid, "the reader to rejoin")
         obstacle.rmdir()
-        wait_until(lambda: kept.status().keeper.journal == "ok", "the journal to be whole")
+        wait_until(lambda: kept.status().keeper.journal == "ok", "the journal to be complete")
         assert ONE in {change.model.key for change in read(kept.paths.journal)[0] if hasattr(change, "model")}
     finally:
         kept.clean_up()
@@ -188,7 +188,7 @@ def test_store_without_a_journal(directory, actor):
 
 @pytest.mark.parametrize("damage", ["torn", "foreign"])
 def test_damaged_journal_of_a_killed_keeper(directory, actor, damage):
-    """The next keeper says so and goes on; clients bring back what they have."""
+    """The next keeper reports the damage, and clients return their models."""
     first = KeptStore(directory).start()
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
@@ -198,7 +198,7 @@ def test_damaged_journal_of_a_killed_keeper(directory, actor, damage):
     again = KeptStore(directory).start()
     try:
         assert "journal damaged" in again.log()
-        wait_until(lambda: any(one.readers == 1 for one in again.status().models), "the reader to be back")
+        wait_until(lambda: any(one.readers == 1 for one in again.status().models), "the reader to rejoin")
     finally:
         again.clean_up()
         first.clean_up()

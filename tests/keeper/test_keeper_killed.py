@@ -1,4 +1,4 @@
-"""The keeper is killed: alone, and together with the store."""
+"""SIGKILL to the keeper, alone and together with the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def readers(kept, key=ONE):
 
 
 def journal_state(kept):
-    """Segments and models as the journal has them."""
+    """Return segments and models as recorded in the journal."""
     held = DurableState()
     for change in read(kept.paths.journal)[0]:
         held.apply(change)
@@ -30,7 +30,7 @@ def journal_state(kept):
 
 @pytest.fixture
 def start_again(kept):
-    """After :meth:`KeptStore.kill_both`: the next keeper and store in the same directory."""
+    """Start another keeper and store in the same directory, after :meth:`KeptStore.kill_both`."""
     started = []
 
     def start():
@@ -43,7 +43,7 @@ def start_again(kept):
 
 
 def test_keeper_killed_alone(kept, actor):
-    """The store serves on, says that it has no keeper, and starts one that holds as much as the first did."""
+    """The store continues, and starts another keeper, which retains as many segments as the first."""
     reader = actor()
     reader.publish(key=ONE, model=MODEL)
     store, segments = kept.store_pid, open_segments(kept.pid)
@@ -58,25 +58,25 @@ def test_keeper_killed_alone(kept, actor):
     late = actor()
     late.open(key=ONE, publish=False)
     assert late.digests() == late.expected()
-    kept.kill_store()  # the new keeper is as good as the first
-    wait_until(lambda: readers(kept) == 2, "both readers to be back")
+    kept.kill_store()  # the new keeper restarts the store as the first did
+    wait_until(lambda: readers(kept) == 2, "both readers to rejoin")
     assert kept.status().keeper.pid == status.keeper.pid
 
 
-def test_what_is_published_without_a_keeper_is_held_by_the_next(kept, actor):
-    """A commit between two keepers reaches the second one."""
+def test_model_published_without_a_keeper_is_retained_by_the_next(kept, actor):
+    """A commit while no keeper is running reaches the next keeper."""
     publisher = actor()
     os.kill(kept.pid, signal.SIGKILL)
     kept.wait()
     publisher.publish(key=ONE, model=MODEL)
     wait_until(lambda: kept.status().keeper.state == "ok", "the keeper to have taken over")
     pid = kept.kill_store()
-    wait_until(lambda: publisher.store_pid() != pid and publisher.alive(), "the reader to be back")
+    wait_until(lambda: publisher.store_pid() != pid and publisher.alive(), "the reader to rejoin")
     assert readers(kept) == 1
 
 
 def test_both_killed(kept, start_again, actor):
-    """Living clients give a model back, all at once; it is whole without a load, and held by the new keeper."""
+    """Several clients return a model at once. No client loads it, and the new keeper retains it."""
     first, second = actor(), actor()
     first.publish(key=ONE, model=MODEL)
     second.open(key=ONE, publish=False)
@@ -85,40 +85,40 @@ def test_both_killed(kept, start_again, actor):
     assert second.digests() == second.expected()
     again = start_again()
     late = actor()
-    assert late.open(key=ONE, publish=True) == "attached"  # it waits for those who have it, and need not load
+    assert late.open(key=ONE, publish=True) == "attached"  # queued until a client returns the model
     assert late.digests() == late.expected()
-    wait_until(lambda: readers(again) == 3, "all readers to be back")
+    wait_until(lambda: readers(again) == 3, "all readers to rejoin")
     status = again.status()
     assert (status.totals.resident_bytes, status.counters.publishes) == (resident, 0)
     assert open_segments(again.pid) == status.devices[0].segments
     again.kill_store()
-    wait_until(lambda: readers(again) == 3, "all readers to be back after one more restart")
+    wait_until(lambda: readers(again) == 3, "all readers to rejoin after another restart")
 
 
 def test_both_killed_with_models_that_share(kept, start_again, actor):
-    """A segment that two models lie in comes back once, whoever brings it first."""
+    """A segment with blobs of two models is returned once."""
     first, second = actor(), actor()
     first.publish(key=ONE, model=MODEL)
     second.publish(key=OTHER, model=[MODEL[1], [3, 200_000]])
     resident = kept.status().totals.resident_bytes
     kept.kill_both()
     again = start_again()
-    wait_until(lambda: (readers(again), readers(again, OTHER)) == (1, 1), "both models to be back")
+    wait_until(lambda: (readers(again), readers(again, OTHER)) == (1, 1), "both models to be returned")
     assert again.status().totals.resident_bytes == resident
 
 
 def test_both_killed_without_the_journal(kept, start_again, actor):
-    """What clients offer needs no journal; host memory proves itself by its digests."""
+    """Clients can return models without a journal: the store verifies host memory by digests."""
     reader = actor()
     reader.publish(key=ONE, model=MODEL)
     kept.kill_both()
     kept.paths.journal.unlink()
     again = start_again()
-    wait_until(lambda: readers(again) == 1, "the reader to be back")
+    wait_until(lambda: readers(again) == 1, "the reader to rejoin")
 
 
-def test_nobody_has_the_model_any_more(kept, start_again, actor):
-    """A model of the journal that no client brings is forgotten, and the next who opens it publishes."""
+def test_no_client_has_the_model(kept, start_again, actor):
+    """A model of the journal that no client returns is forgotten, and the next client publishes it."""
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
     kept.kill_both()
@@ -127,4 +127,4 @@ def test_nobody_has_the_model_any_more(kept, start_again, actor):
     late = actor()
     assert late.open(key=ONE) == "granted"
     assert again.status().totals.resident_bytes == 0
-    wait_until(lambda: journal_state(again) == ({}, {}), "the journal to know nothing of it")
+    wait_until(lambda: journal_state(again) == ({}, {}), "the journal to be empty")

@@ -1,4 +1,4 @@
-"""A client offers a model to a store that has not got it: what is right is taken, what is not changes nothing."""
+"""A client offers a model to a store that lost it. Valid offers are accepted, invalid ones change nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEGMENT = 77
 
 @pytest.fixture
 def segment():
-    """Make a segment that begins with some bytes; its fd. Sealed, unless it is not to be."""
+    """Make a segment that starts with ``data``, sealed by default. Returns its fd."""
     backend, fds = MemfdBackend(), []
 
     def make(data=DATA, *, sealed=True, nbytes=NBYTES):
@@ -42,7 +42,7 @@ def segment():
 
 
 def offer(client, fds, *, number=1, manifest=None, offset=0, nbytes=NBYTES, segments=1):
-    """Rejoin in vain, then offer; the store's answer."""
+    """Rejoin, which fails, then offer. Return the store's answer to the offer."""
     ids = tuple(range(SEGMENT, SEGMENT + segments))
     client.send(messages.Rejoin(1, key(number), ids))
     assert client.receive().code == "model_not_found"
@@ -54,20 +54,20 @@ def offer(client, fds, *, number=1, manifest=None, offset=0, nbytes=NBYTES, segm
 
 @pytest.fixture
 def raw(kept):
-    """A client that says what it likes."""
+    """A client that sends arbitrary bytes."""
     with RawClient(kept.paths.socket) as client:
         yield client
 
 
-def test_right_offer(kept, raw, segment, actor):
-    """The model is there, with its reader, for others to attach to, and over the next restart."""
+def test_valid_offer(kept, raw, segment, actor):
+    """The store has the model and its reader, other clients attach, and it survives the next restart."""
     assert isinstance(offer(raw, [segment()]), messages.Done)
     reader = actor()
     assert reader.open(key=key(1), publish=False) == "attached"
     assert reader.digests() == reader.expected() == [blob(DATA).digest.hex()]
     (model,) = kept.status().models
     assert model.readers == 2
-    wait_until(lambda: open_segments(kept.pid) == 1, "the keeper to hold it")
+    wait_until(lambda: open_segments(kept.pid) == 1, "the keeper to retain the segment")
 
 
 def other_bytes(raw, segment):
@@ -107,7 +107,7 @@ def fewer_fds_than_segments(raw, segment):
     return offer(raw, [segment()], segments=2)
 
 
-LIES = {
+INVALID = {
     other_bytes: "digest_mismatch",
     unsealed: "memory",
     too_small: "memory",
@@ -119,30 +119,30 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
-def test_lying_offer(kept, raw, segment, lie):
-    """It is refused with its reason; the store has neither model nor memory of it, and no fd more."""
+@pytest.mark.parametrize("change", INVALID, ids=lambda change: change.__name__)
+def test_invalid_offer(kept, raw, segment, change):
+    """It is refused with a code, and the store has no model, no memory and no fd of it."""
     kept.client().session.status()
     before = open_segments(kept.store_pid)
-    assert lie(raw, segment).code == LIES[lie]
+    assert change(raw, segment).code == INVALID[change]
     status = kept.status()
     assert status.models == ()
     assert status.totals.resident_bytes == 0
-    wait_until(lambda: open_segments(kept.store_pid) == before, "the store to have let go of what was offered")
+    wait_until(lambda: open_segments(kept.store_pid) == before, "the store to close the offered segments")
 
 
-def test_offer_of_what_another_model_is_in(kept, raw, segment):
-    """A second offer may not put other bytes under the id of a segment that is in use."""
+def test_offer_under_the_id_of_a_used_segment(kept, raw, segment):
+    """An offer cannot replace the bytes of a segment that another model uses."""
     assert isinstance(offer(raw, [segment()]), messages.Done)
     other = content(2, 100_000)
-    with RawClient(kept.paths.socket) as liar:
-        answer = offer(liar, [segment(other)], number=2, manifest=manifest_of(key(2), [blob(other)]))
+    with RawClient(kept.paths.socket) as other_client:
+        answer = offer(other_client, [segment(other)], number=2, manifest=manifest_of(key(2), [blob(other)]))
     assert answer.code == "digest_mismatch"
     assert [model.key for model in kept.status().models] == [key(1)]
 
 
 def test_fds_without_a_rejoin(raw, segment):
-    """They end the connection, as fds from a client always did."""
+    """Unexpected fds end the connection."""
     data = encode(manifest_of(key(1), [blob(DATA)]))
     infos = (messages.SegmentInfo(SEGMENT, NBYTES),)
     raw.send(messages.Offer(1, key(1), data, (messages.BlobPlace(0, 0),), infos), [segment()])
@@ -150,7 +150,7 @@ def test_fds_without_a_rejoin(raw, segment):
 
 
 def test_more_fds_than_the_rejoin_named(raw, segment):
-    """They end the connection before anything is looked at."""
+    """Too many fds end the connection before the message is decoded."""
     raw.send(messages.Rejoin(1, key(1), (SEGMENT,)))
     raw.receive()
     raw.send(messages.GetStatus(2), [segment()] * 2)

@@ -30,7 +30,7 @@ MODEL = [[1, 300_000], [2, 3 << 20]]
 DIGESTS = [blob(content(seed, nbytes)).digest.hex() for seed, nbytes in MODEL]
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE_LAYERS = "0b48ea0"
-"""The last commit before the packages were arranged in layers: most modules had other names."""
+"""The last commit before the modules moved into layers. Most modules had other names."""
 
 
 def of_history(site):
@@ -56,14 +56,14 @@ def of_this_version(site):
 
 
 class Installation:
-    """A directory with the package in it, as ``pip install --target`` leaves one."""
+    """A directory with the package, as made by ``pip install --target``."""
 
     def __init__(self, site, elsewhere):
         self.site = site
         self._elsewhere = elsewhere
 
     def install(self, unpack, version):
-        """Put a version in place of the one that is there."""
+        """Replace the installed version."""
         shutil.rmtree(self.site, ignore_errors=True)
         self.site.mkdir()
         unpack(self.site)
@@ -72,7 +72,7 @@ class Installation:
 
     @property
     def popen(self):
-        """Arguments for a process that imports from this directory: not from where the tests are started."""
+        """Return arguments for a process that imports from this directory, not from the source tree."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return {"env": {**kept, **self.python}, "cwd": self._elsewhere}
 
@@ -82,7 +82,7 @@ class Installation:
 
 
 class Reader:
-    """A reader process of whatever version is installed."""
+    """A reader process of the installed version."""
 
     def __init__(self, directory, installation):
         program = Path(__file__).parents[1] / "support" / "installed_reader.py"
@@ -100,7 +100,7 @@ class Reader:
         return self._process.pid
 
     def report(self):
-        """What it reads now, and from which store."""
+        """Return the digests of its mappings, and the store that it is connected to."""
         self._process.stdin.write(b"\n")
         assert readable(self._process.stdout, 30.0), "the reader does not answer"
         line = self._process.stdout.readline()
@@ -134,7 +134,7 @@ def start_reader(directory, installation):
 
 @pytest.fixture(params=[of_history, of_this_version], ids=["from before the layers", "from this version"])
 def running(request, directory, installation, actor, start_reader):
-    """Keeper, store and reader of version 1.0.0, in whose place version 2.0.0 was installed since."""
+    """A keeper, store and reader of version 1.0.0, after version 2.0.0 was installed in the same place."""
     installation.install(request.param, "1.0.0")
     kept = KeptStore(directory)
     try:
@@ -144,7 +144,7 @@ def running(request, directory, installation, actor, start_reader):
         reader = start_reader()
         assert reader.report()["digests"] == DIGESTS
         publisher.kill()
-        wait_until(lambda: model(kept).readers == 1, "the publisher to be gone")
+        wait_until(lambda: model(kept).readers == 1, "the publisher to disconnect")
         assert kept.status().store.version == reader.report()["version"] == "1.0.0"
         assert Path(reader.report()["package"]).parent == installation.site
         installation.install(of_this_version, "2.0.0")
@@ -158,8 +158,8 @@ def model(kept):
     return found
 
 
-def new_version_serves(kept, reader, start_reader, before):
-    """The model is there, with its memory and its reader, and a reader of the new version attaches."""
+def check_new_version(kept, reader, start_reader, before):
+    """The model kept its memory and its reader, and a reader of the new version attaches to it."""
     late = start_reader()
     said = late.report()
     assert (said["digests"], said["version"]) == (DIGESTS, "2.0.0")
@@ -168,18 +168,18 @@ def new_version_serves(kept, reader, start_reader, before):
     assert reader.report()["version"] == "1.0.0"
     after = kept.status()
     assert after.totals.resident_bytes == before.totals.resident_bytes
-    assert after.counters.publishes == 0  # nobody loaded anything
+    assert after.counters.publishes == 0  # no client loaded a model
     assert after.keeper.pid == before.keeper.pid
     assert reader.report()["store_pid"] == said["store_pid"] == after.store.pid
 
 
 def test_store_killed(running, start_reader):
-    """The old keeper starts a store of the new version, and sends it the state."""
+    """The old keeper starts a store of the new version with the state."""
     kept, reader = running
     before = kept.status()
     os.kill(before.store.pid, signal.SIGKILL)
     assert reader.report()["digests"] == DIGESTS
-    new_version_serves(kept, reader, start_reader, before)
+    check_new_version(kept, reader, start_reader, before)
     after = kept.status()
     assert after.store.version == "2.0.0"
     assert after.store.pid != before.store.pid
@@ -187,7 +187,7 @@ def test_store_killed(running, start_reader):
 
 
 def test_keeper_killed(running, start_reader):
-    """The old store starts a keeper of the new version, which then starts stores of the new version."""
+    """The old store starts a keeper of the new version, which starts stores of the new version."""
     kept, reader = running
     old = kept.status()
     kept.kill()
@@ -196,18 +196,18 @@ def test_keeper_killed(running, start_reader):
     before = kept.status()
     assert (before.store.pid, before.store.version) == (old.store.pid, "1.0.0")
     os.kill(before.store.pid, signal.SIGKILL)
-    new_version_serves(kept, reader, start_reader, before)
+    check_new_version(kept, reader, start_reader, before)
     assert kept.status().store.version == "2.0.0"
 
 
 def test_upgrade(running, installation, start_reader):
-    """The old keeper becomes one of the new version, and its store follows."""
+    """The old keeper becomes one of the new version, and replaces the store."""
     kept, reader = running
     before = kept.status()
     client = kept.client()
     client.session.upgrade_store(sys.executable, installation.python)
     client.close()
-    new_version_serves(kept, reader, start_reader, before)
+    check_new_version(kept, reader, start_reader, before)
     assert kept.status().store.version == "2.0.0"
     os.kill(kept.status().store.pid, signal.SIGKILL)
     wait_until(lambda: kept.status().keeper.restarts == 1, "the next store")

@@ -1,4 +1,4 @@
-"""Under a service manager: what it is told, and what comes back from it; and the unit file."""
+"""A keeper under a service manager: notifications, stored fds, and the unit file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "wooly.servi
 
 @pytest.fixture
 def manager(tmp_path):
-    """A service manager that listens."""
+    """A service manager with a notification socket."""
     manager = ServiceManager(tmp_path / "notify")
     yield manager
     manager.close()
@@ -28,7 +28,7 @@ def manager(tmp_path):
 
 @pytest.fixture
 def service(directory, manager):
-    """Start the service, with what the manager kept; ended with the test."""
+    """Start the service with the stored fds. It ends with the test."""
     started = []
 
     def start():
@@ -38,34 +38,38 @@ def service(directory, manager):
         return started[-1].start(through=through, pass_fds=fds, env=env)
 
     yield start
-    for one in started:
+    for one in started[:-1]:
+        one.kill()
+    for one in started[-1:]:
         one.clean_up()
 
 
-def test_what_the_manager_is_told(service, manager, actor):
-    """Ready, alive, an fd for each segment under a name of its own, and that a segment is gone."""
+def test_notifications(service, manager, actor):
+    """READY, WATCHDOG, one stored fd for each segment, and its removal."""
     service()
-    wait_until(lambda: "READY=1" in manager.told, "readiness")
-    wait_until(lambda: "WATCHDOG=1" in manager.told, "a sign of life")
-    assert list(manager.kept) == ["listen"]
+    wait_until(lambda: "READY=1" in manager.lines, "READY=1")
+    wait_until(lambda: "WATCHDOG=1" in manager.lines, "WATCHDOG=1")
+    assert list(manager.stored) == ["listen"]
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
-    wait_until(lambda: len(manager.kept) == 2, "the segment to be kept")
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
     publisher.leave(key=ONE)
     publisher.remove(key=ONE)
-    wait_until(lambda: list(manager.kept) == ["listen"], "the segment to be kept no more")
+    wait_until(lambda: list(manager.stored) == ["listen"], "the segment to be removed")
 
 
 def test_killed_service_loses_nothing(service, manager, actor):
-    """Keeper and store are killed and no client lives: the fds come from the manager, the rest from the journal."""
+    """After SIGKILL of keeper, store and client, the stored fds and the journal restore the model."""
     first = service()
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
-    wait_until(lambda: len(manager.kept) == 2, "the segment to be kept")
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
     first.kill_both()
     publisher.kill()
     waiting = actor(connect=False)
-    waiting.begin("connect", directory=str(first.directory))  # the socket is the one of before: it is not refused
+    waiting.begin(
+        "connect", directory=str(first.directory)
+    )  # the listening socket is the stored one, so the connection is not refused
     again = service()
     waiting.finish()
     assert waiting.open(key=ONE, publish=False) == "attached"
@@ -73,32 +77,32 @@ def test_killed_service_loses_nothing(service, manager, actor):
     assert again.status().totals.resident_bytes > 0
 
 
-def test_fd_that_the_journal_does_not_know(service, manager, actor):
-    """Without the journal nobody knows what a segment is: it is dropped, in the store, with the manager, and told."""
+def test_stored_fd_without_a_record(service, manager, actor):
+    """Without its record in the journal a stored segment is dropped and removed from the manager, with an event."""
     first = service()
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
-    wait_until(lambda: len(manager.kept) == 2, "the segment to be kept")
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
     first.kill_both()
     publisher.kill()
     first.paths.journal.unlink()
     again = service()
     assert again.status().totals.resident_bytes == 0
-    wait_until(lambda: list(manager.kept) == ["listen"], "the segment to be kept no more")
+    wait_until(lambda: list(manager.stored) == ["listen"], "the segment to be removed")
     assert "the journal has no record of segment-" in again.log()
 
 
-def test_fd_that_is_not_what_the_journal_says(service, manager, actor):
-    """A file under a segment's name is dropped, and the model with it; the next who opens it publishes."""
+def test_stored_fd_that_does_not_match_its_record(service, manager, actor):
+    """Another file under a segment's name is dropped with its model, and the next client publishes the model."""
     first = service()
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
-    wait_until(lambda: len(manager.kept) == 2, "the segment to be kept")
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
     first.kill_both()
     publisher.kill()
-    (name,) = set(manager.kept) - {"listen"}
-    os.close(manager.kept[name])
-    manager.kept[name] = os.open("/dev/null", os.O_RDONLY)
+    (name,) = set(manager.stored) - {"listen"}
+    os.close(manager.stored[name])
+    manager.stored[name] = os.open("/dev/null", os.O_RDONLY)
     again = service()
     assert "segment dropped" in again.log()
     late = actor()
@@ -106,20 +110,20 @@ def test_fd_that_is_not_what_the_journal_says(service, manager, actor):
     assert late.digests() == late.expected()
 
 
-def test_variables_are_the_keepers_alone(service, actor):
-    """The manager's variables are for the keeper alone: the stores that it starts do not talk to it."""
+def test_stores_do_not_inherit_the_variables(service, actor):
+    """The manager's variables are for the keeper alone: its stores do not notify the manager."""
     kept = service()
     publisher = actor()
     publisher.publish(key=ONE, model=MODEL)
     pid = kept.kill_store()
-    wait_until(lambda: publisher.alive() and publisher.store_pid() != pid, "the reader to be back")
+    wait_until(lambda: publisher.alive() and publisher.store_pid() != pid, "the reader to rejoin")
     environment = Path(f"/proc/{kept.store_pid}/environ").read_bytes()
     assert b"NOTIFY_SOCKET" not in environment
     assert b"LISTEN_FDS" not in environment
 
 
 def test_unit_file(tmp_path):
-    """Systemd finds nothing wrong with it."""
+    """systemd-analyze reports no problem."""
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("systemd-analyze is not installed")

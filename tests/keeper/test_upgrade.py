@@ -1,4 +1,4 @@
-"""`wooly upgrade`: another installation's store takes over, and nobody loads anything again."""
+"""Upgrade: the store of another installation replaces the running one, and no client loads a model again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = [[1, 300_000], [2, 3 << 20]]
 
 @pytest.fixture
 def installation(tmp_path):
-    """Another installation of wooly, by its variables: a copy of the package, as version 9.9.9."""
+    """Copy the package as version 9.9.9. Returns the environment variables that select the copy."""
     package = tmp_path / "shared_store"
     shutil.copytree(Path(shared_store.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     init = package / "__init__.py"
@@ -32,7 +32,7 @@ def installation(tmp_path):
 
 
 def test_upgrade_under_readers(kept, actor, installation):
-    """The other version serves, the keeper is the same process, readers are counted again and had their bytes."""
+    """The new version serves, the keeper is the same process, and readers keep their bytes and rejoin."""
     reader = actor()
     reader.publish(key=ONE, model=MODEL)
     client = kept.client()
@@ -45,29 +45,29 @@ def test_upgrade_under_readers(kept, actor, installation):
     assert after.keeper.restarts == 0
     assert after.totals.resident_bytes == before.totals.resident_bytes
     assert reader.digests() == reader.expected()
-    wait_until(lambda: kept.status().models[0].readers == 1, "the reader to be back")
+    wait_until(lambda: kept.status().models[0].readers == 1, "the reader to rejoin")
     late = actor()
     assert late.open(key=ONE, publish=False) == "attached"
-    kept.kill_store()  # what the new keeper restarts is of its version
+    kept.kill_store()  # the new keeper restarts stores of its own version
     assert kept.status().store.version == "9.9.9"
 
 
-def test_upgrade_to_the_same_again_and_again(kept, actor):
-    """The keeper and its store have as many fds after the third as after the first."""
+def test_three_upgrades_to_the_same_version(kept, actor):
+    """The keeper has as many fds after the third upgrade as after the first."""
     actor().publish(key=ONE, model=MODEL)
     client = kept.client()
     seen = []
     python = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     for _ in range(3):
         client.session.upgrade_store(sys.executable, python)
-        wait_until(lambda: kept.status().models[0].readers == 1, "the reader to be back")
+        wait_until(lambda: kept.status().models[0].readers == 1, "the reader to rejoin")
         seen.append(open_fds(kept.pid))
     assert seen[0] == seen[2]
 
 
 @pytest.mark.parametrize("wooly_less", [False, True], ids=["no interpreter", "no wooly there"])
-def test_upgrade_to_nothing(kept, actor, tmp_path, wooly_less):
-    """The store goes on as it was, and the error says why."""
+def test_upgrade_to_an_unusable_installation(kept, actor, tmp_path, wooly_less):
+    """The store continues, and the error has the reason."""
     if wooly_less:
         venv.create(tmp_path / "bare", symlinks=True)
     python, environment = str(tmp_path / "bare" / "bin" / "python"), {"PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1"}
@@ -84,6 +84,6 @@ def test_upgrade_to_nothing(kept, actor, tmp_path, wooly_less):
 
 
 def test_upgrade_without_a_keeper(store):
-    """A store that runs alone refuses, and says what to do."""
+    """A store without a keeper refuses, and the error names the solution."""
     with Session.connect(store.directory, autostart=False) as session, pytest.raises(UpgradeError, match="wooly stop"):
         session.upgrade_store(sys.executable, {})

@@ -1,4 +1,4 @@
-"""Which models leave, and what is packed together: for any snapshot."""
+"""Eviction policy and compaction plan, for any snapshot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from shared_store.base.layout import ALIGNMENT, GRANULARITY, round_up
 from shared_store.base.manifest import Blob
-from shared_store.store.space.compaction_plan import Source, choose
-from shared_store.store.space.eviction import CachedModel, OccupiedSegment, evict
+from shared_store.store.space.compaction_plan import choose
+from shared_store.store.space.eviction import CachedModel, evict
+from shared_store.store.state.compactions import Source
+from shared_store.store.state.segments import OccupiedSegment
 
 NAMES = ("a", "b", "c", "d", "e")
 MODELS = st.tuples(
@@ -34,12 +36,12 @@ SEGMENTS = st.lists(
 
 
 def freed(segments, gone):
-    return sum(one.nbytes for one in segments if one.holders <= set(gone))
+    return sum(one.nbytes for one in segments if one.owners <= set(gone))
 
 
 @given(MODELS, SEGMENTS, st.integers(-2, 20))
-def test_who_leaves(models, segments, needed):
-    """Enough is freed or nobody leaves; nobody who is used or pinned does, and nobody in vain."""
+def test_eviction_frees_enough_or_nothing(models, segments, needed):
+    """Models with readers or pins are not evicted, nor any model whose eviction frees nothing."""
     may = {one.key: one for one in models if not one.readers and not one.pinned}
     chosen = evict(models, segments, needed)
     if chosen is None:
@@ -53,8 +55,8 @@ def test_who_leaves(models, segments, needed):
 
 
 @given(MODELS, SEGMENTS, st.integers(1, 20))
-def test_who_was_used_least_recently_leaves_first(models, segments, needed):
-    """Who stays though it is older than one who leaves would have freed nothing beside it."""
+def test_eviction_is_in_order_of_least_recent_use(models, segments, needed):
+    """A model that is older than an evicted one and stays would have freed nothing in addition."""
     chosen = evict(models, segments, needed) or ()
     by_key = {one.key: one for one in models}
     assert list(chosen) == sorted(chosen, key=lambda key: (by_key[key].last_used, key))
@@ -64,15 +66,15 @@ def test_who_was_used_least_recently_leaves_first(models, segments, needed):
 
 
 @given(MODELS, SEGMENTS, st.integers(1, 20))
-def test_no_more_leave_than_are_needed(models, segments, needed):
-    """Without the most recently used of them, it would not be enough."""
+def test_no_more_models_are_evicted_than_needed(models, segments, needed):
+    """Without the most recently used of them, too little would be freed."""
     chosen = evict(models, segments, needed)
     if chosen:
         assert freed(segments, chosen[:-1]) < needed
 
 
-def test_a_shared_segment_goes_with_the_last_who_has_blobs_there():
-    """Dropping one of two who share all frees nothing, so both leave, or a third that is alone."""
+def test_a_shared_segment_is_freed_with_its_last_owner():
+    """Evicting one of two models that share all blobs frees nothing: both are evicted, or an unshared third."""
     segments = [OccupiedSegment(10, frozenset("ab")), OccupiedSegment(10, frozenset("c"))]
     models = [CachedModel(name, use, 0, pinned=False) for name, use in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
     assert evict(models, segments, 10) == ("a", "b")
@@ -83,7 +85,7 @@ def test_a_shared_segment_goes_with_the_last_who_has_blobs_there():
 
 @st.composite
 def sources(draw):
-    """Segments with gaps between their blobs, as they are when some have gone."""
+    """Segments with gaps between their blobs, as removed blobs leave them."""
     found = []
     for segment in range(1, draw(st.integers(0, 6)) + 1):
         end, blobs = 0, []
@@ -98,10 +100,10 @@ def sources(draw):
 
 
 @given(sources(), st.integers(0, 12), st.sampled_from([1, 2, 8]))
-def test_what_is_packed(found, room, target):
-    """All blobs of the chosen segments move to places of their own, in less memory than before, and as was allowed."""
+def test_a_compaction_plan(found, room, target):
+    """All blobs of the chosen segments move, without overlap, into less memory than before and within the bounds."""
     by_id = {source.segment: source for source in found}
-    plan = choose(found, room=room * GRANULARITY, target=target * GRANULARITY)
+    plan = choose(found, free=room * GRANULARITY, target=target * GRANULARITY)
     if plan is None:
         return
     chosen = [by_id[segment] for segment in plan.sources]
@@ -119,10 +121,10 @@ def test_what_is_packed(found, room, target):
 
 
 @given(sources())
-def test_packing_comes_to_an_end_where_nothing_more_is_gained(found):
-    """Each step leaves less memory, so it ends; what is left would each need all that it has."""
+def test_repeated_compaction_ends_when_nothing_more_is_gained(found):
+    """Each step needs less memory than before. In the end every segment is as small as its blobs allow."""
     left, steps = {source.segment: source for source in found}, 0
-    while plan := choose(list(left.values()), room=1 << 40):
+    while plan := choose(list(left.values()), free=1 << 40):
         steps += 1
         for segment in plan.sources:
             del left[segment]

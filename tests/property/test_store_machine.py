@@ -1,8 +1,8 @@
-"""The store's state under any sequence of what clients do and what can fail, against a plain model of it.
+"""The store's handlers under any sequence of requests and failures, against a plain model of the state.
 
-To what `support/store_machine.py` has come pins, evictions when room is short, compaction by clients and by the store,
-and quarantine. What must hold is said at the end: no blob is lost while somebody has it, nothing leaks, counts are
-exact, and what is read or pinned stays.
+Adds pins, eviction, compaction by clients and by the store, and quarantine to `support/store_machine.py`. The
+invariants are at the end: no referenced blob is lost, nothing leaks, reference counts are exact, and models with
+readers or pins are not evicted. `test_store_state.py` drives the state alone.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from support.hostmemory import peek, poke
-from support.store_machine import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES, StoreMachine
+from support.store_machine import StoreMachine
+from support.store_model import BLOBS, CAPACITY, DATA, DEVICE, INDEX, KEYS, MIB, MODELS, SIZES
 from support.waiting import open_segments
 
 from shared_store.base.digest import digest
 from shared_store.base.errors import DigestMismatchError, MemoryBackendError, ModelNotFoundError, ProtocolError
 from shared_store.memory import Access, Mapping
-from shared_store.protocol import messages, wire
-from shared_store.store.space import admission as room_module
+from shared_store.protocol import messages
+from shared_store.store.devices.digest_check import mapping_of
+from shared_store.store.session import Answer
+from shared_store.store.space import admission as admission_module
 from shared_store.store.space.eviction import evict
 from shared_store.store.state.models import State
 
 
 @dataclass
 class Copying:
-    """A compaction, as the client sees it that copies. `right`: whether the copies are."""
+    """A compaction, as the copying client sees it. `right`: whether the copies are."""
 
     task: messages.Compacting
     target: Mapping
@@ -40,9 +43,9 @@ class Copying:
 
 @dataclass
 class Withdrawn:
-    """A model that was withdrawn, and still has readers.
+    """A withdrawn model with readers.
 
-    `mapped`: ids of the segments that each reader was given; `shared`: digests of its blobs that are not condemned.
+    `mapped`: ids of the segments that each reader maps; `shared`: digests of its blobs that are not quarantined.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Withdrawn:
 
 
 SMALL = st.lists(st.integers(0, len(SIZES) - 4), max_size=3)
-"""Models that have a segment of 2 MiB between them, once they are packed."""
+"""Models that fit into one segment of 2 MiB together, once they are compacted."""
 
 
 class CacheMachine(StoreMachine):
@@ -62,17 +65,17 @@ class CacheMachine(StoreMachine):
         super().__init__()
         self.copying = {}  # client number: Copying
         self.withdrawn = {}  # token: Withdrawn
-        room_module.evict = self.evict
+        admission_module.evict = self.evict
 
     def teardown(self):
-        """As for the other machine."""
-        room_module.evict = evict
+        """Check that nothing is left."""
+        admission_module.evict = evict
         super().teardown()
         assert self.withdrawn == {}
         assert self.copying == {}
 
     def evict(self, models, segments, needed):
-        """What the policy is asked about is true; what it answers is for its own tests."""
+        """Check the snapshot that the policy gets; `test_policy.py` tests its answers."""
         asked = {model.key: (model.readers, model.pinned) for model in models}
         assert asked == {
             name: (len(model.readers), model.pinned)
@@ -82,22 +85,22 @@ class CacheMachine(StoreMachine):
         assert sum(segment.nbytes for segment in segments) <= self.backend.allocated_bytes
         return evict(models, segments, needed)
 
-    # Chance alone would seldom fill a store with models that nobody reads.
+    # Random steps alone would rarely fill a store with models without readers.
 
     @initialize(
         limit=st.sampled_from([6 * MIB, CAPACITY, 10 * MIB]),
         models=st.lists(SMALL | MODELS, min_size=2, max_size=len(KEYS)),
     )
-    def there_is_a_cache_and_a_limit(self, limit, models):
-        """Below what the device has, equal to it, or above."""
-        self.store.segments.limits[DEVICE] = limit
+    def a_cache_and_a_limit(self, limit, models):
+        """Below the device's capacity, equal to it, or above."""
+        self.state.segments.limits[DEVICE] = limit
         for name, model in zip(KEYS, models, strict=False):
             self._cache(name, model)
 
     @precondition(lambda self: len(self.clients) < 5)
     @rule(name=st.sampled_from(KEYS), model=SMALL | MODELS)
     def cache(self, name, model):
-        """A client publishes a model, as far as nothing fails, and goes."""
+        """A client publishes a model, unless a step fails, and disconnects."""
         if name not in self.expected:
             self._cache(name, model)
 
@@ -112,16 +115,19 @@ class CacheMachine(StoreMachine):
     def attach(self, which, opener):
         self.open(opener, self._pick(self._committed(), which), publish=False)
 
-    # Pins, and clocks.
+    # Pins and clocks.
 
     @rule(name=st.sampled_from(KEYS), pinned=st.sampled_from([True, True, False]))
     def pin(self, name, pinned):
         if name not in self.expected:
             with pytest.raises(ModelNotFoundError):
-                self.store.pin(name, pinned=pinned)
+                self._pin(name, pinned=pinned)
             return
-        assert self.store.pin(name, pinned=pinned) == name
+        assert self._pin(name, pinned=pinned) == name
         self.expected[name].pinned = pinned
+
+    def _pin(self, name, *, pinned):
+        return self._run(self.handlers.administration.pin(None, messages.Pin(self._request(), name, pinned))).detail
 
     @rule(seconds=st.sampled_from([-3600.0, 0.5, 60.0]))
     def clock_moves(self, seconds):
@@ -134,22 +140,18 @@ class CacheMachine(StoreMachine):
     def begin_to_compact(self, which):
         number = self._pick(self._idle(), which)
         request = messages.Compact(self._request(), DEVICE)
-        (outcome,) = self._together([self.store.compact(self.clients[number], request)])
+        (outcome,) = self._together([self.handlers.compaction.compact(self.clients[number], request)])
         if number in self.copying:
             assert isinstance(outcome, ProtocolError)
             return
         if isinstance(outcome, BaseException):
             assert isinstance(outcome, MemoryBackendError), repr(outcome)
             return
-        reply, fds = outcome
+        reply = outcome.reply
         if isinstance(reply, messages.Done):
-            assert fds == ()
+            assert len(outcome.fds) == 0
             return
-        target, *sources = [
-            Mapping(self.clients_backend, self.clients_backend.import_fd(fd, segment.nbytes))
-            for fd, segment in zip(fds, (reply.target, *reply.sources), strict=True)
-        ]
-        wire.close_fds(fds)
+        target, *sources = self._import(outcome.fds, (reply.target, *reply.sources))
         assert reply.target.nbytes < sum(segment.nbytes for segment in reply.sources)
         read = {self._blobs()[digest].segment for digest in self._read()}
         assert read.isdisjoint(segment.id for segment in reply.sources)
@@ -158,7 +160,7 @@ class CacheMachine(StoreMachine):
     @precondition(lambda self: self.copying)
     @rule(which=INDEX, lie=st.booleans())
     def copy(self, which, lie):
-        """All blobs; or with one bit turned in the last that has any."""
+        """Copy all blobs; for a lie, flip a bit of the last one that is not empty."""
         copying = self.copying[self._pick(sorted(self.copying), which)]
         try:
             copying.target.map(Access.WRITE)
@@ -168,7 +170,7 @@ class CacheMachine(StoreMachine):
             mapping.map(Access.READ)
         for move in copying.task.moves:
             found = peek(copying.sources[move.source].address + move.start, move.nbytes)
-            assert digest(found) == move.digest  # also of what was removed or read meanwhile
+            assert digest(found) == move.digest  # also of blobs that were removed or got readers meanwhile
             poke(copying.target.address + move.offset, found)
         liable = [move for move in copying.task.moves if move.nbytes]
         copying.right = not (lie and liable)
@@ -186,7 +188,7 @@ class CacheMachine(StoreMachine):
             return
         copying, before = self.copying[number], self.backend.allocated_bytes
         request = messages.Compacted(self._request(), copying.task.target.id)
-        (outcome,) = self._together([self.store.compacted(self.clients[number], request)])
+        (outcome,) = self._together([self.handlers.compaction.compacted(self.clients[number], request)])
         if isinstance(outcome, MemoryBackendError):
             return
         self._forget_copying(number)
@@ -194,16 +196,16 @@ class CacheMachine(StoreMachine):
             assert not copying.right
             return
         assert copying.right or not any(move.nbytes for move in copying.task.moves)
-        if outcome.freed_bytes:
+        if outcome.reply.freed_bytes:
             assert (
-                self.backend.allocated_bytes <= before - outcome.freed_bytes
-            )  # sources that had lost all blobs go, too
+                self.backend.allocated_bytes <= before - outcome.reply.freed_bytes
+            )  # sources without live blobs are released, too
         self._check_committed()
 
     @precondition(lambda self: self._idle())
     @rule(which=INDEX, lie=st.sampled_from([False, False, True]))
     def compact(self, which, lie):
-        """The steps above in a row, as far as nothing fails."""
+        """The steps above in a row, until one fails."""
         number = self._pick(self._idle(), which)
         self.begin_to_compact(self._idle().index(number))
         if number in self.copying:
@@ -217,20 +219,20 @@ class CacheMachine(StoreMachine):
         others = [other for other in self._idle() if other != number]
         if others:
             request = messages.Compacted(self._request(), self.copying[number].task.target.id)
-            (outcome,) = self._together([self.store.compacted(self.clients[others[0]], request)])
+            (outcome,) = self._together([self.handlers.compaction.compacted(self.clients[others[0]], request)])
             assert isinstance(outcome, ProtocolError)
 
     @rule(share=st.sampled_from([0.0, 0.25, 0.9]))
     def store_compacts(self, share):
         before = self.backend.allocated_bytes
-        freed = self.loop.run_until_complete(self.store.compactor.here(DEVICE, share=share))
+        freed = self.loop.run_until_complete(self.parts.host_compaction.run(DEVICE, share=share))
         assert self.backend.allocated_bytes == before - freed
         self._check_committed()
 
     @precondition(lambda self: self._idle() and self._committed())
     @rule(which=INDEX, opener=INDEX, moment=st.sampled_from(["create", "map"]))
     def reader_comes_while_the_store_compacts(self, which, opener, moment):
-        """While memory is allocated or copied; what the reader gets is right, and stays where it is."""
+        """During the allocation or the copy; the reader gets the right bytes, and they do not move."""
         reached, may_go_on, call = threading.Event(), threading.Event(), getattr(self.backend, moment)
 
         def wait(*arguments):
@@ -239,7 +241,7 @@ class CacheMachine(StoreMachine):
             return call(*arguments)
 
         setattr(self.backend, moment, wait)
-        compaction = self.loop.create_task(self.store.compactor.here(DEVICE))
+        compaction = self.loop.create_task(self.parts.host_compaction.run(DEVICE))
         while not reached.wait(0.001) and not compaction.done():  # the wait lets its thread run
             self._turn()
         self.attach(which, opener)
@@ -251,30 +253,30 @@ class CacheMachine(StoreMachine):
     # Quarantine.
 
     @precondition(lambda self: self._idle() and self._committed())
-    @rule(which=INDEX, accuser=INDEX, blob=INDEX, believed=st.booleans())
-    def quarantine(self, which, accuser, blob, believed):
-        """Where the host reads the memory, a claim is looked into (all bytes are right here); else it is believed."""
+    @rule(which=INDEX, reporter=INDEX, blob=INDEX, trusted=st.booleans())
+    def quarantine(self, which, reporter, blob, trusted):
+        """Where the host can read, the store verifies the report (all bytes are right here); else it is trusted."""
         name = self._pick(self._committed(), which)
         model = self.expected[name].committed
         if not model:
             return
-        accused = BLOBS[self._pick(model, blob)].digest
-        bad = self._blobs()[accused].segment
-        inside = set(self.store.segments.segment(bad).blobs)
+        reported = BLOBS[self._pick(model, blob)].digest
+        bad = self._blobs()[reported].segment
+        inside = set(self.state.segments.at(bad).blobs)
         hit = [one for one in self._committed() if inside & self._digests(one)]
         planned = [one for one, writing in self.writing.items() if inside & writing.counted_on]
-        client = self.clients[self._pick(self._idle(), accuser)]
-        self.backend.host_readable = not believed
-        request = messages.Quarantine(self._request(), name, (accused, bytes(32)))
-        (outcome,) = self._together([self.store.quarantine(client, request)])
+        client = self.clients[self._pick(self._idle(), reporter)]
+        self.backend.host_readable = not trusted
+        request = messages.Quarantine(self._request(), name, (reported, bytes(32)))
+        (outcome,) = self._together([self.handlers.quarantining.quarantine(client, request)])
         self.backend.host_readable = True
-        if not believed:
-            assert outcome is None or isinstance(outcome, MemoryBackendError)
+        if not trusted:
+            assert isinstance(outcome, Answer | MemoryBackendError)
             return
-        assert outcome is None
+        assert isinstance(outcome.reply, messages.Done)
         for one in planned:
             self._forget_plan(one)
-        found = self.store.models.withdrawn()
+        found = self.state.models.withdrawn()
         for one in self.withdrawn.values():
             one.shared -= inside
         for one in hit:
@@ -288,7 +290,7 @@ class CacheMachine(StoreMachine):
                         self._digests_of(gone) - inside,
                     )
 
-    # What the other machine does, with withdrawn models and compactions in mind.
+    # Steps of the base class, extended by withdrawn models and compactions.
 
     def _lose(self, number):
         if number in self.copying:
@@ -327,53 +329,49 @@ class CacheMachine(StoreMachine):
         return {BLOBS[index].digest for index in model.committed}
 
     def _read(self):
-        """Digests of blobs that somebody maps, or counts on."""
+        """Digests of blobs that a reader maps or a plan counts on."""
         read = set().union(*(self._digests(name) for name in self._committed() if self.expected[name].readers))
         return read.union(
             *(writing.counted_on for writing in self.writing.values()), *(one.shared for one in self.withdrawn.values())
         )
 
     def _check_committed(self):
-        """The bytes of every blob, where the store says that they are."""
-        segments = self.store.segments
-        for segment in {held.segment for held in self._blobs().values()}:
-            memory = segments.segment(segment).memory
-            fd = self.clients_backend.export(memory).detach()
-            mapping = Mapping(self.clients_backend, self.clients_backend.import_fd(fd, memory.nbytes))
-            wire.close_fds((fd,))
+        """Check the bytes of every blob at its location."""
+        for segment in {entry.segment for entry in self._blobs().values()}:
+            mapping = mapping_of(self.clients_backend, self.parts.devices.memory(segment))
             mapping.map(Access.READ)
             for found, held in self._blobs().items():
                 if held.segment == segment:
                     assert peek(mapping.address + held.offset, held.nbytes) == DATA[found]
             mapping.close()
 
-    # What holds after every step.
+    # Invariants.
 
     @invariant()
     def states_are_as_expected(self):
         found = {
             model.key: (model.publisher, [(one.client, one.publish) for one in model.waiters], model.readers)
-            for model in self.store.models.all()
+            for model in self.state.models.all()
         }
         expected = {
             name: (model.publisher, list(model.waiters), model.readers) for name, model in self.expected.items()
         }
         assert found == expected
-        for model in self.store.models.all():
+        for model in self.state.models.all():
             committed = self.expected[model.key].committed is not None
             assert (model.state is State.COMMITTED) is committed
-            assert (model.key in self.store.committed) is committed
+            assert (model.key in self.state.committed) is committed
             assert (model.publisher is None) is committed
             assert model.pinned is self.expected[model.key].pinned
-        assert set(self.store._plans) == set(self.writing)
-        withdrawn = {token: (model.key, model.readers) for token, model in self.store.models.withdrawn().items()}
+        assert set(self.state.plans) == set(self.writing)
+        withdrawn = {token: (model.key, model.readers) for token, model in self.state.models.withdrawn().items()}
         assert withdrawn == {token: (one.name, one.readers) for token, one in self.withdrawn.items()}
-        assert self.store.withdrawn.keys() == withdrawn.keys()
+        assert self.state.withdrawn.keys() == withdrawn.keys()
 
     @invariant()
     def last_uses_are_in_order(self):
-        """Whatever the clock does."""
-        told = {model.key: model.last_used for model in self.store.models.all()}
+        """Whichever way the clock is set."""
+        told = {model.key: model.last_used for model in self.state.models.all()}
         by_use = sorted(self._committed(), key=lambda name: self.expected[name].used)
         for earlier, later in itertools.pairwise(by_use):
             assert told[earlier] < told[later] or self.expected[earlier].used == self.expected[later].used
@@ -386,22 +384,27 @@ class CacheMachine(StoreMachine):
 
     @invariant()
     def reference_counts_are_exact(self):
-        holders = {}
+        owners = {}
         for name, model in self.expected.items():
             for index in model.committed or ():
-                holders.setdefault(BLOBS[index].digest, set()).add(name)
+                owners.setdefault(BLOBS[index].digest, set()).add(name)
         for name, writing in self.writing.items():
             for known in writing.counted_on:
-                holders.setdefault(known, set()).add(f"{name}/{self.expected[name].publisher}")
+                owners.setdefault(known, set()).add(f"{name}/{self.expected[name].publisher}")
         for token, one in self.withdrawn.items():
             for shared in one.shared:
-                holders.setdefault(shared, set()).add(token)
-        assert {digest: held.holders for digest, held in self._blobs().items()} == holders
+                owners.setdefault(shared, set()).add(token)
+        assert {digest: entry.references for digest, entry in self._blobs().items()} == owners
+        index = {}
+        for found, entry in self.state.segments.blobs.all().items():
+            for owner in entry.references:
+                index.setdefault(owner, set()).add(found)
+        assert self.state.segments.blobs.references() == index
 
     @invariant()
-    def what_is_mapped_is_accounted_for(self):
-        """A segment that a reader was given is held as long as it reads, though blobs may move."""
-        there = self.store.segments._segments.keys()
+    def mapped_segments_exist(self):
+        """A segment that a reader maps exists as long as it reads, even if blobs move."""
+        there = {entry.id for entry in self.state.segments.all()}
         for name in self._committed():
             for reader in self.expected[name].readers:
                 assert self.mapped[reader, name] <= there
@@ -411,24 +414,24 @@ class CacheMachine(StoreMachine):
 
     @invariant()
     def segments_have_a_reason_and_are_counted(self):
-        segments = self.store.segments
-        compactions = {one.token: one for one in self.store.compactor._running.values()}
+        segments = self.state.segments
+        compactions = {one.token: one for one in self.state.compactions.all()}
         assert {one.client for one in compactions.values()} == set(self.copying)
         writers = {f"{name}/{self.expected[name].publisher}" for name in self.writing} | compactions.keys()
-        for held in segments._segments.values():
-            assert held.blobs or held.keepers or held.writer in writers
-            assert held.keepers - self.withdrawn.keys() == {
+        for held in segments.all():
+            assert held.blobs or held.references or held.writer in writers
+            assert held.references - self.withdrawn.keys() == {
                 token for token, one in compactions.items() if held.id in one.plan.sources
             }
-            assert held.quarantined or held.keepers.isdisjoint(self.withdrawn)
+            assert held.quarantined or held.references.isdisjoint(self.withdrawn)
             assert held.live == sum(self._blobs()[digest].nbytes for digest in held.blobs)
             assert held.live <= held.placed <= held.nbytes
             assert held.writer is None or held.writer in writers
             assert held.blobs == {digest for digest, one in self._blobs().items() if one.segment == held.id}
-        nbytes = sum(held.nbytes for held in segments._segments.values() if held.memory is not None)
+        nbytes = sum(held.nbytes for held in segments.all() if held.allocated)
         assert nbytes == segments.resident_bytes(DEVICE) == self.backend.allocated_bytes
         assert nbytes <= self.backend.capacity
-        promised = sum(held.nbytes for held in segments._segments.values())
+        promised = sum(held.nbytes for held in segments.all())
         assert promised <= segments.limits.get(DEVICE, CAPACITY)
         assert min(segments.unused(DEVICE)) >= 0
         mapped = sum(len(writing.mappings) for writing in self.writing.values())

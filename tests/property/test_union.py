@@ -1,4 +1,4 @@
-"""The union of models' blobs, kept up to date step by step, is what counting all of them anew says."""
+"""The union of models' blobs, updated step by step, equals a count of all blobs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ STEPS = st.lists(
 
 
 def counted(models):
-    """Bytes of one copy of each, and of what each model has alone."""
-    named = Counter((place, blob) for place, chosen in models.values() for blob in set(chosen))
+    """Bytes of one copy of each blob, and of each model's own blobs."""
+    named = Counter((scope, blob) for scope, chosen in models.values() for blob in set(chosen))
     nbytes = sum(POOL[blob].nbytes for _, blob in named)
     unique = {
-        name: sum(POOL[blob].nbytes for blob in set(chosen) if named[place, blob] == 1)
-        for name, (place, chosen) in models.items()
+        name: sum(POOL[blob].nbytes for blob in set(chosen) if named[scope, blob] == 1)
+        for name, (scope, chosen) in models.items()
     }
     return nbytes, unique
 
 
 @given(STEPS)
 def test_any_sequence_of_sets_of_models(steps):
-    """Models come, go, and are replaced by others of the same name."""
+    """Models are added, removed, and replaced by others of the same name."""
     union, made = BlobUnion(), {}
     for models in steps:
-        for name, (place, chosen) in models.items():
-            if made.get(name, (None,))[0] != (place, chosen):  # the same model is the same object, as in the store
-                made[name] = ((place, chosen), manifest_of(key(1), [POOL[blob] for blob in chosen]))
-        union.update({name: (place, made[name][1]) for name, (place, _) in models.items()})
+        for name, (scope, chosen) in models.items():
+            if made.get(name, (None,))[0] != (scope, chosen):  # the same model is the same object, as in the store
+                made[name] = ((scope, chosen), manifest_of(key(1), [POOL[blob] for blob in chosen]))
+        union.update({name: (scope, made[name][1]) for name, (scope, _) in models.items()})
         nbytes, unique = counted(models)
         assert union.nbytes == nbytes
         assert {name: union.unique_bytes(name) for name in "abcd"} == {name: unique.get(name, 0) for name in "abcd"}

@@ -1,4 +1,4 @@
-"""Frames: whole whatever the pieces that they arrive in, and every fd accounted for."""
+"""Frames are complete for any fragmentation of the stream, and no fd is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared_store.runtime.fds import OwnedFds
 
 
 def owned(count):
-    """Descriptors that can be counted."""
+    """Open some descriptors."""
     return OwnedFds.from_ints(os.dup(0) for _ in range(count))
 
 
@@ -28,13 +28,13 @@ PAYLOADS = st.lists(st.binary(max_size=300), min_size=1, max_size=8)
 
 
 def pieces(data, draw):
-    """The data, cut at arbitrary places."""
+    """Cut the data at arbitrary positions."""
     cuts = sorted({0, len(data), *draw(st.lists(st.integers(0, len(data)), max_size=8))})
     return [data[begin:end] for begin, end in itertools.pairwise(cuts)]
 
 
 @given(PAYLOADS, st.data())
-def test_frames_are_whole_whatever_the_pieces(payloads, data):
+def test_frames_are_complete_for_any_fragmentation(payloads, data):
     decoder = wire.Decoder(300)
     stream = b"".join(wire.header(payload, 0) + payload for payload in payloads)
     frames = [frame for piece in pieces(stream, data.draw) for frame in decoder.feed(piece)]
@@ -43,7 +43,7 @@ def test_frames_are_whole_whatever_the_pieces(payloads, data):
 
 
 @given(PAYLOADS, st.data())
-def test_a_cut_stream_gives_the_frames_before_the_cut_and_no_more(payloads, data):
+def test_a_cut_stream_has_the_frames_before_the_cut(payloads, data):
     decoder = wire.Decoder(300)
     stream = b"".join(wire.header(payload, 0) + payload for payload in payloads)
     cut = data.draw(st.integers(0, len(stream) - 1))
@@ -67,7 +67,7 @@ def test_a_frame_over_the_limit_is_refused_before_it_arrives(limit, length):
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.data())
 def test_each_frame_gets_its_own_fds_in_order(counts, data):
-    """Fds arrive with any byte of their frame, or earlier."""
+    """Fds may arrive with any byte of their frame, or earlier."""
     sent = [wire.header(b"%d" % index, count) + b"%d" % index for index, count in enumerate(counts)]
     cuts = [data.draw(st.integers(1, len(one) - 1)) for one in sent]  # a draw may end the example: no fds before it
     before = open_fds()
@@ -86,7 +86,7 @@ def test_each_frame_gets_its_own_fds_in_order(counts, data):
 
 @given(st.binary(max_size=400))
 def test_garbage_is_frames_or_an_error(garbage):
-    """Nothing else is raised, and nothing is waited for that is over the limit."""
+    """No other error is raised, and the decoder waits for no frame over the limit."""
     decoder = wire.Decoder(64, max_fds=0)
     try:
         frames = decoder.feed(garbage)
@@ -100,7 +100,7 @@ def test_garbage_is_frames_or_an_error(garbage):
     ("announced", "sent"), [(1, 0), (0, 1), (3, 2)], ids=["none came", "none announced", "one is missing"]
 )
 def test_fds_that_do_not_fit_the_frame_are_refused_and_closed(announced, sent):
-    """Together with those of complete frames that came in the same read."""
+    """So are the fds of complete frames from the same read."""
     before = open_fds()
     decoder = wire.Decoder(100)
     fds = owned(1 + sent)
@@ -125,8 +125,8 @@ def test_more_fds_than_allowed_are_refused_and_closed():
     st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([0, 1, 5, 253, 254, 600])), min_size=1, max_size=4),
     st.sampled_from([4096, 65536]),
 )
-def test_an_outbox_delivers_through_a_socket_that_takes_little(frames, room):
-    """Any number of fds with a frame; a slow reader; not one fd is left over at either end."""
+def test_an_outbox_delivers_through_a_small_socket_buffer(frames, room):
+    """Any number of fds with a frame, and a slow reader. No fd remains open at either end."""
     before = open_fds()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
@@ -157,8 +157,8 @@ def test_an_outbox_that_is_dropped_closes_its_fds():
     assert open_fds() == before
 
 
-def test_a_channel_says_how_the_store_went():
-    """Between messages, and in the middle of one."""
+def test_a_channel_reports_where_the_stream_ended():
+    """Between messages, or within one."""
     for sent, said in ((b"", "closed the connection$"), (b"\0\0", "in the middle of a message$")):
         ours, theirs = socket.socketpair()
         channel = wire.BlockingChannel(ours)
@@ -201,7 +201,7 @@ def test_a_clients_messages_are_not_the_stores(message):
 def test_damaged_messages_are_messages_or_refused(message, data):
     raw = bytearray(messages.encode(message))
     raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
-    with contextlib.suppress(ProtocolError):  # nothing else may come out of it
+    with contextlib.suppress(ProtocolError):  # no other error may be raised
         assert isinstance(messages.decode_from_client(bytes(raw)), messages.Message)
 
 
@@ -218,13 +218,13 @@ def test_deep_nesting_is_no_message():
 
 
 def test_an_added_field_is_ignored():
-    """A newer peer of the same protocol version may say more."""
+    """A newer peer of the same protocol version may add fields."""
     fields = msgspec.msgpack.decode(messages.encode(messages.GetStatus(7)))
     assert messages.decode_from_client(msgspec.msgpack.encode({**fields, "new": 1})) == messages.GetStatus(7)
 
 
 def test_pending_until_the_last_byte():
-    """A sender that stops at a full socket has bytes pending as long as any byte is left, headers included."""
+    """Pending bytes count every unsent byte, including headers."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     theirs.setblocking(False)

@@ -10,7 +10,7 @@ from support.stores import KeptStore
 
 import shared_store.memory.cuda.vmm
 
-__all__ = ["directory", "kept", "process", "process_of", "start"]
+__all__ = ["directory", "process", "process_of", "start", "store"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def start(directory):
 
 
 @pytest.fixture
-def kept(start):
+def store(start):
     """Start a keeper and its store."""
     return start()
 
@@ -54,7 +54,7 @@ def process_of(directory):
 
 
 @pytest.fixture
-def process(kept, process_of):
+def process(store, process_of):
     """Start a store, and return the function that starts client processes."""
-    assert kept.pid
+    assert store.pid
     return process_of

@@ -17,14 +17,14 @@ MODEL = [[1, 40 * MIB], [2, 3 * MIB], [3, 30 * MIB], [2, 3 * MIB], [4, 0], [5, 1
 """Two segments (64 MiB, and the rest); one blob twice; one blob without bytes."""
 
 
-def resident(kept, device=DEVICE):
+def resident(store, device=DEVICE):
     """Return the resident bytes of a device."""
-    return next((found.resident_bytes for found in kept.status().devices if found.id == device), 0)
+    return next((found.resident_bytes for found in store.status().devices if found.id == device), 0)
 
 
-def readers(kept):
+def readers(store):
     """Return the number of readers of each model, by device and key."""
-    return {(model.device, model.key): model.readers for model in kept.status().models}
+    return {(model.device, model.key): model.readers for model in store.status().models}
 
 
 def published(process, count=1, model=MODEL):
@@ -40,22 +40,22 @@ def right(engine):
     return engine.digests() == engine.expected()
 
 
-def test_one_engine_many_times(kept, process):
+def test_one_engine_many_times(store, process):
     """The device is empty while it sleeps; addresses, bytes, descriptors and the store's memory do not change."""
     (engine,) = published(process)
-    before, addresses = resident(kept), engine.addresses()
+    before, addresses = resident(store), engine.addresses()
     seen = []
     for _ in range(20):
         engine.sleep()
         assert engine.mapped() == 0
-        assert resident(kept) == 0
-        seen.append((resident(kept, "cpu"), open_segments(engine.pid), open_segments(kept.store_pid)))
+        assert resident(store) == 0
+        seen.append((resident(store, "cpu"), open_segments(engine.pid), open_segments(store.store_pid)))
         assert engine.wake() == [before, 0]
         assert engine.addresses() == addresses
         assert right(engine)
-        assert resident(kept) == before
+        assert resident(store) == before
     assert len(set(seen)) == 1
-    status = kept.status()
+    status = store.status()
     assert status.counters.fallbacks == 0
     assert [model.readers for model in status.models if model.device == DEVICE] == [1]
 
@@ -69,87 +69,87 @@ def test_waking_leaves_no_descriptors(process):
     assert open_fds(engine.pid) == before
 
 
-def test_one_of_two_sleeps(kept, process):
+def test_one_of_two_sleeps(store, process):
     """The model stays on the device, and the sleeper maps it again without a copy."""
     one, other = published(process, 2)
-    before = resident(kept)
+    before = resident(store)
     one.sleep()
-    assert resident(kept) == before
+    assert resident(store) == before
     assert right(other)
     assert one.wake() == [before, 0]
     assert right(one)
-    assert kept.status().counters.publishes == 2  # the model, and its host copy
+    assert store.status().counters.publishes == 2  # the model, and its host copy
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_both_sleep_and_wake_in_either_order(kept, process, order):
+def test_both_sleep_and_wake_in_either_order(store, process, order):
     """The device is empty while both sleep; they share one host copy, and the model when they wake."""
     engines = published(process, 2)
-    before = resident(kept)
+    before = resident(store)
     for engine in engines:
         engine.sleep()
-    assert resident(kept) == 0
-    host = [model for model in kept.status().models if model.device == "cpu"]
+    assert resident(store) == 0
+    host = [model for model in store.status().models if model.device == "cpu"]
     assert [(model.readers, model.name) for model in host] == [(2, "model (host copy)")]
     for number in order:
         assert engines[number].wake() == [before, 0]
-        assert resident(kept) == before
+        assert resident(store) == before
     assert all(right(engine) for engine in engines)
-    assert [n for (device, _), n in readers(kept).items() if device == DEVICE] == [2]
+    assert [n for (device, _), n in readers(store).items() if device == DEVICE] == [2]
 
 
-def test_both_wake_at_once(kept, process):
+def test_both_wake_at_once(store, process):
     """One of them publishes; the other waits and attaches."""
     engines = published(process, 2)
-    before = resident(kept)
+    before = resident(store)
     for engine in engines:
         engine.sleep()
-    publishes = kept.status().counters.publishes
+    publishes = store.status().counters.publishes
     for engine in engines:
         engine.begin("wake")
     assert [engine.finish() for engine in engines] == [[before, 0]] * 2
-    assert resident(kept) == before
-    assert kept.status().counters.publishes == publishes + 1
+    assert resident(store) == before
+    assert store.status().counters.publishes == publishes + 1
     assert all(right(engine) for engine in engines)
 
 
-def test_the_last_reader_awake_ends(kept, process):
+def test_the_last_reader_awake_ends(store, process):
     """The model leaves the device: a sleeper can publish it again."""
     one, other = published(process, 2)
-    before = resident(kept)
+    before = resident(store)
     one.sleep()
     other.kill()
-    wait_until(lambda: resident(kept) == 0, "the device to be empty")
+    wait_until(lambda: resident(store) == 0, "the device to be empty")
     assert one.wake() == [before, 0]
     assert right(one)
 
 
-def test_a_pinned_model_stays_on_the_device(kept, process):
+def test_a_pinned_model_stays_on_the_device(store, process):
     """Although its only reader sleeps."""
     (engine,) = published(process)
-    before = resident(kept)
+    before = resident(store)
     engine.pin(key=KEY)
     engine.sleep()
-    assert resident(kept) == before
+    assert resident(store) == before
     assert engine.wake() == [before, 0]
 
 
-def test_a_host_copy_without_readers_does_not_remove_the_model(kept, process):
+def test_a_host_copy_without_readers_does_not_remove_the_model(store, process):
     """When all readers are awake and end, the model stays resident."""
     one, other = published(process, 2)
-    before = resident(kept)
+    before = resident(store)
     one.sleep()
     one.wake()
     one.kill()
     other.kill()
-    wait_until(lambda: set(readers(kept).values()) == {0}, "both to end")
-    assert resident(kept) == before
+    wait_until(lambda: set(readers(store).values()) == {0}, "both to end")
+    assert resident(store) == before
 
 
-def test_a_new_engine_publishes_while_others_sleep(kept, process):
+def test_a_new_engine_publishes_while_others_sleep(store, process):
     """Its layout is the former one, so the sleeper shares the model when it wakes."""
     (engine,) = published(process)
-    before = resident(kept)
+    before = resident(store)
     engine.sleep()
     fresh = process("fresh")
     assert fresh.publish(key=KEY, model=MODEL) == "granted"
@@ -157,14 +157,14 @@ def test_a_new_engine_publishes_while_others_sleep(kept, process):
     assert right(engine)
 
 
-def test_another_layout(kept, process):
+def test_another_layout(store, process):
     """A model published with another layout: private memory with the right bytes, counted; shared on the next wake."""
     other = process("other")
     other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
     (engine,) = published(process)
-    addresses, whole = engine.addresses(), resident(kept)
+    addresses, whole = engine.addresses(), resident(store)
     engine.sleep()
-    assert resident(kept) < whole
+    assert resident(store) < whole
     other.leave(key=key(2))
     other.remove(key=key(2))
     fresh = process("fresh")
@@ -173,14 +173,14 @@ def test_another_layout(kept, process):
     assert private > 0
     assert engine.addresses() == addresses
     assert right(engine)
-    counters = kept.status().counters
+    counters = store.status().counters
     assert counters.fallbacks == 1
-    mine = [client for client in kept.status().clients if client.name == "engine 0" and client.key]
+    mine = [client for client in store.status().clients if client.name == "engine 0" and client.key]
     assert [client.private_bytes for client in mine] == ([private] if shared else [])
     engine.sleep()
     fresh.leave(key=KEY)
     fresh.kill()
-    wait_until(lambda: resident(kept) == 0, "the device to be empty")
+    wait_until(lambda: resident(store) == 0, "the device to be empty")
     assert engine.wake()[1] == 0
     assert right(engine)
 
@@ -202,21 +202,21 @@ def test_a_blob_that_another_model_has(process):
 
 def test_no_memory_for_the_host_copy(start, process_of):
     """Sleeping is refused, and the engine stays awake."""
-    kept = start(max_resident={"cpu": 2 * MIB})
+    store = start(max_resident={"cpu": 2 * MIB})
     engine = process_of()
     engine.publish(key=KEY, model=MODEL)
-    before = kept.status().models
+    before = store.status().models
     with pytest.raises(OutOfMemoryError, match="max-resident"):
         engine.sleep()
     assert engine.mapped() == 2
     assert right(engine)
-    after = kept.status().models
+    after = store.status().models
     assert [(model.key, model.readers) for model in after] == [(model.key, model.readers) for model in before]
 
 
 def test_no_memory_to_wake(start, process_of):
     """Waking raises and maps nothing. It succeeds once another model can be evicted."""
-    kept = start(max_resident={DEVICE: 80 * MIB})
+    store = start(max_resident={DEVICE: 80 * MIB})
     engine, other = process_of(), process_of()
     engine.publish(key=KEY, model=MODEL)
     engine.sleep()
@@ -227,7 +227,7 @@ def test_no_memory_to_wake(start, process_of):
     other.leave(key=key(2))  # can be evicted now
     assert engine.wake()[1] == 0
     assert right(engine)
-    assert kept.status().counters.fallbacks == 0
+    assert store.status().counters.fallbacks == 0
 
 
 def test_a_reader_that_wrote_cannot_sleep(process):
@@ -239,16 +239,16 @@ def test_a_reader_that_wrote_cannot_sleep(process):
     assert engine.mapped() == 2
 
 
-def test_waking_after_prepare_leaves_the_host_copy(kept, process):
+def test_waking_after_prepare_leaves_the_host_copy(store, process):
     """A process that prepared to sleep and stayed awake is not a reader of the host copy any more."""
     (engine,) = published(process)
     engine.prepare()
-    assert [n for (device, _), n in readers(kept).items() if device == "cpu"] == [1]
-    assert engine.wake() == [resident(kept), 0]
-    assert [n for (device, _), n in readers(kept).items() if device == "cpu"] == [0]
+    assert [n for (device, _), n in readers(store).items() if device == "cpu"] == [1]
+    assert engine.wake() == [resident(store), 0]
+    assert [n for (device, _), n in readers(store).items() if device == "cpu"] == [0]
 
 
-def test_wrong_bytes_on_the_device(kept, process, directory):
+def test_wrong_bytes_on_the_device(store, process, directory):
     """The store refuses the host copy, and the process stays awake."""
     from support.saved import turn_a_bit
 
@@ -260,15 +260,15 @@ def test_wrong_bytes_on_the_device(kept, process, directory):
     with pytest.raises(DigestMismatchError):
         engine.sleep()
     assert engine.mapped() == 2
-    assert not [model for model in kept.status().models if model.device == "cpu"]
+    assert not [model for model in store.status().models if model.device == "cpu"]
 
 
-def test_an_impossible_preferred_layout(kept):
+def test_an_impossible_preferred_layout(store):
     """It is refused, and the publisher can plan without it."""
     from shared_store.base.errors import ProtocolError
     from shared_store.protocol.messages import BlobPlace
 
-    client = kept.client()
+    client = store.client()
     assert client.open(KEY) == "granted"
     blobs = [Blob(bytes([number]) * 32, 1000) for number in range(2)]
     with pytest.raises(ProtocolError, match="wish"):

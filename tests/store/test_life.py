@@ -1,4 +1,4 @@
-"""How a store begins and ends, and what clients have of it afterwards."""
+"""Start and end of a store, and its clients afterwards."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_of_eight_clients_that_find_no_store_one_starts_it(directory, actor):
     assert not (directory / "store.sock").exists()
 
 
-def test_clients_that_come_while_a_store_ends_get_a_new_one(directory, start_store, actor):
-    """Its directory is claimed until it is gone: the new store is started then, not refused."""
+def test_clients_that_connect_while_a_store_ends_get_a_new_one(directory, start_store, actor):
+    """The directory is claimed until the old store has ended; the new store starts then, and is not refused."""
     old = start_store()
     process = actor(connect=False)
     os.kill(old.pid, signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_clients_that_come_while_a_store_ends_get_a_new_one(directory, start_sto
 
 
 def test_a_process_with_thousands_of_open_files_starts_a_store(directory):
-    """Where `select(2)` would give up: engines have many sockets and libraries."""
+    """Above the limit of `select(2)`: engines open many sockets and libraries."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1200:
         pytest.skip("this process may not open so many files (ulimit -n)")
     files = [os.dup(0) for _ in range(1100)]
@@ -113,8 +113,8 @@ def test_starting_where_a_store_runs_finds_it(store, directory):
     assert store.client().store_pid() == store.pid
 
 
-def test_a_store_that_cannot_start_says_why(directory):
-    """The starter has the end of the store's log in its error, and does not wait for the time-out."""
+def test_a_store_that_cannot_start_reports_the_reason(directory):
+    """The starting process raises the end of the store's log, without waiting for the time-out."""
     (directory / "store.sock").write_text("in the way")
     began = time.monotonic()
     with pytest.raises(StoreUnavailableError, match=r"store ended; .*store\.sock is in the way and is not a socket"):
@@ -130,7 +130,7 @@ def test_the_socket_of_a_killed_store_is_replaced(start_store, directory):
     assert new.client().store_pid() == new.pid != old.pid
 
 
-def test_when_a_store_is_killed_its_clients_keep_what_they_have_and_bring_it_to_the_next(start_store, actor):
+def test_clients_of_a_killed_store_keep_their_mappings_and_offer_them_to_the_next(start_store, actor):
     old = start_store()
     publisher, reader = actor(), actor()
     publisher.publish(key=key(1), model=MODEL)
@@ -151,7 +151,7 @@ def test_when_a_store_is_killed_its_clients_keep_what_they_have_and_bring_it_to_
     assert new.client().status()["models"][0]["readers"] == 3
 
 
-def test_a_waiting_client_is_told_when_the_store_is_killed(start_store, actor):
+def test_a_waiting_client_gets_an_error_when_the_store_is_killed(start_store, actor):
     store = start_store()
     publisher, waiter = actor(), actor()
     publisher.open(key=key(1))
@@ -164,8 +164,8 @@ def test_a_waiting_client_is_told_when_the_store_is_killed(start_store, actor):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_store_ends_in_good_order(start_store, actor, number):
-    """Exit code 0, no socket, no catalog server left; clients are told and keep what they have."""
+def test_a_store_stops_on_a_signal(start_store, actor, number):
+    """Exit code 0, no socket, no catalog server; clients notice and keep their mappings."""
     store = start_store()
     reader = actor()
     reader.publish(key=key(1), model=MODEL)
@@ -178,7 +178,7 @@ def test_a_store_ends_in_good_order(start_store, actor, number):
     assert reader.digests() == reader.expected()
 
 
-def test_a_client_can_ask_the_store_to_end(store):
+def test_a_client_can_shut_the_store_down(store):
     store.client().session.shutdown_store()
     assert store.wait() == 0
 
@@ -196,8 +196,8 @@ def test_the_node_keeps_its_identity_over_restarts(start_store):
     assert start_store().client().status()["node"]["id"] == node
 
 
-def test_a_store_that_is_stopped_does_not_hold_a_client_for_longer_than_it_allowed(store):
-    """A frozen store accepts connections (the kernel does) and never greets."""
+def test_connecting_to_a_frozen_store_times_out(store):
+    """The kernel accepts the connection, and the store never greets."""
     os.kill(store.pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(StoreUnavailableError):
@@ -205,7 +205,7 @@ def test_a_store_that_is_stopped_does_not_hold_a_client_for_longer_than_it_allow
     assert time.monotonic() - began < 5
 
 
-def test_a_connection_that_only_probes_is_no_event(store):
+def test_a_connection_without_a_message_is_not_an_error(store):
     for _ in range(5):
         assert spawn.answers(store.paths)
     with socket.socket(socket.AF_UNIX) as probe:

@@ -1,4 +1,4 @@
-"""Bytes that turn out wrong: nobody new gets them, those who have them go on, and the model is published anew."""
+"""Quarantine of wrong bytes: no new reader gets them, readers keep their mappings, and the model is published anew."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from support.waiting import wait_until
 from shared_store.base.errors import ModelNotFoundError, PermissionDeniedError, ProtocolError
 from shared_store.base.manifest import encode
 from shared_store.memory.fake import FakeBackend
-from shared_store.protocol import messages, wire
-from shared_store.store.state.records import Client as StoreClient
-from shared_store.store.store import Store
+from shared_store.protocol import messages
+from shared_store.store.assembly import Parts
+from shared_store.store.session import Session
+from shared_store.store.state.clients import Client as StoreClient
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100]]
@@ -24,13 +25,13 @@ MODEL = [[1, 3 * MIB], [2, 100]]
 
 @pytest.fixture
 def served(directory):
-    """A store whose memory can be written after it was published."""
+    """A store whose memory stays writable after a commit."""
     with ServedStore(directory, FakeBackend("cpu", seals=False)) as served:
         yield served
 
 
-def test_a_wrong_blob_is_taken_out_of_service(served):
-    """From the claim to the last reader's end."""
+def test_a_wrong_blob_is_quarantined(served):
+    """From the report to the end of the last reader."""
     reader, client, engine = served.client("reader"), served.client(), served.client()
     reader.publish(key(1), MODEL)
     served.turn_a_bit(reader.blobs[0].digest)
@@ -45,7 +46,7 @@ def test_a_wrong_blob_is_taken_out_of_service(served):
     assert status.counters.quarantines == 1
     assert [kind for kind, _ in served.events][-2:] == ["quarantined", "withdrawn"]
 
-    # None of the old bytes counts for the next engine.
+    # The next engine shares none of the old bytes.
     assert engine.open(key(1)) == "granted"
     assert engine.plan(key(1), MODEL) == [True, True]
     engine.fill(key(1))
@@ -60,12 +61,14 @@ def test_a_wrong_blob_is_taken_out_of_service(served):
     assert client.session.status().quarantine[0].readers == 1
     reader.unmap_all()
     reader.close()
-    wait_until(lambda: served.backend.allocated_bytes == 4 * MIB, "the quarantined segment to go with its last reader")
+    wait_until(
+        lambda: served.backend.allocated_bytes == 4 * MIB, "the quarantined segment to be released with its last reader"
+    )
     assert client.session.status().quarantine == ()
 
 
-def test_who_found_it_may_publish_it_anew_at_once(served):
-    """Without leaving first: what it read before is its own matter, and ends with the same leave."""
+def test_the_client_that_found_wrong_bytes_may_publish_at_once(served):
+    """It need not leave first: the next leave ends its use of the withdrawn model, too."""
     client = served.client()
     client.publish(key(1), MODEL)
     served.turn_a_bit(client.blobs[1].digest)
@@ -79,7 +82,7 @@ def test_who_found_it_may_publish_it_anew_at_once(served):
 
 
 def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
-    """A model that shares nothing with it stays; so does what a withdrawn one has elsewhere."""
+    """Models without blobs there are not, and blobs of withdrawn models in other segments remain."""
     client, reader = served.client(), served.client()
     client.publish(key(1), MODEL)
     client.leave(key(1))
@@ -99,7 +102,7 @@ def test_all_models_with_blobs_in_the_segment_are_withdrawn(served):
     assert served.backend.allocated_bytes == 2 * MIB
 
 
-def test_a_false_claim_changes_nothing(served):
+def test_a_false_report_changes_nothing(served):
     client = served.client()
     client.publish(key(1), MODEL)
     client.quarantine(key(1), [0, 1])
@@ -112,11 +115,11 @@ def test_a_false_claim_changes_nothing(served):
         client.session.quarantine(key(2), [])
 
 
-def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
+def test_where_the_host_cannot_read_only_the_same_user_is_trusted(served):
     client = served.client()
     client.publish(key(1), MODEL)
     served.backend.host_readable = False
-    (known,) = served.store.clients.values()
+    (known,) = served.parts.state.clients.values()
     known.uid += 1
     with pytest.raises(PermissionDeniedError, match="may not quarantine GPU memory"):
         client.quarantine(key(1), [0])
@@ -129,7 +132,7 @@ def test_where_the_host_cannot_read_only_the_same_user_is_believed(served):
 
 
 def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
-    """It has mapped what is wrong; the commit is refused, and the plan after it counts on nothing of it."""
+    """Its commit is refused, and its next plan does not count on the blob."""
     reader, publisher = served.client(), served.client()
     reader.publish(key(1), MODEL)
     publisher.open(key(2))
@@ -147,31 +150,31 @@ def test_a_publisher_that_counts_on_a_wrong_blob_plans_anew(served):
     assert publisher.digests() == publisher.expected()
 
 
-def test_a_model_that_is_withdrawn_as_it_is_admitted_is_published_by_who_waited():
-    """Between the commit and the moment when a waiting client takes what it was promised."""
+def test_a_model_withdrawn_right_after_its_commit_is_published_by_the_waiter():
+    """Between the commit and the answer to the waiting `Open`."""
 
     async def scenario():
-        store = Store({"cpu": FakeBackend("cpu")}, {})
+        parts = Parts({"cpu": FakeBackend("cpu")}, {})
+        state, opening, publishing = parts.state, parts.requests.opening, parts.requests.publishing
         publisher, waiter = (
-            StoreClient(number, 1, os.getuid(), "", asyncio.Event(), lambda *_: None) for number in (1, 2)
+            Session(StoreClient(number, 1, os.getuid(), ""), asyncio.Event(), lambda *_: None) for number in (1, 2)
         )
-        for client in (publisher, waiter):
-            store.join(client)
+        for session in (publisher, waiter):
+            parts.sessions.begin(session)
         request = messages.Open(1, key(1), "model", "test", "cpu", publish=True)
-        assert await store.open(publisher, request) is None
-        waiting = asyncio.create_task(store.open(waiter, request))
+        assert isinstance((await opening.open(publisher, request)).reply, messages.Granted)
+        waiting = asyncio.create_task(opening.open(waiter, request))
         await asyncio.sleep(0)
         blobs = (blob(b""),)
-        planned, _ = await store.plan(publisher, messages.Plan(2, key(1), blobs))
-        (segment,) = planned.segments
-        os.close(await store.fill(publisher, messages.Fill(3, key(1), segment.id)))
+        (segment,) = (await publishing.plan(publisher, messages.Plan(2, key(1), blobs))).reply.segments
+        (await publishing.fill(publisher, messages.Fill(3, key(1), segment.id))).fds.close()
         manifest = encode(manifest_of(key(1), blobs))
-        wire.close_fds((await store.commit(publisher, messages.Commit(4, key(1), manifest))).fds)
+        (await publishing.commit(publisher, messages.Commit(4, key(1), manifest))).fds.close()
         assert not waiting.done()
-        store.withdraw("cpu", {segment.id}, pid=0)
-        assert await waiting is None  # granted
-        assert [one.publisher for one in store.models.all()] == [2]
-        assert [one.readers for one in store.models.withdrawn().values()] == [{1}]
-        store.segments.close()
+        parts.requests.quarantining.stop_sharing("cpu", {segment.id}, pid=0)
+        assert isinstance((await waiting).reply, messages.Granted)
+        assert [one.publisher for one in state.models.all()] == [2]
+        assert [one.readers for one in state.models.withdrawn().values()] == [{1}]
+        parts.devices.close()
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""One store and several client processes: one copy, published once, equal for all, gone with the last."""
+"""One store and several client processes: a model is published once, and all readers map one copy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100], [3, 0], [4, MIB + 1], [1, 3 * MIB]]
 
 
-def on_disk(model):
-    """What a model's distinct blobs take in one segment."""
+def segment_bytes(model):
+    """Size of one segment with a model's distinct blobs."""
     return round_up(sum(round_up(nbytes, 512) for _, nbytes in {tuple(entry) for entry in model}), GRANULARITY)
 
 
-def test_of_many_processes_that_open_one_key_one_publishes_and_all_read_the_same(store, actor):
+def test_many_processes_open_one_key_and_one_publishes(store, actor):
     processes = [actor() for _ in range(6)]
     for process in processes:
         process.begin("publish", key=key(1), model=MODEL)
@@ -30,13 +30,13 @@ def test_of_many_processes_that_open_one_key_one_publishes_and_all_read_the_same
     status = store.client().session.status()
     assert status.counters.publishes == 1
     assert [(model.key, model.state, model.readers) for model in status.models] == [(key(1), "committed", 6)]
-    assert status.totals.resident_bytes == on_disk(MODEL)
+    assert status.totals.resident_bytes == segment_bytes(MODEL)
     total = sum(nbytes for _, nbytes in MODEL)
     assert status.totals.mapped_bytes == 6 * total
     assert status.totals.saved_bytes == 6 * total - sum(nbytes for _, nbytes in {tuple(entry) for entry in MODEL})
 
 
-def test_two_models_have_their_common_blobs_once(store, actor):
+def test_two_models_share_their_common_blobs(store, actor):
     one, two = actor(), actor()
     one.publish(key=key(1), model=[[1, 3 * MIB], [2, 2 * MIB]])
     assert two.open(key=key(2)) == "granted"
@@ -52,14 +52,14 @@ def test_two_models_have_their_common_blobs_once(store, actor):
 
     one.leave(key=key(1))
     client.remove(key(1))
-    assert two.digests() == two.expected()  # its blob stays, in the other model's segment
+    assert two.digests() == two.expected()  # its blob is still in the other model's segment
     assert resident(client) == 8 * MIB
     two.leave(key=key(2))
     client.remove(key(2))
     assert resident(client) == 0
 
 
-def test_another_key_with_the_same_blobs_takes_no_memory(store, actor):
+def test_another_key_with_the_same_blobs_allocates_nothing(store, actor):
     one, two = actor(), actor()
     one.publish(key=key(1), model=MODEL)
     before = resident(store.client())
@@ -71,7 +71,7 @@ def test_another_key_with_the_same_blobs_takes_no_memory(store, actor):
 
 
 def test_two_publishers_of_one_new_blob_end_up_with_one_copy(store, actor):
-    """Both write it, because neither can read what the other has not committed; the first to commit keeps its own."""
+    """Both write it, because uncommitted blobs are not shared; the copy of the first commit is used by both."""
     one, two = actor(), actor()
     for number, process in ((1, one), (2, two)):
         process.open(key=key(number))
@@ -99,7 +99,7 @@ def test_a_model_without_bytes_is_a_model(actor):
     assert two.open(key=key(2)) == "attached"
 
 
-def test_remove_is_refused_while_a_model_is_used(store, actor):
+def test_remove_is_refused_while_a_model_is_in_use(store, actor):
     reader, admin = actor(), store.client()
     reader.publish(key=key(1), model=MODEL)
     with pytest.raises(ModelInUseError, match="1 readers and is committed; stop them first"):
@@ -114,7 +114,7 @@ def test_remove_is_refused_while_a_model_is_used(store, actor):
     assert resident(admin) == 0
 
 
-def test_remove_takes_an_unambiguous_beginning(store):
+def test_remove_accepts_an_unambiguous_prefix(store):
     client = store.client()
     for number in (0xA1 << 240, 0xA2 << 240):
         client.publish(key(number), [[1, 10]])
@@ -126,7 +126,7 @@ def test_remove_takes_an_unambiguous_beginning(store):
     assert client.remove("00a1") == key(0xA1 << 240)
 
 
-def test_a_reader_that_would_not_publish_is_refused_or_waits(store, actor):
+def test_a_reader_that_does_not_publish_is_refused_or_waits(store, actor):
     publisher, reader = actor(), actor()
     with pytest.raises(ModelNotFoundError, match="this client only attaches"):
         reader.open(key=key(1), publish=False)
@@ -134,11 +134,11 @@ def test_a_reader_that_would_not_publish_is_refused_or_waits(store, actor):
     reader.begin("open", key=key(1), publish=False)
     wait_for_status(store.client(), lambda status: any(one.role == "waiting" for one in status.clients), "the wait")
     publisher.abandon(key=key(1))
-    with pytest.raises(ModelNotFoundError, match="its publisher gave up, and nobody else publishes it"):
+    with pytest.raises(ModelNotFoundError, match="its publisher aborted, and no other client publishes it"):
         reader.finish()
 
 
-def test_waiting_takes_as_long_as_was_allowed_and_leaves_no_trace(store, actor):
+def test_a_wait_that_times_out_leaves_no_trace(store, actor):
     publisher, hasty = actor(), actor()
     publisher.open(key=key(1))
     with pytest.raises(TimedOutError, match="did not answer `open`"):
@@ -159,13 +159,13 @@ def test_the_lease_ends_with_the_connection(store, actor):
     assert client.remove(key(1)) == key(1)
 
 
-def test_named_leases_go_in_order_and_end_with_the_connection(store, actor):
+def test_turns_pass_on_in_order_and_end_with_the_connection(store, actor):
     first, second, third = actor(), actor(), actor()
     first.acquire_for_good(lease="one")
     second.begin("acquire_for_good", lease="one")
     client = store.client()
-    client.status()  # the store answers each connection in the order of arrival, so second is in line by now or soon
-    first.acquire_for_good(lease="another")  # leases are independent
+    client.status()  # the second client has joined the queue by now, or soon will
+    first.acquire_for_good(lease="another")  # turns are independent
     assert second.idle()
     first.kill()
     second.finish()
@@ -179,8 +179,8 @@ def test_an_unknown_device_is_refused_by_name(store):
         store.client().open(key(1), device="tpu")
 
 
-def test_many_rounds_leak_nothing_in_the_store(store, actor):
-    """Publish, attach, leave, remove: fds and segments of the store are as before."""
+def test_many_rounds_leak_nothing(store, actor):
+    """After publish, attach, leave and remove, the store has as many descriptors and segments as before."""
     publisher, reader, client = actor(), actor(), store.client()
 
     def one_round(number):
@@ -196,5 +196,5 @@ def test_many_rounds_leak_nothing_in_the_store(store, actor):
     for number in range(2, 40):
         one_round(number)
     assert resident(client) == 0
-    wait_until(lambda: store.open_fds() <= before, "the store to have the fds that it had")
+    wait_until(lambda: store.open_fds() <= before, "the store to have as many descriptors as before")
     assert open_segments(store.pid) == 0

@@ -1,7 +1,7 @@
 """A publisher and reader without torch: a session, and mappings of the segments of one model at a time.
 
-Made for being driven by a test, in its own process or (see `actors`) in another. What its methods take and return has a
-JSON form. Bytes are told by seed and size, as `content` makes them; a model is a list of `[seed, nbytes]`.
+A test drives it in its own process or (see `actors`) in another, so arguments and results have a JSON form. A model is
+a list of `[seed, nbytes]`; `content` makes the bytes from them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared_store.sleep.sleeper import Sleeper
 
 
 class Client:
-    """One session, and what it has mapped."""
+    """A session and its mappings."""
 
     def __init__(self, directory, name="", *, autostart=False, timeout_s=10.0, device="cpu"):
         self.backend = backend_for(device)
@@ -44,10 +44,10 @@ class Client:
                 mapping.close()
         self.mappings = []
 
-    # Publishing, in the steps that it has.
+    # Publishing, step by step.
 
     def open(self, key, *, publish=True, timeout_s=60.0, name="model", device=None):
-        """`granted`, or `attached` with the model mapped."""
+        """Return `granted`, or `attached` after mapping the model."""
         device = device or self.backend.device
         found = self.session.open(key, name=name, engine="test", device=device, publish=publish, timeout_s=timeout_s)
         if found is None:
@@ -56,7 +56,7 @@ class Client:
         return "attached"
 
     def plan(self, key, model):
-        """Ask where blobs go, and map the segments that exist; returns which of the blobs are new."""
+        """Plan the blobs, and map the existing segments. Returns for each blob if it is new."""
         self.model = [tuple(entry) for entry in model]
         self.blobs = tuple(blob(content(seed, nbytes)) for seed, nbytes in self.model)
         planned, fds = self.session.plan(key, self.blobs)
@@ -69,7 +69,7 @@ class Client:
         return [place.new for place in planned.places]
 
     def fill(self, key, *, lie=None, half=False):
-        """Get the promised segments, and write new blobs: `lie` with one bit turned, or only `half` of every one."""
+        """Fill the promised segments, and write new blobs: `lie` with a flipped bit, or only `half` of each."""
         for index, segment in self.promised:
             with self.session.fill(key, segment) as fd:
                 nbytes = os.fstat(fd.fileno()).st_size
@@ -94,7 +94,7 @@ class Client:
         return "attached"
 
     def publish(self, key, model):
-        """Open, and be the publisher or a reader: says which."""
+        """Open a model, and publish it if granted. Returns `granted` or `attached`."""
         outcome = self.open(key)
         if outcome == "granted":
             self.plan(key, model)
@@ -106,11 +106,11 @@ class Client:
     # Reading.
 
     def digests(self):
-        """Digests of the bytes that are mapped now, in the manifest's order."""
+        """Digest the mapped bytes, in the manifest's order."""
         return [digest_at(self._address(index), one.nbytes).hex() for index, one in enumerate(self.blobs)]
 
     def expected(self):
-        """What the manifest says they are."""
+        """Return the digests of the manifest."""
         return [one.digest.hex() for one in self.blobs]
 
     def write(self, index, text):
@@ -130,7 +130,7 @@ class Client:
     # Sleeping.
 
     def sleep(self):
-        """Leave the device; nothing is mapped then."""
+        """Sleep: leave the device. Nothing is mapped afterwards."""
         self._sleeper().sleep()
 
     def prepare(self):
@@ -138,12 +138,12 @@ class Client:
         self._sleeper().prepare()
 
     def wake(self):
-        """Come back: bytes that are shared, and bytes of this process's own."""
+        """Wake. Returns shared and private bytes."""
         woken = self._sleeper().wake()
         return [woken.shared_bytes, woken.private_bytes]
 
     def mapped(self):
-        """How many of the segments are mapped."""
+        """Return the number of mapped segments."""
         return sum(mapping.access is not None for mapping in self.mappings)
 
     def _sleeper(self):
@@ -159,7 +159,7 @@ class Client:
             )
         return self.sleeper
 
-    # The rest of a session.
+    # Other requests.
 
     def leave(self, key):
         self.unmap_all()
@@ -179,7 +179,7 @@ class Client:
         return compact(self.session, device, self.backend)._asdict()
 
     def begin_to_compact(self, device="cpu", *, copy=False):
-        """Ask what to copy, and do or do not: how many blobs it is; the id of the new segment."""
+        """Start a compaction, with or without the copies. Returns the number of moves and the id of the new segment."""
         task, fds = self.session.compact(device)
         if copy:
             with _worker(self.backend) as work:
@@ -188,12 +188,12 @@ class Client:
         return [len(task.moves), task.target.id]
 
     def compacted(self, segment):
-        """Say that it was done: bytes moved and freed."""
+        """Finish a compaction. Returns moved and freed bytes."""
         switched = self.session.compacted(segment)
         return [switched.moved_bytes, switched.freed_bytes]
 
     def quarantine(self, key, indexes):
-        """Say that blobs of the model that is mapped now are wrong."""
+        """Report blobs of the mapped model as mismatches."""
         self.session.quarantine(key, [self.blobs[index].digest for index in indexes])
 
     def status(self):
@@ -213,7 +213,7 @@ class Client:
         return os.getpid()
 
     def fork(self):
-        """Fork a child that tries to use the session, says what it met, and stays until it is killed."""
+        """Fork a child that uses the session, reports the error, and waits until it is killed."""
         said, say = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -221,7 +221,7 @@ class Client:
             try:
                 self.session.status()
                 text = "no error"
-            except Exception as error:  # noqa: BLE001 - the test is told of any
+            except Exception as error:  # noqa: BLE001 - reported to the test
                 text = f"{type(error).__name__}: {error}"
             os.write(say, text.encode())
             os.close(say)
@@ -242,7 +242,7 @@ class Client:
             mapping.map(Access.READ)
 
     def _mappings(self, segments, fds):
-        """One for each segment; None for one that is only promised."""
+        """Make a mapping for each segment; None for a promised one."""
         made, left = [], fds.detach()
         for segment in segments:
             if segment.promised:

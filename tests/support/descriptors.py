@@ -49,16 +49,23 @@ _lasting = pytest.StashKey[_Lasting]()
 _failed = pytest.StashKey[bool]()
 
 
+@contextlib.contextmanager
+def lasting(config):
+    """Exempt descriptors that the block opens from the check of the current test: they are closed later."""
+    before = descriptors()
+    try:
+        yield
+    finally:
+        found = config.stash.setdefault(_lasting, _Lasting())
+        found.opened |= dict(descriptors().items() - before.items())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef, request):
     if fixturedef.scope == "function":
         return (yield)
-    before = descriptors()
-    try:
+    with lasting(request.config):
         return (yield)
-    finally:
-        lasting = request.config.stash.setdefault(_lasting, _Lasting())
-        lasting.opened |= dict(descriptors().items() - before.items())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,15 +81,15 @@ def _no_leaked_descriptors(request):
 
     Of the fixtures for one test this is set up first, so it ends last: after they closed theirs.
     """
-    lasting = request.config.stash.setdefault(_lasting, _Lasting())
-    lasting.opened = {}
+    exempt = request.config.stash.setdefault(_lasting, _Lasting())
+    exempt.opened = {}
     before = descriptors()
     yield
     if request.node.stash.get(_failed, False):
         return  # the traceback has references to whatever the test had open
 
     def leaked():
-        return dict(descriptors().items() - before.items() - lasting.opened.items())
+        return dict(descriptors().items() - before.items() - exempt.opened.items())
 
     if leaked():
         request.node.funcargs.clear()  # pytest drops the values of fixtures only after the last of them has ended

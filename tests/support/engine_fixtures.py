@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
-from checkpoints import CACHE
 from support.engines import EngineProcess, private_store_directory
+from support.models.cache import CACHE
+from support.models.families import random_model
+from support.models.smollm2 import smollm2
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Callable[[str], Path]:
     """The directory of a checkpoint by its family's name, or of ``smollm2``; kept between runs."""
-    return lambda name: models.smollm2(CACHE) if name == "smollm2" else models.random_model(name, CACHE)
+    return lambda name: smollm2(CACHE) if name == "smollm2" else random_model(name, CACHE)
 
 
 @pytest.fixture

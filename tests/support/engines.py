@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.preloaded import Pool, PreloadedProcess
-from support.waiting import wait_until
+from support.preloaded import Pool
+from support.waiting import process_state, wait_until
 
 from shared_store.base.errors import StoreUnavailableError
 from shared_store.base.status import Status
@@ -23,18 +21,16 @@ from shared_store.runtime.versions import Range
 
 ENGINE = Path(__file__).parents[1] / "engines" / "engine.py"
 STARTED_WITHIN_S = 280.0
-HAS_GPU = Path("/dev/nvidiactl").exists()
-"""CUDA does not survive a fork: engines on a GPU are started from nothing."""
 CPU_SETTINGS = {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    # Two threads that meet after each operation wait for each other longer than one computes, where several engines
-    # run on few cores.
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
 }
-PRELOADED = Pool(
-    ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"), CPU_SETTINGS
-)
+"""The environment of engines on a CPU."""
+PRELOADED = Pool(("vllm.entrypoints.llm",), CPU_SETTINGS)
+"""No more of vLLM than `engine.py` imports by itself, so that the plugin is registered before workers and models are
+imported, as ever."""
 SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 """Of a job: share, or fail."""
 
@@ -44,27 +40,12 @@ def vllm_since(version: str) -> bool:
     return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
 
 
-def _start(job: str, environment: dict[str, str]) -> subprocess.Popen[str] | PreloadedProcess:
-    """Start ``engine.py`` with its output and its errors in one pipe; on a CPU, with vLLM imported already."""
-    if not HAS_GPU and PRELOADED.forks:
-        return PRELOADED.start(str(ENGINE), job, environment=environment, text=True)
-    return subprocess.Popen(
-        [sys.executable, str(ENGINE), job],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
 class EngineProcess:
     """A running ``engine.py``; its JSON lines are events, everything else is its log."""
 
     def __init__(self, runtime_dir: Path, job: dict[str, Any], **environment: str) -> None:
-        settings = {} if HAS_GPU else CPU_SETTINGS
-        variables = {**os.environ, **settings, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
-        self.process = _start(json.dumps(job), variables)
+        variables = {**os.environ, "WOOLY_RUNTIME_DIR": str(runtime_dir), **environment}
+        self.process = PRELOADED.start(str(ENGINE), json.dumps(job), environment=variables)
         self.log: list[str] = []
         self.events: list[dict[str, Any]] = []
         self._commands = 0
@@ -148,7 +129,8 @@ def stop_store(directory: Path) -> None:
             session.shutdown_store()
     except StoreUnavailableError:
         return
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "store and keeper end")
+    # Ended is enough: orphans are reaped by the machine's init, in its own time.
+    wait_until(lambda: all(process_state(pid) in {"", "Z"} for pid in pids), "store and keeper to end")
 
 
 def status_of(directory: Path) -> Status:

@@ -1,4 +1,4 @@
-"""A prefill and a decode engine: a scenario for CPUs and GPUs, with the example, run as a user would."""
+"""Run the example of a prefill and a decode engine, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINE: dict[str, Any] = {"max_model_len": 320, "max_num_seqs": 4, "dtype": "bfl
 
 
 def decode_goes_on_from_prefill(path: Path, runtime_dir: Path, settings: dict[str, Any]) -> None:
-    """Answers are those of an engine that does both; the KV cache was handed over, and the weights are there once."""
+    """The answers equal those of a single engine, the KV cache was handed over, and the weights are in memory once."""
     command = [sys.executable, str(EXAMPLE), str(path), "--check", "--json"]
     run = subprocess.run(
         [*command, "--engine-args", json.dumps(ENGINE | settings)],

@@ -1,4 +1,4 @@
-"""What must be so when a store is killed under engines that answer, on any device."""
+"""SIGKILL to the store under serving engines, on any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.waiting import wait_until
 
 
 def kill_store_under_load(engine: Any, path: Path, runtime_dir: Path, **job: Any) -> None:
-    """One engine answers all the while, and alike; another starts after the kill, and reads none of the checkpoint."""
+    """An engine serves without a pause or a change. Another starts after the kill, without reading the checkpoint."""
     first = engine(path, **SHARING, **job, load=True)
     tokens = first.wait("answered")["tokens"]
     before = status_of(runtime_dir)
@@ -22,7 +22,7 @@ def kill_store_under_load(engine: Any, path: Path, runtime_dir: Path, **job: Any
     assert answer["tokens"] == tokens
     assert answer["role"] == "reader"
     assert answer["bytes_read"] < (path / "model.safetensors").stat().st_size
-    wait_until(lambda: status_of(runtime_dir).models[0].readers == 2, "the first engine to be counted again")
+    wait_until(lambda: status_of(runtime_dir).models[0].readers == 2, "the first engine to rejoin")
     after = status_of(runtime_dir)
     assert after.store.pid != before.store.pid
     assert after.totals.resident_bytes == before.totals.resident_bytes

@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +31,8 @@ from support.waiting import readable
 MAIN = Path(__file__).with_name("preloaded_main.py")
 IMPORTED_WITHIN_S = 120.0
 STARTED_WITHIN_S = 60.0
+GPU = Path("/dev/nvidiactl")
+"""Where it exists, nothing is forked: a driver that an import has started does not survive that."""
 
 
 class PreloadedProcess:
@@ -71,6 +74,9 @@ class PreloadedProcess:
         return self.returncode
 
 
+Process = PreloadedProcess | subprocess.Popen[Any]
+
+
 class Preloaded:
     """A server with some modules imported under an environment. `threads`: how many the imports left running."""
 
@@ -92,12 +98,15 @@ class Preloaded:
         return int(self._control.recv(16))
 
     def start(
-        self, program: str, *arguments: str, environment: dict[str, str], stderr: IO[Any] | None = None, text: bool
+        self,
+        program: str,
+        *arguments: str,
+        environment: dict[str, str],
+        stdout: IO[Any] | None,
+        stderr: IO[Any] | None,
+        text: bool,
     ) -> PreloadedProcess:
-        """Fork a process that runs a script, or a module by its name. Its stdin and stdout are pipes of the test's.
-
-        Without `stderr`, that goes to stdout.
-        """
+        """Fork a process; see `Pool.start`."""
         assert self.threads == 1, "a process with threads cannot be forked"
         request = {
             "program": program,
@@ -105,23 +114,24 @@ class Preloaded:
             "environment": environment,
             "directory": str(Path.cwd()),
         }
-        (stdin, write), (read, stdout), (status, exited) = (os.pipe() for _ in range(3))
-        told = stdout if stderr is None else stderr.fileno()
-        try:
-            socket.send_fds(self._control, [json.dumps(request).encode()], [stdin, stdout, told, exited])
-        finally:
-            for fd in (stdin, stdout, exited):
-                os.close(fd)
+        with contextlib.ExitStack() as theirs:
+            mode, buffering = ("", -1) if text else ("b", 0)
+
+            def pipe(end: str) -> tuple[int, IO[Any]]:
+                read, write = os.pipe()
+                given, kept = (write, read) if end == "r" else (read, write)
+                theirs.callback(os.close, given)
+                return given, os.fdopen(kept, end + mode, buffering)
+
+            stdin, write = pipe("w")
+            out, read = (stdout.fileno(), stdout) if stdout is not None else pipe("r")
+            err = stderr.fileno() if stderr is not None else out
+            status, exited = os.pipe()
+            theirs.callback(os.close, exited)
+            socket.send_fds(self._control, [json.dumps(request).encode()], [stdin, out, err, exited])
         assert readable(self._control, STARTED_WITHIN_S), "the server of preloaded processes does not answer"
         pid, (pidfd,), _, _ = socket.recv_fds(self._control, 16, 1)
-        mode, buffering = ("", -1) if text else ("b", 0)
-        return PreloadedProcess(
-            int(pid),
-            pidfd,
-            status,
-            os.fdopen(write, f"w{mode}", buffering),
-            os.fdopen(read, f"r{mode}", buffering),
-        )
+        return PreloadedProcess(int(pid), pidfd, status, write, read)
 
     def close(self) -> None:
         """End the server; processes that it forked run on."""
@@ -130,7 +140,7 @@ class Preloaded:
 
 
 class Pool:
-    """Two servers with the same modules, from which processes come in turn. They start with the first process."""
+    """Starts processes with some modules imported under an environment: from two servers in turn."""
 
     def __init__(self, modules: tuple[str, ...], environment: dict[str, str]) -> None:
         self._modules = modules
@@ -143,11 +153,54 @@ class Pool:
         return [Preloaded(self._modules, {**self._environment, "PYTHONHASHSEED": seed}) for seed in seeds]
 
     @functools.cached_property
-    def forks(self) -> bool:
-        """Whether the imports left no thread running, so that a process can be forked after them."""
-        return all(server.threads == 1 for server in self._servers)
+    def _forks(self) -> bool:
+        return not GPU.exists() and all(server.threads == 1 for server in self._servers)
 
-    def start(self, *arguments: Any, **options: Any) -> PreloadedProcess:
-        """`Preloaded.start`, from the one or the other."""
-        servers = self._servers
-        return servers[next(self._turns) % len(servers)].start(*arguments, **options)
+    def begin(self) -> None:
+        """Start the servers, unless they run; they stay until this process ends."""
+        if not GPU.exists():
+            assert self._servers
+
+    def start(
+        self,
+        program: str,
+        *arguments: str,
+        environment: dict[str, str],
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        text: bool = True,
+    ) -> Process:
+        """Start a process that runs a script, or a module by its name, with pipes as its stdin and stdout.
+
+        Without `stderr`, errors go where stdout goes. Where the imports leave threads running, or there is a GPU, the
+        process is not forked but starts from nothing.
+        """
+        streams: dict[str, Any] = {"stdout": stdout, "stderr": stderr, "text": text}
+        if self._forks:
+            server = self._servers[next(self._turns) % len(self._servers)]
+            return server.start(program, *arguments, environment=environment, **streams)
+        return subprocess.Popen(
+            [sys.executable, *([program] if Path(program).is_file() else ["-m", program]), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=subprocess.STDOUT if stderr is None else stderr,
+            env=environment,
+            text=text,
+            bufsize=-1 if text else 0,
+        )
+
+
+def finish(process: Process, timeout_s: float) -> tuple[int, str]:
+    """Read stdout to its end; returns the exit code and what was written. Kills the process when the time is up."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    killer = threading.Timer(timeout_s, process.kill)
+    killer.start()
+    try:
+        with process.stdout:
+            written = process.stdout.read()
+    finally:
+        killer.cancel()
+        killer.join()
+    return process.wait(timeout_s), written

@@ -1,4 +1,4 @@
-"""A client that says what it likes: bytes and fds on the store's socket, for testing what the store makes of them."""
+"""A client that sends arbitrary bytes and fds to the store, for tests of the protocol."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared_store.protocol import messages, wire
 
 
 class RawClient:
-    """One connection. `messages` of the protocol, or anything else."""
+    """One connection."""
 
     def __init__(self, path, *, greet=True, timeout_s=10.0):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -31,7 +31,7 @@ class RawClient:
         self.channel.send(messages.encode(message), fds)
 
     def send_for_ever(self, message):
-        """Until the socket is closed at the other end, or takes no more for long."""
+        """Send a message until the store closes the connection, or does not read for the time-out."""
         while True:
             self.send(message)
 
@@ -45,7 +45,7 @@ class RawClient:
         self.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
 
     def receive(self):
-        """The next message that is no push."""
+        """Return the next message that is not a push."""
         while True:
             frame = self.channel.receive()
             message = messages.decode_from_store(frame.payload)
@@ -54,7 +54,7 @@ class RawClient:
                 return message
 
     def refusal(self):
-        """The error that ends the connection: its code. Everything that comes before it is skipped."""
+        """Return the code of the error that ends the connection. Skips earlier messages."""
         while True:
             message = self.receive()
             if isinstance(message, messages.Failed) and message.id == 0:
@@ -62,7 +62,7 @@ class RawClient:
                 return message.code
 
     def ended(self):
-        """Whether the store closes the connection (waits for it)."""
+        """Wait for the end of the connection. Return False after the time-out."""
         while True:
             try:
                 self.receive()

@@ -1,4 +1,4 @@
-"""A store in a thread of this process, at a real socket: for what its backend must do, such as hold wrong bytes."""
+"""A store in a thread of this process, at a real socket: for tests that control its backend or its state."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shared_store.memory import Access
 from shared_store.runtime.claim import listen
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import prepare
-from shared_store.store.observe.snapshot import identify, take_status
+from shared_store.store.assembly import Parts
+from shared_store.store.observe.identity import identify
+from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
-from shared_store.store.state.digest_check import mapping_of
-from shared_store.store.store import Store
 
 
 class ServedStore:
-    """Serves a store over a backend until the `with` block ends. `events` are what it told, in order."""
+    """Serves a store over a backend until the `with` block ends. `events`: kind and fields of each event, in order."""
 
     def __init__(self, directory, backend, limit=None):
         self.paths = prepare(Path(directory))
@@ -40,34 +40,32 @@ class ServedStore:
         for client in self._clients:
             client.unmap_all()
             client.close()
-        self._loop.call_soon_threadsafe(self._server.stopping.set)
+        self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
 
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
-        self.store = Store({self.backend.device: self.backend}, self._limits)
-        self.store.event = lambda kind, **fields: self.events.append((kind, fields))
+        self._stopping = asyncio.Event()
+        self.parts = parts = Parts({self.backend.device: self.backend}, self._limits)
+        parts.signals.observe(on_event=lambda kind, **fields: self.events.append((kind, fields)))
         options = ServeOptions(self.paths.directory)
         identity = identify(self.paths.directory, self.paths.node_id)
-        self._server = Server(
-            self.store,
-            listen(self.paths, options),
-            options,
-            lambda: take_status(self.store, identity, catalog_url="", catalog_state="ok"),
-        )
-        self._server.start()
+        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+        dispatch = parts.dispatch(lambda: snapshots.take(catalog_url="", catalog_state="ok"), self._stopping)
+        server = Server(listen(self.paths, options), options, dispatch, parts.sessions, parts.state.counts)
+        server.start()
         self._ready.set()
-        await self._server.stopping.wait()
-        await self._server.stop()
-        self.store.segments.close()
+        await self._stopping.wait()
+        await server.stop()
+        parts.devices.close()
 
     def client(self, name=""):
-        """A client in this process, which ends with the block."""
+        """A client in this process, closed at the end of the block."""
         self._clients.append(Client(self.paths.directory, name))
         return self._clients[-1]
 
     def call(self, function):
-        """Call something in the store's loop, which owns its state; what it returns."""
+        """Call a function in the store's event loop, which owns the state; return its result."""
 
         async def run():
             return function()
@@ -75,15 +73,14 @@ class ServedStore:
         return self.run(run())
 
     def run(self, coroutine):
-        """Run something in the store's loop to its end; what it returns."""
+        """Run a coroutine in the store's event loop; return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
 
     def turn_a_bit(self, digest):
-        """Make a committed blob wrong, where the backend does not seal."""
-        held = self.call(lambda: self.store.segments.blob(self.backend.device, digest))
-        memory = self.call(lambda: self.store.segments.segment(held.segment).memory)
-        mapping = mapping_of(self.backend, memory)
+        """Flip a bit of a committed blob; the backend must not seal."""
+        entry = self.call(lambda: self.parts.state.segments.blobs.at(self.backend.device, digest))
+        mapping = self.call(lambda: self.parts.devices.map(entry.segment))
         mapping.map(Access.WRITE)
-        address = mapping.address + held.offset
+        address = mapping.address + entry.offset
         poke(address, bytes([peek(address, 1)[0] ^ 1]))
         mapping.close()

@@ -1,6 +1,6 @@
-"""A service manager's side of `sd_notify(3)`: a datagram socket that gathers what it is told and the fds it is to keep.
+"""The service manager's side of `sd_notify(3)`: a datagram socket that records lines and stores fds.
 
-Run as a program (``NAMES FDS COMMAND...``), it hands fds back as `sd_listen_fds(3)` says, and becomes the command.
+Run as a program (``NAMES FDS COMMAND...``), it passes stored fds on as in `sd_listen_fds(3)`, and executes the command.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FIRST_FD = 3
 
 
 class ServiceManager:
-    """Listens in a thread until it is closed. `told`: every line in order; `kept`: fds by name."""
+    """Receives in a thread until closed. `lines`: all lines in order. `stored`: fds by name."""
 
     def __init__(self, path):
-        self.told = []
-        self.kept = {}
+        self.lines = []
+        self.stored = {}
         self._path = str(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.bind(self._path)
@@ -32,16 +32,16 @@ class ServiceManager:
         return {"NOTIFY_SOCKET": self._path, "WATCHDOG_USEC": "30000000"}
 
     def through(self):
-        """A command that hands back what was kept, and the fds that it must inherit."""
-        fds = tuple(self.kept.values())
-        return [sys.executable, __file__, ":".join(self.kept), ":".join(map(str, fds))], fds
+        """Return a command that passes the stored fds on, and the fds that it must inherit."""
+        fds = tuple(self.stored.values())
+        return [sys.executable, __file__, ":".join(self.stored), ":".join(map(str, fds))], fds
 
     def close(self):
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
             sock.sendto(b"", self._path)
         self._thread.join()
         self._sock.close()
-        for fd in self.kept.values():
+        for fd in self.stored.values():
             os.close(fd)
 
     def _listen(self):
@@ -53,13 +53,13 @@ class ServiceManager:
             values = dict(line.split("=", 1) for line in lines)
             if "FDSTORE" in values:
                 self._forget(values["FDNAME"])
-                (self.kept[values["FDNAME"]],) = fds
+                (self.stored[values["FDNAME"]],) = fds
             elif "FDSTOREREMOVE" in values:
                 self._forget(values["FDNAME"])
-            self.told += lines
+            self.lines += lines
 
     def _forget(self, name):
-        fd = self.kept.pop(name, None)
+        fd = self.stored.pop(name, None)
         if fd is not None:
             os.close(fd)
 

@@ -1,27 +1,23 @@
-"""A plain model of a store, and what clients do to both: publish, attach, leave, die.
+"""Rules that drive a store's handlers as clients do: publish, attach, leave, disconnect.
 
-Clients do one thing at a time each, as the server has it; opens that wait for a publisher stay under way over many
-steps, and several publishers' allocations or commits run at once. Memory is limited, and calls of the backend fail as
-planned. `property/test_store_machine.py` adds what becomes of models that nobody reads, and says what must hold.
+A client has one request at a time, as in the server; opens that wait for a publisher last over many steps, and
+several publishers' allocations or commits run at once. Memory is limited, and calls of the backend fail as planned.
+`property/test_store_machine.py` adds models without readers, and the invariants.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import threading
 from collections import deque
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from support.content import blob, content, key, manifest_of
-from support.hostmemory import peek, poke
-from support.waiting import open_segments
+from hypothesis.stateful import initialize, precondition, rule
+from support.hostmemory import poke
+from support.store_model import BLOBS, CONTENTS, DEVICE, INDEX, KEYS, MODELS, SIZES, Expected, ModelledStore, Writing
 
-from shared_store.base.digest import digest
 from shared_store.base.errors import (
     DigestMismatchError,
     MemoryBackendError,
@@ -30,121 +26,17 @@ from shared_store.base.errors import (
     NotPublisherError,
     OutOfMemoryError,
     ProtocolError,
-    WoolyError,
 )
-from shared_store.base.layout import pack
-from shared_store.base.manifest import encode
-from shared_store.memory import Access, Mapping, MemfdBackend
-from shared_store.memory.fake import FakeBackend, Faults
-from shared_store.protocol import messages, wire
-from shared_store.store.state import segments as segments_module
-from shared_store.store.state.records import Client
-from shared_store.store.store import Store
-
-MIB = 1 << 20
-DEVICE = "fake"
-SIZES = (0, 1, 700, 300_000, 800_000, MIB, 2 * MIB + 1, 3 * MIB)
-CONTENTS = tuple(content(seed, nbytes) for seed, nbytes in enumerate(SIZES))
-BLOBS = tuple(blob(data) for data in CONTENTS)
-DATA = dict(zip((one.digest for one in BLOBS), CONTENTS, strict=True))
-KEYS = tuple(key(number) for number in range(1, 6))
-MODELS = st.lists(st.integers(0, len(SIZES) - 1), max_size=5)
-CAPACITY = 8 * MIB
-INDEX = st.integers(0, 7)
+from shared_store.memory import Access
+from shared_store.protocol import messages
+from shared_store.store.session import Session
+from shared_store.store.state.clients import Client
 
 
-@dataclass
-class Writing:
-    """A plan, as its publisher sees it. `counted_on`: digests that were here before.
-
-    `mappings` and `promised` (ids of segments) are by the index of the segment in `planned`.
-    """
-
-    model: tuple[int, ...]
-    planned: messages.Planned
-    mappings: dict[int, Mapping]
-    promised: dict[int, int]
-    counted_on: set[bytes]
-    right: bool = False
-
-
-@dataclass
-class Expected:
-    """What the store should know of a key. `publisher`, `readers`, `waiters` are clients' numbers.
-
-    `used`: number of the step in which a reader came or left last.
-    """
-
-    publisher: int | None = None
-    waiters: deque[tuple[int, bool]] = field(default_factory=deque)
-    readers: set[int] = field(default_factory=set)
-    committed: tuple[int, ...] | None = None
-    pinned: bool = False
-    used: int = 0
-
-    @property
-    def involved(self):
-        return {self.publisher, *self.readers, *(number for number, _ in self.waiters)} - {None}
-
-
-class StoreMachine(RuleBasedStateMachine):
+class StoreMachine(ModelledStore):
     """See the module."""
 
-    def __init__(self):
-        super().__init__()
-        # Segments of a few MiB, so that models of a few blobs have several.
-        segments_module.pack = functools.partial(pack, target=4 * MIB)
-        self.before = open_segments()
-        self.loop = asyncio.new_event_loop()
-        self.backend = FakeBackend(DEVICE, capacity=CAPACITY)
-        self.clients_backend = MemfdBackend()
-        self.now = 1_000_000.0
-        self.store = Store({DEVICE: self.backend}, {}, clock=lambda: self.now)
-        self.store.event = self.event
-        self.expected = {}
-        self.clients = {}
-        self.opening = {}  # client number: (key, its open under way)
-        self.writing = {}  # key: Writing
-        self.requests = 0
-        self.number = 0
-        self.uses = 0
-        self.mapped = {}  # (client number, key): ids of the segments that it was given
-
-    def event(self, kind, **fields):
-        """What the store tells, at the moment when it happens: only what nobody reads nor wants to keep is evicted."""
-        if kind == "evicted":
-            model = self.expected.pop(fields["key"])
-            assert model.committed is not None
-            assert not model.readers
-            assert not model.pinned
-
-    def teardown(self):
-        """Nothing is left when all are gone."""
-        try:
-            self._end()
-        finally:
-            segments_module.pack = pack
-            for task in [task for _, task in self.opening.values()]:
-                task.cancel()
-            self._turn()
-            self.loop.run_until_complete(self.loop.shutdown_default_executor())
-            self.loop.close()
-            self.store.segments.close()
-        assert open_segments() == self.before
-
-    def _end(self):
-        self.backend.faults = Faults()
-        for number in list(self.clients):
-            self._lose(number)
-        for name in [name for name, model in self.expected.items() if model.committed is not None]:
-            self.store.remove(name)
-        assert self.opening == {}
-        assert self.store.models.all() == []
-        assert self.backend.allocated_bytes == self.store.segments.resident_bytes(DEVICE) == 0
-        assert self.store.segments._blobs == self.store.segments._segments == {}
-        assert self.store._plans == self.store._waiting == self.store.committed == {}
-
-    # What may happen.
+    # Rules.
 
     @initialize()
     def two_clients(self):
@@ -155,9 +47,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def join(self):
         self.number += 1
-        client = Client(self.number, os.getpid(), os.getuid(), "", asyncio.Event(), lambda *_: None)
-        self.clients[self.number] = client
-        self.store.join(client)
+        client = Client(self.number, os.getpid(), os.getuid(), "")
+        self.clients[self.number] = Session(client, asyncio.Event(), lambda *_: None)
+        self.parts.sessions.begin(self.clients[self.number])
 
     @precondition(lambda self: self._idle())
     @rule(which=INDEX, name=st.sampled_from(KEYS), publish=st.sampled_from([True, True, False]))
@@ -165,7 +57,7 @@ class StoreMachine(RuleBasedStateMachine):
         number = self._pick(self._idle(), which)
         model = self.expected.get(name, Expected())
         request = messages.Open(self._request(), name, "", "", DEVICE, publish)
-        task = self.loop.create_task(self.store.open(self.clients[number], request))
+        task = self.loop.create_task(self.handlers.opening.open(self.clients[number], request))
         self._turn()
         if number in model.involved:
             assert isinstance(task.exception(), ProtocolError)
@@ -180,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not publish:
             assert isinstance(task.exception(), ModelNotFoundError)
             return
-        assert task.result() is None
+        assert isinstance(task.result().reply, messages.Granted)
         model.publisher = number
         self.expected[name] = model
 
@@ -189,7 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
         which=INDEX, name=st.sampled_from(KEYS), model=MODELS, upto=st.sampled_from(["plan", "fill", "write", "commit"])
     )
     def publish(self, which, name, model, upto):
-        """The steps below in a row, as far as nothing fails: chance alone would seldom put them so."""
+        """The steps below in a row, until one fails: random steps alone would rarely be in this order."""
         number = self._pick(self._idle(), which)
         if name in self.expected:
             return
@@ -213,22 +105,21 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _plan(self, name, model):
         before = set(self._blobs())
-        client = self.clients[self.expected[name].publisher]
+        session = self.clients[self.expected[name].publisher]
         models = set(self.expected)
         request = messages.Plan(self._request(), name, tuple(BLOBS[index] for index in model))
-        (outcome,) = self._together([self.store.plan(client, request)])
+        (outcome,) = self._together([self.handlers.publishing.plan(session, request)])
         if isinstance(outcome, BaseException):
             assert isinstance(outcome, OutOfMemoryError | MemoryBackendError), repr(outcome)
-            assert isinstance(outcome, MemoryBackendError) or set(self.expected) == models  # nothing was lost in vain
+            assert (
+                isinstance(outcome, MemoryBackendError) or set(self.expected) == models
+            )  # nothing was evicted without gain
             return
-        planned, fds = outcome
+        planned = outcome.reply
         promised = {index: segment.id for index, segment in enumerate(planned.segments) if segment.promised}
         there = [index for index in range(len(planned.segments)) if index not in promised]
-        mappings = {
-            index: Mapping(self.clients_backend, self.clients_backend.import_fd(fd, planned.segments[index].nbytes))
-            for index, fd in zip(there, fds, strict=True)
-        }
-        wire.close_fds(fds)
+        existing = self._import(outcome.fds, [planned.segments[index] for index in there])
+        mappings = dict(zip(there, existing, strict=True))
         digests = [BLOBS[index].digest for index in model]
         new = {digest for digest, place in zip(digests, planned.places, strict=True) if place.new}
         assert new == set(digests) - before
@@ -239,7 +130,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self._promised())
     @rule(chosen=st.lists(INDEX, min_size=1, max_size=3))
     def fill(self, chosen):
-        """Up to three publishers get a segment's memory at once."""
+        """Up to three publishers fill a segment at once."""
         self._fill_one_each(list(dict.fromkeys(self._pick(self._promised(), which) for which in chosen)))
 
     def _fill_one_each(self, names):
@@ -251,25 +142,23 @@ class StoreMachine(RuleBasedStateMachine):
                 continue
             writing = self.writing[name]
             del writing.promised[index]
-            nbytes = writing.planned.segments[index].nbytes
-            writing.mappings[index] = Mapping(self.clients_backend, self.clients_backend.import_fd(outcome, nbytes))
-            os.close(outcome)
+            (writing.mappings[index],) = self._import(outcome.fds, [writing.planned.segments[index]])
 
     @precondition(lambda self: self._promised())
     @rule(which=INDEX)
     def abandon_while_memory_is_allocated(self, which):
-        """What comes too late is freed."""
+        """Memory that is allocated too late is released."""
         name = self._pick(self._promised(), which)
         may_go_on, create = threading.Event(), self.backend.create
         self.backend.create = lambda nbytes: may_go_on.wait() and create(nbytes)
         task = self.loop.create_task(self._fill(name, next(iter(self.writing[name].promised))))
         self._turn()
-        self.store.abandon(self.clients[self.expected[name].publisher], name, "")
+        self._abandon(name)
         may_go_on.set()
         self.loop.run_until_complete(asyncio.wait([task]))
         del self.backend.create
         assert isinstance(task.exception(), NotPublisherError | OutOfMemoryError | MemoryBackendError)
-        self._gave_up(name)
+        self._aborted(name)
 
     @precondition(lambda self: self._promised())
     @rule(which=INDEX)
@@ -280,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self._filled())
     @rule(which=INDEX, lie=st.booleans())
     def write(self, which, lie):
-        """All that is new; or with one bit turned in the last new blob that has any."""
+        """Write all new blobs; for a lie, flip a bit of the last one that is not empty."""
         self._write(self._pick(self._filled(), which), lie=lie)
 
     def _write(self, name, *, lie):
@@ -320,7 +209,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert must_be_right
                 assert not writing.right
                 self._forget_plan(name)
-            elif name not in self.store.committed:
+            elif name not in self.state.committed:
                 assert isinstance(outcome, MemoryBackendError), repr(outcome)
             else:
                 assert writing.right or not must_be_right
@@ -363,15 +252,15 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=INDEX)
     def abandon(self, which):
         name = self._pick(self._publishing(), which)
-        self.store.abandon(self.clients[self.expected[name].publisher], name, "")
-        self._gave_up(name)
+        self._abandon(name)
+        self._aborted(name)
 
     @precondition(lambda self: self._idle())
     @rule(which=INDEX, name=st.sampled_from(KEYS))
     def leave(self, which, name):
-        """A reader, a publisher, or one that has nothing to do with the model."""
+        """A reader, a publisher, or a client without a lease on the model."""
         number = self._pick(self._idle(), which)
-        self.store.leave(self.clients[number], name)
+        self._run(self.handlers.opening.leave(self.clients[number], messages.Leave(self._request(), name)))
         self._left(number, name)
 
     @precondition(lambda self: self.clients)
@@ -383,7 +272,8 @@ class StoreMachine(RuleBasedStateMachine):
     def remove(self, name):
         model = self.expected.get(name)
         try:
-            assert self.store.remove(name) == name
+            request = messages.Remove(self._request(), name)
+            assert self._run(self.handlers.administration.remove(None, request)).detail == name
         except ModelNotFoundError:
             assert model is None
         except ModelInUseError:
@@ -403,158 +293,16 @@ class StoreMachine(RuleBasedStateMachine):
         strangers = [number for number in self._idle() if self.expected.get(name, Expected()).publisher != number]
         if not strangers:
             return
-        client = self.clients[self._pick(strangers, which)]
-        for call in (
-            lambda: self.loop.run_until_complete(self.store.plan(client, messages.Plan(1, name, ()))),
-            lambda: self.loop.run_until_complete(self.store.fill(client, messages.Fill(1, name, 1))),
-            lambda: self.loop.run_until_complete(self.store.commit(client, messages.Commit(1, name, b""))),
-            lambda: self.store.abandon(client, name, ""),
+        session, publishing = self.clients[self._pick(strangers, which)], self.handlers.publishing
+        for handler, request in (
+            (publishing.plan, messages.Plan(1, name, ())),
+            (publishing.fill, messages.Fill(1, name, 1)),
+            (publishing.commit, messages.Commit(1, name, b"")),
+            (publishing.abandon, messages.Abandon(1, name, "")),
         ):
             with pytest.raises(NotPublisherError):
-                call()
+                self._run(handler(session, request))
 
-    # Inside.
-
-    def _lose(self, number):
-        client = self.clients.pop(number)
-        client.gone.set()
-        if number in self.opening:
-            name, task = self.opening.pop(number)
-            self.loop.run_until_complete(asyncio.wait([task]))
-            assert isinstance(task.exception(), WoolyError)
-        self.store.lost(client)
-        read = [name for name, model in self.expected.items() if number in model.readers]
-        for name in list(self.expected):
-            self._left(number, name)
-        self._used(*read)
-
-    def _left(self, number, name):
-        model = self.expected.get(name)
-        if model is None:
-            return
-        if number in model.readers:
-            model.readers.discard(number)
-            self._used(name)
-        model.waiters = deque(waiter for waiter in model.waiters if waiter[0] != number)
-        if model.publisher == number:
-            self._gave_up(name)
-
-    def _used(self, *names):
-        """Readers came or left, all in one step."""
-        self.uses += 1
-        for name in names:
-            self.expected[name].used = self.uses
-
-    def _gave_up(self, name):
-        """The next that may publish does; else the model is gone, and who waits for it is told."""
-        self._forget_plan(name)
-        self._turn()
-        model = self.expected[name]
-        heir = next((waiter for waiter in model.waiters if waiter[1]), None)
-        if heir is not None:
-            model.waiters.remove(heir)
-            model.publisher = heir[0]
-            assert self.opening.pop(heir[0])[1].result() is None
-            return
-        del self.expected[name]
-        for number, _ in model.waiters:
-            assert isinstance(self.opening.pop(number)[1].exception(), ModelNotFoundError)
-
-    def _forget_plan(self, name):
-        writing = self.writing.pop(name, None)
-        for mapping in writing.mappings.values() if writing else ():
-            mapping.close()
-
-    def _admitted(self, number, name, task):
-        """An open that was to attach: it did, or the backend failed and the client is no reader."""
-        assert task.done()
-        self._used(name)
-        if task.exception() is not None:
-            assert isinstance(task.exception(), MemoryBackendError)
-            return
-        self.expected[name].readers.add(number)
-        self._check_bytes(number, name, task.result())
-
-    def _check_bytes(self, number, name, attachment):
-        """What a reader gets are the bytes that the manifest names."""
-        self.mapped[number, name] = {segment.id for segment in attachment.segments}
-        mappings = []
-        for fd, segment in zip(attachment.fds, attachment.segments, strict=True):
-            mappings.append(Mapping(self.clients_backend, self.clients_backend.import_fd(fd, segment.nbytes)))
-            mappings[-1].map(Access.READ)
-        wire.close_fds(attachment.fds)
-        for index, place in zip(self.expected[name].committed, attachment.places, strict=True):
-            found = peek(mappings[place.segment].address + place.offset, SIZES[index])
-            assert digest(found) == BLOBS[index].digest
-        for mapping in mappings:
-            mapping.close()
-
-    def _commit(self, name, model=None):
-        blobs = [BLOBS[index] for index in (self.writing[name].model if model is None else model)]
-        manifest = encode(manifest_of(name, blobs, device=DEVICE))
-        client = self.clients[self.expected[name].publisher]
-        return self.store.commit(client, messages.Commit(self._request(), name, manifest))
-
-    def _fill(self, name, index):
-        client = self.clients[self.expected[name].publisher]
-        return self.store.fill(client, messages.Fill(self._request(), name, self.writing[name].promised[index]))
-
-    def _sealed(self, writing):
-        """Whether a commit that failed got as far as sealing."""
-        for mapping in writing.mappings.values():
-            try:
-                mapping.map(Access.WRITE)
-            except MemoryBackendError:
-                return True
-            finally:
-                mapping.unmap()
-        return False
-
-    def _together(self, calls):
-        async def gather():
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        outcomes = self.loop.run_until_complete(gather())
-        self._turn()
-        return outcomes
-
-    def _turn(self):
-        """Let everything run that can run without anything new happening."""
-
-        async def turns():
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        self.loop.run_until_complete(turns())
-
-    def _blobs(self):
-        return {digest: held for (_, digest), held in self.store.segments._blobs.items()}
-
-    def _idle(self):
-        return [number for number in sorted(self.clients) if number not in self.opening]
-
-    def _publishing(self, *, planned=None):
-        """Keys that have an idle publisher, with or without a plan."""
-        return [
-            name
-            for name, model in self.expected.items()
-            if model.publisher is not None
-            and model.publisher not in self.opening
-            and (planned is None or planned is (name in self.writing))
-        ]
-
-    def _promised(self):
-        """Keys whose plans have segments to be allocated."""
-        return [name for name in self._publishing(planned=True) if self.writing[name].promised]
-
-    def _filled(self):
-        """Keys whose plans have all their segments."""
-        return [name for name in self._publishing(planned=True) if not self.writing[name].promised]
-
-    def _request(self):
-        self.requests += 1
-        return self.requests
-
-    @staticmethod
-    def _pick(options, which):
-        return options[which % len(options)]
+    def _abandon(self, name):
+        session = self.clients[self.expected[name].publisher]
+        self._run(self.handlers.publishing.abandon(session, messages.Abandon(self._request(), name, "")))

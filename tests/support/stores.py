@@ -1,4 +1,4 @@
-"""Real store processes, each in a private runtime directory with a short path."""
+"""Store processes, each in a private runtime directory with a short path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared_store.runtime.paths import RuntimePaths
 class StoreProcess:
     """`python -m shared_store.daemon`: a store without a keeper. Options are those of `ServeOptions`.
 
-    `program`: what is run instead.
+    `program`: Python arguments that replace the module.
     """
 
     PROGRAM = ("-m", "shared_store.daemon")
@@ -40,9 +40,9 @@ class StoreProcess:
         return self._process.pid
 
     def start(self, *, through=(), pass_fds=(), **popen):
-        """Start it, and wait until clients can connect. ``through`` is a command that ends up as the store's."""
+        """Start it, and wait until clients can connect. ``through``: a command that executes the store's."""
         told, low = os.pipe()
-        tell = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 200)  # out of the way of fds that have their place
+        tell = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 200)  # a number above those that tests assign
         os.close(low)
         try:
             command = [
@@ -63,7 +63,7 @@ class StoreProcess:
         return self
 
     def refused(self, **popen):
-        """Start it where it must refuse: its exit code, and what it says."""
+        """Start it where it must fail. Returns exit code and stderr."""
         command = [sys.executable, *self._program, str(self.directory), "", json.dumps(self._options)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, **popen)
         return done.returncode, done.stderr
@@ -72,7 +72,7 @@ class StoreProcess:
         return (self.directory / "test.log").read_text()
 
     def client(self, name=""):
-        """A client in this process, which ends with the test."""
+        """Connect a client in this process. It ends with the test."""
         client = Client(self.directory, name)
         self._clients.append(client)
         return client
@@ -85,21 +85,21 @@ class StoreProcess:
         return open_fds(self.pid)
 
     def lowest_free_fd(self):
-        """The number that the next file it opens gets."""
+        """Return the number of the next file that it opens."""
         taken = {int(fd.name) for fd in (self.proc / "fd").iterdir()}
         return next(number for number in range(len(taken) + 1) if number not in taken)
 
     def children(self):
-        """Pids of the processes that it started and that run."""
+        """Return the pids of its running child processes."""
         return [int(pid) for task in (self.proc / "task").iterdir() for pid in (task / "children").read_text().split()]
 
     def stop(self):
-        """End it in good order; its exit code."""
+        """Send SIGTERM. Returns the exit code."""
         self._process.terminate()
         return self.wait()
 
     def wait(self):
-        """Its exit code, once it ends."""
+        """Wait for its end. Returns the exit code."""
         return self._process.wait(timeout=20)
 
     def kill(self):
@@ -117,13 +117,13 @@ class StoreProcess:
 
 
 class KeptStore(StoreProcess):
-    """`python -m shared_store.keeper`: a keeper, which this object's process is, and the store that it starts."""
+    """`python -m shared_store.keeper`: the process is the keeper, which starts a store."""
 
     PROGRAM = ("-m", "shared_store.keeper")
 
     @property
     def store_pid(self):
-        """The store that serves now; waits for one."""
+        """Wait for a store. Returns its pid."""
         return self.status().store.pid
 
     def status(self):
@@ -131,21 +131,21 @@ class KeptStore(StoreProcess):
             return session.status()
 
     def kill_store(self):
-        """SIGKILL the store; its pid."""
+        """Send SIGKILL to the store. Returns its pid."""
         pid = self.store_pid
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def kill_both(self):
-        """SIGKILL keeper and store, and wait until they are gone, with the last of their threads."""
+        """Send SIGKILL to keeper and store, and wait until both have ended, including all threads."""
         status = self.status()
         both = [os.pidfd_open(pid) for pid in (status.keeper.pid, status.store.pid)]
         try:
-            signal.pidfd_send_signal(both[0], signal.SIGSTOP)  # or it would start another store
+            signal.pidfd_send_signal(both[0], signal.SIGSTOP)  # so that it does not start another store
             for process in reversed(both):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
             for process in both:
-                assert readable(process, 20.0), "keeper and store are to be gone"
+                assert readable(process, 20.0), "keeper and store did not end"
         finally:
             for process in both:
                 os.close(process)
@@ -165,7 +165,7 @@ class KeptStore(StoreProcess):
 
 
 def resident(client):
-    """Bytes that the store holds, as its status says."""
+    """Return the resident bytes of the status."""
     return client.session.status().totals.resident_bytes
 
 

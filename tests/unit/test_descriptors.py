@@ -85,7 +85,11 @@ def outcomes(tmp_path_factory):
     (directory / "test_it.py").write_text("\n".join([PROGRAM, *tests]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", directory, directory],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **os.environ,
+            "COLUMNS": "300",  # the summary cuts lines at the width of the terminal
+            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        },
         cwd=directory,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""`docs/protocol.md` keeps up with the code."""
+"""`docs/protocol.md` matches the code."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def subclasses(cls):
     return {cls, *(found for direct in cls.__subclasses__() for found in subclasses(direct))}
 
 
-def test_every_message_class_is_one_of_the_clients_or_the_stores():
-    """A class that is in neither union could be sent and never be read."""
+def test_every_message_class_has_a_direction():
+    """A class in neither union could be sent, but not decoded."""
     abstract = {messages.Message, messages.Request, messages.Reply}
     assert subclasses(messages.Message) - abstract == set(CLASSES)
     assert len({cls.__struct_config__.tag for cls in CLASSES}) == len(CLASSES)
@@ -34,12 +34,12 @@ def test_every_message_is_named(cls):
     assert f"`{cls.__name__}`" in TEXT
 
 
-def test_every_request_has_its_row():
+def test_every_request_has_a_row():
     rows = set(re.findall(r"^\| `(\w+)` \| `\w+`", TEXT, re.MULTILINE))
     assert rows == {cls.__name__ for cls in subclasses(messages.Request) - {messages.Request}}
 
 
-def test_no_message_is_named_that_does_not_exist():
+def test_every_named_message_exists():
     names = set(re.findall(r"`([A-Z][a-z]\w+)`", TEXT))
     assert names == {cls.__name__ for cls in CLASSES}
 
@@ -52,7 +52,7 @@ def test_every_error_code_exists():
         assert by_code(code).code == code
 
 
-def test_the_limits_are_those_of_the_code():
+def test_limits():
     said = {
         f"within {server.HELLO_WITHIN_S:.0f} s",
         f"`--max-clients` ({ServeOptions(Path()).max_clients:,})",

@@ -1,4 +1,4 @@
-"""A socket between this process and its keeper in the store's event loop: messages in, messages out, never waiting."""
+"""The control channel to the keeper, in the store's event loop. Sending never waits for the keeper."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
 from shared_store.protocol import keeper_messages, wire
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class ControlChannel:
-    """Blocking until :meth:`attend`, in the loop from then on."""
+    """A channel that blocks until :meth:`attend`, and runs in the event loop from then on."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over a connected socket."""
@@ -31,7 +31,7 @@ class ControlChannel:
         self._over: Callable[[], None] = lambda: None
 
     def wait_for(self) -> tuple[keeper_messages.FromKeeper, OwnedFds]:
-        """The next message and its fds. Raises :class:`ConnectionLostError`."""
+        """Wait for the next message and its descriptors. Raises :class:`ConnectionLostError`."""
         while not self._frames:
             data, fds = wire.receive(self._sock)
             if not data:
@@ -41,18 +41,19 @@ class ControlChannel:
         return keeper_messages.decode_from_keeper(frame.payload), frame.fds
 
     def attend(self, hear: Callable[[keeper_messages.FromKeeper], None], over: Callable[[], None]) -> None:
-        """Call ``hear`` with each message, and ``over`` once when the other end is gone."""
+        """Call ``hear`` with each message, and ``over`` once when the keeper has closed its end."""
         self._hear, self._over = hear, over
         self._sock.setblocking(False)
         asyncio.get_running_loop().add_reader(self._sock, self._read)
         self._pass_on()
 
-    def send(self, message: keeper_messages.KeeperMessage, fds: Sequence[int] = ()) -> None:
-        """Queue a message; its fds are this channel's from now on."""
+    def send(self, message: keeper_messages.KeeperMessage, fds: OwnedFds | None = None) -> None:
+        """Queue a message; take over its descriptors."""
         if self._sock.fileno() < 0:
-            wire.close_fds(fds)
+            if fds is not None:
+                fds.close()
             return
-        self._outbox.put(keeper_messages.encode(message), OwnedFds.from_ints(fds))
+        self._outbox.put(keeper_messages.encode(message), fds)
         if self._sock.getblocking():
             self._outbox.send(self._sock)
         else:
@@ -60,11 +61,11 @@ class ControlChannel:
 
     @property
     def behind(self) -> bool:
-        """Whether something waits for the other end to read."""
+        """Whether messages wait for the keeper to read."""
         return self._outbox.pending_bytes > 0
 
     async def flushed(self, timeout_s: float) -> bool:
-        """Wait until all is sent, or the channel closed; False: it took too long."""
+        """Wait until everything is sent or the channel is closed; return False after the time-out."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
@@ -73,7 +74,7 @@ class ControlChannel:
         return True
 
     def close(self) -> None:
-        """End it. Idempotent; ``over`` is not called."""
+        """Close the channel without calling ``over``. Idempotent."""
         if self._sock.fileno() < 0:
             return
         if not self._sock.getblocking():
@@ -94,7 +95,7 @@ class ControlChannel:
         except BlockingIOError:
             return
         except (OSError, WoolyError) as error:
-            log.error("the connection with the keeper broke: %s", error)
+            log.error("the connection with the keeper failed: %s", error)
             data = b""
         self._pass_on()
         if not data:
@@ -104,11 +105,11 @@ class ControlChannel:
     def _pass_on(self) -> None:
         while self._frames:
             frame = self._frames.popleft()
-            frame.fds.close()  # once a store serves, its keeper sends it none
+            frame.fds.close()  # a keeper sends descriptors only before the store serves
             try:
                 message = keeper_messages.decode_from_keeper(frame.payload)
-            except ProtocolError as error:  # a later version's keeper, in the middle of an upgrade
-                log.warning("the keeper says what this store does not know: %s", error)
+            except ProtocolError as error:  # a later version's keeper, during an upgrade
+                log.warning("ignoring a message of the keeper that this version does not know: %s", error)
                 continue
             self._hear(message)
 
@@ -116,7 +117,7 @@ class ControlChannel:
         try:
             done = self._outbox.send(self._sock)
         except OSError:
-            self._outbox.close()  # that the keeper is gone is told by reading, too
+            self._outbox.close()  # reading reports the keeper's end, too
             done = True
         loop = asyncio.get_running_loop()
         if done and self._writing:

@@ -1,85 +1,67 @@
-"""What a store has with its keeper: it tells what is to be held, and starts another keeper when that one dies.
+"""Replicates state to the keeper, and replaces a keeper that died. No-op without a keeper.
 
-State goes out in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`). A keeper that
-reads slowly or not at all holds nobody up for long: what it was not told is told later, and the status says so. Under a
-service manager a keeper that died is the manager's to replace.
+State is sent in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`). A keeper that
+reads slowly or not at all does not block the store: unread messages wait in the channel, and the status reports it.
+Under a service manager, the manager replaces a keeper that died.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from typing import Final
 
-import shared_store
 from shared_store.base.errors import UpgradeError
 from shared_store.base.status import KeeperStatus
 from shared_store.protocol import keeper_messages
-from shared_store.protocol.durable_state import DurableState
-from shared_store.protocol.handover import Handover, changes_of, leave
 from shared_store.runtime.backoff import delays
-from shared_store.runtime.options import ServeOptions
+from shared_store.runtime.fds import OwnedFds
 from shared_store.store.keeper_link.channel import ControlChannel
+from shared_store.store.keeper_link.inheritance import Inheritance
+from shared_store.store.keeper_link.records import Records
+from shared_store.store.keeper_link.successor import start_keeper
+from shared_store.store.signals import Signals
 
 log = logging.getLogger(__name__)
 
-TAKES_WITHIN_S = 2.0
-"""How long the answer to a commit waits for a keeper that does not read."""
+TAKES_WITHIN_S: Final = 2.0
+"""Seconds that the reply to a commit waits for a keeper that does not read."""
 
-_STEADY_S = 10.0
-
-
-@dataclass(frozen=True)
-class Inheritance:
-    """What a store begins with: its settings, a listening socket, the lock's fd, and what was held before it."""
-
-    options: ServeOptions
-    listen: socket.socket
-    lock: int
-    held: DurableState
-    keeper: int = 0
-    restarts: int = 0
-    supervised: bool = False
+_STEADY_S: Final = 10.0
+"""Seconds after which another keeper's death is not counted as one of a series."""
 
 
-def inherit(channel: ControlChannel) -> Inheritance:
-    """Say that this process is prepared; wait for what is held, and for the word to begin.
+class KeeperLink:
+    """The store's side of its connection with the keeper."""
 
-    Raises:
-        ConnectionLostError: the keeper ended.
-    """
-    channel.send(keeper_messages.Prepared(shared_store.__version__))
-    held = DurableState()
-    while True:
-        message, fds = channel.wait_for()
-        if isinstance(message, keeper_messages.Begin):
-            listen, lock = (fd.detach() for fd in fds.detach())
-            options = ServeOptions.from_json(message.options)
-            sock = socket.socket(fileno=listen)
-            return Inheritance(options, sock, lock, held, message.keeper, message.restarts, message.supervised)
-        if isinstance(message, keeper_messages.StateChange):
-            held.apply(message, fds)
+    def __init__(
+        self,
+        records: Records,
+        signals: Signals,
+        inheritance: Inheritance | None = None,
+        channel: ControlChannel | None = None,
+    ) -> None:
+        """Connect to the keeper that the inheritance came from.
 
-
-class Keeping:
-    """A keeper that is told; or, without a channel, nobody is."""
-
-    def __init__(self, inheritance: Inheritance | None = None, channel: ControlChannel | None = None) -> None:
-        """``channel``: with the keeper that left the inheritance."""
+        Args:
+            records: the state to replicate.
+            signals: receives events of the keeper.
+            inheritance: what the store started with.
+            channel: the connection; None: there is no keeper.
+        """
+        self._records = records
+        self._signals = signals
         self._inheritance = inheritance
         self._channel = channel
         self._pid = inheritance.keeper if inheritance else 0
         self._child: subprocess.Popen[bytes] | None = None
         held = inheritance.held.segments if inheritance else {}
-        self._told = {number for number, found in held.items() if found.fd is not None}
-        self._lost_fds = set(held) - self._told
+        self._sent = {number for number, found in held.items() if found.fd is not None}
+        self._lost_fds = set(held) - self._sent
         self._journal = ""
         self._gone = ""
         self._slow = ""
@@ -87,14 +69,11 @@ class Keeping:
         self._replaced_at = 0.0
         self._upgrade: asyncio.Future[str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.holdings: Callable[[], DurableState] = DurableState
-        """All that is to be held, with fds of their own; for a keeper that begins with nothing."""
-        self.event: Callable[..., None] = lambda *_, **__: None
 
-    # The life of a store.
+    # Lifecycle.
 
     def start(self) -> None:
-        """Clients are served: say so, and go on to show that this process lives."""
+        """Report that clients are served, and send signs of life from here on."""
         if self._channel is None or self._inheritance is None:
             return
         self._channel.attend(self._hear, self._lost)
@@ -103,7 +82,7 @@ class Keeping:
             self._run(self._show_life(patience / 4))
 
     async def stop(self) -> None:
-        """This store ends in good order, and the keeper with it."""
+        """Stop the keeper, because this store was stopped."""
         for task in self._tasks:
             task.cancel()
         if self._channel is not None:
@@ -111,15 +90,19 @@ class Keeping:
             await self._channel.flushed(TAKES_WITHIN_S)
 
     async def upgrade(self, python: str, environment: dict[str, str]) -> None:
-        """Have another installation's store take this one's place; if all goes well, this process does not live on.
+        """Replace keeper and store by those of another installation. Success ends this process.
+
+        Args:
+            python: the installation's interpreter.
+            environment: its ``PYTHON...`` variables.
 
         Raises:
-            UpgradeError: it came to nothing.
+            UpgradeError: the upgrade failed, and this store goes on.
         """
         if self._channel is None:
             raise UpgradeError("this store runs without a keeper: `wooly stop`, then start the new version")
         if self._upgrade is not None:
-            raise UpgradeError("another upgrade is under way")
+            raise UpgradeError("another upgrade is in progress; wait until it ends")
         self._upgrade = asyncio.get_running_loop().create_future()
         self._channel.send(keeper_messages.Upgrade(python, environment))
         try:
@@ -127,45 +110,57 @@ class Keeping:
         finally:
             self._upgrade = None
 
-    # What is to be held.
+    # Replication.
 
-    def hold(self, segment: keeper_messages.SegmentRecord, export: Callable[[], int]) -> None:
-        """Have a segment held, unless it is; ``export`` makes an fd of it, which is not the caller's."""
-        if self._channel is not None and segment.id not in self._told:
-            self._told.add(segment.id)
-            self._channel.send(keeper_messages.Hold(segment), (export(),))
+    def note(self, key: str) -> None:
+        """Send a committed model's record, and the descriptors of those of its segments that were not sent yet.
+
+        Must be called after every change of the record.
+
+        Raises:
+            MemoryBackendError: a descriptor cannot be duplicated.
+        """
+        if self._channel is None:
+            return
+        record = self._records.model(key)
+        for number in record.segments - self._sent:
+            fds = OwnedFds([self._records.export(number)])
+            self._sent.add(number)
+            self._channel.send(keeper_messages.Hold(self._records.segment(number)), fds)
+        self._channel.send(keeper_messages.NoteModel(record))
+
+    def forget(self, key: str) -> None:
+        """Report that a model is no longer committed."""
+        self._send(keeper_messages.ForgetModel(key))
+
+    def note_files(self, files: keeper_messages.NoteFiles) -> None:
+        """Send digests of files."""
+        self._send(files)
 
     def release(self, segment: int) -> None:
-        """A segment is needed no more."""
-        if segment in self._told or segment in self._lost_fds:
-            self._told.discard(segment)
+        """Report that a segment is released."""
+        if segment in self._sent or segment in self._lost_fds:
+            self._sent.discard(segment)
             self._lost_fds.discard(segment)
-            self._tell(keeper_messages.Release(segment))
-
-    def tell(
-        self, *changes: keeper_messages.NoteModel | keeper_messages.ForgetModel | keeper_messages.NoteFiles
-    ) -> None:
-        """Have it noted."""
-        for change in changes:
-            self._tell(change)
+            self._send(keeper_messages.Release(segment))
 
     async def flushed(self) -> None:
-        """Wait until the keeper will have all that it was told, whatever becomes of this process."""
+        """Wait until the keeper will receive everything that was sent, even if this process ends now."""
         if self._channel is not None and not await self._channel.flushed(TAKES_WITHIN_S):
-            self._slow = "the keeper does not take what it is told"
-            log.error("%s", self._slow)
+            self._slow = "the keeper is not reading its messages"
+            log.error("the keeper has not read its messages for %g s", TAKES_WITHIN_S)
 
-    # For the status.
+    # Status.
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """What of all this is not as it should be."""
+        """Reasons for which the store is degraded."""
         if self._slow and (self._channel is None or not self._channel.behind):
             self._slow = ""
         return tuple(filter(None, (self._gone, self._journal, self._slow)))
 
     def status(self) -> KeeperStatus | None:
-        """The keeper, if there is one."""
+        """Return the keeper's part of the status; None without a keeper."""
         if self._inheritance is None or not self._inheritance.keeper:
             return None
         return KeeperStatus(
@@ -175,11 +170,11 @@ class Keeping:
             "degraded" if self._journal else "ok",
         )
 
-    # Inside.
+    # Messages from the keeper, and its end.
 
-    def _tell(self, message: keeper_messages.KeeperMessage, fds: Sequence[int] = ()) -> None:
+    def _send(self, message: keeper_messages.KeeperMessage) -> None:
         if self._channel is not None:
-            self._channel.send(message, fds)
+            self._channel.send(message)
 
     async def _show_life(self, interval_s: float) -> None:
         while True:
@@ -195,7 +190,7 @@ class Keeping:
                     self._gone = ""
                     log.info("another keeper (pid %d) has taken over", self._pid)
             case keeper_messages.Notice(kind, detail):
-                self.event(kind, detail=detail)
+                self._signals.event(kind, detail=detail)
             case keeper_messages.NotUpgraded(reason):
                 self._not_upgraded(reason)
 
@@ -204,22 +199,22 @@ class Keeping:
             self._upgrade.set_result(reason)
 
     def _lost(self) -> None:
-        """The keeper is gone. Engines go on, and so does this store."""
+        """Go on without the keeper until there is another."""
         self._channel = None
-        self._told.clear()
+        self._sent.clear()
         self._lost_fds.clear()
         self._gone = f"the keeper (pid {self._pid}) is gone"
         self._not_upgraded("the new keeper ended; the store's log says why")
-        self.event("keeper_lost", detail=self._gone)
+        self._signals.event("keeper_lost", detail=self._gone)
         if self._inheritance is None or self._inheritance.supervised:
-            log.error("%s; the service manager is to start another", self._gone)
+            log.error("%s; the service manager must start another", self._gone)
         else:
             log.error("%s; starting another", self._gone)
             self._run(self._replace(self._inheritance))
 
     async def _replace(self, inheritance: Inheritance) -> None:
         if self._child is not None:
-            self._child.kill()  # it hung up, so it is as good as gone
+            self._child.kill()  # it closed its connection, so it no longer replicates
             self._child.wait()
         if time.monotonic() > self._replaced_at + _STEADY_S:
             self._replacing = delays()
@@ -227,16 +222,16 @@ class Keeping:
             await asyncio.sleep(next(self._replacing))
         self._replaced_at = time.monotonic()
         ours, theirs = socket.socketpair()
-        held = self.holdings()
-        # From here on the new keeper is told what changes; it reads it once it runs.
-        self._told = set(held.segments)
+        held = self._records.holdings()
+        # Changes from here on are sent to the new keeper, which reads them once it runs.
+        self._sent = set(held.segments)
         self._channel = ControlChannel(ours)
         self._channel.attend(self._hear, self._lost)
         try:
-            self._child = await asyncio.to_thread(_start_keeper, inheritance, held, theirs)
+            self._child = await asyncio.to_thread(start_keeper, inheritance, held, theirs)
             self._pid = self._child.pid
         except OSError as error:
-            log.error("no keeper can be started: %s", error)
+            log.error("cannot start another keeper: %s", error)
         finally:
             theirs.close()
             held.close()
@@ -245,26 +240,3 @@ class Keeping:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _start_keeper(inheritance: Inheritance, held: DurableState, theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start a keeper for this process, with all that it needs."""
-    with contextlib.ExitStack() as closing:
-        pidfd = os.pidfd_open(os.getpid())
-        closing.callback(os.close, pidfd)
-        handover = Handover(
-            options=inheritance.options.to_json(),
-            lock=inheritance.lock,
-            listen=inheritance.listen.fileno(),
-            control=theirs.fileno(),
-            store=pidfd,
-            store_pid=os.getpid(),
-            restarts=inheritance.restarts,
-            changes=changes_of(held),
-        )
-        left = closing.enter_context(leave(handover))
-        directory = os.fspath(inheritance.options.runtime_dir)
-        command = [sys.executable, "-m", "shared_store.keeper", directory, "", "", str(left.fileno())]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=(left.fileno(), *handover.fds), start_new_session=True
-        )

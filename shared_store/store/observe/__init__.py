@@ -1,1 +1,1 @@
-"""What others see of a store: snapshots, metrics, latencies, the catalog."""
+"""The store as seen from outside: status, metrics, the HTTP endpoint, and documents for the catalog."""

@@ -1,4 +1,4 @@
-"""Keeps the catalog up with the store: changes that follow each other closely are written as one."""
+"""Writes the store's state to the catalog after changes. Changes in quick succession are written as one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from shared_store.catalog import Catalog, Snapshot
 
 SETTLE_S = 0.05
+"""Seconds from a change to the write."""
 
 
 class Mirror:
-    """Writes snapshots of the store to the catalog, a moment after something changed."""
+    """Writes snapshots to the catalog, :data:`SETTLE_S` after a change."""
 
     def __init__(self, catalog: Catalog, take: Callable[[], Snapshot]) -> None:
-        """``take`` makes the snapshot; it is called in the running loop, which owns the store's state."""
+        """``take`` returns the snapshot; called in the running event loop, which owns the state."""
         self._catalog = catalog
         self._take = take
         self._loop = asyncio.get_running_loop()
@@ -22,12 +23,12 @@ class Mirror:
         self._stopped = False
 
     def changed(self) -> None:
-        """Something changed."""
+        """Schedule a write, because the state changed."""
         if self._due is None and not self._stopped:
             self._due = self._loop.call_later(SETTLE_S, self._write)
 
     def stop(self) -> None:
-        """Write nothing more."""
+        """Cancel the scheduled write, and schedule no further one."""
         self._stopped = True
         if self._due is not None:
             self._due.cancel()

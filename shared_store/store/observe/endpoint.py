@@ -1,10 +1,10 @@
-"""Metrics and health over HTTP, for scrapers and probes: off unless an address was given.
+"""Metrics and health over HTTP, for scrapers and probes. Off unless an address is configured.
 
-``/metrics`` (Prometheus text), ``/healthz`` (the process lives) and ``/readyz`` (it serves). Every request is answered
-by a thread of its own, which waits for a peer no longer than :data:`PEER_WITHIN_S`; there are :data:`MAX_REQUESTS` at
-most, so that peers who connect and say nothing can take neither the store's time nor its fds.
+``/metrics`` (Prometheus text), ``/healthz`` (the process is alive) and ``/readyz`` (it serves clients). Each request
+is answered by a thread, which waits for the peer at most :data:`PEER_WITHIN_S`. There are at most :data:`MAX_REQUESTS`
+threads, so idle peers exhaust neither the store's event loop nor its descriptors.
 
-Does not promise: secrecy. Whoever reaches the address reads the names and keys of models.
+Does not promise: secrecy. Every process that reaches the address can read the names and keys of models.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PEER_WITHIN_S: Final = 5.0
-"""Seconds that a peer may let pass without sending or taking a byte."""
+"""Seconds without a byte sent or received after which a peer's connection is closed."""
 
 MAX_REQUESTS: Final = 32
-"""Requests at a time; a connection beyond them is closed at once."""
+"""Most requests at a time; a further connection is closed at once."""
 
 _PATHS: Final = ("/metrics", "/healthz", "/readyz")
 
@@ -47,8 +47,8 @@ class Endpoint:
         """Prepare to listen at ``HOST:PORT``.
 
         Args:
-            address: a name or IP address, in brackets if it is IPv6, and a port; 0 takes any that is free.
-            status: gives the snapshot; called from other threads.
+            address: a name or IP address (IPv6 in brackets) and a port; port 0 selects a free one.
+            status: returns the snapshot; called in other threads.
 
         Raises:
             ConfigError: the address has another form.
@@ -61,17 +61,17 @@ class Endpoint:
 
     @property
     def port(self) -> int:
-        """The port that it listens at, or will."""
+        """The port of the address, or the selected port after :meth:`start`."""
         return self._port
 
     def start(self) -> None:
-        """Listen and serve. Raises :class:`ConfigError` when the address cannot be had."""
+        """Listen and serve. Raises :class:`ConfigError` if the address cannot be used."""
         try:
             family, _, _, _, where = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)[0]
             self._server = _Server(family, where, self._status)
         except OSError as error:
             raise ConfigError(
-                f"--metrics {self._address}: cannot listen there: {error.strerror or error}; give another HOST:PORT"
+                f"--metrics {self._address}: cannot listen there: {error.strerror or error}; use another HOST:PORT"
             ) from error
         self._port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="wooly-metrics", daemon=True)
@@ -81,7 +81,7 @@ class Endpoint:
         )
 
     def stop(self) -> None:
-        """Stop listening; requests under way are not waited for. Idempotent, and possible before a start."""
+        """Stop listening, without waiting for requests in progress. Idempotent; may be called before :meth:`start`."""
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -90,12 +90,12 @@ class Endpoint:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``. Raises :class:`ConfigError` that names the option and the form."""
+    """Return host and port of ``HOST:PORT``. Raises :class:`ConfigError` with the option and the form."""
     host, colon, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        host = ""  # IPv6 without brackets: where the port begins would be a guess
+        host = ""  # IPv6 without brackets: the start of the port is ambiguous
     if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(
             f"--metrics {address!r} is not of the form HOST:PORT, such as 127.0.0.1:9400 or [::1]:9400; "
@@ -107,7 +107,7 @@ def parse_address(address: str) -> tuple[str, int]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = MAX_REQUESTS
-    block_on_close = False  # a stuck peer must not keep the store from ending
+    block_on_close = False  # a stuck peer must not delay the end of the store
 
     def __init__(self, family: int, where: Any, status: Callable[[], Status]) -> None:
         self.address_family = family
@@ -116,7 +116,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(where, _Handler)
 
     def server_bind(self) -> None:
-        # Not HTTPServer's, which asks the name service for a name that nobody reads; that can take seconds.
+        # HTTPServer's own method looks up the host's name, which is not used here and can take seconds.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "wooly", self.server_address[1]
 
@@ -124,7 +124,7 @@ class _Server(ThreadingHTTPServer):
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
-            log.debug("metrics: %d requests are under way; closed a further one", MAX_REQUESTS)
+            log.debug("metrics: %d requests are in progress; closed a further connection", MAX_REQUESTS)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -133,8 +133,8 @@ class _Server(ThreadingHTTPServer):
         finally:
             self._free.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's
-        log.debug("metrics: a request ended early", exc_info=True)  # noqa: LOG014 - called while it is handled
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
+        log.debug("metrics: a request failed", exc_info=True)  # noqa: LOG014 - called while an exception is handled
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -151,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             try:
                 status = self.server.status()
-            except (FutureTimeoutError, RuntimeError):  # the store's loop is stuck, or has ended
-                log.warning("metrics: the store gave no status in time")
+            except (FutureTimeoutError, RuntimeError):  # the event loop is blocked or has ended
+                log.warning("metrics: the event loop did not return a status in time")
                 self._json(503, {"ready": False, "state": "unresponsive"})
                 return
             if path == "/readyz":
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(code, "application/json", json.dumps(body).encode() + b"\n")
 
     def _answer(self, code: int, kind: str, body: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # a peer that left does not want the answer
+        with contextlib.suppress(ConnectionError):  # the peer closed the connection
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

@@ -1,8 +1,8 @@
-"""A status as Prometheus metrics: one snapshot, one scrape, so that the numbers of a scrape belong together.
+"""Prometheus metrics of a status. A scrape exposes one snapshot, so its numbers are consistent.
 
-Names follow the status's own: ``wooly_`` and the field. Sizes are bytes, durations seconds. A new field of the status's
-counters is exposed without further ado; any other gets its line here, in the group that it belongs to, and in
-``deploy/grafana``. What the kernel knows of the process (``process_*``) is added by the endpoint.
+Names are ``wooly_`` and the status's field. Sizes are bytes, durations seconds. New counters of the status are exposed
+automatically; any other new field needs a line here and in ``deploy/grafana``. The endpoint adds the kernel's metrics
+of the process (``process_*``).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class StatusCollector(Collector):
     """The metrics of one snapshot."""
 
     def __init__(self, status: Status) -> None:
-        """``status`` is what is exposed."""
+        """Expose this status."""
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        """All metric families."""
+        """Yield all metric families."""
         yield from self._node()
         yield from self._devices()
         yield from self._models()
@@ -45,14 +45,16 @@ class StatusCollector(Collector):
     def _node(self) -> Iterator[Metric]:
         status = self._status
         yield _gauge("wooly_build_info", "The store's version.", ("version",), [((status.store.version,), 1)])
-        yield _one("wooly_up", "1: the store answers.", 1)
+        yield _one("wooly_up", "1 if the store answers.", 1)
         yield _one(
-            "wooly_degraded", "1: it serves, but something beside it does not.", status.store.state == "degraded"
+            "wooly_degraded",
+            "1 if the store serves while the catalog or the keeper does not work.",
+            status.store.state == "degraded",
         )
-        yield _one("wooly_uptime_seconds", "Since the store started.", status.store.uptime_s)
-        yield _one("wooly_catalog_up", "1: the catalog's server takes what is written.", status.catalog.state == "ok")
+        yield _one("wooly_uptime_seconds", "Seconds since the store started.", status.store.uptime_s)
+        yield _one("wooly_catalog_up", "1 if the catalog's server accepts writes.", status.catalog.state == "ok")
         yield _one(
-            "wooly_mapped_bytes", "Shared bytes that readers map, all readers added.", status.totals.mapped_bytes
+            "wooly_mapped_bytes", "Shared bytes that readers map, summed over readers.", status.totals.mapped_bytes
         )
         yield _one(
             "wooly_saved_bytes",
@@ -61,13 +63,13 @@ class StatusCollector(Collector):
         )
         yield _one(
             "wooly_private_bytes",
-            "Bytes that readers say they hold for themselves: small tensors, and pages that they wrote to.",
+            "Private bytes that readers report: small tensors, and pages that they wrote to.",
             sum(client.private_bytes for client in status.clients),
         )
 
         if (keeper := status.keeper) is not None:
-            yield _one("wooly_keeper_up", "1: a crash of the store loses nothing.", keeper.state == "ok")
-            yield CounterMetricFamily("wooly_store_restarts", "Stores that the keeper had to replace.", keeper.restarts)
+            yield _one("wooly_keeper_up", "1 if a crash of the store loses nothing.", keeper.state == "ok")
+            yield CounterMetricFamily("wooly_store_restarts", "Restarts of the store by the keeper.", keeper.restarts)
 
     def _devices(self) -> Iterator[Metric]:
         devices = self._status.devices
@@ -79,7 +81,7 @@ class StatusCollector(Collector):
         )
         yield _gauge(
             "wooly_limit_bytes",
-            "Most bytes that the store may allocate; absent: no limit.",
+            "Limit of the bytes that the store allocates; absent without a limit.",
             ("device",),
             [((device.id,), device.limit_bytes) for device in devices if device.limit_bytes is not None],
         )
@@ -91,7 +93,7 @@ class StatusCollector(Collector):
         )
         yield _gauge(
             "wooly_dead_bytes",
-            "Resident bytes that a blob had which is gone.",
+            "Resident bytes of blobs that are no longer referenced.",
             ("device",),
             [((device.id,), device.dead_bytes) for device in devices],
         )
@@ -102,11 +104,11 @@ class StatusCollector(Collector):
             [((device.id,), device.padding_bytes) for device in devices],
         )
         quarantined = Counter[str]()
-        for held in self._status.quarantine:
-            quarantined[held.device] += held.bytes
+        for segment in self._status.quarantine:
+            quarantined[segment.device] += segment.bytes
         yield _gauge(
             "wooly_quarantined_bytes",
-            "Resident bytes of segments with wrong bytes, which their readers keep.",
+            "Resident bytes of quarantined segments, which readers still map.",
             ("device",),
             [((device.id,), quarantined[device.id]) for device in devices],
         )
@@ -118,7 +120,7 @@ class StatusCollector(Collector):
         roles = Counter[str](client.role for client in self._status.clients)
         yield _gauge(
             "wooly_clients",
-            "Clients; one that uses several models counts for each.",
+            "Clients; a client of several models counts once for each.",
             ("role",),
             [((role,), roles[role]) for role in _ROLES],
         )
@@ -134,7 +136,7 @@ class StatusCollector(Collector):
         )
         yield _gauge(
             "wooly_model_unique_bytes",
-            "Bytes of a model's blobs that no other model has: what removing it frees at most.",
+            "Bytes of a model's blobs that no other model has: removing it frees at most as many.",
             labels,
             [((one.key, one.name), one.unique_bytes) for one in models],
         )
@@ -142,7 +144,7 @@ class StatusCollector(Collector):
     def _requests(self) -> Metric:
         family = HistogramMetricFamily(
             "wooly_request_duration_seconds",
-            "Time that a client's request took, waiting for other clients included.",
+            "Duration of a client's request, including the wait for other clients.",
             labels=("request",),
         )
         ends = [*(str(bound) for bound in LATENCY_BOUNDS_S), "+Inf"]

@@ -1,4 +1,4 @@
-"""How long requests took, in a fixed number of classes, so that counting costs a microsecond and no memory."""
+"""Durations of requests, counted in a fixed number of classes: a microsecond for each, and constant memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from shared_store.protocol.messages import Request
 
 
 class RequestTimes:
-    """Durations by kind of request, since the store started. What a request waited for other clients counts too."""
+    """Durations by kind of request since the store started, including time spent waiting for other clients."""
 
     def __init__(self) -> None:
         self._classes: dict[str, list[int]] = {}
         self._totals: dict[str, float] = {}
 
     def add(self, request: Request, seconds: float) -> None:
-        """A request was answered, by a result or by an error."""
+        """Count a request that was answered, by a result or an error, after this many seconds."""
         name = str(request.__struct_config__.tag)
         classes = self._classes.setdefault(name, [0] * (len(LATENCY_BOUNDS_S) + 1))
         classes[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self._totals[name] = self._totals.get(name, 0.0) + seconds
 
     def status(self) -> tuple[RequestStatus, ...]:
-        """The snapshot's part, in the order of names."""
+        """Return the part of the status, in the order of names."""
         return tuple(
             RequestStatus(name, sum(classes), self._totals[name], tuple(classes))
             for name, classes in sorted(self._classes.items())

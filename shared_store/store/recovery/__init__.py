@@ -1,1 +1,1 @@
-"""After a restart: the grace period, restored state, and segments that clients offer."""
+"""Recovery after a restart: models that the keeper retained, and models that clients offer."""

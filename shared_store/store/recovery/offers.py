@@ -1,210 +1,175 @@
-"""Models come back to a store: from its keeper when it starts, and from clients that offer what they kept.
+"""Handlers of ``Rejoin`` and ``Offer``: clients bring models back to a restarted store.
 
-What is trusted: fds that the keeper held, because this user's store gave them to it. A client's host memory counts
-once it is sealed and its digests are right. A GPU's memory cannot be read here, so for it only a client of the store's
-own user is believed, and only as far as the journal does not say otherwise.
+A client's host memory is accepted once it is sealed and its digests match. The store cannot read a GPU's memory, so
+there only clients of the store's own user are trusted, and only as far as the journal does not contradict them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 
 from shared_store.base.errors import (
     DigestMismatchError,
-    MemoryBackendError,
     ModelNotFoundError,
     OfferRefusedError,
     PermissionDeniedError,
     WoolyError,
 )
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, FdSegment, Segment
-from shared_store.protocol import keeper_messages, messages, wire
-from shared_store.protocol.durable_state import DurableState, RetainedSegment
-from shared_store.runtime.fds import OwnedFd, duplicate
-from shared_store.store.recovery.grace import GRACE_S, OfferedModel, Recovery, check_memory
-from shared_store.store.state.digest_check import Check, Part
-from shared_store.store.state.records import Client, Committed
-from shared_store.store.store import Store
+from shared_store.memory import Backend, FdSegment
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFd, OwnedFds, duplicate
+from shared_store.store.devices.devices import Devices
+from shared_store.store.devices.digest_check import Check, Part
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.recovery.arrivals import Arrivals
+from shared_store.store.recovery.offered import OfferedModel, check_memory
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.state.store_state import StoreState
 
 log = logging.getLogger(__name__)
 
 
-def restore(store: Store, held: DurableState) -> None:
-    """Take in what an earlier store left. What contradicts itself is dropped, with an event.
+class Offers:
+    """Models that clients bring back."""
 
-    The fds become the store's.
-    """
-    with _without_collections():
-        _restore(store, held)
+    def __init__(
+        self, state: StoreState, devices: Devices, keeper: KeeperLink, signals: Signals, arrivals: Arrivals
+    ) -> None:
+        self._state = state
+        self._devices = devices
+        self._keeper = keeper
+        self._signals = signals
+        self._arrivals = arrivals
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
+    def being_offered(self) -> set[str]:
+        """Return the keys of models whose offers are being verified."""
+        return {key for key, lock in self._locks.items() if lock.locked()}
 
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Look for no garbage while very many objects are made that stay: that takes most of the time otherwise."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    async def rejoin(self, session: Session, request: messages.Rejoin) -> Answer:
+        """Make a client a reader of a model that it has mapped since before this store started.
 
+        Raises:
+            ModelNotFoundError: the store does not have the model, or has it in other segments.
+        """
+        self._rejoin(session, request.key, set(request.segments), request.private_bytes)
+        return Answer(messages.Done(request.id))
 
-def _restore(store: Store, held: DurableState) -> None:
-    store.recovery = Recovery(held)
-    records = {number: found.record for number, found in held.segments.items()}
-    for number, found in held.segments.items():
-        if found.fd is not None and (problem := _wrong(store, found)):
-            found.fd.close()
-            store.keeping.release(number)
-            _dropped(store, "segment_dropped", f"segment {number}: {problem}")
-        elif found.fd is not None:
-            memory = FdSegment(OwnedFd(found.fd.detach()), found.record.nbytes)
-            store.segments.take_back(number, found.record.device, memory)
-    here = {segment.id for segment in store.segments.all()}
-    for record in held.models.values():
+    async def offer(self, session: Session, request: messages.Offer, fds: OwnedFds) -> Answer:
+        """Take a model back from a client, which reads it from then on. The descriptors stay owned by the caller.
+
+        Raises:
+            OfferRefusedError: the offer contradicts itself, the journal, or the store.
+            DigestMismatchError: bytes do not match their digests.
+            MemoryBackendError: a descriptor is not a sealed segment.
+            PermissionDeniedError: the memory cannot be verified, and the client is another user's.
+        """
+        client = session.client
         try:
-            model = OfferedModel.noted(record, records)
+            await self._take(session, request, fds)
         except WoolyError as error:
-            store.keeping.tell(keeper_messages.ForgetModel(record.key))
-            _dropped(store, "model_dropped", f"{record.key}: {error}")
-            continue
-        if record.segments <= here:
-            _admit(store, model, pinned=record.pinned, last_used=record.last_used)
-            log.info("%s is here again: %d tensors", model.manifest.name, len(model.manifest.tensors))
-        else:
-            store.recovery.await_clients(record.key)
-            log.info("%s may come back with a client that has it", model.manifest.name)
-    store.segments.sweep()
-    store.recall_all(held.files)
+            log.warning("refused the offer of %s by %s: %s", request.key, client, error)
+            self._signals.event("offer_refused", key=request.key, reason=f"{error.code}: {error}", pid=client.pid)
+            raise
+        return Answer(messages.Done(request.id))
 
+    def _rejoin(self, session: Session, key: str, segments: set[int], private_bytes: int) -> None:
+        state = self._state
+        if key not in state.committed or segments != set(state.segments_of(key)):
+            raise ModelNotFoundError(f"the store does not have {key} in these segments")
+        if not session.gone.is_set():
+            state.read_again(session.client, key, private_bytes)
+            self._signals.changed()
 
-def end_grace(store: Store) -> None:
-    """The clients had time to come back: what nobody brought is forgotten, unless somebody is just bringing it."""
-    if store.recovery.active:  # longer than was thought
-        left = store.recovery.until - time.monotonic()
-        asyncio.get_running_loop().call_later(max(0.0, left), end_grace, store)
-        return
-    busy = {key for key, lock in store.offers.items() if lock.locked()}
-    for key in store.recovery.end(busy):
-        if key not in store.committed:
-            store.keeping.tell(keeper_messages.ForgetModel(key))
-            _dropped(store, "model_lost", f"{key}: no client had it any more")
-    if store.recovery.awaited:
-        asyncio.get_running_loop().call_later(GRACE_S, end_grace, store)
-        return
-    for number in store.recovery.segments:
-        if not store.segments.has(number):
-            store.keeping.release(number)
-    store.let_sleep(list(store.committed))
-    store.changed()
-
-
-def rejoin(store: Store, client: Client, request: messages.Rejoin | messages.Offer, segments: set[int]) -> None:
-    """A client has a model since before this store began.
-
-    Raises:
-        ModelNotFoundError: the store has not, or has it in other memory.
-    """
-    if request.key not in store.committed or segments != set(store.segments_of(request.key)):
-        raise ModelNotFoundError(f"{request.key} is not here in these segments")
-    if client.gone.is_set():
-        return
-    store.read_again(client, request.key, request.private_bytes)
-
-
-async def take_offer(store: Store, client: Client, request: messages.Offer, fds: tuple[int, ...]) -> None:
-    """A client gives a model back; it reads it from then on. The fds stay the caller's.
-
-    Raises:
-        OfferRefusedError, DigestMismatchError, MemoryBackendError, PermissionDeniedError: why it is not taken.
-    """
-    try:
-        await _take(store, client, request, fds)
-    except WoolyError as error:
-        log.warning("client %d (pid %d) offers %s: refused: %s", client.number, client.pid, request.key, error)
-        store.event("offer_refused", key=request.key, reason=f"{error.code}: {error}", pid=client.pid)
-        raise
-
-
-async def _take(store: Store, client: Client, request: messages.Offer, fds: tuple[int, ...]) -> None:
-    ids = [segment.id for segment in request.segments]
-    if len(fds) != len(ids) or len(set(ids)) != len(ids) or any(segment.promised for segment in request.segments):
-        raise OfferRefusedError(f"{len(ids)} segments with {len(fds)} fds")
-    if any(not 0 <= place.segment < len(ids) for place in request.places):
-        raise OfferRefusedError("a place in a segment that is not offered")
-    places = tuple((ids[place.segment], place.offset) for place in request.places)
-    sizes = {segment.id: segment.nbytes for segment in request.segments}
-    offered = OfferedModel.read(request.key, request.manifest, places, sizes)
-    store.recovery.agree(offered)
-    async with store.offers[request.key]:  # of several that offer one model, the first that is right brings it
-        if request.key in store.committed:
+    async def _take(self, session: Session, request: messages.Offer, fds: OwnedFds) -> None:
+        state, key = self._state, request.key
+        offered = _read(request, len(fds))
+        offered.check_against(state.grace)
+        ids = set(offered.segments)
+        async with self._locks[key]:  # of several clients that offer a model, the first valid offer is taken
+            if key in state.committed:
+                try:
+                    self._rejoin(session, key, ids, request.private_bytes)
+                except ModelNotFoundError as error:
+                    raise OfferRefusedError(f"the store has {key} in other segments by now") from error
+                return
+            if state.models.get(key) is not None:
+                raise OfferRefusedError(f"{key} is being published by another client")
+            self._arrivals.expect(key)  # opens wait for the result from here on
             try:
-                rejoin(store, client, request, set(ids))
-            except ModelNotFoundError as error:
-                raise OfferRefusedError(f"the store has {request.key} in other memory by now") from error
-            return
-        if store.models.get(request.key) is not None:
-            raise OfferRefusedError(f"{request.key} is being published by another client")
-        store.recovery.expect(request.key)  # whoever opens it now waits for the outcome
-        try:
-            await _check(store, client, offered, dict(zip(ids, fds, strict=True)))
-            for number, fd in zip(ids, fds, strict=True):
-                if not store.segments.has(number):
-                    kept = FdSegment(duplicate(fd), sizes[number])
-                    store.segments.take_back(number, offered.manifest.device, kept)
-            _admit(store, offered, pinned=store.recovery.pinned(request.key))
-        finally:
-            store.recovery.settled(request.key)
-        store.note(request.key)
-        store.recovery.came()
-        store.event("model_returned", key=request.key, pid=client.pid)
-        log.info("client %d (pid %d) brought %s back", client.number, client.pid, offered.manifest.name)
-        rejoin(store, client, request, set(store.segments_of(request.key)))
-    await store.keeping.flushed()
+                await self._verify(session, offered, dict(zip(offered.segments, fds, strict=True)))
+                for (number, nbytes), fd in zip(offered.segments.items(), fds, strict=True):
+                    if not state.segments.has(number):
+                        device = offered.manifest.device
+                        self._devices.put(number, device, FdSegment(fd.dup(), nbytes))
+                        state.segments.take_back(number, device, nbytes)
+                state.admit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
+                self._signals.changed()
+            finally:
+                self._arrivals.settled(key)
+            self._keeper.note(key)
+            state.grace.extend()
+            self._signals.event("model_returned", key=key, pid=session.client.pid)
+            log.info("%s brought %s back", session.client, offered.manifest.name)
+            self._rejoin(session, key, set(state.segments_of(key)), request.private_bytes)
+        await self._keeper.flushed()
+
+    async def _verify(self, session: Session, offered: OfferedModel, fds: Mapping[int, OwnedFd]) -> None:
+        """Verify the offered segments; those that the store has are verified in place of the offered ones."""
+        device, key = offered.manifest.device, offered.manifest.key
+        backend = await self._devices.find(device)
+        if not backend.host_readable and session.client.uid not in {os.getuid(), 0}:
+            raise PermissionDeniedError(f"memory of {device} cannot be checked, so only uid {os.getuid()} may offer it")
+        if not backend.host_readable and self._state.grace.forgotten(key):
+            raise OfferRefusedError(f"{key} was withdrawn before the restart, and its memory cannot be verified")
+        checked = None
+        while checked != (present := self._present(offered)):  # other offers may have changed it meanwhile
+            checked = present
+            with self._devices.export_all(present) as own:
+                given = {number: fd.fileno() for number, fd in fds.items()}
+                given |= dict(zip(present, own.filenos(), strict=True))
+                await asyncio.to_thread(_verify, backend, offered, given)
+
+    def _present(self, offered: OfferedModel) -> tuple[int, ...]:
+        """Return the offered segments that the store has. Raises :class:`OfferRefusedError` where they differ."""
+        present = []
+        for number, nbytes in offered.segments.items():
+            if self._state.segments.has(number):
+                entry = self._state.segments.at(number)
+                if (entry.device, entry.nbytes, entry.writer) != (offered.manifest.device, nbytes, None):
+                    raise OfferRefusedError(f"segment {number} is another segment in this store")
+                present.append(number)
+        return tuple(present)
 
 
-async def _check(store: Store, client: Client, offered: OfferedModel, fds: Mapping[int, int]) -> None:
-    """Raise where an offer's memory is not what it is said to be. Those that the store has count."""
-    device = offered.manifest.device
-    backend = await store.device(device)
-    if not backend.host_readable and client.uid not in {os.getuid(), 0}:
-        raise PermissionDeniedError(f"memory of {device} cannot be checked, so only uid {os.getuid()} may offer it")
-    if not backend.host_readable and store.recovery.forgotten(offered.manifest.key):
-        raise OfferRefusedError(
-            f"{offered.manifest.key} was out of service before the restart, and its memory cannot be checked"
-        )
-    checked = None
-    while checked != (here := _here(store, offered)):  # other offers may have changed that meanwhile
-        checked = here
-        own = {number: store.segments.export(number) for number in here}
-        try:
-            await asyncio.to_thread(_verify, backend, offered, {**fds, **own})
-        finally:
-            wire.close_fds(tuple(own.values()))
-
-
-def _here(store: Store, offered: OfferedModel) -> dict[int, Segment | None]:
-    """Those of an offer's segments that the store has. Raises :class:`OfferRefusedError` where it has others."""
-    found = {}
-    for number, nbytes in offered.segments.items():
-        if store.segments.has(number):
-            held = store.segments.segment(number)
-            if (held.device, held.nbytes, held.writer) != (offered.manifest.device, nbytes, None):
-                raise OfferRefusedError(f"segment {number} is another one here")
-            found[number] = held.memory
-    return found
+def _read(request: messages.Offer, fds: int) -> OfferedModel:
+    """Read the offered model, which came with this number of descriptors. Raises :class:`OfferRefusedError`."""
+    ids = [segment.id for segment in request.segments]
+    if fds != len(ids) or len(set(ids)) != len(ids) or any(segment.promised for segment in request.segments):
+        raise OfferRefusedError(f"{len(ids)} segments with {fds} descriptors")
+    if any(not 0 <= place.segment < len(ids) for place in request.places):
+        raise OfferRefusedError("a blob's location is in a segment that is not offered")
+    locations = tuple((ids[place.segment], place.offset) for place in request.places)
+    sizes = {segment.id: segment.nbytes for segment in request.segments}
+    return OfferedModel.read(request.key, request.manifest, locations, sizes)
 
 
 def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> None:
+    """Verify segments against the offered model's digests; runs in a thread.
+
+    Raises:
+        DigestMismatchError: a blob's bytes do not match.
+        MemoryBackendError: a descriptor is not a sealed segment.
+    """
     parts: list[Part] = []
-    placed = list(zip(offered.manifest.blobs, offered.places, strict=True))
+    placed = list(zip(offered.manifest.blobs, offered.locations, strict=True))
     with contextlib.ExitStack() as held:
         for number, nbytes in offered.segments.items():
             check_memory(backend, fds[number], nbytes)
@@ -221,35 +186,3 @@ def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> 
 
 def _offset(placed: tuple[Blob, int]) -> int:
     return placed[1]
-
-
-def _admit(store: Store, model: OfferedModel, *, pinned: bool = False, last_used: float = 0.0) -> None:
-    manifest = model.manifest
-    store.models.returned(
-        manifest.key,
-        name=manifest.name,
-        engine=manifest.engine,
-        device=manifest.device,
-        pinned=pinned,
-        last_used=last_used,
-    )
-    store.segments.adopt(manifest.key, manifest.device, manifest.blobs, model.places)
-    store.committed[manifest.key] = Committed(model.data, manifest)
-    store.changed()
-
-
-def _wrong(store: Store, found: RetainedSegment) -> str:
-    """What is wrong with a segment that the keeper held, as far as the host can see."""
-    backend = store.segments.backends.get(found.record.device)
-    if backend is None or not backend.host_readable or found.fd is None:
-        return ""
-    try:
-        check_memory(backend, found.fd.fileno(), found.record.nbytes)
-    except MemoryBackendError as error:
-        return str(error)
-    return ""
-
-
-def _dropped(store: Store, kind: str, detail: str) -> None:
-    log.warning("%s: %s", kind.replace("_", " "), detail)
-    store.event(kind, detail=detail)

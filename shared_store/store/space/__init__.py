@@ -1,1 +1,1 @@
-"""Admission, eviction and compaction: which allocation fits, what is evicted for it, what is packed."""
+"""Admission, eviction and compaction: whether an allocation fits, and which memory is freed for it."""

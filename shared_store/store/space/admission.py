@@ -1,113 +1,114 @@
-"""Making room: for what a publisher plans, under the device's limit, and for what it fills, on the device itself.
+"""Admits allocations: a publisher's plan under the device's limit, and a segment on the device itself.
 
-First, in host memory, by packing what lies loosely; then by dropping models that nobody reads (see
-:mod:`shared_store.store.space.eviction`). A store that was just restarted drops nothing: its readers may be on their
-way back.
+Frees memory first by compaction, where the host can read it, then by eviction (see
+:mod:`shared_store.store.space.eviction`). During the grace period nothing is evicted.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from shared_store.base.errors import OutOfMemoryError
-from shared_store.memory.backend import Segment
+from shared_store.memory import Segment
+from shared_store.store.devices.devices import Devices
 from shared_store.store.space.eviction import CachedModel, evict
+from shared_store.store.space.evictor import Evictor
+from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.models import Model, State
-
-if TYPE_CHECKING:
-    from shared_store.store.store import Store
+from shared_store.store.state.store_state import StoreState
 
 MAX_NAMED: Final = 5
+"""Most models that an error lists by name."""
 
-PACK_WITHIN_S: Final = 20.0
-"""Seconds after which no further segment is packed for a publisher, who waits for an answer meanwhile."""
+COMPACT_WITHIN_S: Final = 20.0
+"""Seconds after which no further segment is compacted for a publisher that waits for its answer."""
 
 
-class Room:
-    """What a store does when memory is short."""
+class Admission:
+    """Frees memory for publishers."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._turns: dict[str, asyncio.Lock] = {}
+    def __init__(self, state: StoreState, devices: Devices, evictor: Evictor, compaction: HostCompaction) -> None:
+        self._state = state
+        self._devices = devices
+        self._evictor = evictor
+        self._compaction = compaction
+        self._locks: dict[str, asyncio.Lock] = {}
 
-    async def pack(self, device: str, needed: int) -> None:
-        """Compact host memory until the limit leaves ``needed`` bytes free, if that could be enough."""
-        await self._pack(device, lambda: self._short(device, needed))
+    async def compact(self, device: str, needed: int) -> None:
+        """Compact host memory until ``needed`` bytes fit under the limit, if compaction could free enough."""
+        await self._compact(device, lambda: self._state.segments.missing(device, needed))
 
-    def make(self, device: str, needed: int, asker: str) -> None:
-        """Drop models until the limit leaves ``needed`` bytes free, for the model with the key ``asker``.
+    def admit(self, device: str, needed: int, key: str) -> None:
+        """Evict models until ``needed`` bytes for the model ``key`` fit under the limit.
 
         Raises:
-            OutOfMemoryError: it cannot be done; nothing was dropped.
+            OutOfMemoryError: eviction cannot free enough; nothing was evicted.
         """
-        short = self._short(device, needed)
-        if short > 0 and not self._evict(device, short, "limit"):
-            limit = self._store.segments.limits[device]
+        segments = self._state.segments
+        missing = segments.missing(device, needed)
+        if missing > 0 and not self._evict(device, missing, "limit"):
+            limit = segments.limits[device]
             raise OutOfMemoryError(
-                f"no room on {device}: {needed} bytes are needed, {max(0, limit - self._store.segments.used(device))} "
-                f"of the limit of {limit} are free; {self._kept(device, asker)}, or raise --max-resident"
+                f"not enough memory on {device}: {needed} bytes are needed, "
+                f"{max(0, limit - segments.used(device))} of the limit of {limit} are free; "
+                f"{self._blockers(device, key)}, or raise --max-resident"
             )
 
-    async def allocate(self, device: str, nbytes: int, asker: str) -> Segment:
-        """Allocate a segment for a model, in a thread; dropping others when the device is full.
+    async def allocate(self, device: str, nbytes: int, key: str) -> Segment:
+        """Allocate memory for a segment of the model ``key``; compact and evict if the device is full.
 
         Raises:
-            OutOfMemoryError: there is no room, and none can be made.
+            OutOfMemoryError: the device is full, and neither can free enough.
         """
-        backend = self._store.segments.backend(device)
         try:
-            return await asyncio.to_thread(backend.create, nbytes)
+            return await self._devices.allocate(device, nbytes)
         except OutOfMemoryError:
             pass
-        async with self._turns.setdefault(device, asyncio.Lock()):  # two would drop models for one shortage
-            await self._pack(device, lambda: nbytes - backend.free_bytes())
-            # What is free is an estimate: where it was wrong, the second try makes room for all of the segment.
+        async with self._locks.setdefault(device, asyncio.Lock()):  # two would evict models for one shortage
+            backend = self._devices.backend(device)
+            await self._compact(device, lambda: nbytes - backend.free_bytes())
+            # The free bytes are an estimate: if it was wrong, the second round frees the whole segment's size.
             for estimated in (True, False):
                 try:
-                    return await asyncio.to_thread(backend.create, nbytes)
+                    return await self._devices.allocate(device, nbytes)
                 except OutOfMemoryError as error:
                     full = error
-                free = await asyncio.to_thread(backend.free_bytes) if estimated else 0
+                free = await self._devices.free_bytes(device) if estimated else 0
                 if not self._evict(device, max(1, nbytes - free), "device full"):
                     break
             else:
-                return await asyncio.to_thread(backend.create, nbytes)
-            raise OutOfMemoryError(f"{full}; {self._kept(device, asker)}") from full
+                return await self._devices.allocate(device, nbytes)
+            raise OutOfMemoryError(f"{full}; {self._blockers(device, key)}") from full
 
-    async def _pack(self, device: str, short: Callable[[], int]) -> None:
-        """Compact host memory while bytes are ``short``, if as many are unused."""
-        segments, now = self._store.segments, asyncio.get_running_loop().time
-        if segments.backend(device).host_readable and 0 < short() <= sum(segments.unused(device)):
-            until = now() + PACK_WITHIN_S
-            await self._store.compactor.here(device, until=lambda: short() <= 0 or now() > until)
-
-    def _short(self, device: str, needed: int) -> int:
-        """Bytes that are missing under the limit; zero or less where there are enough."""
-        limit = self._store.segments.limits.get(device)
-        return 0 if limit is None else self._store.segments.used(device) + needed - limit
+    async def _compact(self, device: str, missing: Callable[[], int]) -> None:
+        """Compact host memory while bytes are ``missing``, if at least as many are unused."""
+        segments, now = self._state.segments, asyncio.get_running_loop().time
+        if self._devices.backend(device).host_readable and 0 < missing() <= sum(segments.unused(device)):
+            until = now() + COMPACT_WITHIN_S
+            await self._compaction.run(device, until=lambda: missing() <= 0 or now() > until)
 
     def _evict(self, device: str, needed: int, reason: str) -> bool:
-        store = self._store
-        if store.recovering:
+        """Evict models to free ``needed`` bytes; return False, without evicting any, if that is not possible."""
+        if self._state.grace.active:
             return False
         models = [
             CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
-            for model in store.models.all()
+            for model in self._state.models.all()
             if model.state is State.COMMITTED and model.device == device
         ]
-        chosen = evict(models, store.segments.occupied(device), needed)
+        chosen = evict(models, self._state.segments.occupied(device), needed)
         if chosen is None:
             return False
-        store.evict(chosen, reason)
+        self._evictor.evict(chosen, reason)
         return True
 
-    def _kept(self, device: str, asker: str) -> str:
-        """Why no more can leave, and what to do."""
-        if self._store.recovering:
-            return "the store was just restarted and drops nothing yet: try again in a few seconds"
-        models = [model for model in self._store.models.all() if model.device == device and model.key != asker]
+    def _blockers(self, device: str, key: str) -> str:
+        """Return why no more models can be evicted, and what to do."""
+        if self._state.grace.active:
+            return "the store was just restarted and evicts nothing yet: try again in a few seconds"
+        models = [model for model in self._state.models.all() if model.device == device and model.key != key]
         idle = [model for model in models if model.state is State.COMMITTED and not model.readers]
         kinds = {
             "in use": [model for model in models if model.readers],
@@ -115,15 +116,16 @@ class Room:
             "pinned": [model for model in idle if model.pinned],
             "not enough": [model for model in idle if not model.pinned],
         }
-        told = "; ".join(f"{kind}: {self._names(found)}" for kind, found in kinds.items() if found)
+        listed = "; ".join(f"{kind}: {self._names(found)}" for kind, found in kinds.items() if found)
         return (
-            f"{told or 'nothing is there to leave'}; stop a reader (`wooly status`), unpin a model (`wooly unpin KEY`)"
+            f"{listed or 'there is no model to evict'}; stop a reader (`wooly status`), "
+            "unpin a model (`wooly unpin KEY`)"
         )
 
     def _names(self, models: Iterable[Model]) -> str:
         texts = []
         for model in models:
-            known = self._store.committed.get(model.key)
+            known = self._state.committed.get(model.key)
             size = f" ({known.manifest.nbytes} bytes)" if known else ""
             texts.append(f"{model.name or model.key[:12]}{size}")
         more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""

@@ -1,16 +1,18 @@
-"""Which models leave when room is needed: a pure function of a snapshot.
+"""Eviction policy: a pure function of a snapshot.
 
-Models without readers are a cache. They leave by least recent use, unless they are pinned. Blobs are shared and memory
-is freed by whole segments, so what a departure frees depends on who else has blobs in the same segments: a segment goes
-when all who hold it have gone. A small model's segment of 2 MiB counts as what it takes, not as what it needs.
+Models without readers are a cache, evicted in order of least recent use unless they are pinned. Blobs are shared and
+memory is released in whole segments, so evicting a model frees only segments that have no other owner. A small model's
+segment of 2 MiB counts with its full size.
 
-Does not promise the least loss: an old large model goes before two younger ones that would have been enough.
+Does not promise to evict the fewest bytes: an old large model is evicted before two younger ones that would suffice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from shared_store.store.state.segments import OccupiedSegment
 
 
 @dataclass(frozen=True)
@@ -24,42 +26,34 @@ class CachedModel:
 
     @property
     def evictable(self) -> bool:
-        """Whether nothing but the wish to keep it speaks against dropping it."""
+        """Whether it may be evicted."""
         return not self.readers and not self.pinned
 
 
-@dataclass(frozen=True)
-class OccupiedSegment:
-    """An allocated segment. ``holders``: keys of models, and whatever else keeps it (publishers, withdrawn models)."""
-
-    nbytes: int
-    holders: frozenset[str]
-
-
 def evict(models: Iterable[CachedModel], segments: Sequence[OccupiedSegment], needed: int) -> tuple[str, ...] | None:
-    """Choose models whose departure frees at least ``needed`` bytes.
+    """Choose models to evict, to free at least ``needed`` bytes.
 
     Returns:
-        Their keys, least recently used first; None when even all that may leave would not free enough, in which case
-        none should. A model whose departure would free nothing together with the others stays.
+        Their keys, least recently used first; None if evicting all evictable models would not free enough. A model
+        that would free nothing together with the others is not chosen.
     """
     if needed <= 0:
         return ()
     gone: set[str] = set()
     freed: list[OccupiedSegment] = []
-    left = {index: len(segment.holders) for index, segment in enumerate(segments)}
-    held_by: dict[str, list[int]] = {}
+    left = {index: len(segment.owners) for index, segment in enumerate(segments)}
+    owned: dict[str, list[int]] = {}
     for index, segment in enumerate(segments):
-        for holder in segment.holders:
-            held_by.setdefault(holder, []).append(index)
+        for owner in segment.owners:
+            owned.setdefault(owner, []).append(index)
     order = sorted((model for model in models if model.evictable), key=lambda model: (model.last_used, model.key))
     for model in order:
         gone.add(model.key)
-        for index in held_by.get(model.key, ()):
+        for index in owned.get(model.key, ()):
             left[index] -= 1
             if not left[index]:
                 freed.append(segments[index])
         if sum(segment.nbytes for segment in freed) >= needed:
-            useful = {holder for segment in freed for holder in segment.holders}
+            useful = {owner for segment in freed for owner in segment.owners}
             return tuple(model.key for model in order if model.key in gone & useful)
     return None

@@ -1,6 +1,6 @@
-"""Compacts host memory while nothing else happens: what readers and removed models left loose is packed together.
+"""Compacts host memory while the store is idle: space that evicted and removed models left in segments is freed.
 
-Only what the host reads is compacted here; on a GPU ``wooly compact`` does it, because the store has no CUDA context.
+On a GPU ``wooly compact`` does it, because the store has no CUDA context.
 """
 
 from __future__ import annotations
@@ -8,19 +8,23 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from shared_store.store.devices.devices import Devices
+from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.models import State
-from shared_store.store.store import Store
+from shared_store.store.state.store_state import StoreState
 
 IDLE_S: Final = 5.0
-"""Seconds without a change after which a store counts as idle."""
+"""Seconds without a change after which a store is idle."""
 
 
-class Tidier:
-    """Waits until a store is idle, and compacts its host memory then, once after each change."""
+class IdleCompaction:
+    """Waits until the store is idle, and compacts its host memory then, once after each change."""
 
-    def __init__(self, store: Store, share: float) -> None:
-        """``share`` of a segment's bytes that must be unused before it is packed anew; 1 turns it off."""
-        self._store = store
+    def __init__(self, state: StoreState, devices: Devices, compaction: HostCompaction, share: float) -> None:
+        """``share``: the least unused fraction of a segment; 1 disables."""
+        self._state = state
+        self._devices = devices
+        self._compaction = compaction
         self._share = share
         self._loop = asyncio.get_running_loop()
         self._due: asyncio.TimerHandle | None = None
@@ -28,14 +32,14 @@ class Tidier:
         self._stopped = share >= 1
 
     def changed(self) -> None:
-        """Something changed."""
+        """Start the wait anew, because the state changed."""
         if self._due is not None:
             self._due.cancel()
         if not self._stopped:
             self._due = self._loop.call_later(IDLE_S, self._begin)
 
     async def stop(self) -> None:
-        """Begin nothing more, and wait for what is under way."""
+        """Begin no further compaction, and wait for the one in progress."""
         self._stopped = True
         if self._due is not None:
             self._due.cancel()
@@ -45,12 +49,12 @@ class Tidier:
     def _begin(self) -> None:
         self._due = None
         if self._idle() and (self._task is None or self._task.done()):
-            self._task = self._loop.create_task(self._tidy())
+            self._task = self._loop.create_task(self._compact())
 
     def _idle(self) -> bool:
-        return not self._stopped and all(model.state is State.COMMITTED for model in self._store.models.all())
+        return not self._stopped and all(model.state is State.COMMITTED for model in self._state.models.all())
 
-    async def _tidy(self) -> None:
-        for device, backend in list(self._store.segments.backends.items()):
+    async def _compact(self) -> None:
+        for device, backend in list(self._devices.backends.items()):
             if backend.host_readable:
-                await self._store.compactor.here(device, share=self._share, until=lambda: not self._idle())
+                await self._compaction.run(device, share=self._share, until=lambda: not self._idle())

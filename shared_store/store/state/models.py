@@ -1,8 +1,8 @@
-"""Who publishes a model, who waits for it, who reads it: a state table, and nothing but state.
+"""Publishers, waiters and readers of models: a transition table, and nothing but state.
 
-A model is absent, being published, or committed. One whose bytes turned out wrong is withdrawn: its key is free again,
-and what its readers map is held for them until the last has left. :data:`TRANSITIONS` is the whole of it;
-:class:`Models` applies it and returns what has to be done as effects, which the server carries out.
+A model is absent, being published, or committed. When its bytes turn out wrong it is withdrawn: its key is free again,
+and the model exists under a token until its last reader has left. :data:`TRANSITIONS` lists every transition;
+:class:`Models` applies it and returns the effects.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shared_store.base.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError, WoolyError
+from shared_store.base.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError
+from shared_store.store.state.effects import MayPublish, MayRead, Refused
 
 
 class State(enum.Enum):
-    """Where a model is in its life."""
+    """Lifecycle state."""
 
     ABSENT = "absent"
     PUBLISHING = "publishing"
     COMMITTED = "committed"
-    WITHDRAWN = "withdrawn"  # no longer under its key, so nobody can open it
+    WITHDRAWN = "withdrawn"  # has no key any more, so no client can open it
 
 
 class Event(enum.Enum):
@@ -31,24 +32,24 @@ class Event(enum.Enum):
 
     OPEN = "open"
     COMMIT = "commit"
-    GIVE_UP = "give up"  # the publisher abandons, or its connection is lost
-    REMOVE = "remove"  # by hand, or to make room
-    QUARANTINE = "quarantine"  # bytes that it has are not those of their digests
+    ABORT = "abort"  # the publisher abandons the publication or disconnects
+    REMOVE = "remove"  # by a command, or evicted
+    QUARANTINE = "quarantine"  # a segment with its blobs has wrong bytes
     LAST_LEFT = "last left"  # no reader is left
-    RETURN = "return"  # a store before this one had it committed, and its memory is here
+    RETURN = "return"  # an earlier store had it committed, and its segments are in this store
 
 
 class Action(enum.Enum):
-    """What a transition asks for."""
+    """What a transition requires."""
 
-    GRANT = "grant"  # the one who asked publishes
-    WAIT = "wait"  # the one who asked waits for the publisher
-    ATTACH = "attach"  # the one who asked reads
-    ADMIT = "admit"  # the publisher and all who wait read
-    PASS_ON = "pass on"  # noqa: S105 - no password; what was written is dropped; the next who may publish does, or nobody does
-    DROP = "drop"  # the model is forgotten
-    KEEP = "keep"  # nobody is told: its readers say themselves that they are
-    WITHDRAW = "withdraw"  # the key is forgotten; what is mapped is held for those who map it
+    GRANT = "grant"  # the client that asked publishes
+    WAIT = "wait"  # the client that asked waits for the publisher
+    ATTACH = "attach"  # the client that asked reads
+    ADMIT = "admit"  # the publisher and all waiters read
+    PASS_ON = "pass on"  # noqa: S105 - no password; drop what was written; the next waiter that may publish does
+    DROP = "drop"  # forget the model
+    KEEP = "keep"  # answer no client: earlier readers rejoin by themselves
+    WITHDRAW = "withdraw"  # forget the key; retain what readers map
 
 
 TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
@@ -56,69 +57,44 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
     (State.PUBLISHING, Event.OPEN): (State.PUBLISHING, Action.WAIT),
     (State.COMMITTED, Event.OPEN): (State.COMMITTED, Action.ATTACH),
     (State.PUBLISHING, Event.COMMIT): (State.COMMITTED, Action.ADMIT),
-    (State.PUBLISHING, Event.GIVE_UP): (State.PUBLISHING, Action.PASS_ON),
+    (State.PUBLISHING, Event.ABORT): (State.PUBLISHING, Action.PASS_ON),
     (State.COMMITTED, Event.REMOVE): (State.ABSENT, Action.DROP),
     (State.COMMITTED, Event.QUARANTINE): (State.WITHDRAWN, Action.WITHDRAW),
     (State.WITHDRAWN, Event.LAST_LEFT): (State.ABSENT, Action.DROP),
     (State.ABSENT, Event.RETURN): (State.COMMITTED, Action.KEEP),
 }
-"""Pairs that are not in it are refused."""
+"""Pairs that are not listed are refused."""
 
 
 @dataclass(frozen=True)
 class Asker:
-    """A client that asked for a model: ``publish`` tells whether it would load it itself."""
+    """A client that asked for a model. ``publish``: it would load the model itself."""
 
     client: int
     publish: bool
 
 
 @dataclass(frozen=True)
-class Granted:
-    """``client`` publishes ``key``."""
-
-    key: str
-    client: int
-
-
-@dataclass(frozen=True)
-class Attach:
-    """``client`` reads ``key`` from now on."""
-
-    key: str
-    client: int
-
-
-@dataclass(frozen=True)
-class Refused:
-    """``client`` will not get ``key``."""
-
-    key: str
-    client: int
-    error: WoolyError
-
-
-@dataclass(frozen=True)
 class Dropped:
-    """Nothing that was written or held for ``key`` (or a withdrawn model's token) is needed any more."""
+    """The owner ``key`` (a model's key, or the token of a withdrawn model) needs nothing any more."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """What was held for ``key`` is held for ``token`` from now on."""
+    """References of ``key`` become references of ``token``."""
 
     key: str
     token: str
 
 
-Effect = Granted | Attach | Refused | Dropped | Withdrawn
+Outcome = MayPublish | MayRead | Refused | Dropped | Withdrawn
 
 
 @dataclass
 class Model:
-    """One model's state. ``last_used``: when a reader came or left last, in Unix seconds."""
+    """One model's state. ``last_used``: Unix seconds at which a reader attached or left last."""
 
     key: str
     name: str
@@ -133,10 +109,10 @@ class Model:
 
 
 class Models:
-    """All models of a store."""
+    """The models of a store."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """``clock`` tells Unix seconds; that it may be set back does not disturb the order of last uses."""
+        """``clock`` returns Unix seconds. Setting it back does not change the order of last uses."""
         self._models: dict[str, Model] = {}
         self._withdrawn: dict[str, Model] = {}
         self._tokens = itertools.count(1)
@@ -144,32 +120,32 @@ class Models:
         self._latest = 0.0
 
     def all(self) -> list[Model]:
-        """Every model that is being published or committed, in the order of their first mention."""
+        """Return every model that is being published or committed, in the order of their first opens."""
         return list(self._models.values())
 
     def withdrawn(self) -> dict[str, Model]:
-        """Withdrawn models that have readers, by their tokens."""
+        """Return the withdrawn models, which have readers, by their tokens."""
         return dict(self._withdrawn)
 
     def get(self, key: str) -> Model | None:
-        """The model with exactly this key."""
+        """Return the model with exactly this key."""
         return self._models.get(key)
 
     def find(self, prefix: str) -> Model:
-        """The one model whose key begins so.
+        """Return the only model whose key has this prefix.
 
         Raises:
-            ModelNotFoundError: there is none, or more than one.
+            ModelNotFoundError: no model has it, or more than one.
         """
         found = [model for key, model in self._models.items() if prefix and key.startswith(prefix)]
         if len(found) == 1:
             return found[0]
         if not found:
             raise ModelNotFoundError(f"no model with key {prefix}; `wooly models` lists them")
-        raise ModelNotFoundError(f"{len(found)} models have keys that begin with {prefix}; give more of it")
+        raise ModelNotFoundError(f"{len(found)} models have keys that begin with {prefix}; use a longer prefix")
 
-    def open(self, key: str, asker: Asker, *, name: str, engine: str, device: str) -> list[Effect]:
-        """A client asks for a model."""
+    def open(self, key: str, asker: Asker, *, name: str, engine: str, device: str) -> list[Outcome]:
+        """Open a model for a client: read it, publish it, or wait for its publisher."""
         model = self._models.get(key) or Model(key, name, engine, device)
         involved = {model.publisher, *model.readers, *(waiter.client for waiter in model.waiters)}
         if asker.client in involved:
@@ -186,23 +162,23 @@ class Models:
         if action is Action.ATTACH:
             model.readers.add(asker.client)
             self._use(model)
-            return [Attach(key, asker.client)]
+            return [MayRead(key, asker.client)]
         model.publisher = asker.client
-        return [Granted(key, asker.client)]
+        return [MayPublish(key, asker.client)]
 
     def publishing(self, key: str, client: int) -> Model:
-        """The model that this client publishes.
+        """Return the model, which this client must be publishing.
 
         Raises:
-            NotPublisherError: it does not.
+            NotPublisherError: the client does not publish it.
         """
         model = self._models.get(key)
         if model is None or model.publisher != client:
             raise NotPublisherError(f"client {client} was not granted the publication of {key}")
         return model
 
-    def commit(self, key: str, client: int) -> list[Effect]:
-        """The publisher's bytes are complete and checked."""
+    def commit(self, key: str, client: int) -> list[Outcome]:
+        """Commit a model whose bytes are complete and verified."""
         model = self.publishing(key, client)
         self._step(model, Event.COMMIT)
         readers = [client, *(waiter.client for waiter in model.waiters)]
@@ -210,26 +186,26 @@ class Models:
         model.waiters.clear()
         model.readers.update(readers)
         self._use(model)
-        return [Attach(key, reader) for reader in readers]
+        return [MayRead(key, reader) for reader in readers]
 
-    def give_up(self, key: str, client: int) -> list[Effect]:
-        """The publisher abandons the model."""
+    def abort(self, key: str, client: int) -> list[Outcome]:
+        """End a publication without a commit; the next waiter that may publish does."""
         model = self.publishing(key, client)
-        self._step(model, Event.GIVE_UP)
-        effects: list[Effect] = [Dropped(key)]
-        heir = next((waiter for waiter in model.waiters if waiter.publish), None)
-        if heir is not None:
-            model.waiters.remove(heir)
-            model.publisher = heir.client
-            return [*effects, Granted(key, heir.client)]
+        self._step(model, Event.ABORT)
+        effects: list[Outcome] = [Dropped(key)]
+        successor = next((waiter for waiter in model.waiters if waiter.publish), None)
+        if successor is not None:
+            model.waiters.remove(successor)
+            model.publisher = successor.client
+            return [*effects, MayPublish(key, successor.client)]
         del self._models[key]
-        error = ModelNotFoundError(f"{model.name or key}: its publisher gave up, and nobody else publishes it")
+        error = ModelNotFoundError(f"{model.name or key}: its publisher aborted, and no other client publishes it")
         return [*effects, *(Refused(key, waiter.client, error) for waiter in model.waiters)]
 
-    def leave(self, key: str, client: int) -> list[Effect]:
-        """A reader or waiter wants the model no more; a publisher gives up.
+    def leave(self, key: str, client: int) -> list[Outcome]:
+        """Remove a reader or waiter; abort the publication if it was the publisher.
 
-        Whoever read a model under this key that was withdrawn has let go of that as well.
+        Also remove the client from the readers of withdrawn models that had this key.
         """
         effects = [
             effect
@@ -241,29 +217,34 @@ class Models:
         if model is None:
             return effects
         if model.publisher == client:
-            return effects + self.give_up(key, client)
+            return effects + self.abort(key, client)
         if client in model.readers:
             model.readers.discard(client)
             self._use(model)
         model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
         return effects
 
-    def lost(self, client: int) -> list[Effect]:
-        """A connection is gone, and with it all that the client had or waited for."""
+    def lost(self, client: int) -> list[Outcome]:
+        """Remove a client from all models, because its connection ended."""
         keys = {**self._models, **{model.key: model for model in self._withdrawn.values()}}
         return [effect for key in keys for effect in self.leave(key, client)]
 
+    def unread(self, owner: str) -> bool:
+        """Whether an owner of references is a committed model without readers."""
+        model = self._models.get(owner)
+        return model is not None and model.state is State.COMMITTED and not model.readers
+
     def pin(self, prefix: str, *, pinned: bool) -> str:
-        """Keep a model from being evicted, or no longer; one that is being published, too. Returns its key."""
+        """Pin or unpin a model, committed or being published; return its key."""
         model = self.find(prefix)
         model.pinned = pinned
         return model.key
 
-    def remove(self, prefix: str) -> tuple[str, list[Effect]]:
-        """Drop a model that nobody uses.
+    def remove(self, prefix: str) -> tuple[str, list[Outcome]]:
+        """Remove a committed model without readers; return its key.
 
         Raises:
-            ModelInUseError: somebody reads or publishes it.
+            ModelInUseError: it has readers, or is being published.
         """
         model = self.find(prefix)
         if model.state is not State.COMMITTED or model.readers:
@@ -278,14 +259,14 @@ class Models:
     def returned(
         self, key: str, *, name: str, engine: str, device: str, pinned: bool = False, last_used: float = 0.0
     ) -> None:
-        """A model of a store before this one is here again, without readers."""
+        """Add a model that an earlier store had committed, without readers."""
         model = self._models.get(key) or Model(key, name, engine, device)
         self._step(model, Event.RETURN)
         model.pinned, model.last_used = pinned, last_used
         self._models[key] = model
 
-    def withdraw(self, key: str) -> list[Effect]:
-        """A committed model has wrong bytes: its key is free, and its readers go on with what they map."""
+    def withdraw(self, key: str) -> list[Outcome]:
+        """Free the key of a committed model that has wrong bytes; its readers keep their mappings."""
         model = self._models[key]
         self._step(model, Event.QUARANTINE)
         del self._models[key]
@@ -293,11 +274,11 @@ class Models:
         self._withdrawn[token] = model
         return [Withdrawn(key, token), *self._drop_unread(token)]
 
-    def _leave_withdrawn(self, token: str, client: int) -> list[Effect]:
+    def _leave_withdrawn(self, token: str, client: int) -> list[Outcome]:
         self._withdrawn[token].readers.discard(client)
         return self._drop_unread(token)
 
-    def _drop_unread(self, token: str) -> list[Effect]:
+    def _drop_unread(self, token: str) -> list[Outcome]:
         model = self._withdrawn[token]
         if model.readers:
             return []
@@ -306,7 +287,7 @@ class Models:
         return [Dropped(token)]
 
     def _use(self, model: Model) -> None:
-        # A step of a microsecond is what a float tells apart in this century.
+        # A microsecond is the smallest step that a float of Unix seconds can represent in this century.
         self._latest = model.last_used = max(self._clock(), self._latest + 1e-6)
 
     @staticmethod

@@ -1,42 +1,47 @@
-"""Named leases: one client at a time, in the order of asking, for as long as its connection lives."""
+"""Turns: named mutexes that one client holds at a time, in order of request, until it yields or disconnects."""
 
 from __future__ import annotations
 
 from collections import deque
 
+from shared_store.store.state.effects import HasTurn
 
-class Leases:
-    """All named leases of a store. Methods return the client that holds a lease next, to be told so."""
+
+class Turns:
+    """All turns of a store."""
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[int]] = {}
 
     def acquire(self, name: str, client: int) -> bool:
-        """Get in line; True when the lease is the client's at once. Raises ``ValueError`` when it is in line."""
+        """Append a client to the queue of a turn; return whether the turn is its own at once.
+
+        Raises:
+            ValueError: the client is in the queue already.
+        """
         queue = self._queues.setdefault(name, deque())
         if client in queue:
-            raise ValueError(f"client {client} has asked for lease {name!r} before")
+            raise ValueError(f"client {client} has asked for turn {name!r} before")
         queue.append(client)
         return queue[0] == client
 
-    def leave(self, name: str, client: int) -> int | None:
-        """Give the lease up, or the place in line. Returns who holds it because of that."""
+    def leave(self, name: str, client: int) -> list[HasTurn]:
+        """Release a turn, or leave its queue. The next client in the queue gets the turn."""
         queue = self._queues.get(name)
         if queue is None or client not in queue:
-            return None
+            return []
         held = queue[0] == client
         queue.remove(client)
         if not queue:
             del self._queues[name]
-            return None
-        return queue[0] if held else None
+            return []
+        return [HasTurn(name, queue[0])] if held else []
 
-    def lost(self, client: int) -> list[tuple[str, int]]:
-        """The client is gone. Returns the leases that pass on, and to whom."""
-        heirs = [(name, self.leave(name, client)) for name in list(self._queues)]
-        return [(name, heir) for name, heir in heirs if heir is not None]
+    def lost(self, client: int) -> list[HasTurn]:
+        """Remove a client from all queues."""
+        return [effect for name in list(self._queues) for effect in self.leave(name, client)]
 
     def holder(self, name: str) -> int | None:
-        """Who holds the lease."""
+        """Return the client that holds the turn."""
         queue = self._queues.get(name)
         return queue[0] if queue else None

@@ -1,0 +1,66 @@
+"""Run a benchmark: ``python benchmarks NAME [OPTIONS]``. Without a name, list the benchmarks.
+
+Works from any directory and with any interpreter that finds wooly. An installed wooly comes before the one in this
+repository, so that tests of the built wheel can run benchmarks on it. Python adds this folder to the import path; this
+module adds ``tests``, for ``support``, and the repository, for ``benchmarks`` itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+COMMANDS = {
+    "demo": ("scenarios.demo", "two vLLM servers on one copy of a model's weights"),
+    "cpu": ("scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
+    "gpu": ("scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
+    "digest": ("scenarios.digest", "digests of GPU memory (a part of gpu)"),
+    "hf": ("scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
+    "disk": ("scenarios.disk", "saving, restoring and verifying models"),
+    "store": ("scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
+    "recovery": ("scenarios.recovery", "time to recover after the store is killed"),
+    "compaction": ("scenarios.compaction", "dead bytes after models are removed, and the cost of compaction"),
+    "canary": ("scenarios.canary", "writes to weights after loading, for all random models"),
+    "soak": ("soak.command", "clients that die at random, then an exact count"),
+    "parity": ("parity.command", "stock vLLM, publisher and reader compared; writes docs/parity.md"),
+    "model": ("models.llama", "make or fine-tune the GPU benchmark's model"),
+    "summary": ("report.summary", "all results in one file"),
+    "plot": ("report.plot", "SVG plots of the results"),
+}
+"""Module and description of each command."""
+
+WORKERS = {
+    "engine-worker": "workers.engine",
+    "cpu-worker": "workers.cpu",
+    "gpu-worker": "workers.gpu",
+    "hf-worker": "workers.hf",
+    "disk-worker": "workers.disk",
+    "store-worker": "workers.store",
+    "parity-worker": "parity.worker",
+    "soak-worker": "soak.worker",
+}
+"""Module of each process that a benchmark starts; see ``harness/processes.py``."""
+
+
+def main(arguments: list[str]) -> None:
+    """Import the module of a command, and run its ``main`` with the remaining arguments."""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print("usage: python benchmarks NAME [OPTIONS]\n")
+        for command, (_, description) in COMMANDS.items():
+            print(f"  {command:<12}{description}")
+        print("\npython benchmarks NAME --help describes the options and figures of a benchmark.")
+        return
+    module = COMMANDS[name][0] if name in COMMANDS else WORKERS.get(name)
+    if module is None:
+        sys.exit(f"unknown benchmark {name!r}; valid names: {', '.join(COMMANDS)}")
+    sys.argv = [f"benchmarks {name}", *arguments[1:]]
+    importlib.import_module(f"benchmarks.{module}").main()
+
+
+if __name__ == "__main__":
+    sys.path += [str(ROOT / "tests"), str(ROOT)]
+    main(sys.argv[1:])

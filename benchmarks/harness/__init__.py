@@ -1,0 +1,1 @@
+"""Processes, stores, GPUs, and result files: the parts that all benchmarks share."""

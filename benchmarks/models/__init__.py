@@ -1,0 +1,1 @@
+"""Checkpoints that only benchmarks use; the others are in ``tests/support/models``."""

@@ -1,0 +1,1 @@
+"""The summary, the plots and the parity page, made from the result files."""

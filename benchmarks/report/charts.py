@@ -1,0 +1,46 @@
+"""Bar charts: single bars, and pairs of bars without and with wooly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STOCK, WOOLY, OTHER = "#9aa5b1", "#2f6f9f", "#c98a3b"
+"""Colours of stock engines, of wooly, and of anything else."""
+
+Bar = tuple[str, float, str]
+"""Label, height and colour."""
+
+
+def bars(title: str, unit: str, values: Sequence[Bar]) -> Figure:
+    """Return a chart with one bar per value, and the value above it."""
+    figure, axes = _chart(title, unit, 1.25 * len(values), [value for _, value, _ in values])
+    drawn = axes.bar([label for label, _, _ in values], [value for _, value, _ in values])
+    for bar, (_, _, colour) in zip(drawn, values, strict=True):
+        bar.set_color(colour)
+    axes.bar_label(drawn, labels=[f"{value:,.4g}" for _, value, _ in values], padding=2)
+    return figure
+
+
+def pairs(title: str, unit: str, labels: Sequence[str], stock: Sequence[float], wooly: Sequence[float]) -> Figure:
+    """Return a chart with two bars per label: stock and wooly."""
+    figure, axes = _chart(title, unit, 1.5 * len(labels), [*stock, *wooly])
+    for side, (name, colour, values) in enumerate((("stock", STOCK, stock), ("wooly", WOOLY, wooly))):
+        places = [place + 0.4 * side - 0.2 for place in range(len(labels))]
+        drawn = axes.bar(places, values, width=0.38, label=name, color=colour)
+        axes.bar_label(drawn, labels=[f"{value:,.3g}" for value in values], padding=2, fontsize="small")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _chart(title: str, unit: str, width: float, heights: Sequence[float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(max(4.8, 1.6 + width), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0, 1.12 * max(heights) or 1)
+    return figure, axes

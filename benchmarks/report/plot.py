@@ -1,0 +1,196 @@
+"""Plots: SVG files in ``results/plots``, drawn from the JSON beside them.
+
+    python benchmarks plot [--results DIR]
+
+``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
+``MACHINE/hf.json``: transformers' memory, load time and speed. Prints the names of plots whose figures were not
+measured. Equal JSON gives equal bytes under the same version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.harness.arguments import parser
+from benchmarks.harness.figures import GIB, MIB
+from benchmarks.harness.results import RESULTS
+from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, pairs
+
+ROLES = {"stock": STOCK, "stock_dispatch": OTHER, "publisher": WOOLY, "reader": WOOLY}
+LABELS = {"stock_dispatch": "stock,\nwooly's kernels"}
+
+Figures = dict[str, Figure]
+"""Plots by file name, without suffix."""
+
+GPU_CHARTS: dict[str, tuple[str, str, dict[str, tuple[str, float, str]]]] = {
+    "attach": (
+        "Time to load the weights in one more process",
+        "milliseconds",
+        {
+            "load_s": ("stock load", 1e3, STOCK),
+            "torch_ipc_attach_ms": ("torch CUDA IPC\n(no binding)", 1, OTHER),
+            "attach_ms": ("wooly attach", 1, WOOLY),
+            "attach_total_ms": ("wooly loader,\ntotal", 1, WOOLY),
+        },
+    ),
+    "memory": (
+        "GPU memory of one more engine (64 MiB of KV cache)",
+        "GiB",
+        {
+            "vram_one_more_stock_mib": ("stock", MIB / GIB, STOCK),
+            "vram_one_more_wooly_mib": ("wooly", MIB / GIB, WOOLY),
+        },
+    ),
+    "decode": (
+        "Decode, 64 requests x 128 tokens",
+        "tokens/s",
+        {"decode_tok_s_stock": ("stock", 1, STOCK), "decode_tok_s_wooly": ("wooly", 1, WOOLY)},
+    ),
+    "prefill": (
+        "Prefill, 64 prompts x 512 tokens",
+        "tokens/s",
+        {"prefill_tok_s_stock": ("stock", 1, STOCK), "prefill_tok_s_wooly": ("wooly", 1, WOOLY)},
+    ),
+    "ttft": (
+        "Process start to first token, warm compile cache",
+        "seconds",
+        {"ttft_stock_s": ("stock", 1, STOCK), "ttft_wooly_s": ("wooly", 1, WOOLY)},
+    ),
+    "dedup": (
+        "A model and three fine-tunes, a tenth of the layers changed",
+        "GiB",
+        {
+            "dedup_private_bytes": ("private copies", 1 / GIB, STOCK),
+            "dedup_expected_bytes": ("distinct tensors\nin the files", 1 / GIB, OTHER),
+            "dedup_resident_bytes": ("resident\nin the store", 1 / GIB, WOOLY),
+        },
+    ),
+}
+"""Title, unit, and bars (figure: label, scale, colour) of each plot of a GPU."""
+
+
+def hf_cpu(result: dict[str, Any]) -> Figures:
+    """Draw memory of eight processes, and load time, by scenario."""
+    ways = [value for name, value in result.items() if name != "versions"]
+    if not ways:
+        return {}
+    labels = [way["what"] for way in ways]
+    where = result["versions"]["cpu"]
+
+    def of(kind: str, name: str, scale: float = 1) -> list[float]:
+        values = [way[kind][name] for way in ways]
+        return [(value["median"] if isinstance(value, dict) else value) / scale for value in values]
+
+    memory, load = (
+        (of("stock", name, scale), of("wooly", name, scale)) for name, scale in (("pss_8", GIB), ("load_s", 1))
+    )
+    return {
+        "cpu_hf_memory": pairs(f"Memory of 8 transformers processes (PSS)\n{where}", "GiB", labels, *memory),
+        "cpu_hf_load": pairs(f"from_pretrained in one more process\n{where}", "seconds", labels, *load),
+    }
+
+
+def hf_gpu(machine: str, result: dict[str, Any]) -> Figures:
+    """Draw GPU memory by the number of processes, load time, and speed, as far as they were measured."""
+    where = result["versions"]["gpu"]
+    figures = {}
+    counts = [count for count in (1, 2, 4, 8) if f"hf_vram_{count}_wooly_mib" in result]
+    if counts:
+        # A number of stock processes that did not fit is drawn as zero.
+        stock, wooly = (
+            [result.get(f"hf_vram_{count}_{kind}_mib", 0) * MIB / GIB for count in counts]
+            for kind in ("stock", "wooly")
+        )
+        labels = [f"{count} process{'es' if count > 1 else ''}" for count in counts]
+        figures["memory"] = pairs(f"GPU memory of transformers processes\n{where}", "GiB", labels, stock, wooly)
+        load: list[Bar] = [
+            ("stock load", result["hf_load_s"], STOCK),
+            ("wooly, first\n(hash, load, publish)", result["hf_publish_s"], WOOLY),
+            ("wooly attach", result["hf_attach_s"], WOOLY),
+        ]
+        figures["load"] = bars(f"from_pretrained to the GPU\n{where}", "seconds", load)
+    if "hf_tok_s_wooly" in result:
+        rates: list[Bar] = [("stock", result["hf_tok_s_stock"], STOCK), ("wooly", result["hf_tok_s_wooly"], WOOLY)]
+        figures["speed"] = bars(f"generate, 8 prompts x 128 tokens\n{where}", "tokens/s", rates)
+    return {f"{machine}_hf_{name}": figure for name, figure in figures.items()}
+
+
+def cpu(result: dict[str, Any]) -> Figures:
+    """Draw memory, load time and speed by role."""
+    roles = {role: colour for role, colour in ROLES.items() if role in result}
+
+    def of(name: str, scale: float = 1) -> list[Bar]:
+        return [
+            (LABELS.get(role, role), result[role][name]["median"] / scale, colour) for role, colour in roles.items()
+        ]
+
+    where = f"{result['model']}, {result['versions']['cpu']}"
+    return {
+        "cpu_memory": bars(f"Memory per engine process (PSS)\n{where}", "MiB", of("memory_bytes", MIB)),
+        "cpu_load": bars(f"Time to load or attach\n{where}", "seconds", of("load_s")),
+        "cpu_decode": bars(f"Decode\n{where}", "tokens/s", of("tokens_per_s")),
+    }
+
+
+def gpu(machine: str, result: dict[str, Any]) -> Figures:
+    """Draw the plots of a GPU of which all figures were measured."""
+    where = result["versions"]["gpu"]
+    figures = {}
+    for name, (title, unit, bar) in GPU_CHARTS.items():
+        if bar.keys() <= result.keys():
+            values = [(label, result[key] * scale, colour) for key, (label, scale, colour) in bar.items()]
+            figures[f"{machine}_{name}"] = bars(f"{title}\n{where}", unit, values)
+        else:
+            print(f"{machine}: skipped {name}: not measured: {', '.join(sorted(bar.keys() - result.keys()))}")
+    replicas = [
+        (label + ("" if name in result else "\n(at least)"), result.get(name, result.get(f"{name}_at_least")), colour)
+        for name, label, colour in (("replicas_stock", "stock", STOCK), ("replicas_wooly", "wooly", WOOLY))
+    ]
+    known = [(label, float(value), colour) for label, value, colour in replicas if value is not None]
+    if len(known) == len(replicas):
+        title = f"Engines running at the same time ({result['capacity_kv_mib']:,} MiB of KV cache each)\n{where}"
+        figures[f"{machine}_capacity"] = bars(title, "engines", known)
+    else:
+        print(f"{machine}: skipped capacity: not measured")
+    return figures
+
+
+def draw(results: Path) -> Figures:
+    """Draw all result files in a directory."""
+
+    def loaded(file: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    of_cpu: dict[str, Callable[[dict[str, Any]], Figures]] = {"cpu.json": cpu, "cpu-hf.json": hf_cpu}
+    of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {"gpu.json": gpu, "hf.json": hf_gpu}
+    figures: Figures = {}
+    for name, draw_cpu in of_cpu.items():
+        if (results / name).exists():
+            figures |= draw_cpu(loaded(results / name))
+    for name, draw_gpu in of_gpu.items():
+        for file in sorted(results.glob(f"*/{name}")):
+            figures |= draw_gpu(file.parent.name, loaded(file))
+    return figures
+
+
+def main() -> None:
+    """Draw all results, and write the files."""
+    options = parser(__doc__)
+    options.add_argument("--results", type=Path, default=RESULTS, help="directory of the result files")
+    arguments = options.parse_args()
+    mpl.rcParams["svg.hashsalt"] = "wooly"  # otherwise the ids in a file are random
+    figures = draw(arguments.results)
+    plots = arguments.results / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(plots / f"{name}.svg", metadata={"Date": None})
+        print(plots / f"{name}.svg")
+    if not figures:
+        print("no results to draw: run the benchmarks first")

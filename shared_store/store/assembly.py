@@ -1,0 +1,154 @@
+"""Puts the parts of a store together. Nothing here serves or starts anything."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from shared_store.base.status import Status
+from shared_store.memory import Backend, backend_for
+from shared_store.protocol import messages
+from shared_store.store.clients.files import FileRequests
+from shared_store.store.clients.process import ProcessRequests
+from shared_store.store.clients.reports import Reports
+from shared_store.store.clients.sessions import Sessions
+from shared_store.store.clients.turns import TurnRequests
+from shared_store.store.devices.devices import Devices
+from shared_store.store.dispatch import Dispatch, Table, plain
+from shared_store.store.effects import Effects
+from shared_store.store.keeper_link.channel import ControlChannel
+from shared_store.store.keeper_link.inheritance import Inheritance
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.keeper_link.records import Records
+from shared_store.store.models.administration import Administration
+from shared_store.store.models.attach import Attach
+from shared_store.store.models.open import Opening
+from shared_store.store.models.publish import Publishing
+from shared_store.store.models.quarantine import Quarantining
+from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.recovery.arrivals import Arrivals
+from shared_store.store.recovery.grace import GracePeriod
+from shared_store.store.recovery.offers import Offers
+from shared_store.store.recovery.restore import Restore
+from shared_store.store.signals import Signals
+from shared_store.store.space.admission import Admission
+from shared_store.store.space.compaction import Compactor
+from shared_store.store.space.compaction_requests import CompactionRequests
+from shared_store.store.space.evictor import Evictor
+from shared_store.store.space.host_compaction import HostCompaction
+from shared_store.store.state.store_state import StoreState
+from shared_store.store.waiting import Waiters
+
+
+class Parts:
+    """The parts of a store, without sockets."""
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        limits: Mapping[str, int],
+        *,
+        inheritance: Inheritance | None = None,
+        channel: ControlChannel | None = None,
+        find_backend: Callable[[str], Backend] = backend_for,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Make the parts.
+
+        Args:
+            backends: memory backends by device; others are looked up when a client names their devices.
+            limits: most bytes of segments by device.
+            inheritance: what the store started with.
+            channel: to the keeper; None: there is none.
+            find_backend: looks up a device's backend.
+            clock: returns Unix seconds.
+        """
+        self.state = StoreState(limits, clock)
+        self.devices = Devices(backends, find_backend)
+        self.signals = Signals()
+        self.waiters = Waiters()
+        self.times = RequestTimes()
+        self.keeper = KeeperLink(Records(self.state, self.devices), self.signals, inheritance, channel)
+        self.effects = Effects(self.devices, self.keeper, self.waiters)
+        self.evictor = Evictor(self.state, self.effects, self.signals)
+        self.compactor = Compactor(self.state, self.devices, self.effects, self.signals)
+        self.host_compaction = HostCompaction(self.devices, self.compactor)
+        self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction)
+        self.arrivals = Arrivals()
+        self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
+        self.offers = Offers(self.state, self.devices, self.keeper, self.signals, self.arrivals)
+        self.grace = GracePeriod(self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor)
+        self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor)
+        self.requests = Requests.of(self)
+
+    def dispatch(self, status: Callable[[], Status], stopping: asyncio.Event) -> Dispatch:
+        """Return the dispatch of all requests.
+
+        Args:
+            status: returns the snapshot for `GetStatus`.
+            stopping: set by `Shutdown`.
+        """
+        process = ProcessRequests(self.keeper, status, stopping)
+        return Dispatch(self.requests.table(process), self.times, self.state.counts)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The handlers of a store, by the kind of request."""
+
+    opening: Opening
+    publishing: Publishing
+    quarantining: Quarantining
+    administration: Administration
+    compaction: CompactionRequests
+    offers: Offers
+    turns: TurnRequests
+    files: FileRequests
+    reports: Reports
+
+    @staticmethod
+    def of(parts: Parts) -> Requests:
+        """Make the handlers over the parts of a store."""
+        state, devices, effects, signals = parts.state, parts.devices, parts.effects, parts.signals
+        keeper, waiters, evictor = parts.keeper, parts.waiters, parts.evictor
+        attach = Attach(state, devices, effects, signals)
+        return Requests(
+            Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
+            Publishing(state, devices, effects, signals, keeper, parts.admission, attach),
+            Quarantining(state, devices, effects, signals),
+            Administration(state, effects, signals, keeper),
+            CompactionRequests(state, devices, parts.compactor),
+            parts.offers,
+            TurnRequests(state, effects, waiters),
+            FileRequests(state, keeper),
+            Reports(state, signals),
+        )
+
+    def table(self, process: ProcessRequests) -> Table:
+        """Return the one handler of each class of request."""
+        return {
+            messages.Open: plain(self.opening.open),
+            messages.Leave: plain(self.opening.leave),
+            messages.Plan: plain(self.publishing.plan),
+            messages.Fill: plain(self.publishing.fill),
+            messages.Commit: plain(self.publishing.commit),
+            messages.Abandon: plain(self.publishing.abandon),
+            messages.Quarantine: plain(self.quarantining.quarantine),
+            messages.Remove: plain(self.administration.remove),
+            messages.Pin: plain(self.administration.pin),
+            messages.Compact: plain(self.compaction.compact),
+            messages.Compacted: plain(self.compaction.compacted),
+            messages.Rejoin: plain(self.offers.rejoin),
+            messages.Offer: self.offers.offer,
+            messages.Acquire: plain(self.turns.acquire),
+            messages.Yield: plain(self.turns.yield_turn),
+            messages.RecallFiles: plain(self.files.recall),
+            messages.RememberFiles: plain(self.files.remember),
+            messages.Report: plain(self.reports.report),
+            messages.ReportFallback: plain(self.reports.report_fallback),
+            messages.GetStatus: plain(process.get_status),
+            messages.Shutdown: plain(process.shut_down),
+            messages.Upgrade: plain(process.upgrade),
+        }

@@ -1,0 +1,43 @@
+"""Handlers of ``GetStatus``, ``Shutdown`` and ``Upgrade``: requests that concern the store's process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from shared_store.base.errors import PermissionDeniedError
+from shared_store.base.status import Status
+from shared_store.protocol import messages
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.session import Answer, Session
+
+
+class ProcessRequests:
+    """The store's process. ``stopping`` is set when a client asked it to end."""
+
+    def __init__(self, keeper: KeeperLink, status: Callable[[], Status], stopping: asyncio.Event) -> None:
+        self._keeper = keeper
+        self._status = status
+        self._stopping = stopping
+
+    async def get_status(self, _session: Session, request: messages.GetStatus) -> Answer:
+        """Answer with the store's snapshot."""
+        return Answer(messages.StatusReply(request.id, self._status()))
+
+    async def shut_down(self, _session: Session, request: messages.Shutdown) -> Answer:
+        """End the store. Clients keep their mappings."""
+        self._stopping.set()
+        return Answer(messages.Done(request.id))
+
+    async def upgrade(self, session: Session, request: messages.Upgrade) -> Answer:
+        """Replace keeper and store by those of another installation; success ends this process.
+
+        Raises:
+            PermissionDeniedError: the client is another user's.
+            UpgradeError: the upgrade failed, and this store goes on.
+        """
+        if session.client.uid not in {os.getuid(), 0}:
+            raise PermissionDeniedError(f"only uid {os.getuid()} may replace its store")
+        await self._keeper.upgrade(request.python, request.environment)
+        return Answer(messages.Done(request.id))

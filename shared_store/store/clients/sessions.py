@@ -1,0 +1,45 @@
+"""Sessions begin and end. When one ends, everything that its client used is released."""
+
+from __future__ import annotations
+
+import logging
+
+from shared_store.store.effects import Effects
+from shared_store.store.session import Session
+from shared_store.store.signals import Signals
+from shared_store.store.space.evictor import Evictor
+from shared_store.store.state.store_state import StoreState
+
+log = logging.getLogger(__name__)
+
+
+class Sessions:
+    """Adds clients to the state, and removes them."""
+
+    def __init__(self, state: StoreState, effects: Effects, signals: Signals, evictor: Evictor) -> None:
+        self._state = state
+        self._effects = effects
+        self._signals = signals
+        self._evictor = evictor
+
+    def begin(self, session: Session) -> None:
+        """Add a client that was greeted."""
+        self._state.clients[session.client.number] = session.client
+        self._signals.changed()
+
+    def end(self, session: Session) -> None:
+        """Remove a client whose connection ended. Idempotent."""
+        state, client = self._state, session.client
+        if client.number not in state.clients:
+            return
+        models = state.models.all()
+        for model in models:
+            if model.publisher == client.number:
+                log.warning("%s disconnected while publishing %s", client, model.name or model.key)
+                self._signals.event("publish_aborted", key=model.key, name=model.name, pid=client.pid)
+        for compaction in state.compactions.by(client.number):
+            log.warning("%s disconnected during a compaction of %s", client, compaction.device)
+        read = [model.key for model in models if client.number in model.readers]
+        self._effects.carry_out(state.lost(client))
+        self._evictor.evict_asleep(read)
+        self._signals.changed()

@@ -1,0 +1,130 @@
+"""The backends of devices, and the memory of each allocated segment by its id.
+
+The state knows segments as numbers; this module connects the numbers to memory. Slow calls (:meth:`Devices.allocate`,
+:meth:`Devices.find`, :meth:`Check.wrong`) run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from shared_store.base.errors import UnknownDeviceError
+from shared_store.base.manifest import Blob
+from shared_store.memory import Backend, FdSegment, Segment, backend_for
+from shared_store.memory import Mapping as MemoryMapping
+from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.store.devices.digest_check import Check, mapping_of
+
+
+class Devices:
+    """The memory of a store. Owns the memory of every segment that was added, until it is released."""
+
+    def __init__(self, backends: Mapping[str, Backend], find_backend: Callable[[str], Backend] = backend_for) -> None:
+        """Begin with some backends; others are looked up when a client names their devices."""
+        self.backends = dict(backends)
+        self._find_backend = find_backend
+        self._memory: dict[int, tuple[str, Segment]] = {}
+
+    async def find(self, device: str) -> Backend:
+        """Return the backend of a device; look it up in a thread if it is new.
+
+        Raises:
+            UnknownDeviceError: there is no such device on this node.
+        """
+        if device not in self.backends:
+            backend = await asyncio.to_thread(self._find_backend, device)
+            self.backends.setdefault(backend.device, backend)
+        return self.backend(device)
+
+    def add(self, backend: Backend) -> None:
+        """Add a backend, unless its device has one."""
+        self.backends.setdefault(backend.device, backend)
+
+    def backend(self, device: str) -> Backend:
+        """Return the backend of a device. Raises :class:`UnknownDeviceError` that lists the devices."""
+        try:
+            return self.backends[device]
+        except KeyError:
+            known = ", ".join(sorted(self.backends))
+            raise UnknownDeviceError(f"this store has no device {device!r}; it has: {known}") from None
+
+    async def allocate(self, device: str, nbytes: int) -> Segment:
+        """Allocate memory in a thread; :meth:`put` or the backend's ``release`` must follow.
+
+        Raises:
+            OutOfMemoryError: the device has not enough free memory.
+        """
+        return await asyncio.to_thread(self.backend(device).create, nbytes)
+
+    async def free_bytes(self, device: str) -> int:
+        """Return an estimate of the bytes that can be allocated; measured in a thread."""
+        return await asyncio.to_thread(self.backend(device).free_bytes)
+
+    def put(self, segment: int, device: str, memory: Segment) -> None:
+        """Take over the memory of a segment."""
+        self._memory[segment] = (device, memory)
+
+    def memory(self, segment: int) -> Segment | None:
+        """Return the memory of a segment, if it is allocated."""
+        return self._memory[segment][1] if segment in self._memory else None
+
+    def release(self, segment: int) -> None:
+        """Release the memory of a segment. Without effect for one that was never allocated."""
+        if segment in self._memory:
+            device, memory = self._memory.pop(segment)
+            self._release(device, memory)
+
+    def close(self) -> None:
+        """Release the memory of all segments."""
+        for segment in list(self._memory):
+            self.release(segment)
+
+    def export(self, segment: int) -> OwnedFd:
+        """Return a new descriptor of an allocated segment."""
+        device, memory = self._memory[segment]
+        if isinstance(memory, FdSegment):  # from the keeper; its device's driver may not have started
+            return memory.export()
+        return self.backend(device).export(memory)
+
+    def export_all(self, segments: Iterable[int]) -> OwnedFds:
+        """Return a new descriptor of each allocated segment, in order."""
+        with contextlib.ExitStack() as failed:
+            fds = failed.enter_context(OwnedFds())
+            for segment in segments:
+                fds.add(self.export(segment))
+            failed.pop_all()
+        return fds
+
+    def map(self, segment: int) -> MemoryMapping:
+        """Return a mapping with its own reference to the segment's memory. The caller closes it."""
+        device, memory = self._memory[segment]
+        return mapping_of(self.backend(device), memory)
+
+    def seal(self, segments: Iterable[int]) -> None:
+        """Make allocated segments immutable. Raises :class:`MemoryBackendError` while one is mapped for writing."""
+        for segment in segments:
+            if segment in self._memory:
+                device, memory = self._memory[segment]
+                self.backend(device).seal(memory)
+
+    def check(self, written: Mapping[int, Sequence[tuple[Blob, int]]]) -> Check:
+        """Return a check of blobs at their first bytes, by segment, of those devices that the host can read.
+
+        Elsewhere the client that wrote the blobs digests them.
+        """
+        parts = []
+        for segment, blobs in written.items():
+            if segment in self._memory:
+                device, memory = self._memory[segment]
+                backend = self.backend(device)
+                if backend.host_readable:
+                    parts.append((backend, memory, blobs))
+        return Check(parts)
+
+    def _release(self, device: str, memory: Segment) -> None:
+        if isinstance(memory, FdSegment):
+            memory.release()
+        else:
+            self.backend(device).release(memory)

@@ -1,0 +1,66 @@
+"""Maps each request to its one handler, and errors of handlers to replies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from shared_store.base.errors import ProtocolError, WoolyError
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
+from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.session import Answer, Session
+from shared_store.store.state.counts import Counts
+
+R = TypeVar("R", bound=messages.Request)
+
+Handler = Callable[[Session, Any, OwnedFds], Awaitable[Answer]]
+"""Answers a request of one class (the table's key), which came with descriptors that the caller closes."""
+
+Table = Mapping[type[messages.Request], Handler]
+"""The handler of each class of request."""
+
+
+def plain(handle: Callable[[Session, R], Awaitable[Answer]]) -> Handler:
+    """Return the handler of a request that comes without descriptors."""
+
+    def handler(session: Session, request: R, _fds: OwnedFds) -> Awaitable[Answer]:
+        return handle(session, request)
+
+    return handler
+
+
+class Dispatch:
+    """Answers requests by a table of handlers."""
+
+    def __init__(self, table: Table, times: RequestTimes, counts: Counts) -> None:
+        self.table = table
+        self._times = times
+        self._counts = counts
+
+    def check(self, message: messages.ClientMessage, fds: OwnedFds) -> messages.Request | None:
+        """Return the request to answer; None for a message without a reply.
+
+        Raises:
+            ProtocolError: a second greeting, or descriptors with a message that must have none. Ends the connection.
+        """
+        if isinstance(message, messages.Unsupported):
+            return None
+        if isinstance(message, messages.Hello):
+            raise ProtocolError("a second greeting")
+        if len(fds) and not isinstance(message, messages.Offer):
+            raise ProtocolError("fds with a message that has none")
+        return message
+
+    async def answer(self, session: Session, request: messages.Request, fds: OwnedFds) -> Answer:
+        """Call the request's handler; answer with its error if it fails. The descriptors stay owned by the caller."""
+        began = time.monotonic()
+        try:
+            answer = await self.table[type(request)](session, request, fds)
+        except WoolyError as error:
+            if isinstance(error, ProtocolError):
+                self._counts.add("protocol_errors")
+            answer = Answer(messages.Failed(request.id, error.code, str(error)))
+        self._times.add(request, time.monotonic() - began)
+        return answer

@@ -1,0 +1,43 @@
+"""Carries out effects of the state: answers waiting clients, tells the keeper, and releases memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shared_store.base.errors import WoolyError
+from shared_store.store.devices.devices import Devices
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.state.effects import Effect, Forgotten, Released, Relocated
+from shared_store.store.waiting import Waiters
+
+
+class Effects:
+    """Connects the state to the process around it. Callers carry effects out before they await anything else."""
+
+    def __init__(self, devices: Devices, keeper: KeeperLink, waiters: Waiters) -> None:
+        self._devices = devices
+        self._keeper = keeper
+        self._waiters = waiters
+
+    def carry_out(self, effects: Iterable[Effect]) -> None:
+        """Carry out all effects, in order. An error of one is raised after the others were carried out."""
+        errors: list[WoolyError] = []
+        for effect in effects:
+            try:
+                self._carry_out(effect)
+            except WoolyError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Released(segment):
+                self._devices.release(segment)
+                self._keeper.release(segment)
+            case Forgotten(key):
+                self._keeper.forget(key)
+            case Relocated(key):
+                self._keeper.note(key)
+            case _:
+                self._waiters.answer(effect)

@@ -1,0 +1,50 @@
+"""The durable part of the store's state, in the form of the keeper's records."""
+
+from __future__ import annotations
+
+from shared_store.protocol.durable_state import DurableState, RetainedSegment
+from shared_store.protocol.keeper_messages import ModelRecord, SegmentRecord
+from shared_store.runtime.fds import OwnedFd
+from shared_store.store.devices.devices import Devices
+from shared_store.store.state.store_state import StoreState
+
+
+class Records:
+    """Reads records from the state, and descriptors from the devices."""
+
+    def __init__(self, state: StoreState, devices: Devices) -> None:
+        self._state = state
+        self._devices = devices
+
+    def model(self, key: str) -> ModelRecord:
+        """Return the record of a committed model."""
+        model = self._state.models.get(key)
+        assert model is not None  # noqa: S101 - it is committed
+        data = self._state.committed[key].data
+        locations = self._state.locations_of(key)
+        return ModelRecord(key, data, locations, pinned=model.pinned, last_used=model.last_used)
+
+    def segment(self, number: int) -> SegmentRecord:
+        """Return the record of a segment."""
+        entry = self._state.segments.at(number)
+        return SegmentRecord(number, entry.device, entry.nbytes)
+
+    def export(self, number: int) -> OwnedFd:
+        """Return a new descriptor of a segment."""
+        return self._devices.export(number)
+
+    def holdings(self) -> DurableState:
+        """Return all records, with new descriptors of the segments that committed models are in. The caller closes it.
+
+        Raises:
+            MemoryBackendError: a descriptor cannot be duplicated.
+        """
+        models = {key: self.model(key) for key in self._state.committed}
+        held = DurableState(models=models, files=self._state.files.all())
+        try:
+            for number in {segment for model in models.values() for segment in model.segments}:
+                held.segments[number] = RetainedSegment(self.segment(number), self.export(number))
+        except BaseException:
+            held.close()
+            raise
+        return held

@@ -1,0 +1,1 @@
+"""Handlers of requests that concern models: open, publish, quarantine, remove and pin."""

@@ -1,0 +1,46 @@
+"""Handlers of ``Remove`` and ``Pin``: what people ask of committed models."""
+
+from __future__ import annotations
+
+from shared_store.protocol import messages
+from shared_store.store.effects import Effects
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.state.store_state import StoreState
+
+
+class Administration:
+    """Removes and pins models. A model may be named by an unambiguous prefix of its key."""
+
+    def __init__(self, state: StoreState, effects: Effects, signals: Signals, keeper: KeeperLink) -> None:
+        self._state = state
+        self._effects = effects
+        self._signals = signals
+        self._keeper = keeper
+
+    async def remove(self, _session: Session, request: messages.Remove) -> Answer:
+        """Remove a committed model without readers; answer with its key.
+
+        Raises:
+            ModelNotFoundError: no model has this prefix, or more than one.
+            ModelInUseError: the model has readers, or is being published.
+        """
+        key, effects = self._state.remove(request.key)
+        self._effects.carry_out(effects)
+        self._signals.event("removed", key=key)
+        self._signals.changed()
+        return Answer(messages.Done(request.id, key))
+
+    async def pin(self, _session: Session, request: messages.Pin) -> Answer:
+        """Pin a model, so that it is not evicted, or unpin it; answer with its key.
+
+        Raises:
+            ModelNotFoundError: no model has this prefix, or more than one.
+        """
+        key = self._state.models.pin(request.key, pinned=request.pinned)
+        if key in self._state.committed:
+            self._keeper.note(key)
+        self._signals.event("pinned" if request.pinned else "unpinned", key=key)
+        self._signals.changed()
+        return Answer(messages.Done(request.id, key))

@@ -1,0 +1,46 @@
+"""The answer that lets a client map a committed model."""
+
+from __future__ import annotations
+
+from shared_store.protocol import messages
+from shared_store.store.devices.devices import Devices
+from shared_store.store.effects import Effects
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.state.store_state import StoreState
+
+
+class Attach:
+    """Makes `Attached` replies."""
+
+    def __init__(self, state: StoreState, devices: Devices, effects: Effects, signals: Signals) -> None:
+        self._state = state
+        self._devices = devices
+        self._effects = effects
+        self._signals = signals
+
+    def attached(self, session: Session, key: str, request: int) -> Answer:
+        """Return a committed model's manifest, its blobs' locations, and a descriptor of each segment.
+
+        Args:
+            session: of a client that the state has as a reader.
+            key: the model's.
+            request: id of the request to answer.
+
+        Raises:
+            MemoryBackendError: a descriptor cannot be duplicated; the client is no reader any more.
+        """
+        locations = self._state.locations_of(key)
+        segments = self._state.segments_of(key)
+        try:
+            fds = self._devices.export_all(segments)
+        except BaseException:
+            self._effects.carry_out(self._state.leave(session.client, key))
+            self._signals.changed()
+            raise
+        self._state.counts.add("attaches")
+        self._signals.event("attached", key=key, pid=session.client.pid)
+        index = {segment: number for number, segment in enumerate(segments)}
+        places = tuple(messages.BlobPlace(index[segment], offset) for segment, offset in locations)
+        infos = tuple(messages.SegmentInfo(segment, self._state.segments.at(segment).nbytes) for segment in segments)
+        return Answer(messages.Attached(request, self._state.committed[key].data, places, infos), fds)

@@ -1,0 +1,189 @@
+"""Handlers of ``Plan``, ``Fill``, ``Commit`` and ``Abandon``: a publisher writes a model's new blobs and commits it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from shared_store.base import manifest as manifests
+from shared_store.base.digest import SIZE
+from shared_store.base.errors import DigestMismatchError, NotPublisherError, ProtocolError
+from shared_store.base.layout import Layout, Placement
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
+from shared_store.store.devices.devices import Devices
+from shared_store.store.effects import Effects
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.models.attach import Attach
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.space.admission import Admission
+from shared_store.store.state.committed import Committed
+from shared_store.store.state.publish_plan import Draft, PublishPlan
+from shared_store.store.state.store_state import StoreState
+
+log = logging.getLogger(__name__)
+
+
+class Publishing:
+    """Publications: from the plan to the commit."""
+
+    def __init__(
+        self,
+        state: StoreState,
+        devices: Devices,
+        effects: Effects,
+        signals: Signals,
+        keeper: KeeperLink,
+        admission: Admission,
+        attach: Attach,
+    ) -> None:
+        self._state = state
+        self._devices = devices
+        self._effects = effects
+        self._signals = signals
+        self._keeper = keeper
+        self._admission = admission
+        self._attach = attach
+
+    async def plan(self, session: Session, request: messages.Plan) -> Answer:
+        """Assign a location to each blob; answer with descriptors of the segments that exist.
+
+        Raises:
+            NotPublisherError: the client does not publish the model.
+            ProtocolError: the model has a plan, or this one is malformed.
+            OutOfMemoryError: the plan exceeds the device's limit, and eviction cannot free enough.
+            MemoryBackendError: a descriptor cannot be duplicated.
+        """
+        state, client = self._state, session.client.number
+        device = state.models.publishing(request.key, client).device
+        if request.key in state.plans:
+            raise ProtocolError(f"{request.key} has a plan already")
+        if any(len(blob.digest) != SIZE or blob.nbytes < 0 for blob in request.blobs):
+            raise ProtocolError("a plan with a malformed blob")
+        preferred = _preferred(request)
+        await self._admission.compact(device, state.draft(request.key, client, request.blobs, preferred).nbytes)
+        draft = state.draft(request.key, client, request.blobs, preferred)  # the state may have changed meanwhile
+        plan, fds = self._promise(request.key, draft)
+        state.plans[request.key] = plan
+        self._signals.changed()
+        used = [*plan.segments, *plan.existing]
+        index = {segment: number for number, segment in enumerate(used)}
+        places = tuple(
+            messages.BlobPlace(index[location.segment], location.offset, location.new) for location in plan.locations
+        )
+        infos = tuple(
+            messages.SegmentInfo(segment, state.segments.at(segment).nbytes, segment in plan.segments)
+            for segment in used
+        )
+        return Answer(messages.Planned(request.id, places, infos), fds)
+
+    def _promise(self, key: str, draft: Draft) -> tuple[PublishPlan, OwnedFds]:
+        """Admit a draft and promise its segments, or leave no trace of it."""
+        self._state.segments.refer_known(draft)
+        try:
+            self._admission.admit(draft.device, draft.nbytes, key)
+            plan = self._state.segments.promise_plan(draft)
+            return plan, self._devices.export_all(plan.existing)
+        except BaseException:
+            self._effects.carry_out(self._state.drop(draft.token))
+            raise
+
+    async def fill(self, session: Session, request: messages.Fill) -> Answer:
+        """Allocate a promised segment; answer with its descriptor.
+
+        Raises:
+            NotPublisherError: the client does not publish the model, or no longer does.
+            ProtocolError: the segment is not promised to it, or is allocated already.
+            OutOfMemoryError: the device is full, and eviction cannot free enough.
+            MemoryBackendError: the descriptor cannot be duplicated.
+        """
+        state, key, segment = self._state, request.key, request.segment
+        state.models.publishing(key, session.client.number)
+        plan = state.plans.get(key)
+        if plan is None or segment not in plan.segments:
+            raise ProtocolError(f"segment {segment} is not promised to {key}")
+        entry = state.segments.at(segment)
+        if entry.allocated:
+            raise ProtocolError(f"segment {segment} is allocated already")
+        memory = await self._admission.allocate(entry.device, entry.nbytes, key)
+        if state.plans.get(key) is not plan:
+            self._devices.backend(entry.device).release(memory)
+            raise NotPublisherError(f"client {session.client.number} no longer publishes {key}")
+        self._devices.put(segment, entry.device, memory)
+        try:
+            fd = self._devices.export(segment)
+        except BaseException:
+            self._devices.release(segment)
+            raise
+        state.segments.fill(segment)
+        self._signals.changed()
+        return Answer(messages.Filled(request.id), OwnedFds([fd]))
+
+    async def commit(self, session: Session, request: messages.Commit) -> Answer:
+        """Seal and verify what was written, and make the model visible; the publisher and all waiters read it.
+
+        Raises:
+            NotPublisherError: the client does not publish the model, or no longer does.
+            ProtocolError: the model has no plan, unfilled segments, or another manifest than its plan.
+            DigestMismatchError: a blob's bytes do not match, or the plan counted on a blob that was quarantined.
+            MemoryBackendError: a segment is still mapped for writing.
+        """
+        state, key, client = self._state, request.key, session.client
+        plan, manifest = self._ready(session, request)
+        self._devices.seal(plan.segments)
+        wrong = await asyncio.to_thread(self._devices.check(plan.written).wrong)
+        state.models.publishing(key, client.number)  # the publication may have ended meanwhile
+        if state.plans.get(key) is not plan:
+            raise DigestMismatchError(f"blobs that {key} counts on were quarantined meanwhile; plan anew")
+        if wrong:
+            # Sealed bytes cannot be corrected. The client is still the publisher, and may plan anew.
+            self._effects.carry_out(state.drop_plan(key))
+            self._signals.changed()
+            blob, found = wrong[0]
+            raise DigestMismatchError(
+                f"bytes published as {blob.digest.hex()[:16]} are {found.hex()[:16]}: not accepted"
+            )
+        effects = state.commit(key, client.number, Committed(request.manifest, manifest))
+        log.info("published %s: %d tensors, %d bytes", manifest.name, len(manifest.tensors), manifest.nbytes)
+        self._signals.event("published", key=key, name=manifest.name, bytes=manifest.nbytes, pid=client.pid)
+        self._effects.carry_out(effects)
+        self._signals.changed()
+        self._keeper.note(key)
+        answer = self._attach.attached(session, key, request.id)
+        await self._keeper.flushed()  # the reply must be true of the next store, too
+        return answer
+
+    def _ready(self, session: Session, request: messages.Commit) -> tuple[PublishPlan, manifests.Manifest]:
+        """Return the plan and the manifest of a model that may be committed. Raises as :meth:`commit` does."""
+        state, key = self._state, request.key
+        model = state.models.publishing(key, session.client.number)
+        plan = state.plans.get(key)
+        if plan is None:
+            raise ProtocolError(f"{key} was not planned")
+        if not state.segments.filled(plan):
+            raise ProtocolError(f"{key} has segments that were never filled")
+        manifest = manifests.decode(request.manifest)
+        if manifest.key != key or manifest.device != model.device or manifest.blobs != plan.blobs:
+            raise ProtocolError(f"the manifest of {key} is not that of its plan")
+        return plan, manifest
+
+    async def abandon(self, session: Session, request: messages.Abandon) -> Answer:
+        """End a publication without a commit; the next waiter that may publish does.
+
+        Raises:
+            NotPublisherError: the client does not publish the model.
+        """
+        client, key = session.client, request.key
+        effects = self._state.abort(key, client.number)
+        self._signals.event("publish_abandoned", key=key, reason=request.reason, pid=client.pid)
+        self._effects.carry_out(effects)
+        self._signals.changed()
+        return Answer(messages.Done(request.id))
+
+
+def _preferred(request: messages.Plan) -> Layout | None:
+    """Return the layout that the client prefers, if it names one."""
+    if not request.wish:
+        return None
+    return Layout(request.sizes, tuple(Placement(place.segment, place.offset) for place in request.wish))

