@@ -79,11 +79,12 @@ def test_a_client_without_free_descriptors_rejoins_when_it_has_one(kept, actor):
     """Reconnecting needs a socket. As long as there is none it is tried again, and the model stays mapped."""
     client = actor(name="full")
     client.publish(key=ONE, model=MODEL)
-    soft, hard = resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    limits = resource.prlimit(client.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
     before = kept.kill_store()
     wait_until(lambda: kept.store_pid != before, "another store")
     assert not client.alive()
-    resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    resource.prlimit(client.pid, resource.RLIMIT_NOFILE, limits)
     wait_until(client.alive, "the client to rejoin")
     (model,) = kept.status().models
     assert model.readers == 1
