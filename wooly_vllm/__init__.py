@@ -34,8 +34,8 @@ def _register() -> None:
     from wooly_vllm.memory import accounting
     from wooly_vllm.residency import sleep
 
-    compat.when_on_gpu(accounting.install)
-    compat.when_on_gpu(sleep.install_in_engine)
+    compat.call_on_gpu(accounting.install)
+    compat.call_on_gpu(sleep.install_in_engine)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()

@@ -80,7 +80,7 @@ def knows_external_weights() -> bool:
     return hasattr(base, "get_external_weight_memory")
 
 
-def when_on_gpu(then: Callable[[], None]) -> None:
+def call_on_gpu(then: Callable[[], None]) -> None:
     """Call a function if vLLM runs on GPUs here. Initialises none."""
     (platform,) = find("vllm.platforms", "current_platform")
     if platform.is_cuda():
@@ -129,21 +129,21 @@ def gpu_of(local_rank: int) -> torch.device:
     return torch.device("cuda", platform.logical_device_id_to_visible_device_id(local_rank))
 
 
-def where_gpu_errors_show(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
+def methods_that_synchronize(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
     """Iterate over classes and methods of a worker that synchronise with its GPU, and raise errors of earlier kernels.
 
     Args:
         imported_only: skip modules that this process has not imported. A worker that has loaded a model has imported
             the model runner that it uses, of vLLM's two; importing the other would take a quarter of a second.
     """
-    for module, name, methods in _WAITING_FOR_THE_GPU:
+    for module, name, methods in _SYNCHRONIZING:
         if imported_only and module not in sys.modules:
             continue
         (owner,) = find(module, name)
         yield from ((owner, method) for method in methods)
 
 
-_WAITING_FOR_THE_GPU = (
+_SYNCHRONIZING = (
     (
         "vllm.v1.worker.gpu_worker",
         "Worker",
@@ -161,15 +161,15 @@ def models_of(worker: Any) -> list[nn.Module]:
     return [model for model in found if model is not None]
 
 
-def what_writes_weights(worker: type) -> list[tuple[str, Callable[..., Any]]]:
+def methods_that_write_weights(worker: type) -> list[tuple[str, Callable[..., Any]]]:
     """Return the methods of a worker's class that write to weights, or prepare to."""
     find(worker.__module__, worker.__name__)
     if not hasattr(worker, "reload_weights"):
         raise moved(f"{worker.__name__}.reload_weights", AttributeError("reload_weights"))
-    return [(name, found) for name in _WRITING_WEIGHTS if (found := getattr(worker, name, None)) is not None]
+    return [(name, found) for name in _WEIGHT_WRITERS if (found := getattr(worker, name, None)) is not None]
 
 
-_WRITING_WEIGHTS = (
+_WEIGHT_WRITERS = (
     "reload_weights",
     "reset_weights",
     "init_weight_transfer_engine",

@@ -163,7 +163,10 @@ class Connection:
     def _dial(self, timeout_s: float) -> Link:
         """Connect a socket, and greet the store."""
         paths = locate(self._directory)
-        sock = self._dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock = self._dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise StoreUnavailableError(f"cannot open a socket to the store: {error.strerror or error}") from error
         sock.settimeout(timeout_s)
         try:
             if self._closed.is_set():

@@ -40,7 +40,7 @@ class Checkpoint:
         """Total size of the files in bytes."""
         return sum(identity.size for identity in self._ids)
 
-    def unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise :class:`CheckpointError` if a file has changed since this object was made."""
         for path, before in zip(self._paths, self._ids, strict=True):
             if file_id(path) != before:
@@ -90,7 +90,7 @@ class Checkpoint:
         missing = [index for index, found in enumerate(known) if not found]
         _settle([self._ids[index] for index in missing])
         hashed = hash_files([self._paths[index] for index in missing], progress=progress)
-        self.unchanged()
+        self.check_unchanged()
         for index, found in zip(missing, hashed, strict=True):
             known[index] = found.digest
         return hashed

@@ -123,7 +123,7 @@ class Binder:
         with torch._C.DisableTorchFunctionSubclass():
             for named in tensors_of({"": module}):
                 tensor = named.tensor
-                if tensor.is_meta or self._placeholders.is_one(tensor):
+                if tensor.is_meta or self._placeholders.is_placeholder(tensor):
                     zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
                     if tensor.is_meta:  # the device of a tensor object cannot change
                         _groups(module)[named.kind][named.name] = _twin(tensor, zeros)

@@ -167,7 +167,7 @@ class _SharedLoad(Generic[R]):
         loaded = self._steps.load_to_publish()
         loading_s = time.perf_counter() - self._began
         try:
-            identity.checkpoint.unchanged()
+            identity.checkpoint.check_unchanged()
             description = self._steps.describe(loaded)
             publication = Publication(
                 key=need.key,

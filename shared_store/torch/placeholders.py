@@ -71,7 +71,7 @@ class Placeholders(TorchFunctionMode):
         """Return the element of each placeholder, with the key of its storage."""
         return ((key, made.element) for key, made in self._made.items())
 
-    def is_one(self, tensor: torch.Tensor) -> bool:
+    def is_placeholder(self, tensor: torch.Tensor) -> bool:
         """Return True if a tensor's storage is that of a placeholder."""
         return self._find(tensor) is not None
 

@@ -88,7 +88,7 @@ def follow(model: nn.Module, placeholders: Placeholders, origins: Origins, *, la
     """
     for step, tensor in tensors_from(model):
         key = storage_key(tensor)
-        placeholder = placeholders.is_one(tensor)
+        placeholder = placeholders.is_placeholder(tensor)
         if key is None or not tensor.numel() or (key not in origins and not placeholder):
             continue
         found = [new for it in origins.get(key, ()) if (new := it.follow(tensor, placeholder=placeholder)) is not None]

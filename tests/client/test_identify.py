@@ -163,12 +163,12 @@ def test_a_file_changed_since_the_checkpoint_was_listed(sessions, tmp_path):
     """Before hashing, and between hashing and loading."""
     path = write(tmp_path / "model.safetensors", b"a" * 1000)
     listed = Checkpoint([("a", path)])
-    listed.unchanged()
+    listed.check_unchanged()
     write(path, b"b" * 1000)
     with pytest.raises(CheckpointError, match="changed while"), listed.digest(sessions(), timeout_s=30):
         pytest.fail("a digest was given")
     with pytest.raises(CheckpointError, match="changed while it was being loaded"):
-        listed.unchanged()
+        listed.check_unchanged()
 
 
 def test_a_missing_file_and_an_empty_checkpoint(sessions, tmp_path):

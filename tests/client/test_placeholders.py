@@ -46,7 +46,7 @@ FORMS = {
 def test_every_uninitialised_factory_makes_one(placeholders, form):
     """Right shape, dtype and device; one element of memory; NaN in every place."""
     made = FORMS[form]()
-    assert placeholders.is_one(made)
+    assert placeholders.is_placeholder(made)
     assert (made.shape, made.dtype, made.device.type) == ((64, 64), torch.float32, "cpu")
     assert storage_bytes(made) == 4
     assert made.isnan().all()
@@ -60,14 +60,14 @@ def test_every_uninitialised_factory_makes_one(placeholders, form):
 def test_poison_of_dtypes_without_nan(placeholders, dtype, poison):
     """Reads by mistake are visible in integers too."""
     made = torch.empty(MIN, dtype=dtype)
-    assert placeholders.is_one(made)
+    assert placeholders.is_placeholder(made)
     assert made[17].item() == poison
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.complex64])
 def test_poison_of_dtypes_with_nan(placeholders, dtype):
     made = torch.empty(MIN, dtype=dtype)
-    assert placeholders.is_one(made)
+    assert placeholders.is_placeholder(made)
     assert made[17].to(torch.complex64).isnan()
 
 
@@ -88,16 +88,16 @@ REAL = {
 def test_values_and_small_tensors_are_real(placeholders, form):
     """Tensors with values, and those below the limit, have memory."""
     made = REAL[form]()
-    assert not placeholders.is_one(made)
+    assert not placeholders.is_placeholder(made)
     assert storage_bytes(made) == made.numel() * 4
 
 
 def test_the_limit_is_in_bytes_and_included(placeholders):
     """`min_bytes` counts bytes, not elements, and is the smallest size that is replaced."""
-    assert placeholders.is_one(torch.empty(1024))
-    assert not placeholders.is_one(torch.empty(MIN - 1, dtype=torch.int8))
-    assert placeholders.is_one(torch.empty(MIN, dtype=torch.int8))
-    assert not placeholders.is_one(torch.empty(0, 1 << 20))
+    assert placeholders.is_placeholder(torch.empty(1024))
+    assert not placeholders.is_placeholder(torch.empty(MIN - 1, dtype=torch.int8))
+    assert placeholders.is_placeholder(torch.empty(MIN, dtype=torch.int8))
+    assert not placeholders.is_placeholder(torch.empty(0, 1 << 20))
 
 
 def test_computed_in_the_constructor(placeholders):
@@ -105,7 +105,7 @@ def test_computed_in_the_constructor(placeholders):
     weight = nn.Linear(64, 64).weight
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, 64, 2).float() / 64)
     table = torch.outer(torch.arange(128.0), frequencies).cos()
-    assert placeholders.is_one(weight)
+    assert placeholders.is_placeholder(weight)
     with torch._C.DisableTorchFunction():
         expected = torch.outer(torch.arange(128.0), 1.0 / 10000.0 ** (torch.arange(0, 64, 2).float() / 64)).cos()
         assert torch.equal(table, expected)
@@ -127,7 +127,7 @@ def test_initialisers_of_modules_allocate_nothing(placeholders, build):
     """Random initial values are not stored: every weight is a placeholder after construction."""
     weights = list(build().parameters())
     assert weights
-    assert all(placeholders.is_one(weight) for weight in weights)
+    assert all(placeholders.is_placeholder(weight) for weight in weights)
 
 
 def test_norms_are_ones(placeholders):
@@ -135,7 +135,7 @@ def test_norms_are_ones(placeholders):
     norm = nn.LayerNorm(4096)
     assert norm.weight.eq(1).all()
     assert norm.bias.eq(0).all()
-    assert not placeholders.is_one(norm.weight)
+    assert not placeholders.is_placeholder(norm.weight)
 
 
 WRITES = {
@@ -167,7 +167,7 @@ def test_a_write_makes_it_real_under_all_of_its_names(placeholders, write):
         assert torch.equal(torch.stack([alias])[0], 2 * x)
         assert torch.equal(alias, 2 * x)
     assert weight.data_ptr() == before.data_ptr() == after.data_ptr()
-    assert placeholders.is_one(other)
+    assert placeholders.is_placeholder(other)
     assert other.isnan().all()
 
 
@@ -179,7 +179,7 @@ def test_a_write_to_a_parameter_is_seen_by_its_tensor(placeholders):
     assert tensor.sum() == 4096
     assert type(weight) is nn.Parameter
     assert weight.requires_grad
-    assert not placeholders.is_one(weight)
+    assert not placeholders.is_placeholder(weight)
 
 
 def test_what_a_part_assignment_leaves_is_poison(placeholders):
@@ -187,7 +187,7 @@ def test_what_a_part_assignment_leaves_is_poison(placeholders):
     weight[3] = 1
     assert weight[3].eq(1).all()
     assert weight[4].isnan().all()
-    assert not placeholders.is_one(weight)
+    assert not placeholders.is_placeholder(weight)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_foreign_write_fails_loudly(placeholders):
     weight = torch.empty(64, 64)
     with pytest.raises(RuntimeError, match="single memory location"):
         torch._foreach_add_([weight], 1)
-    assert placeholders.is_one(weight)
+    assert placeholders.is_placeholder(weight)
     assert weight.isnan().all()
 
 
@@ -222,9 +222,9 @@ def test_deepcopy_of_a_buffer_is_a_placeholder_of_its_own(placeholders):
     weight = torch.empty(64, 64)
     pair = copy.deepcopy([weight, weight])
     assert pair[0] is pair[1]
-    assert placeholders.is_one(pair[0])
+    assert placeholders.is_placeholder(pair[0])
     pair[0].fill_(1)
-    assert placeholders.is_one(weight)
+    assert placeholders.is_placeholder(weight)
     assert weight.isnan().all()
     assert pickle.loads(pickle.dumps(pair[0])).eq(1).all()
 
@@ -234,8 +234,8 @@ def test_under_a_device_context(order):
     """`torch.device` as a context makes no difference, whichever is entered first."""
     active, device = Placeholders(MIN), torch.device("cpu")
     with device if order == "device outside" else active, active if order == "device outside" else device:
-        assert active.is_one(torch.empty(64, 64))
-        assert active.is_one(nn.Linear(64, 64).weight)
+        assert active.is_placeholder(torch.empty(64, 64))
+        assert active.is_placeholder(nn.Linear(64, 64).weight)
 
 
 @pytest.mark.parametrize("order", ["meta outside", "meta inside"])
@@ -245,7 +245,7 @@ def test_meta_stays_meta(order):
     with device if order == "meta outside" else active, active if order == "meta outside" else device:
         made = torch.empty(64, 64)
     assert made.device.type == "meta"
-    assert not active.is_one(made)
+    assert not active.is_placeholder(made)
 
 
 def test_nested_and_left():
@@ -255,11 +255,11 @@ def test_nested_and_left():
             within = torch.empty(64, 64)
         between = torch.empty(64, 64)
     outside = torch.empty(64, 64)
-    assert inner.is_one(within)
-    assert not outer.is_one(within)
-    assert outer.is_one(between)
-    assert not inner.is_one(outside)
-    assert not outer.is_one(outside)
+    assert inner.is_placeholder(within)
+    assert not outer.is_placeholder(within)
+    assert outer.is_placeholder(between)
+    assert not inner.is_placeholder(outside)
+    assert not outer.is_placeholder(outside)
 
 
 def test_default_dtype_and_requires_grad(placeholders):

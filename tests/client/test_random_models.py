@@ -75,8 +75,8 @@ class Random(nn.Module):
 
     def take(self, name, tensor, kind):
         if kind == "parameter":
-            is_one = isinstance(tensor, nn.Parameter)
-            setattr(self, name, tensor if is_one else nn.Parameter(tensor, requires_grad=False))
+            is_placeholder = isinstance(tensor, nn.Parameter)
+            setattr(self, name, tensor if is_placeholder else nn.Parameter(tensor, requires_grad=False))
         elif kind == "attribute":
             self.__dict__[name] = tensor
         else:

@@ -62,7 +62,7 @@ def test_every_method_that_waits_for_a_gpu_exists(refused_writes: Any) -> None:
     """A version of vLLM that moves one fails here; installing twice wraps once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        places = list(refused_writes.compat.where_gpu_errors_show())
+        places = list(refused_writes.compat.methods_that_synchronize())
     before = [vars(owner)[name] for owner, name in places]
     try:
         refused_writes.install()

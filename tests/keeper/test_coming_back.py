@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import threading
 
@@ -72,3 +73,19 @@ def test_fork_while_there_is_no_store(kept, actor):
     finally:
         os.kill(child["pid"], signal.SIGKILL)
         again.clean_up()
+
+
+def test_a_client_without_free_descriptors_rejoins_when_it_has_one(kept, actor):
+    """Reconnecting needs a socket. As long as there is none it is tried again, and the model stays mapped."""
+    client = actor(name="full")
+    client.publish(key=ONE, model=MODEL)
+    limits = resource.prlimit(client.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(client.pid, resource.RLIMIT_NOFILE, (1, limits[1]))
+    before = kept.kill_store()
+    wait_until(lambda: kept.store_pid != before, "another store")
+    assert not client.alive()
+    resource.prlimit(client.pid, resource.RLIMIT_NOFILE, limits)
+    wait_until(client.alive, "the client to rejoin")
+    (model,) = kept.status().models
+    assert model.readers == 1
+    assert client.digests() == client.expected()

@@ -23,7 +23,7 @@ _MARKS = ("illegal memory access", "error_illegal_address")
 
 def install() -> None:
     """Make this process's GPU worker explain such errors. Idempotent."""
-    for owner, name in compat.where_gpu_errors_show(imported_only=True):
+    for owner, name in compat.methods_that_synchronize(imported_only=True):
         method = getattr(owner, name)
         if not getattr(method, "wooly_explains", False):
             setattr(owner, name, _explaining(method))

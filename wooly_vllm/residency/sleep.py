@@ -43,7 +43,7 @@ def install_in_workers() -> None:
     setattr(worker, _STAY_AWAKE, _stay_awake)
     worker.sleep = _sleeping(worker.sleep)
     worker.wake_up = _waking(worker.wake_up)
-    for name, method in compat.what_writes_weights(worker):
+    for name, method in compat.methods_that_write_weights(worker):
         setattr(worker, name, _refused(method))
 
 
