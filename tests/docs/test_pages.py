@@ -32,7 +32,7 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links_lead_somewhere(page):
-    """Every relative link names a file of the repository (pages are also read without the site), and a heading in it."""
+    """Every relative link names a file of the repository, as pages are also read there, and a heading in it."""
     for target in re.findall(r"\]\(([^)\s]+)\)", _text(page)):
         if re.match(r"\w+://", target):
             continue
