@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 pytest_plugins = ["support.descriptors"]  # no test may leak a descriptor
+settings.register_profile("wooly", deadline=None, print_blob=True)  # busy machines are slow now and then
+settings.load_profile("wooly")
+
 LONGEST = (
     "tests/engines/test_parity.py",
     "tests/engines/test_parity_matrix.py",

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from client.programs import finish_program, start_program
+from support.programs import finish_program, start_program
 from support.waiting import wait_until
 
 from shared_store.base.checkpoint import SETTLED_S

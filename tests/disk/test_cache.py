@@ -6,9 +6,9 @@ import os
 
 import msgspec
 import pytest
-from client.programs import finish_program, start_program
 from disk.conftest import CONTENTS, KEY
 from support.content import key
+from support.programs import finish_program, start_program
 from support.saved import publish, resident
 from support.waiting import wait_until
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from base.test_manifest import JSON, NAMES, entries
 from disk.conftest import CONTENTS, MANIFEST
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from property.test_manifest import JSON, NAMES, entries
 from safetensors import safe_open
 from support.content import blob, content, key, manifest_of
 from support.saved import publish, resident

@@ -88,7 +88,7 @@ def test_saved_models_serve_without_their_checkpoint(
         careful = engine(own_checkpoint, environment={"WOOLY_VERIFY": "attach"}, load_format="wooly", extra=extra)
         assert careful.finish() == 0, "\n".join(careful.log[-40:])
         assert careful.wait("answered")["tokens"] == tokens
-        assert any("not what their digests say" in line for line in careful.log)
+        assert any("do not match their digests" in line for line in careful.log)
         assert session.status().counters.publishes == 2  # both from disk
         assert session.status().counters.fallbacks == 0
     wooly(runtime_dir, "verify", "--all")

@@ -271,9 +271,9 @@ def test_an_impossible_preferred_layout(store):
     client = store.client()
     assert client.open(KEY) == "granted"
     blobs = [Blob(bytes([number]) * 32, 1000) for number in range(2)]
-    with pytest.raises(ProtocolError, match="wish"):
+    with pytest.raises(ProtocolError, match="preferred layout"):
         client.session.plan(KEY, blobs, wish=[BlobPlace(0, 0), BlobPlace(0, 512)], sizes=[2 * MIB])
-    with pytest.raises(ProtocolError, match="wish"):
+    with pytest.raises(ProtocolError, match="preferred layout"):
         client.session.plan(KEY, blobs, wish=[BlobPlace(0, 0)], sizes=[2 * MIB])
     planned, _ = client.session.plan(KEY, blobs)
     assert len(planned.segments) == 1

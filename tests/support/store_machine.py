@@ -2,7 +2,7 @@
 
 A client has one request at a time, as in the server; opens that wait for a publisher last over many steps, and
 several publishers' allocations or commits run at once. Memory is limited, and calls of the backend fail as planned.
-`property/test_store_machine.py` adds models without readers, and the invariants.
+`store/test_store_machine.py` adds models without readers, and the invariants.
 """
 
 from __future__ import annotations

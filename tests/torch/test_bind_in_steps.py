@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from client.torch_models import MIN_BYTES, attach, publish_model
+from support.torch_models import MIN_BYTES, attach, publish_model
 from torch import nn
 
 from shared_store.base.errors import BindingError

@@ -6,9 +6,8 @@ import gc
 
 import pytest
 import torch
-from client.test_publish import Layers
-from client.torch_models import KEY, MIN_BYTES, attach, grant, mapped_segments, publish_model
 from support.content import key
+from support.torch_models import KEY, MIN_BYTES, Layers, attach, grant, mapped_segments, publish_model
 from torch import nn
 
 from shared_store.memory import MemfdBackend

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from client.torch_models import KEY, attach, mapped_segments, publish_model, read_model
+from support.torch_models import KEY, attach, mapped_segments, publish_model, read_model
 from support.waiting import open_fds, open_segments
 from torch import nn
 

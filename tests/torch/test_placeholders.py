@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from client.programs import finish_program, start_program
+from support.programs import finish_program, start_program
 from torch import nn
 
 from shared_store.base.errors import UnsupportedError
@@ -287,7 +287,7 @@ def test_tensors_without_plain_memory_pass():
 MEASURE = """
 import torch
 from torch import nn
-from client.torch_models import memory_of
+from support.torch_models import memory_of
 from shared_store.torch.placeholders import Placeholders
 nn.Linear(8, 8)
 before = memory_of("VmHWM")

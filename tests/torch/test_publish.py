@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
-from client.programs import finish_program, start_program
-from client.torch_models import KEY, MIN_BYTES, grant, mapped_segments, publish_model, read_model
 from support.content import key
+from support.programs import finish_program, start_program
+from support.torch_models import KEY, MIN_BYTES, Layers, grant, mapped_segments, publish_model, read_model
 from support.waiting import open_segments
 from torch import nn
 
@@ -19,26 +19,6 @@ from shared_store.memory import MemfdBackend
 from shared_store.torch.publish import Publication, publish
 
 MIB = 1 << 20
-
-
-class Layers(nn.Module):
-    """Some MiB-sized layers with distinct values, and a reference to each outside of the modules."""
-
-    def __init__(self, count=4, mib=1, first=0):
-        super().__init__()
-        elements = mib * MIB // 4
-        self.layers = nn.ParameterList(
-            nn.Parameter(torch.arange(elements).float() + number, requires_grad=False)
-            for number in range(first, first + count)
-        )
-        self.small = nn.Parameter(torch.arange(4.0), requires_grad=False)
-        self.held = [layer.data for layer in self.layers]
-
-    def assert_right(self, first=0):
-        for number, (layer, held) in enumerate(zip(self.layers, self.held, strict=True), start=first):
-            assert torch.equal(layer, torch.arange(layer.numel()).float() + number)
-            assert held.data_ptr() == layer.data_ptr()
-        assert torch.equal(self.small, torch.arange(4.0))
 
 
 def addresses(model):
@@ -60,8 +40,8 @@ def test_originals_are_freed_one_by_one(sessions):
 MEASURE = """
 import json, sys, torch
 from torch import nn
-from client.test_publish import Layers
-from client.torch_models import memory_of, publish_model
+from support.torch_models import Layers
+from support.torch_models import memory_of, publish_model
 from shared_store.client.session import Session
 from support.mapped import segment_bytes
 model = Layers(count=10, mib=128)

@@ -4,18 +4,21 @@ import gc
 
 import pytest
 import torch
-from client.programs import finish_program, start_program
-from client.torch_models import KEY, MIN_BYTES, memory_of, publish_model, read_model
+from support.programs import finish_program, start_program
+from support.torch_models import (
+    KEY,
+    LARGE,
+    MIN_BYTES,
+    Ties,
+    made_dtypes,
+    memory_of,
+    parameter,
+    publish_model,
+    read_model,
+)
 from torch import nn
 
 from shared_store.base.manifest import ITEM_SIZES
-from shared_store.torch.mapped_model import REPLICA_MIN_BYTES
-
-LARGE = 2 * REPLICA_MIN_BYTES // 4  # float32 elements
-
-
-def parameter(*shape, grad=False, **options):
-    return nn.Parameter(torch.empty(*shape, **options), requires_grad=grad)
 
 
 def draw(model):
@@ -66,20 +69,6 @@ class Layouts(nn.Module):
         self.spread = nn.Parameter(torch.empty(64, 128)[:, ::2], requires_grad=False)
         self.odd = nn.Parameter(torch.empty(5000)[3:4500], requires_grad=False)
         self.repeated = nn.Parameter(torch.zeros(64, 1).expand(64, 64), requires_grad=False)
-
-
-class Ties(nn.Module):
-    """Tied parameters, one module under two names, and equal but untied ones, large and small."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(64, 64, bias=False)
-        self.head = nn.Linear(64, 64, bias=False)
-        self.head.weight = self.embed.weight
-        self.layer = nn.Linear(64, 32)
-        self.alias = self.layer
-        self.large_a, self.large_b = parameter(LARGE), parameter(LARGE)
-        self.small_a, self.small_b = parameter(2048), parameter(2048)
 
 
 def equal_ties():
@@ -161,11 +150,6 @@ def test_views_of_one_storage_share_it(sessions):
         assert it.second.data_ptr() == it.first.data_ptr() + 64 * 64 * 4
 
 
-def made_dtypes():
-    """Every dtype that a manifest may name and this torch has."""
-    return [name for name in ITEM_SIZES if hasattr(torch, name)]
-
-
 class Dtypes(nn.Module):
     def __init__(self):
         super().__init__()
@@ -219,8 +203,8 @@ def test_ties_are_kept_and_none_is_made(sessions):
 OTHER = """
 import torch
 from pathlib import Path
-from client.test_round_trip import Ties
-from client.torch_models import read_model
+from support.torch_models import Ties
+from support.torch_models import read_model
 from shared_store.client.session import Session
 with Session.connect(autostart=False) as session:
     model, _ = read_model(session, Ties)

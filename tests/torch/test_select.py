@@ -1,7 +1,7 @@
 """Publishing some of a model's tensors leaves the others alone, and out of the manifest."""
 
 import torch
-from client.torch_models import KEY, MIN_BYTES, attach, grant
+from support.torch_models import KEY, MIN_BYTES, attach, grant
 from torch import nn
 
 from shared_store.memory import MemfdBackend

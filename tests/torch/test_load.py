@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from client.torch_models import MIN_BYTES
+from support.torch_models import MIN_BYTES
 from support.waiting import wait_until
 from torch import nn
 
