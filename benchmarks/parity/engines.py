@@ -27,7 +27,10 @@ WORKER = "parity-worker"
 
 
 class Engines:
-    """One process for each role, reused for rows of the same kind; dense and sparse models do not share one."""
+    """One process for each role, reused for rows of the same kind.
+
+    Dense and sparse models do not share a process: vLLM makes its groups for experts with a process's first model.
+    """
 
     def __init__(self, machine: Machine, device: str, logs: Path | None, *, unproven: bool) -> None:
         """Start nothing yet.

@@ -20,7 +20,7 @@ ttft       from the start of the process to the first token, compile cache warm,
 capacity   engines that run at the same time (``--kv-mib`` of KV cache each, no CUDA graphs, for short starts), and the
            tokens/s of all of them together. Stock engines load one after the other, so that peaks do not add up.
 mps        wooly's engines with NVIDIA's Multi-Process Service, on machines that have it.
-dedup      a model and three fine-tunes of it, each with a tenth of its layers changed, published without an engine.
+dedup      a model and three fine-tunes of it, each with two of its 16 layers changed, published without an engine.
 """
 
 from __future__ import annotations

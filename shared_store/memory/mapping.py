@@ -127,7 +127,7 @@ def map_writable(backend: Backend, fd: OwnedFd, nbytes: int) -> Iterator[int]:
 
 
 def close_all(mappings: Iterable[Mapping]) -> None:
-    """Close mappings, the others also where closing one fails."""
+    """Close all mappings. An error of one is raised after the others were closed."""
     with contextlib.ExitStack() as closing:
         for mapping in mappings:
             closing.push(mapping)

@@ -20,21 +20,25 @@ class Effects:
         self._waiters = waiters
 
     def carry_out(self, effects: Iterable[Effect]) -> None:
-        """Carry out all effects, in order. An error of one is raised after the others were carried out."""
+        """Carry out all effects, in order. An error of one is raised after the others were carried out.
+
+        After an error the keeper retains released segments: it may not know where their blobs are now.
+        """
         errors: list[WoolyError] = []
         for effect in effects:
             try:
-                self._carry_out(effect)
+                self._carry_out(effect, retain=bool(errors))
             except WoolyError as error:
                 errors.append(error)
         if errors:
             raise errors[0]
 
-    def _carry_out(self, effect: Effect) -> None:
+    def _carry_out(self, effect: Effect, *, retain: bool) -> None:
         match effect:
             case Released(segment):
                 self._devices.release(segment)
-                self._keeper.release(segment)
+                if not retain:
+                    self._keeper.release(segment)
             case Forgotten(key):
                 self._keeper.forget(key)
             case Relocated(key):

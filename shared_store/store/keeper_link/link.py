@@ -61,7 +61,7 @@ class KeeperLink:
         self._child: subprocess.Popen[bytes] | None = None
         held = inheritance.held.segments if inheritance else {}
         self._sent = {number for number, found in held.items() if found.fd is not None}
-        self._lost_fds = set(held) - self._sent
+        self._lost_fds = set(held) - self._sent  # the keeper has their records, but could not retain descriptors
         self._journal = ""
         self._gone = ""
         self._slow = ""

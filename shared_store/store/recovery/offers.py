@@ -110,7 +110,7 @@ class Offers:
                         device = offered.manifest.device
                         self._devices.put(number, device, FdSegment(fd.dup(), nbytes))
                         state.segments.take_back(number, device, nbytes)
-                state.admit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
+                state.readmit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
                 self._signals.changed()
             finally:
                 self._arrivals.settled(key)

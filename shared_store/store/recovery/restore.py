@@ -66,7 +66,7 @@ class Restore:
                 continue
             name, manifest = model.manifest.name, model.manifest
             if all(map(state.segments.has, record.segments)):
-                state.admit(model.data, manifest, model.locations, pinned=record.pinned, last_used=record.last_used)
+                state.readmit(model.data, manifest, model.locations, pinned=record.pinned, last_used=record.last_used)
                 self._signals.changed()
                 log.info("restored %s: %d tensors", name, len(manifest.tensors))
             else:

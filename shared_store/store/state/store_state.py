@@ -147,7 +147,7 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
-    def admit(
+    def readmit(
         self,
         data: bytes,
         manifest: Manifest,
