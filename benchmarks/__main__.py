@@ -14,33 +14,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS = {
-    "demo": ("scenarios.demo", "two vLLM servers on one copy of a model's weights"),
-    "cpu": ("scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
-    "gpu": ("scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
-    "digest": ("scenarios.digest", "digests of GPU memory (a part of gpu)"),
-    "hf": ("scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
-    "disk": ("scenarios.disk", "saving, restoring and verifying models"),
-    "store": ("scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
-    "recovery": ("scenarios.recovery", "time to recover after the store is killed"),
-    "compaction": ("scenarios.compaction", "dead bytes after models are removed, and the cost of compaction"),
-    "canary": ("scenarios.canary", "writes to weights after loading, for all random models"),
-    "soak": ("soak.command", "clients that die at random, then an exact count"),
-    "parity": ("parity.command", "stock vLLM, publisher and reader compared; writes docs/parity.md"),
-    "model": ("models.llama", "make or fine-tune the GPU benchmark's model"),
-    "summary": ("report.summary", "all results in one file"),
-    "plot": ("report.plot", "SVG plots of the results"),
+    "demo": ("benchmarks.scenarios.demo", "two vLLM servers on one copy of a model's weights"),
+    "cpu": ("benchmarks.scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
+    "gpu": ("benchmarks.scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
+    "digest": ("benchmarks.scenarios.digest", "digests of GPU memory (a part of gpu)"),
+    "hf": ("benchmarks.scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
+    "disk": ("benchmarks.scenarios.disk", "saving, restoring and verifying models"),
+    "store": ("benchmarks.scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
+    "recovery": ("benchmarks.scenarios.recovery", "time to recover after the store is killed"),
+    "compaction": (
+        "benchmarks.scenarios.compaction",
+        "dead bytes after models are removed, and the cost of compaction",
+    ),
+    "canary": ("benchmarks.scenarios.canary", "writes to weights after loading, for all random models"),
+    "soak": ("benchmarks.soak.command", "clients that die at random, then an exact count"),
+    "parity": ("benchmarks.parity.command", "stock vLLM, publisher and reader compared; writes docs/parity.md"),
+    "model": ("support.models.large_llama", "make or fine-tune the GPU benchmark's model"),
+    "summary": ("benchmarks.report.summary", "all results in one file"),
+    "plot": ("benchmarks.report.plot", "SVG plots of the results"),
 }
 """Module and description of each command."""
 
 WORKERS = {
-    "engine-worker": "workers.engine",
-    "cpu-worker": "workers.cpu",
-    "gpu-worker": "workers.gpu",
-    "hf-worker": "workers.hf",
-    "disk-worker": "workers.disk",
-    "store-worker": "workers.store",
-    "parity-worker": "parity.worker",
-    "soak-worker": "soak.worker",
+    "engine-worker": "benchmarks.workers.engine",
+    "cpu-worker": "benchmarks.workers.cpu",
+    "gpu-worker": "benchmarks.workers.gpu",
+    "hf-worker": "benchmarks.workers.hf",
+    "disk-worker": "benchmarks.workers.disk",
+    "store-worker": "benchmarks.workers.store",
+    "parity-worker": "benchmarks.parity.worker",
+    "soak-worker": "benchmarks.soak.worker",
 }
 """Module of each process that a benchmark starts; see ``harness/processes.py``."""
 
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> None:
     if module is None:
         sys.exit(f"unknown benchmark {name!r}; valid names: {', '.join(COMMANDS)}")
     sys.argv = [f"benchmarks {name}", *arguments[1:]]
-    importlib.import_module(f"benchmarks.{module}").main()
+    importlib.import_module(module).main()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from support.models import large_llama as llama
+
 from benchmarks.harness.figures import Figures
 from benchmarks.harness.gpu import used_mib
 from benchmarks.harness.node import Node
-from benchmarks.models import llama
 from benchmarks.scenarios.gpu_engines import GpuBench
 
 TUNES = 3

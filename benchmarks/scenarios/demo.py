@@ -33,6 +33,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from support.models import large_llama as llama
 from support.models.cache import CACHE, made_once
 from support.models.random_weights import write_tokenizer
 from support.models.smollm2 import smollm2
@@ -41,7 +42,6 @@ from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Answer, Server, Se
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import MIB
 from benchmarks.harness.gpu import used_mib
-from benchmarks.models import llama
 from shared_store.base.status import Status
 from shared_store.memory.cuda.driver import visible_gpus
 

@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from support.models import large_llama as llama
+
 from benchmarks.harness.arguments import add_gpu_model, parser
 from benchmarks.harness.figures import MIB, seconds
 from benchmarks.harness.gpu import first_gpu
@@ -40,7 +42,6 @@ from benchmarks.harness.machine import gpu_stack, host, stamp, wooly
 from benchmarks.harness.node import Node
 from benchmarks.harness.results import RESULTS, gpu_file
 from benchmarks.harness.results import write as write_results
-from benchmarks.models import llama
 from benchmarks.models.saved import describe, random_checkpoint
 from benchmarks.scenarios import disk_baselines
 from benchmarks.workers.disk import KEY, open_seconds, restore_seconds

@@ -31,6 +31,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from support.models import large_llama as llama
+
 from benchmarks.harness.arguments import add_gpu_model, parser
 from benchmarks.harness.figures import MIB, Figures
 from benchmarks.harness.gpu import nvidia_smi
@@ -38,7 +40,6 @@ from benchmarks.harness.machine import required_gpu_stack
 from benchmarks.harness.parts import run_parts, some_of
 from benchmarks.harness.processes import command
 from benchmarks.harness.results import gpu_file
-from benchmarks.models import llama
 from benchmarks.scenarios.capacity import capacity
 from benchmarks.scenarios.decode import decode
 from benchmarks.scenarios.dedup import dedup

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from support.models import large_llama as llama
+
 from benchmarks.harness.figures import MIB, Figures
 from benchmarks.harness.gpu import used_mib
 from benchmarks.harness.machine import packages, required_gpu_stack
@@ -14,7 +16,6 @@ from benchmarks.harness.pairs import KINDS, put_rates, run_pairs
 from benchmarks.harness.parts import run_parts
 from benchmarks.harness.processes import ChildError
 from benchmarks.harness.results import gpu_file
-from benchmarks.models import llama
 from benchmarks.scenarios.hf_processes import COUNTS, fill_page_cache, launch
 
 BATCH, TOKENS = 8, 128

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.engines import SHARING, EngineProcess, status_of
+from support.models import large_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -67,11 +68,9 @@ def test_engines_started_together_get_the_same_kv_cache_and_leave_nothing(
     engine: Any, tmp_path: Path, runtime_dir: Path
 ) -> None:
     """Three start at once with one utilization: publisher and readers get equal KV caches; VRAM is freed in the end."""
-    gpu_model = pytest.importorskip("gpu_model")
     pytest.importorskip("vllm")
     model = tmp_path / "model"
-    make = [sys.executable, gpu_model.__file__, "make", str(model), "--layers", "4"]
-    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
+    large_llama.run("make", str(model), "--layers", "4")
     settings = {"enforce_eager": True, "gpu_memory_utilization": 0.3}
     processes = [engine(model, settings=settings, hold=True, **SHARING) for _ in range(3)]
     answers = [process.wait("answered") for process in processes]

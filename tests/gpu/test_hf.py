@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from hf.jobs import Job, JobError
+from support.models import large_llama
 from support.stores import StoreProcess
 from support.waiting import wait_until
 
@@ -71,10 +70,8 @@ def test_publisher_and_reader_are_as_stock(pair, store, checkpoint, family, opti
 
 def test_vram_is_paid_once(pair, tmp_path):
     """A second process with the model uses a fraction of its size beyond what every process uses."""
-    gpu_model = pytest.importorskip("gpu_model")
     path = tmp_path / "model"
-    make = [sys.executable, gpu_model.__file__, "make", str(path), "--layers", "1", "--vocabulary", "320"]
-    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
+    large_llama.run("make", str(path), "--layers", "1", "--vocabulary", "320")
     code = """
     torch.zeros(1, device="cuda")
     def free():

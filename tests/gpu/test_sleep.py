@@ -11,6 +11,7 @@ import pytest
 from gpu.conftest import used_mib
 from support.adapters import random_adapter
 from support.engines import SHARING, status_of
+from support.models import large_llama
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -35,10 +36,8 @@ def resident(runtime_dir: Path, gpu: str) -> int:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint of more than a GiB, so that it shows in VRAM."""
-    gpu_model = pytest.importorskip("gpu_model")
     directory = tmp_path_factory.mktemp("large") / "model"
-    make = [sys.executable, gpu_model.__file__, "make", str(directory), "--layers", "4"]
-    subprocess.run(make, check=True, timeout=120)  # in a separate process, which frees its CUDA context when it ends
+    large_llama.run("make", str(directory), "--layers", "4")
     return directory
 
 

@@ -1,28 +1,27 @@
-"""The GPU benchmark's model: a Llama-shaped checkpoint with random bf16 weights, and fine-tunes of it.
+"""A large model for GPUs: a Llama-shaped checkpoint with random bf16 weights, and fine-tunes of it.
 
 Each layer has its own shard, so that a fine-tune shares the files (hard links) of its unchanged layers. Relies on torch
 and safetensors; fast only with a GPU. Bytes are equal for equal seeds on the same kind of device only.
 
-    python benchmarks model make DIRECTORY [--layers 16]
-    python benchmarks model finetune SOURCE TARGET --changed 0 1 --seed 1
+    python tests/support/models/large_llama.py make DIRECTORY [--layers 16]
+    python tests/support/models/large_llama.py finetune SOURCE TARGET --changed 0 1 --seed 1
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from benchmarks.harness.arguments import parser
-from benchmarks.harness.processes import command
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +95,8 @@ def finetune(source: Path, target: Path, changed_layers: Collection[int], seed: 
 
 
 def run(*arguments: str) -> None:
-    """Run this module's command in a process of its own, so that the calling process has no CUDA context."""
-    subprocess.run(command("model", *arguments), check=True)
+    """Run this module in a separate process, which frees its CUDA context when it ends."""
+    subprocess.run([sys.executable, __file__, *arguments], check=True, timeout=600)
 
 
 def weight_bytes(directory: Path) -> int:
@@ -208,7 +207,7 @@ def _config(layers: int, shape: Shape) -> dict[str, Any]:
 
 def main() -> None:
     """Make or fine-tune a checkpoint."""
-    options = parser(__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = options.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write a checkpoint with random weights")
     making.add_argument("directory", type=Path)
@@ -225,3 +224,7 @@ def main() -> None:
         make(arguments.directory, arguments.layers, arguments.seed, replace(LLAMA, vocabulary=arguments.vocabulary))
     else:
         finetune(arguments.source, arguments.target, arguments.changed, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
