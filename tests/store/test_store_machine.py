@@ -433,7 +433,9 @@ class CacheMachine(StoreMachine):
         assert nbytes <= self.backend.capacity
         promised = sum(held.nbytes for held in segments.all())
         assert promised <= segments.limits.get(DEVICE, CAPACITY)
-        assert min(segments.unused(DEVICE)) >= 0
+        settled = [held for held in segments.all() if held.settled and not held.quarantined]
+        in_use = sum(self._blobs()[digest].nbytes for held in settled for digest in held.blobs)
+        assert sum(segments.unused(DEVICE)) == sum(held.nbytes for held in settled) - in_use
         mapped = sum(len(writing.mappings) for writing in self.writing.values())
         mapped += sum(1 + len(copying.sources) for copying in self.copying.values())
         assert open_segments() - self.before == segments.count(DEVICE) + mapped

@@ -6,103 +6,19 @@ carried out on a model of the process around it: allocated memory, waiting clien
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.content import key, manifest_of
+from hypothesis.stateful import initialize, invariant, precondition, rule
+from support.state_driver import DEVICES, INDEX, KEYS, MIB, MODELS, TURNS, StateDriver, digests
 
-from shared_store.base.errors import ModelInUseError, ModelNotFoundError, ProtocolError
-from shared_store.base.layout import pack
-from shared_store.base.manifest import Blob
+from shared_store.base.errors import ModelInUseError, ModelNotFoundError
 from shared_store.store.space.compaction_plan import choose
-from shared_store.store.space.eviction import CachedModel, evict
-from shared_store.store.state import publish_plan as plan_module
 from shared_store.store.state.clients import Client
-from shared_store.store.state.committed import Committed
-from shared_store.store.state.effects import Forgotten, HasTurn, MayPublish, MayRead, Refused, Released, Relocated
-from shared_store.store.state.models import Asker, State
-from shared_store.store.state.store_state import StoreState
-
-MIB = 1 << 20
-SIZES = (0, 1, 700, 300_000, MIB, 2 * MIB + 1, 3 * MIB)
-BLOBS = tuple(Blob(bytes([number]) * 32, nbytes) for number, nbytes in enumerate(SIZES))
-DEVICES = ("cpu", "gpu")
-KEYS = tuple(key(number) for number in range(1, 6))
-MODELS = st.lists(st.sampled_from(BLOBS), max_size=5)
-INDEX = st.integers(0, 7)
-TURNS = ("start:cpu", "start:gpu")
 
 
-@dataclass
-class Around:
-    """The process around the state, as effects change it.
-
-    `memory`: allocated segments; `waits`: (key, client) of queued opens; `reading` and `publishing`: answers to opens,
-    `reading` with the segments that the client maps; `turns`: holders; `kept`: locations of models, as the keeper has
-    them.
-    """
-
-    memory: set[int] = field(default_factory=set)
-    waits: set[tuple[str, int]] = field(default_factory=set)
-    reading: dict[tuple[str, int], set[int]] = field(default_factory=dict)
-    publishing: dict[str, int] = field(default_factory=dict)
-    turns: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
-
-
-class StateMachine(RuleBasedStateMachine):
+class StateMachine(StateDriver):
     """See the module."""
-
-    def __init__(self):
-        super().__init__()
-        plan_module.pack = functools.partial(pack, target=4 * MIB)  # models of a few blobs have several segments
-        self.now = 1_000_000.0
-        self.state = StoreState({}, clock=lambda: self.now)
-        self.around = Around()
-        self.models = {}  # key: blobs of the committed model
-        self.counted_on = {}  # key of a planned publication: digests that were committed before
-        self.shared = {}  # token of a withdrawn model: its digests that are not quarantined
-        self.number = self.limit = 0
-
-    def teardown(self):
-        """Nothing is left after the last client disconnected and all models were removed."""
-        plan_module.pack = pack
-        for number in list(self.state.clients):
-            self._lose(number)
-        for name in list(self.models):
-            self._remove(name)
-        assert self.state.segments.all() == self.state.models.all() == self.state.compactions.all() == []
-        assert self.state.segments.blobs.all() == self.state.segments.blobs.references() == {}
-        assert self.state.plans == self.state.committed == self.state.withdrawn == {}
-        assert self.around == Around()
-
-    # The process around the state.
-
-    def _carry_out(self, effects):
-        for effect in effects:
-            match effect:
-                case Released(segment):
-                    assert not self.state.segments.has(segment)
-                    self.around.memory.discard(segment)  # a promised segment has none
-                case Forgotten(name):
-                    del self.around.kept[name]
-                case Relocated(name):
-                    self.around.kept[name] = self.state.locations_of(name)
-                case MayPublish(name, client):
-                    self.around.waits.remove((name, client))
-                    self.around.publishing[name] = client
-                case MayRead(name, client):
-                    self.around.waits.discard((name, client))  # the publisher does not wait
-                    self.around.reading[name, client] = set(self.state.segments_of(name))
-                case Refused(name, client, error):
-                    assert isinstance(error, ModelNotFoundError)
-                    self.around.waits.remove((name, client))
-                case HasTurn(name, client):
-                    self.around.turns[name] = client
 
     # Clients.
 
@@ -125,18 +41,6 @@ class StateMachine(RuleBasedStateMachine):
     @rule(which=INDEX)
     def lose(self, which):
         self._lose(self._pick(sorted(self.state.clients), which))
-
-    def _lose(self, number):
-        published = [name for name, publisher in self.around.publishing.items() if publisher == number]
-        for name in published:
-            self._end_publication(name)
-        self.around.waits = {wait for wait in self.around.waits if wait[1] != number}
-        self.around.reading = {read: ids for read, ids in self.around.reading.items() if read[1] != number}
-        self.around.turns = {name: client for name, client in self.around.turns.items() if client != number}
-        counted = self.state.counts.snapshot().aborted_publishes
-        self._carry_out(self.state.lost(self.state.clients[number]))
-        assert self.state.counts.snapshot().aborted_publishes == counted + len(published)
-        self._forget_unread()
 
     @rule(which=INDEX, name=st.sampled_from(TURNS))
     def acquire_a_turn(self, which, name):
@@ -169,24 +73,6 @@ class StateMachine(RuleBasedStateMachine):
         if number := self._pick(self._free(), which):
             self._open(number, name, publish=publish)
 
-    def _open(self, number, name, *, publish):
-        model = self.state.models.get(name)
-        involved = {model.publisher, *model.readers} if model else set()
-        device = DEVICES[KEYS.index(name) % 2]
-        self.around.waits.add((name, number))
-        try:
-            outcomes = self.state.models.open(name, Asker(number, publish), name="m", engine="e", device=device)
-        except ProtocolError:
-            refused = number in involved
-        except ModelNotFoundError:
-            refused = model is None and not publish
-        else:
-            assert number not in involved
-            self._carry_out(outcomes)
-            return
-        assert refused
-        self.around.waits.remove((name, number))
-
     @rule(which=INDEX, name=st.sampled_from(KEYS), blobs=MODELS, upto=st.sampled_from(["plan", "fill", "commit"]))
     def publish(self, which, name, blobs, upto):
         """The steps of a publication in a row."""
@@ -215,58 +101,15 @@ class StateMachine(RuleBasedStateMachine):
     def plan(self, which, blobs):
         self._plan(self._pick(self._unplanned(), which), blobs)
 
-    def _plan(self, name, blobs):
-        """Admit as the store does: evict by the policy, or leave everything as it was."""
-        state, number = self.state, self.around.publishing[name]
-        before = {digest for (device, digest) in state.segments.blobs.all() if device == self._device(name)}
-        draft = state.draft(name, number, blobs, None)
-        state.segments.refer_known(draft)
-        missing = state.segments.missing(draft.device, draft.nbytes)
-        if missing > 0:
-            cached = [
-                CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
-                for model in state.models.all()
-                if model.state is State.COMMITTED and model.device == draft.device
-            ]
-            chosen = evict(cached, state.segments.occupied(draft.device), missing)
-            if chosen is None:
-                self._carry_out(state.drop(draft.token))
-                return
-            for victim in chosen:
-                self._remove(victim)
-            assert state.segments.missing(draft.device, draft.nbytes) <= 0
-        state.plans[name] = plan = state.segments.promise_plan(draft)
-        self.counted_on[name] = {blob.digest for blob in blobs} & before
-        new = [blob.digest for blob, location in zip(blobs, plan.locations, strict=True) if location.new]
-        assert sorted(new) == sorted({blob.digest for blob in blobs} - before)
-        assert set(plan.written) == set(plan.segments)
-
     @precondition(lambda self: self.state.plans)
     @rule(which=INDEX)
     def fill(self, which):
         self._fill(self._pick(list(self.state.plans), which))
 
-    def _fill(self, name):
-        for segment in self.state.plans[name].segments if name in self.state.plans else ():
-            if not self.state.segments.at(segment).allocated:
-                self.around.memory.add(segment)
-                self.state.segments.fill(segment)
-
     @precondition(lambda self: self._filled())
     @rule(which=INDEX)
     def commit(self, which):
         self._commit(self._pick(self._filled(), which))
-
-    def _commit(self, name):
-        if name not in self._filled():
-            return
-        plan, number = self.state.plans[name], self.around.publishing.pop(name)
-        manifest = manifest_of(name, plan.blobs, device=self._device(name))
-        del self.counted_on[name]
-        self._carry_out(self.state.commit(name, number, Committed(b"", manifest)))
-        self.models[name] = plan.blobs
-        self.around.kept[name] = self.state.locations_of(name)  # the handler notes a committed model
-        assert (name, number) in self.around.reading
 
     @precondition(lambda self: self.counted_on)
     @rule(which=INDEX)
@@ -302,12 +145,6 @@ class StateMachine(RuleBasedStateMachine):
             return
         with pytest.raises(ModelInUseError if self.state.models.get(name) else ModelNotFoundError):
             self.state.remove(name)
-
-    def _remove(self, name):
-        del self.models[name]
-        removed, effects = self.state.remove(name)
-        assert removed == name
-        self._carry_out(effects)
 
     @rule(name=st.sampled_from(KEYS), pinned=st.booleans())
     def pin(self, name, pinned):
@@ -362,7 +199,7 @@ class StateMachine(RuleBasedStateMachine):
         device = self.state.segments.at(bad).device
         done = self.state.quarantine([bad])
         assert done.segments == (bad,)
-        hit = [one for one, blobs in self.models.items() if self._device(one) == device and inside & _digests(blobs)]
+        hit = [one for one, blobs in self.models.items() if self._device(one) == device and inside & digests(blobs)]
         assert {one.manifest.key for one in done.withdrawn} == set(hit)
         for name in [one for one, known in self.counted_on.items() if self._device(one) == device and inside & known]:
             del self.counted_on[name]
@@ -372,7 +209,7 @@ class StateMachine(RuleBasedStateMachine):
             blobs = self.models.pop(name)
             for token, model in self.state.models.withdrawn().items():
                 if model.key == name and token not in self.shared:
-                    self.shared[token] = _digests(blobs) - inside
+                    self.shared[token] = digests(blobs) - inside
         self._carry_out(done.effects)
 
     # What holds after every step.
@@ -440,51 +277,6 @@ class StateMachine(RuleBasedStateMachine):
     @invariant()
     def the_keeper_knows_all_models_and_their_locations(self):
         assert self.around.kept == {name: self.state.locations_of(name) for name in self.models}
-
-    # Questions.
-
-    def _end_publication(self, name):
-        del self.around.publishing[name]
-        self.counted_on.pop(name, None)
-
-    def _forget_unread(self):
-        withdrawn = self.state.models.withdrawn()
-        self.shared = {token: shared for token, shared in self.shared.items() if token in withdrawn}
-
-    def _queued(self):
-        return {(model.key, waiter.client) for model in self.state.models.all() for waiter in model.waiters}
-
-    def _reading_by_key(self):
-        return {(model.key, reader) for model in self.state.models.all() for reader in model.readers}
-
-    def _reading_withdrawn(self):
-        return {(model.key, reader) for model in self.state.models.withdrawn().values() for reader in model.readers}
-
-    def _free(self):
-        """Clients that do not wait."""
-        waiting = {number for _, number in self.around.waits}
-        return [number for number in sorted(self.state.clients) if number not in waiting]
-
-    def _unplanned(self):
-        return [name for name in self.around.publishing if name not in self.state.plans]
-
-    def _filled(self):
-        return [name for name, plan in self.state.plans.items() if self.state.segments.filled(plan)]
-
-    def _settled(self):
-        return [entry.id for entry in self.state.segments.all() if entry.settled and entry.blobs]
-
-    @staticmethod
-    def _device(name):
-        return DEVICES[KEYS.index(name) % 2]
-
-    @staticmethod
-    def _pick(options, which):
-        return options[which % len(options)] if options else None
-
-
-def _digests(blobs):
-    return {blob.digest for blob in blobs}
 
 
 TestState = StateMachine.TestCase
