@@ -86,7 +86,7 @@ def run_wheel(wheel: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         venv.create(directory, with_pip=True)
         _run(f"{directory}/bin/python", "-m", "pip", "install", "--quiet", str(wheel))
-        # In another directory, and without the caller's path: what runs is what was installed.
+        # In another directory, and without the inherited import path, so that the installed package runs.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [f"{directory}/bin/wooly", "--version"]
         found = subprocess.run(

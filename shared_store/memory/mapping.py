@@ -73,7 +73,7 @@ class Mapping:
         """Take ownership of another segment of the same size after :meth:`release_segment`. It is not mapped yet.
 
         Raises:
-            ValueError: the mapping is closed or has a segment, or the sizes differ. The segment stays the caller's.
+            ValueError: the mapping is closed or has a segment, or the sizes differ. The caller still owns the segment.
         """
         with self._lock:
             if self._closed or self._segment is not None or segment.nbytes != self.nbytes:

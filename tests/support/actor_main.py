@@ -22,7 +22,7 @@ def main():
             else:
                 result = getattr(client, method)(**arguments)
             answer = {"result": result}
-        except Exception as error:  # noqa: BLE001 - the test that called is told of any
+        except Exception as error:  # noqa: BLE001 - any error is sent to the calling test
             answer = {"error": type(error).__name__, "text": str(error)}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
