@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 from hf.jobs import Job, JobError
 from support.models import large_llama
-from support.stores import StoreProcess
+from support.stores import store_without_catalog
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -23,11 +21,7 @@ def store(gpu):
     assert gpu.startswith("GPU-")
     for name in ("transformers", "accelerate", "peft"):
         pytest.importorskip(name)
-    directory = Path(tempfile.mkdtemp(prefix="wooly-"))
-    running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
-    yield running
-    running.clean_up()
-    shutil.rmtree(directory)
+    yield from store_without_catalog()
 
 
 @pytest.fixture(scope="module")

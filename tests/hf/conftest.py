@@ -7,14 +7,12 @@ import itertools
 import os
 import shutil
 import struct
-import tempfile
-from pathlib import Path
 
 import pytest
 from hf.jobs import PRELOADED, Job
 from support.descriptors import lasting
 from support.engine_fixtures import checkpoint
-from support.stores import StoreProcess
+from support.stores import store_without_catalog
 from support.waiting import readable
 
 from shared_store.client.session import Session
@@ -31,11 +29,7 @@ def preloaded():
 @pytest.fixture(scope="module")
 def store():
     """Start a store whose catalog is unreachable: no test here needs it."""
-    directory = Path(tempfile.mkdtemp(prefix="wooly-"))
-    running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
-    yield running
-    running.clean_up()
-    shutil.rmtree(directory)
+    yield from store_without_catalog()
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from support.client import Client
@@ -172,3 +174,12 @@ def resident(client):
 def wait_for_status(client, condition, what):
     """Poll the status until `condition(status)`."""
     wait_until(lambda: condition(client.session.status()), what)
+
+
+def store_without_catalog():
+    """Start a store whose catalog is unreachable, and yield it, for a fixture."""
+    directory = Path(tempfile.mkdtemp(prefix="wooly-"))
+    running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
+    yield running
+    running.clean_up()
+    shutil.rmtree(directory)
