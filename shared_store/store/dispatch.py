@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shared_store.base.errors import ProtocolError, WoolyError
@@ -31,13 +32,13 @@ def plain(handle: Callable[[Session, R], Awaitable[Answer]]) -> Handler:
     return handler
 
 
+@dataclass(frozen=True, eq=False)
 class Dispatch:
     """Answers requests by a table of handlers."""
 
-    def __init__(self, table: Table, times: RequestTimes, counts: Counts) -> None:
-        self.table = table
-        self._times = times
-        self._counts = counts
+    table: Table
+    _times: RequestTimes
+    _counts: Counts
 
     def check(self, message: messages.ClientMessage, fds: OwnedFds) -> messages.Request | None:
         """Return the request to answer; None for a message without a reply.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from shared_store.base.errors import WoolyError
 from shared_store.store.devices.devices import Devices
@@ -11,13 +12,13 @@ from shared_store.store.state.effects import Effect, Forgotten, Released, Reloca
 from shared_store.store.waiting import Waiters
 
 
+@dataclass(frozen=True, eq=False)
 class Effects:
     """Connects the state to the process around it. Callers carry effects out before they await anything else."""
 
-    def __init__(self, devices: Devices, keeper: KeeperLink, waiters: Waiters) -> None:
-        self._devices = devices
-        self._keeper = keeper
-        self._waiters = waiters
+    _devices: Devices
+    _keeper: KeeperLink
+    _waiters: Waiters
 
     def carry_out(self, effects: Iterable[Effect]) -> None:
         """Carry out all effects, in order. An error of one is raised after the others were carried out.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.base.digest import SIZE
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import messages
@@ -11,12 +13,12 @@ from shared_store.store.session import Answer, Session
 from shared_store.store.state.store_state import StoreState
 
 
+@dataclass(frozen=True, eq=False)
 class FileRequests:
     """Digests of files, shared by clients of one uid."""
 
-    def __init__(self, state: StoreState, keeper: KeeperLink) -> None:
-        self._state = state
-        self._keeper = keeper
+    _state: StoreState
+    _keeper: KeeperLink
 
     async def recall(self, session: Session, request: messages.RecallFiles) -> Answer:
         """Answer with one digest for each file; empty bytes where none is known."""

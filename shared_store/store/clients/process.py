@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shared_store.base.errors import PermissionDeniedError
 from shared_store.base.status import Status
@@ -13,13 +14,13 @@ from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.session import Answer, Session
 
 
+@dataclass(frozen=True, eq=False)
 class ProcessRequests:
     """The store's process. ``stopping`` is set when a client asked it to end."""
 
-    def __init__(self, keeper: KeeperLink, status: Callable[[], Status], stopping: asyncio.Event) -> None:
-        self._keeper = keeper
-        self._status = status
-        self._stopping = stopping
+    _keeper: KeeperLink
+    _status: Callable[[], Status]
+    _stopping: asyncio.Event
 
     async def get_status(self, _session: Session, request: messages.GetStatus) -> Answer:
         """Answer with the store's snapshot."""

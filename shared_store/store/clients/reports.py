@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import messages
@@ -13,12 +14,12 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Reports:
     """Private bytes of readers, and fallbacks."""
 
-    def __init__(self, state: StoreState, signals: Signals) -> None:
-        self._state = state
-        self._signals = signals
+    _state: StoreState
+    _signals: Signals
 
     async def report(self, session: Session, request: messages.Report) -> Answer:
         """Record the private bytes of a reader.

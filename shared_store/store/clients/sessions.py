@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from shared_store.store.effects import Effects
 from shared_store.store.session import Session
@@ -13,14 +14,14 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Sessions:
     """Adds clients to the state, and removes them."""
 
-    def __init__(self, state: StoreState, effects: Effects, signals: Signals, evictor: Evictor) -> None:
-        self._state = state
-        self._effects = effects
-        self._signals = signals
-        self._evictor = evictor
+    _state: StoreState
+    _effects: Effects
+    _signals: Signals
+    _evictor: Evictor
 
     def begin(self, session: Session) -> None:
         """Add a client that was greeted."""

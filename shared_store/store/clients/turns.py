@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import messages
 from shared_store.store.effects import Effects
@@ -10,13 +12,13 @@ from shared_store.store.state.store_state import StoreState
 from shared_store.store.waiting import Waiters
 
 
+@dataclass(frozen=True, eq=False)
 class TurnRequests:
     """Turns of clients."""
 
-    def __init__(self, state: StoreState, effects: Effects, waiters: Waiters) -> None:
-        self._state = state
-        self._effects = effects
-        self._waiters = waiters
+    _state: StoreState
+    _effects: Effects
+    _waiters: Waiters
 
     async def acquire(self, session: Session, request: messages.Acquire) -> Answer:
         """Wait until the client has the turn; without ``wait``, only join its queue.

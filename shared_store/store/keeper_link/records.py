@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.protocol.durable_state import DurableState, RetainedSegment
 from shared_store.protocol.keeper_messages import ModelRecord, SegmentRecord
 from shared_store.runtime.fds import OwnedFd
@@ -9,12 +11,12 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.state.store_state import StoreState
 
 
+@dataclass(frozen=True, eq=False)
 class Records:
     """Reads records from the state, and descriptors from the devices."""
 
-    def __init__(self, state: StoreState, devices: Devices) -> None:
-        self._state = state
-        self._devices = devices
+    _state: StoreState
+    _devices: Devices
 
     def model(self, key: str) -> ModelRecord:
         """Return the record of a committed model."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.protocol import messages
 from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
@@ -10,14 +12,14 @@ from shared_store.store.signals import Signals
 from shared_store.store.state.store_state import StoreState
 
 
+@dataclass(frozen=True, eq=False)
 class Administration:
     """Removes and pins models. A model may be named by an unambiguous prefix of its key."""
 
-    def __init__(self, state: StoreState, effects: Effects, signals: Signals, keeper: KeeperLink) -> None:
-        self._state = state
-        self._effects = effects
-        self._signals = signals
-        self._keeper = keeper
+    _state: StoreState
+    _effects: Effects
+    _signals: Signals
+    _keeper: KeeperLink
 
     async def remove(self, _session: Session, request: messages.Remove) -> Answer:
         """Remove a committed model without readers; answer with its key.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.protocol import messages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
@@ -10,14 +12,14 @@ from shared_store.store.signals import Signals
 from shared_store.store.state.store_state import StoreState
 
 
+@dataclass(frozen=True, eq=False)
 class Attach:
     """Makes `Attached` replies."""
 
-    def __init__(self, state: StoreState, devices: Devices, effects: Effects, signals: Signals) -> None:
-        self._state = state
-        self._devices = devices
-        self._effects = effects
-        self._signals = signals
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
 
     def attached(self, session: Session, key: str, request: int) -> Answer:
         """Return a committed model's manifest, its blobs' locations, and a descriptor of each segment.

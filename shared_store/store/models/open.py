@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from shared_store.base.errors import ProtocolError
 from shared_store.base.keys import KEY_LENGTH, is_key
@@ -26,28 +27,18 @@ MAX_NAME = 500
 """Characters of a model's or an engine's name; the rest is cut."""
 
 
+@dataclass(frozen=True, eq=False)
 class Opening:
     """Opens and leaves models."""
 
-    def __init__(
-        self,
-        state: StoreState,
-        devices: Devices,
-        effects: Effects,
-        signals: Signals,
-        waiters: Waiters,
-        arrivals: Arrivals,
-        evictor: Evictor,
-        attach: Attach,
-    ) -> None:
-        self._state = state
-        self._devices = devices
-        self._effects = effects
-        self._signals = signals
-        self._waiters = waiters
-        self._arrivals = arrivals
-        self._evictor = evictor
-        self._attach = attach
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
+    _waiters: Waiters
+    _arrivals: Arrivals
+    _evictor: Evictor
+    _attach: Attach
 
     async def open(self, session: Session, request: messages.Open) -> Answer:
         """Attach a client to a model, or grant it the publication; wait while another client publishes.

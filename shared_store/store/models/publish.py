@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from shared_store.base import manifest as manifests
 from shared_store.base.digest import SIZE
@@ -25,26 +26,17 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Publishing:
     """Publications: from the plan to the commit."""
 
-    def __init__(
-        self,
-        state: StoreState,
-        devices: Devices,
-        effects: Effects,
-        signals: Signals,
-        keeper: KeeperLink,
-        admission: Admission,
-        attach: Attach,
-    ) -> None:
-        self._state = state
-        self._devices = devices
-        self._effects = effects
-        self._signals = signals
-        self._keeper = keeper
-        self._admission = admission
-        self._attach = attach
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
+    _keeper: KeeperLink
+    _admission: Admission
+    _attach: Attach
 
     async def plan(self, session: Session, request: messages.Plan) -> Answer:
         """Assign a location to each blob; answer with descriptors of the segments that exist.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from shared_store.base.errors import ModelNotFoundError
 from shared_store.base.manifest import Blob
@@ -19,14 +20,14 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Quarantining:
     """Quarantines segments that have wrong bytes."""
 
-    def __init__(self, state: StoreState, devices: Devices, effects: Effects, signals: Signals) -> None:
-        self._state = state
-        self._devices = devices
-        self._effects = effects
-        self._signals = signals
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
 
     async def quarantine(self, session: Session, request: messages.Quarantine) -> Answer:
         """Stop sharing the segments of the named blobs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.recovery.arrivals import Arrivals
@@ -16,24 +17,16 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class GracePeriod:
     """Forgets models that no client offered in time. A model that is being offered prolongs the wait for it."""
 
-    def __init__(
-        self,
-        state: StoreState,
-        keeper: KeeperLink,
-        signals: Signals,
-        arrivals: Arrivals,
-        offers: Offers,
-        evictor: Evictor,
-    ) -> None:
-        self._state = state
-        self._keeper = keeper
-        self._signals = signals
-        self._arrivals = arrivals
-        self._offers = offers
-        self._evictor = evictor
+    _state: StoreState
+    _keeper: KeeperLink
+    _signals: Signals
+    _arrivals: Arrivals
+    _offers: Offers
+    _evictor: Evictor
 
     def start(self) -> None:
         """End the period once its time is over."""

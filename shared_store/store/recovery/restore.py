@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from shared_store.base.errors import MemoryBackendError, WoolyError
 from shared_store.memory import FdSegment
@@ -26,24 +27,16 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Restore:
     """Takes the segments and models of an earlier store into the state."""
 
-    def __init__(
-        self,
-        state: StoreState,
-        devices: Devices,
-        keeper: KeeperLink,
-        effects: Effects,
-        signals: Signals,
-        arrivals: Arrivals,
-    ) -> None:
-        self._state = state
-        self._devices = devices
-        self._keeper = keeper
-        self._effects = effects
-        self._signals = signals
-        self._arrivals = arrivals
+    _state: StoreState
+    _devices: Devices
+    _keeper: KeeperLink
+    _effects: Effects
+    _signals: Signals
+    _arrivals: Arrivals
 
     def restore(self, held: DurableState) -> None:
         """Take over all that an earlier store left, and its descriptors. Models without segments are awaited."""

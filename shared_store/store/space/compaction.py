@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from shared_store.base.errors import ConnectionLostError, DigestMismatchError, OutOfMemoryError, ProtocolError
 from shared_store.store.devices.devices import Devices
@@ -22,14 +23,14 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Compactor:
     """The compactions of a store."""
 
-    def __init__(self, state: StoreState, devices: Devices, effects: Effects, signals: Signals) -> None:
-        self._state = state
-        self._devices = devices
-        self._effects = effects
-        self._signals = signals
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
 
     async def begin(self, device: str, session: Session | None = None, *, share: float = 0.0) -> Compaction | None:
         """Choose segments to compact, and allocate the new one; return None if nothing would be gained.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol import messages
 from shared_store.store.devices.devices import Devices
@@ -10,13 +12,13 @@ from shared_store.store.space.compaction import Compactor
 from shared_store.store.state.store_state import StoreState
 
 
+@dataclass(frozen=True, eq=False)
 class CompactionRequests:
     """Compactions by clients."""
 
-    def __init__(self, state: StoreState, devices: Devices, compactor: Compactor) -> None:
-        self._state = state
-        self._devices = devices
-        self._compactor = compactor
+    _state: StoreState
+    _devices: Devices
+    _compactor: Compactor
 
     async def compact(self, session: Session, request: messages.Compact) -> Answer:
         """Answer with blobs to copy, and descriptors of the new segment and of the old ones; `Done`: nothing to gain.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from shared_store.store.effects import Effects
 from shared_store.store.signals import Signals
@@ -12,13 +13,13 @@ from shared_store.store.state.store_state import StoreState
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Evictor:
     """Evicts models that the caller chose."""
 
-    def __init__(self, state: StoreState, effects: Effects, signals: Signals) -> None:
-        self._state = state
-        self._effects = effects
-        self._signals = signals
+    _state: StoreState
+    _effects: Effects
+    _signals: Signals
 
     def evict(self, keys: Iterable[str], reason: str) -> None:
         """Evict committed models without readers."""

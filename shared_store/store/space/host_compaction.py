@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shared_store.base.errors import WoolyError
 from shared_store.memory import Mapping
@@ -17,12 +18,12 @@ from shared_store.store.state.compactions import Compaction
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class HostCompaction:
     """Copies blobs in a thread of the store."""
 
-    def __init__(self, devices: Devices, compactor: Compactor) -> None:
-        self._devices = devices
-        self._compactor = compactor
+    _devices: Devices
+    _compactor: Compactor
 
     async def run(self, device: str, *, share: float = 0.0, until: Callable[[], bool] = lambda: False) -> int:
         """Compact a device segment by segment until nothing more is gained; return bytes freed.
