@@ -6,7 +6,7 @@ import pytest
 from support.content import key
 from support.groups import MemoryGroup
 from support.stores import resident
-from support.waiting import open_segments
+from support.waiting import open_segments, wait_until
 
 from shared_store.base.errors import OutOfMemoryError
 
@@ -44,5 +44,5 @@ def test_the_control_group_is_full_in_the_middle_of_publishing(group, start_stor
     publisher.unmap()
     publisher.commit(key=key(2))
     assert publisher.digests() == publisher.expected()
-    assert open_segments(store.pid) == 1
+    wait_until(lambda: open_segments(store.pid) == 1, "the store to close what it sent to the publisher")
     store.kill()

@@ -90,7 +90,8 @@ def test_both_killed(kept, start_again, actor):
     wait_until(lambda: readers(again) == 3, "all readers to rejoin")
     status = again.status()
     assert (status.totals.resident_bytes, status.counters.publishes) == (resident, 0)
-    assert open_segments(again.pid) == status.devices[0].segments
+    segments = status.devices[0].segments
+    wait_until(lambda: open_segments(again.pid) == segments, "the store to close what it sent")
     again.kill_store()
     wait_until(lambda: readers(again) == 3, "all readers to rejoin after another restart")
 

@@ -50,7 +50,7 @@ def test_a_client_compacts_segments_without_readers(store, actor):
     assert process.compact()["segments"] == 0
     assert process.open(key=key(2)) == "attached"
     assert process.digests() == process.expected()
-    assert open_segments(store.pid) == 1
+    wait_until(lambda: open_segments(store.pid) == 1, "the store to close what it sent to the reader")
 
 
 def test_small_models_are_compacted_into_one_segment(store, actor):

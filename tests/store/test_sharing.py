@@ -197,4 +197,4 @@ def test_many_rounds_leak_nothing(store, actor):
         one_round(number)
     assert resident(client) == 0
     wait_until(lambda: store.open_fds() <= before, "the store to have as many descriptors as before")
-    assert open_segments(store.pid) == 0
+    wait_until(lambda: open_segments(store.pid) == 0, "the store to close all segments")
