@@ -20,7 +20,7 @@ class Access(enum.Enum):
 
 
 class Segment:
-    """One physical allocation that this process has a reference to. Backends add what they need."""
+    """One physical allocation that this process references. Backends add their own fields."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
