@@ -127,7 +127,7 @@ def _guard_peft(tuners_utils: ModuleType) -> None:
     base = tuners_utils.BaseTunerLayer
     stock = vars(base).get("__init_subclass__")
 
-    def init_subclass(cls: type, **keywords: Any) -> None:
+    def init_subclass(cls: type, /, **keywords: Any) -> None:
         hook = super(base, cls).__init_subclass__ if stock is None else stock.__get__(None, cls)
         hook(**keywords)
         _guard_merge(cls)
