@@ -85,7 +85,7 @@ def _watched(watch: Stopwatch) -> Any:
     return WoolyLoader
 
 
-def _construct(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+def _construct(_: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
     """Build the modules as vLLM's loader does, and load nothing."""
     import torch
     from vllm.model_executor.model_loader.utils import initialize_model
