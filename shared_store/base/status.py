@@ -135,6 +135,9 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    sleeps: int = 0
+    wakes: int = 0
+    returns: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

@@ -26,11 +26,15 @@ class KeeperMessage(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A segment: its id, its device, and its size in bytes. Ids are never reused."""
+    """A segment: its id, its device, and its size in bytes. Ids are never reused.
+
+    ``host`` is the id of its host copy, which is a segment of its own; 0 without one.
+    """
 
     id: int
     device: str
     nbytes: int
+    host: int = 0
 
 
 class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -55,13 +59,23 @@ class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hold(KeeperMessage, frozen=True, tag="hold"):
-    """A segment of a committed model, with its fd. Without an fd, only the record is known, from a journal."""
+    """A segment of a committed model, with its fd, or its new record.
+
+    Without an fd where none was sent before, only the record is known: from a journal, or the segment is in a lower
+    tier.
+    """
 
     segment: SegmentRecord
 
 
 class Release(KeeperMessage, frozen=True, tag="release"):
     """No committed model has blobs in this segment any more."""
+
+    segment: int
+
+
+class Vacate(KeeperMessage, frozen=True, tag="vacate"):
+    """This segment left its device: its fd must be closed. Its record stays, and its host copy has the bytes."""
 
     segment: int
 
@@ -84,7 +98,7 @@ class NoteFiles(KeeperMessage, frozen=True, tag="note_files"):
     files: tuple[tuple[int, FileId, bytes], ...]
 
 
-StateChange = Hold | Release | NoteModel | ForgetModel | NoteFiles
+StateChange = Hold | Release | Vacate | NoteModel | ForgetModel | NoteFiles
 
 
 # From the keeper.

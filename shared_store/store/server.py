@@ -163,7 +163,10 @@ class Server:
                 "and restart the store: `wooly stop`"
             )
         connection.greeted()
-        connection.send(messages.Welcome(messages.VERSION, shared_store.__version__, os.getpid(), connection.number))
+        capabilities = (messages.RESIDENCY,)
+        connection.send(
+            messages.Welcome(messages.VERSION, shared_store.__version__, os.getpid(), connection.number, capabilities)
+        )
         peer = connection.peer
         return Session(
             Client(connection.number, peer.pid, peer.uid, hello.name[:200]),

@@ -29,6 +29,16 @@ from shared_store.protocol.messages.models import (
     Report,
     ReportFallback,
 )
+from shared_store.protocol.messages.residency import (
+    RESIDENCY,
+    AddHostCopies,
+    CopyToHost,
+    FillHostCopy,
+    GoAway,
+    HostCopies,
+    HostSegment,
+    ReleaseHostCopies,
+)
 from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
 from shared_store.protocol.messages.session import (
     Acquire,
@@ -46,9 +56,11 @@ from shared_store.protocol.messages.session import (
 )
 
 __all__ = [
+    "RESIDENCY",
     "VERSION",
     "Abandon",
     "Acquire",
+    "AddHostCopies",
     "Attached",
     "BlobPlace",
     "ClientMessage",
@@ -56,14 +68,19 @@ __all__ = [
     "Compact",
     "Compacted",
     "Compacting",
+    "CopyToHost",
     "Done",
     "Failed",
     "FileDigests",
     "Fill",
+    "FillHostCopy",
     "Filled",
     "GetStatus",
+    "GoAway",
     "Granted",
     "Hello",
+    "HostCopies",
+    "HostSegment",
     "Leave",
     "Message",
     "Move",
@@ -76,6 +93,7 @@ __all__ = [
     "Quarantine",
     "RecallFiles",
     "Rejoin",
+    "ReleaseHostCopies",
     "RememberFiles",
     "Remove",
     "Reply",

@@ -25,6 +25,14 @@ from shared_store.protocol.messages.models import (
     Report,
     ReportFallback,
 )
+from shared_store.protocol.messages.residency import (
+    AddHostCopies,
+    CopyToHost,
+    FillHostCopy,
+    GoAway,
+    HostCopies,
+    ReleaseHostCopies,
+)
 from shared_store.protocol.messages.session import (
     Acquire,
     Done,
@@ -54,6 +62,11 @@ ClientMessage = (
     | Rejoin
     | Offer
     | Leave
+    | CopyToHost
+    | FillHostCopy
+    | AddHostCopies
+    | GoAway
+    | ReleaseHostCopies
     | Report
     | ReportFallback
     | GetStatus
@@ -75,6 +88,7 @@ StoreMessage = (
     | Planned
     | Filled
     | Attached
+    | HostCopies
     | Compacting
     | Switched
     | StatusReply

@@ -100,19 +100,21 @@ class Rejoin(Request, frozen=True, tag="rejoin"):
     """Claim a model that the client has mapped since before a restart, in the segments with these ids.
 
     Answered by :class:`Done`, or by :class:`Failed` (``model_not_found``) when the store does not have the model there.
-    The client may then send an :class:`Offer`.
+    The client may then send an :class:`Offer`. With ``away`` the client sleeps, and has host copies of the segments.
     """
 
     key: str
     segments: tuple[int, ...]
     private_bytes: int = 0
+    away: bool = False
 
 
 class Offer(Request, frozen=True, tag="offer"):
     """Send a model to a store that lost it: the contents of the original :class:`Attached`, and the segments' fds.
 
     The only client message with fds. The store accepts them right after it refused a :class:`Rejoin` of the same key.
-    Answered by :class:`Done`: the client reads the model.
+    Answered by :class:`Done`: the client reads the model. With ``away`` the client sleeps, and the fds are those of the
+    segments' host copies.
     """
 
     key: str
@@ -120,3 +122,4 @@ class Offer(Request, frozen=True, tag="offer"):
     places: tuple[BlobPlace, ...]
     segments: tuple[SegmentInfo, ...]
     private_bytes: int = 0
+    away: bool = False

@@ -56,7 +56,7 @@ class Opening:
         await self._arrivals.wait(request.key, session.gone)
         asker = Asker(session.client.number, request.publish)
         name, engine = request.name[:MAX_NAME], request.engine[:MAX_NAME]
-        outcomes = self._state.models.open(request.key, asker, name=name, engine=engine, device=request.device)
+        outcomes = self._state.open(request.key, asker, name=name, engine=engine, device=request.device)
         self._signals.changed()
         outcome = (
             outcomes[0]
@@ -81,7 +81,7 @@ class Opening:
 
     def _leave(self, client: Client, key: str) -> None:
         self._effects.carry_out(self._state.leave(client, key))
-        self._evictor.evict_asleep([key])
+        self._evictor.drop_asleep([key])
         self._signals.changed()
 
     def _publisher(self, key: str) -> Client | None:
