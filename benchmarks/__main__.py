@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "demo": ("benchmarks.scenarios.demo", "two vLLM servers on one copy of a model's weights"),
     "cpu": ("benchmarks.scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
+    "load_path": ("benchmarks.scenarios.load_path", "whole loads of publishers and readers, in their parts"),
     "gpu": ("benchmarks.scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
     "digest": ("benchmarks.scenarios.digest", "digests of GPU memory (a part of gpu)"),
     "hf": ("benchmarks.scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
@@ -39,6 +40,7 @@ COMMANDS = {
 WORKERS = {
     "engine-worker": "benchmarks.workers.engine",
     "cpu-worker": "benchmarks.workers.cpu",
+    "load-path-worker": "benchmarks.workers.load_path",
     "gpu-worker": "benchmarks.workers.gpu",
     "hf-worker": "benchmarks.workers.hf",
     "disk-worker": "benchmarks.workers.disk",
