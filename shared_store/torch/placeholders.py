@@ -132,7 +132,9 @@ class Placeholders(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             wanted: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
             nbytes = wanted.numel() * wanted.element_size()
-            source = next((value for value in (*args[:1], kwargs.get("input")) if isinstance(value, torch.Tensor)), None)
+            source = next(
+                (value for value in (*args[:1], kwargs.get("input")) if isinstance(value, torch.Tensor)), None
+            )
             device = kwargs.get("device") or (source.device if source is not None else None)
             real = nbytes < self.min_bytes or (device is not None and torch.device(device).type == "meta")
         if real:
