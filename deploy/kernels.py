@@ -1,7 +1,8 @@
 """Compile the digest kernels of ``shared_store/memory/cuda/blake3.cu`` into ``blake3.kernels`` beside it.
 
-Needs no GPU, but NVRTC, in an environment of its own: ``pip install cuda-bindings==12.9.* nvidia-cuda-nvrtc-cu12==12.9.* blake3 msgspec``. Version 12
-makes machine code that drivers for CUDA 12 and for CUDA 13 load. A test fails while the file is not of the source.
+Needs no GPU, but NVRTC, in an environment of its own: ``pip install cuda-bindings==12.9.* blake3 msgspec
+nvidia-cuda-nvrtc-cu12==12.9.*``. Version 12 makes machine code that drivers for CUDA 12 and for CUDA 13 load. A test
+fails while the file is not of the source.
 
     python deploy/kernels.py
 """
