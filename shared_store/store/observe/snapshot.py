@@ -12,6 +12,7 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.observe.loop_times import LoopTimes
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
 from shared_store.store.state.store_state import StoreState
@@ -23,12 +24,19 @@ class Snapshots:
     """Takes snapshots. Sums over blobs are updated by difference from one snapshot to the next."""
 
     def __init__(
-        self, state: StoreState, devices: Devices, keeper: KeeperLink, times: RequestTimes, identity: Identity
+        self,
+        state: StoreState,
+        devices: Devices,
+        keeper: KeeperLink,
+        times: RequestTimes,
+        loop: LoopTimes,
+        identity: Identity,
     ) -> None:
         self._state = state
         self._devices = devices
         self._keeper = keeper
         self._times = times
+        self._loop = loop
         self._identity = identity
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers
@@ -60,6 +68,7 @@ class Snapshots:
             quarantine=self._quarantine(),
             requests=self._times.status(),
             keeper=self._keeper.status(),
+            loop=self._loop.status(),
         )
 
     def devices(self) -> tuple[status.DeviceStatus, ...]:
