@@ -131,6 +131,7 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    permission_denials: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

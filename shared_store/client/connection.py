@@ -32,6 +32,7 @@ from shared_store.base.errors import (
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
 from shared_store.protocol import messages
+from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.paths import locate
 
@@ -56,13 +57,14 @@ class Connection:
         turns: names of the turns that this client has, in order.
     """
 
-    def __init__(self, directory: Path, name: str, timeout_s: float) -> None:
+    def __init__(self, directory: Path, name: str, timeout_s: float, identity: Identity | None = None) -> None:
         """Connect to the store of a runtime directory.
 
         Args:
             directory: the runtime directory.
             name: shown for this client in the status.
             timeout_s: seconds for the store to greet.
+            identity: this process's description of itself.
 
         Raises:
             StoreUnavailableError: no store answers.
@@ -72,6 +74,7 @@ class Connection:
         self.turns: dict[str, None] = {}
         self._directory = directory
         self._name = name
+        self._identity = identity
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._closed = threading.Event()
@@ -180,7 +183,7 @@ class Connection:
         except WoolyError:
             sock.close()
             raise
-        return Link(sock, self._name, self._link_ended)
+        return Link(sock, self._name, self._link_ended, self._identity)
 
     def _link_ended(self, link: Link) -> None:
         """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""

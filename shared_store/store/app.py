@@ -20,6 +20,7 @@ from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 from shared_store.store.assembly import Parts
+from shared_store.store.clients.access import AccessRules
 from shared_store.store.keeper_link.channel import ControlChannel
 from shared_store.store.keeper_link.inheritance import Inheritance, inherit
 from shared_store.store.observe.catalog_documents import CatalogDocuments
@@ -100,7 +101,7 @@ async def _serve(
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
-    server = Server(inheritance.listen, options, dispatch, parts.sessions, parts.state.counts)
+    server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
     mirror = Mirror(catalog, documents.take)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)

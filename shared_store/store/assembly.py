@@ -91,7 +91,7 @@ class Parts:
             stopping: set by `Shutdown`.
         """
         process = ProcessRequests(self.keeper, status, stopping)
-        return Dispatch(self.requests.table(process), self.times, self.state.counts)
+        return Dispatch(self.requests.table(process), self.times, self.state.counts, self.signals)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,12 @@ class Compactor:
 
         Raises:
             ProtocolError: the client has not ended its last compaction.
-            PermissionDeniedError: the store could not verify the copies of a client of another uid.
         """
         state = self._state
         backend = await self._devices.find(device)
         client = None if session is None else session.client.number
         if client is not None and state.compactions.by(client):
             raise ProtocolError(f"client {client} has not ended the compaction that it began")
-        if session is not None and not backend.host_readable:
-            session.require_own_uid("compact GPU memory")
         free = await self._devices.free_bytes(device)
         if (limit := state.segments.limits.get(device)) is not None:
             free = min(free, limit - state.segments.used(device))
