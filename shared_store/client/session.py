@@ -18,11 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from shared_store.activity.writer import ActivityWriter
 from shared_store.base import envs
 from shared_store.base.checkpoint import FileId
 from shared_store.base.errors import ConnectionLostError, ProtocolError, StoreUnavailableError, WoolyError
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
+from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
 from shared_store.client.retained import RetainedModel
@@ -144,6 +146,15 @@ class Session:
     def _end_turn(self, name: str) -> None:
         self._connection.turns.pop(name, None)
         self._call(messages.Yield(self._next(), name), messages.Done)
+
+    def report_activity(self, writer: ActivityWriter) -> None:
+        """Have a writer write to this client's activity page, which the store reads for its status.
+
+        Without effect while no store is connected, and for a store that has no such pages. A store that this session
+        rejoins shows the activity again.
+        """
+        self._connection.activity = writer
+        attach_page(self._connection.link, self._next(), writer)
 
     def recall_files(self, files: Sequence[FileId]) -> list[bytes | None]:
         """Return the digests of files; None for a file that the store does not know."""

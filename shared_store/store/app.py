@@ -15,6 +15,7 @@ from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.protocol.durable_state import DurableState
+from shared_store.runtime import log_lines
 from shared_store.runtime.claim import claim, listen
 from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
@@ -75,7 +76,7 @@ def run_kept(control_fd: int) -> int:
 
 
 def _begin(options: ServeOptions) -> None:
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines.configure(options.log_level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_file_limit()
 
@@ -92,7 +93,7 @@ async def _serve(
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
-    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity, parts.pages)
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
     def status() -> Status:

@@ -17,6 +17,7 @@ from shared_store.base.errors import (
 )
 from shared_store.base.text import one_line
 from shared_store.protocol import messages, wire
+from shared_store.protocol.messages import activity
 from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.protocol.peers import peer_of
 from shared_store.store.clients.access import AccessRules
@@ -141,7 +142,11 @@ class Server:
                 "and restart the store: `wooly stop`"
             )
         connection.greeted()
-        connection.send(messages.Welcome(messages.VERSION, shared_store.__version__, os.getpid(), connection.number))
+        connection.send(
+            messages.Welcome(
+                messages.VERSION, shared_store.__version__, os.getpid(), connection.number, (activity.CAPABILITY,)
+            )
+        )
         peer = connection.peer
         return Session(
             Client(

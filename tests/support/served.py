@@ -51,9 +51,11 @@ class ServedStore:
         parts.signals.observe(on_event=lambda kind, **fields: self.events.append((kind, fields)))
         options = ServeOptions(self.paths.directory)
         identity = identify(self.paths.directory, self.paths.node_id)
-        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity, parts.pages)
         dispatch = parts.dispatch(lambda: snapshots.take(catalog_url="", catalog_state="ok"), self._stopping)
-        server = Server(listen(self.paths, options), AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
+        server = Server(
+            listen(self.paths, options), AccessRules.of(options), dispatch, parts.sessions, parts.state.counts
+        )
         server.start()
         self._ready.set()
         await self._stopping.wait()

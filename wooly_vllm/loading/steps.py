@@ -176,6 +176,7 @@ class VllmSteps:
             compat.logger().warning(
                 "wooly: %s: %.1f MiB that could be shared became private after binding", self.name, lost / 2**20
             )
+        activity.may_report_through(shared.session)
         shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
         if self._request.device.type == "cuda":
             refused_writes.install()

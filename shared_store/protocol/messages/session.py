@@ -26,6 +26,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     version: str
     pid: int
     client: int
+    capabilities: tuple[str, ...] = ()
 
 
 class Done(Reply, frozen=True, tag="done"):
