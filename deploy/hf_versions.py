@@ -18,7 +18,7 @@ import tomllib
 from install import MODELS, ROOT, Environment
 from versions import requirement, run
 
-VERSIONS = tuple(f"5.{minor}" for minor in range(16, 24))
+VERSIONS = tuple(f"5.{minor}" for minor in range(16, 25))
 TORCH = "torch==2.13.0"  # a CPU build is preferred if the index has one
 
 

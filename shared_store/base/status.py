@@ -16,6 +16,10 @@ LATENCY_BOUNDS_S: Final = (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.
 """Upper bounds in seconds of the classes of request durations. Another class has no bound."""
 
 
+PAUSE_BOUNDS_S: Final = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5)
+"""Upper bounds in seconds of the classes of pauses. Another class has no bound."""
+
+
 class NodeStatus(msgspec.Struct, frozen=True):
     """The machine. ``id`` is stable over restarts of the store."""
 
@@ -171,6 +175,32 @@ class RequestStatus(msgspec.Struct, frozen=True):
     classes: tuple[int, ...]
 
 
+class PauseStatus(msgspec.Struct, frozen=True):
+    """Pauses of one kind since the store started.
+
+    ``classes``: number of pauses by duration, one class for each of :data:`PAUSE_BOUNDS_S` (above the previous bound,
+    up to this one), and one for longer pauses.
+    """
+
+    count: int
+    total_s: float
+    longest_s: float
+    classes: tuple[int, ...]
+
+
+class LoopStatus(msgspec.Struct, frozen=True):
+    """The store's event loop since it started: while a callback runs, no other client is answered.
+
+    ``callbacks``: their wall time. ``collections``: pauses for garbage collection, which are part of callbacks.
+    ``longest_callback``: the name of the longest. ``longest_cpu_s``: the most CPU time of the thread that one took.
+    """
+
+    callbacks: PauseStatus
+    collections: PauseStatus
+    longest_callback: str = ""
+    longest_cpu_s: float = 0.0
+
+
 class Totals(msgspec.Struct, frozen=True):
     """Sums. ``saved_bytes``: bytes that readers map, minus one copy of every distinct blob of these."""
 
@@ -194,3 +224,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[RequestStatus, ...] = ()
     keeper: KeeperStatus | None = None
     quarantine: tuple[QuarantineStatus, ...] = ()
+    loop: LoopStatus | None = None

@@ -27,6 +27,7 @@ from shared_store.store.keeper_link.inheritance import Inheritance, inherit
 from shared_store.store.observe.catalog_documents import CatalogDocuments
 from shared_store.store.observe.catalog_mirror import Mirror
 from shared_store.store.observe.identity import identify
+from shared_store.store.observe.loop_times import LoopTimes, TimedLoop
 from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
 from shared_store.store.space.idle_compaction import IdleCompaction
@@ -58,7 +59,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
     lock = claim(paths).detach()
     try:
-        asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready))
+        _run(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready)
     finally:
         os.close(lock)
     return 0
@@ -71,7 +72,7 @@ def run_kept(control_fd: int) -> int:
     inheritance = inherit(channel)
     _begin(inheritance.options)
     paths = RuntimePaths(inheritance.options.runtime_dir)
-    asyncio.run(_serve(paths, inheritance, channel, lambda: None))
+    _run(paths, inheritance, channel, lambda: None)
     return 0
 
 
@@ -81,8 +82,21 @@ def _begin(options: ServeOptions) -> None:
     raise_file_limit()
 
 
-async def _serve(
+def _run(
     paths: RuntimePaths, inheritance: Inheritance, channel: ControlChannel | None, ready: Callable[[], None]
+) -> None:
+    times = LoopTimes()
+    times.watch_collections()
+    with asyncio.Runner(loop_factory=lambda: TimedLoop(times)) as runner:
+        runner.run(_serve(paths, inheritance, channel, ready, times))
+
+
+async def _serve(
+    paths: RuntimePaths,
+    inheritance: Inheritance,
+    channel: ControlChannel | None,
+    ready: Callable[[], None],
+    times: LoopTimes,
 ) -> None:
     options = inheritance.options
     loop = asyncio.get_running_loop()
@@ -93,7 +107,7 @@ async def _serve(
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
-    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity, parts.pages)
+    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages)
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
     def status() -> Status:

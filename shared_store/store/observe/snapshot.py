@@ -13,6 +13,7 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.observe.loop_times import LoopTimes
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
 from shared_store.store.state.store_state import StoreState
@@ -29,6 +30,7 @@ class Snapshots:
         devices: Devices,
         keeper: KeeperLink,
         times: RequestTimes,
+        loop: LoopTimes,
         identity: Identity,
         pages: ActivityPages,
     ) -> None:
@@ -36,6 +38,7 @@ class Snapshots:
         self._devices = devices
         self._keeper = keeper
         self._times = times
+        self._loop = loop
         self._identity = identity
         self._pages = pages
         self._committed = BlobUnion()  # of all committed models
@@ -68,6 +71,7 @@ class Snapshots:
             quarantine=self._quarantine(),
             requests=self._times.status(),
             keeper=self._keeper.status(),
+            loop=self._loop.status(),
         )
 
     def devices(self) -> tuple[status.DeviceStatus, ...]:
