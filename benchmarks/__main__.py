@@ -22,6 +22,7 @@ COMMANDS = {
     "hf": ("benchmarks.scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
     "disk": ("benchmarks.scenarios.disk", "saving, restoring and verifying models"),
     "store": ("benchmarks.scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
+    "scale": ("benchmarks.scenarios.scale", "cost of requests by the numbers of models, blobs and clients"),
     "recovery": ("benchmarks.scenarios.recovery", "time to recover after the store is killed"),
     "compaction": (
         "benchmarks.scenarios.compaction",
@@ -44,6 +45,7 @@ WORKERS = {
     "hf-worker": "benchmarks.workers.hf",
     "disk-worker": "benchmarks.workers.disk",
     "store-worker": "benchmarks.workers.store",
+    "scale-worker": "benchmarks.workers.scale",
     "parity-worker": "benchmarks.parity.worker",
     "soak-worker": "benchmarks.soak.worker",
 }

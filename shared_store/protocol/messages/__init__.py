@@ -4,6 +4,7 @@ A module has the messages of one subject, requests and replies together. The mes
 :mod:`shared_store.protocol.keeper_messages`.
 """
 
+from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.codec import (
     ClientMessage,
@@ -75,6 +76,7 @@ __all__ = [
     "Fill",
     "FillHostCopy",
     "Filled",
+    "GetActivityPage",
     "GetStatus",
     "GoAway",
     "Granted",
@@ -86,6 +88,7 @@ __all__ = [
     "Move",
     "Offer",
     "Open",
+    "PageGranted",
     "Pin",
     "Plan",
     "Planned",

@@ -141,7 +141,13 @@ class StoreState:
         model = self.committed[key].manifest
         asker = Asker(client.number, publish=False)
         self.models.open(key, asker, name=model.name, engine=model.engine, device=model.device)
-        client.private_bytes[key] = private_bytes
+        client.private_bytes[key] = max(0, private_bytes)
+
+    def reads(self, client: Client, key: str) -> bool:
+        """Return True if a client reads a model, or one with this key that was withdrawn."""
+        model = self.models.get(key)
+        models = [*([] if model is None else [model]), *self.models.withdrawn().values()]
+        return any(client.number in one.readers for one in models if one.key == key)
 
     def sleep_again(self, client: Client, key: str, private_bytes: int, segments: Iterable[int]) -> list[Effect]:
         """Make a client a reader that is away, and that has slept since before a restart.
