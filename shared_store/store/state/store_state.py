@@ -189,10 +189,12 @@ class StoreState:
         """Record that a reader sleeps. Segments without readers that are awake leave their devices.
 
         Raises:
-            ModelNotFoundError: the client does not read the model, or did not ask for host copies.
+            ModelNotFoundError: the client does not read the model, or there are no host copies.
         """
-        if not self.tiers.needs(key, client.number):
-            raise ModelNotFoundError(f"{client} has no host copies of {key}")
+        if not self.tiers.needs(key, client.number):  # it may have made them for a store before this one
+            if key not in self.committed or self.tiers.without_host_copy(self.segments_of(key)):
+                raise ModelNotFoundError(f"there are no host copies of {key}")
+            self.tiers.need(key, client.number, self.segments_of(key))
         self.models.go_away(key, client.number)
         if (client.number, key) not in self._asleep:
             self._asleep.add((client.number, key))
