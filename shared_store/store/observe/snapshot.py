@@ -42,7 +42,7 @@ class Snapshots:
         self._identity = identity
         self._pages = pages
         self._committed = BlobUnion()  # of all committed models
-        self._mapped = BlobUnion()  # of those that have readers
+        self._mapped = BlobUnion()  # of those that have readers that are awake
 
     def take(self, *, catalog_url: str, catalog_state: Literal["ok", "down"]) -> status.Status:
         """Return the snapshot for people, programs and metrics."""
@@ -84,6 +84,7 @@ class Snapshots:
                 segments.limits.get(device),
                 segments.count(device),
                 *segments.unused(device),
+                segments.host_bytes(device),
             )
             for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
         )
@@ -95,6 +96,7 @@ class Snapshots:
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
+            resident, host = self._state.tier_bytes(model.key) if known else (0, 0)
             shown.append(
                 status.ModelStatus(
                     key=model.key,
@@ -105,9 +107,12 @@ class Snapshots:
                     tensors=len(known.manifest.tensors) if known else 0,
                     bytes=known.nbytes if known else 0,
                     unique_bytes=self._committed.unique_bytes(model.key),
-                    readers=len(model.readers),
+                    readers=len(model.awake),
+                    away=len(model.away),
                     pinned=model.pinned,
                     last_used=model.last_used,
+                    resident_bytes=resident,
+                    host_bytes=host,
                 )
             )
         return tuple(shown)
@@ -121,7 +126,8 @@ class Snapshots:
             client = state.clients.get(number)
             if client is None:
                 continue  # its connection ended; its leases end in the same step of the event loop
-            mapped = sizes[owner] if role == "reader" else 0
+            away = role == "reader" and self._away(number, owner)
+            mapped = sizes[owner] if role == "reader" and not away else 0
             key = owner.partition("/")[0]  # the owner is a key, or the token of a withdrawn model
             private = client.private_bytes.get(key, 0)
             shown.append(
@@ -137,9 +143,14 @@ class Snapshots:
                     pod=client.identity.pod,
                     container=client.identity.container,
                     activity=self._activity(number),
+                    away=away,
                 )
             )
         return tuple(shown)
+
+    def _away(self, client: int, owner: str) -> bool:
+        model = self._state.models.get(owner)
+        return model is not None and client in model.away
 
     def _activity(self, client: int) -> status.ActivityStatus | None:
         activity = self._pages.read(client)
@@ -161,7 +172,7 @@ class Snapshots:
     def _mapped_once(self) -> int:
         """Return the bytes of one copy of each distinct blob that has a reader; withdrawn models count separately."""
         state = self._state
-        read = {model.key: state.committed[model.key].manifest for model in state.models.all() if model.readers}
+        read = {model.key: state.committed[model.key].manifest for model in state.models.all() if model.awake}
         once = {key: (manifest.device, manifest) for key, manifest in read.items()}
         self._mapped.update(once | {token: (token, known.manifest) for token, known in state.withdrawn.items()})
         return self._mapped.nbytes

@@ -91,6 +91,8 @@ class Segments:
         self._owners = OwnerIndex[int]()  # of writers, and of references to whole segments
         self.elsewhere: set[int] = set()
         """Ids of the segments that are not resident."""
+        self.copied: set[int] = set()
+        """Ids of the segments that have host copies."""
 
     # Questions.
 
@@ -130,6 +132,11 @@ class Segments:
         """Return how many of ``needed`` bytes exceed the device's limit; zero or less where they fit."""
         limit = self.limits.get(device)
         return 0 if limit is None else self.used(device) + needed - limit
+
+    def host_bytes(self, device: str) -> int:
+        """Return the bytes of host copies of a device's segments."""
+        entries = (self._entries[segment] for segment in self.copied)
+        return sum(entry.nbytes for entry in entries if entry.device == device)
 
     def unused(self, device: str) -> tuple[int, int]:
         """Return the dead bytes and the padding bytes of a device's settled segments."""
@@ -285,12 +292,14 @@ class Segments:
         copy, entry = self._entries[host], self._entries[segment]
         self.end_writing(host)
         copy.host_of, entry.host = segment, host
+        self.copied.add(segment)
         self.refer(host, _host_owner(segment))
 
     def drop_host_copy(self, segment: int) -> list[int]:
         """Remove the host copy of a resident segment."""
         entry = self._entries[segment]
         entry.host = None
+        self.copied.discard(segment)
         return self.drop(_host_owner(segment))
 
     # A store before this one.
@@ -391,6 +400,7 @@ class Segments:
             if entry is not None and not entry.blobs and not entry.references and entry.writer is None:
                 del self._entries[segment]
                 self.elsewhere.discard(segment)
+                self.copied.discard(segment)
                 released.append(segment)
                 if entry.host is not None:
                     released += self.drop(_host_owner(segment))

@@ -62,6 +62,7 @@ class StoreState:
         self.withdrawn: dict[str, Committed] = {}  # by the tokens of `models`
         self.plans: dict[str, PublishPlan] = {}
         self._asleep: set[tuple[int, str]] = set()
+        self._shares: dict[str, dict[int, int]] = {}
 
     # Publications.
 
@@ -94,11 +95,12 @@ class StoreState:
         before = self._elsewhere(device, plan)
         shared = self.segments.commit(key, plan)
         self.tiers.moved(device, self._moved(device, before))
+        self.tiers.may_leave(plan.returning)  # once no reader is awake again
         self.committed[key] = committed
         self.counts.add("returns" if returning else "publishes")
         # The keeper must know the new locations before it releases the old segments.
         relocated = sorted(shared.relocated & self.committed.keys()) + [key] * returning
-        effects = [*map(Relocated, relocated), *self._apply(outcomes)]
+        effects = [*self._relocated(relocated), *self._apply(outcomes)]
         self.tiers.forget(shared.released)
         return [*effects, *map(Released, shared.released), *self.drop(f"{key}/former"), *self.leave_devices()]
 
@@ -229,7 +231,7 @@ class StoreState:
         if self.grace.active:
             return []
         left, emptied, relocated = self.tiers.leave()
-        moved = [Relocated(owner) for owner in sorted(relocated & self.committed.keys())]
+        moved = self._relocated(sorted(relocated & self.committed.keys()))
         return [*moved, *map(Left, left), *map(Released, emptied)]
 
     def drop_spare_host_copies(self, needed: int) -> list[Effect]:
@@ -289,6 +291,22 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
+    def tier_bytes(self, key: str) -> tuple[int, int]:
+        """Return the bytes of a committed model's blobs on its device, and those in host copies. A blob may be in both.
+
+        Takes time for the model's segments, not for its blobs, unless these moved.
+        """
+        segments, nbytes = self.segments, self.committed[key].nbytes
+        if not segments.elsewhere and not segments.copied:
+            return nbytes, 0
+        shares = self._shares.get(key)
+        if shares is None:
+            shares = self._shares[key] = {}
+            for (segment, _), blob in zip(self.locations_of(key), self.committed[key].manifest.blobs, strict=True):
+                shares[segment] = shares.get(segment, 0) + blob.nbytes
+        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
+        return nbytes - lower, sum(share for segment, share in shares.items() if segment in segments.copied)
+
     def readmit(
         self,
         data: bytes,
@@ -326,7 +344,7 @@ class StoreState:
         if done.freed:
             self.counts.add("compactions")
         # The keeper must know the new locations before it releases the old segments.
-        relocated = [Relocated(owner) for owner in sorted(done.owners) if owner in self.committed]
+        relocated = self._relocated(owner for owner in sorted(done.owners) if owner in self.committed)
         self.tiers.forget(done.released)
         effects = [*relocated, *(Released(segment) for segment in done.released), *self.leave_devices()]
         return done.moved, done.freed, effects
@@ -358,6 +376,14 @@ class StoreState:
 
     # Outcomes of the transition table.
 
+    def _relocated(self, keys: Iterable[str]) -> list[Effect]:
+        """Record that blobs of committed models have other locations."""
+        effects: list[Effect] = []
+        for key in keys:
+            self._shares.pop(key, None)
+            effects.append(Relocated(key))
+        return effects
+
     def _apply(self, outcomes: Iterable[Outcome]) -> list[Effect]:
         """Apply outcomes to the other parts of the state; return their effects."""
         effects: list[Effect] = []
@@ -365,11 +391,13 @@ class StoreState:
             match outcome:
                 case Dropped(key):
                     effects += self.drop_plan(key)
+                    self._shares.pop(key, None)
                     if self.committed.pop(key, None) is not None:
                         effects += [Forgotten(key), *self.drop(key)]
                     elif self.withdrawn.pop(key, None) is not None:
                         effects += self.drop(key)
                 case Withdrawn(key, token):
+                    self._shares.pop(key, None)
                     self.withdrawn[token] = self.committed.pop(key)
                     effects.append(Forgotten(key))
                     self.segments.rename(key, token)
