@@ -419,4 +419,4 @@ class StateMachine(StateDriver):
 
 
 TestState = StateMachine.TestCase
-TestState.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestState.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)

@@ -29,7 +29,7 @@ class Device(FakeBackend):
     def __init__(self, device=DEVICE):
         super().__init__(device, seals=False)
 
-    def sealed(self, segment):
+    def sealed(self, segment):  # noqa: ARG002 - the interface's
         """There is nothing to do."""
         return True
 

@@ -205,7 +205,7 @@ class StateDriver(RuleBasedStateMachine):
             self._acknowledge(segment)
 
     def _copy_to_host(self, name, number, *, upto):
-        """Make the host copies of a model that a client reads, as far as the limit permits; return whether it has all."""
+        """Make the host copies of a model that a client reads, if the limit permits; return whether it has all."""
         state = self.state
         segments = state.segments_of(name)
         if state.tiers.being_copied(segments):
