@@ -15,7 +15,8 @@ _IMPORTS = """
 import contextlib, os, sys
 from pathlib import Path
 from shared_store.base.errors import WoolyError
-from shared_store.cli import app, render, views
+from shared_store.cli import render, views
+from shared_store.cli.app import main as command
 from shared_store.client import compact
 from shared_store.client.session import Session
 from rich.console import Console
@@ -32,7 +33,7 @@ except WoolyError as error:
 _WARM = """
 def main():
     try:
-        return app.main()
+        return command()
     except SystemExit as end:
         return end.code
 sys.argv[0] = "wooly"
