@@ -82,6 +82,10 @@ def _optional_directory(text: str) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
+def _directories(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser().resolve() for part in text.split(os.pathsep) if part)
+
+
 def _size(text: str) -> int:
     nbytes = parse_size(text)
     if nbytes is None:
@@ -197,6 +201,14 @@ ADMIN_GROUP: Variable[str | None] = Variable(
     "WOOLY_ADMIN_GROUP", "Group (name or number) whose members may administer the store.", "", _optional
 )
 
+TRUSTED_DIRECTORIES: Variable[tuple[Path, ...]] = Variable(
+    "WOOLY_TRUSTED_DIRECTORIES",
+    "Directories, separated by `:`, in which a change of a file is sure to change its inode, size or ctime, although "
+    "the file system is of a kind that may make these up (FUSE, 9p, CIFS and others): wooly hashes checkpoints there "
+    "once, not at every load.",
+    "",
+    _directories,
+)
 REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variable is covariant in all but name
     RUNTIME_DIR,
     REDIS_URL,
@@ -208,6 +220,7 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     VERIFY,
     CACHE_DIR,
     CACHE_MAX_BYTES,
+    TRUSTED_DIRECTORIES,
     WORKLOAD,
     PRIORITY,
     SWAP_FROM_VRAM,
