@@ -58,3 +58,36 @@ def test_the_store_sees_an_engine_work_and_rest(engine: Any, checkpoint: Any, ru
     process.tell("go on")
     process.wait("answered again")
     assert process.finish() == 0
+
+
+def test_an_engine_whose_workers_are_processes_reports_through_a_session_of_its_own(
+    engine: Any, checkpoint: Any, runtime_dir: Path
+) -> None:
+    """The workers read the model; the process that makes the steps has nothing but the page."""
+    cpus = sorted(os.sched_getaffinity(0))
+    process = engine(
+        checkpoint("llama"),
+        **SHARING,
+        settings={"tensor_parallel_size": 2},
+        load=True,
+        lease=False,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}"},
+    )
+    process.wait("answered")
+
+    def own() -> ClientStatus | None:
+        rows = [row for row in status_of(runtime_dir).clients if row.pid == process.process.pid]
+        return rows[0] if rows else None
+
+    def at_work() -> bool:
+        row = own()
+        return row is not None and row.activity is not None and row.activity.busy and row.activity.running > 0
+
+    wait_until(at_work, "the status to show running requests", timeout_s=60)
+    row = own()
+    assert row is not None
+    assert (row.role, row.kind) == ("idle", "vllm")
+    assert [one.role for one in status_of(runtime_dir).clients if one.kind == "vllm" and one.key] == ["reader"] * 2
+    process.tell("stop")
+    assert process.wait("worked")["wrong"] == 0
+    assert process.finish() == 0

@@ -173,7 +173,8 @@ def test_people_see_the_pod_or_unknown(apart, actor):
     lines = wooly_as("status", uid=0).stdout.splitlines()
     assert next(line.split()[0] for line in lines if " in a pod " in line) == "serving/llama-0/engine"
     assert next(line.split()[0] for line in lines if " somewhere " in line) == "unknown"
-    assert apart.client().alive()
+    apart.client().session.report_fallback("model", "a test")
+    wait_until(lambda: "pid=unknown" in wooly_as("events", uid=0).stdout, "the event to reach the catalog")
 
 
 def test_a_waiting_client_is_told_the_pod_that_it_waits_for(apart, actor):
