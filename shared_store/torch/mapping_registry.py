@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from shared_store.memory import Mapping
+from shared_store.torch import captures
 from shared_store.torch.views import storage_key
 
 _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
@@ -26,7 +27,9 @@ _PRESENT_BITS = 62  # two bits: swapped, present
 
 
 def register(mapping: Mapping) -> Mapping:
-    """Register a mapping for as long as it lives, and return it."""
+    """Register a mapping for as long as it lives, and return it. That of a GPU is not unmapped during a capture."""
+    if mapping.ordinal is not None:
+        captures.watch()
     with _lock:
         _mappings.add(mapping)
     return mapping
