@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import shared_store
+from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import (
     ConnectionLostError,
     ModelNotFoundError,
@@ -31,11 +32,13 @@ from shared_store.base.errors import (
     TooManyClientsError,
     WoolyError,
 )
+from shared_store.client.activity import attach_page
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
 from shared_store.client.serving import Handlers
 from shared_store.protocol import messages
 from shared_store.protocol.messages import capabilities
+from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.paths import locate
 
@@ -59,15 +62,17 @@ class Connection:
         retained: models that this client reads, by key.
         turns: names of the turns that this client has, in order.
         handlers: of requests of the store.
+        activity: writes this client's activity page; None if it has none.
     """
 
-    def __init__(self, directory: Path, name: str, timeout_s: float) -> None:
+    def __init__(self, directory: Path, name: str, timeout_s: float, identity: Identity | None = None) -> None:
         """Connect to the store of a runtime directory.
 
         Args:
             directory: the runtime directory.
             name: shown for this client in the status.
             timeout_s: seconds for the store to greet.
+            identity: this process's description of itself.
 
         Raises:
             StoreUnavailableError: no store answers.
@@ -75,8 +80,10 @@ class Connection:
         """
         self.retained: dict[str, RetainedModel] = {}
         self.turns: dict[str, None] = {}
+        self.activity: ActivityWriter | None = None
         self._directory = directory
         self._name = name
+        self._identity = identity
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._closed = threading.Event()
@@ -203,7 +210,7 @@ class Connection:
 
     def _hello(self, protocol: int) -> messages.Hello:
         announced = capabilities.CLIENT if protocol > 1 else ()
-        return messages.Hello(protocol, self._name, shared_store.__version__, announced)
+        return messages.Hello(protocol, self._name, shared_store.__version__, announced, self._identity)
 
     def _link_ended(self, link: Link) -> None:
         """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""
@@ -212,7 +219,7 @@ class Connection:
         if not current or not isinstance(link.ended, ConnectionLostError):
             return
         delay = FIRST_DELAY_S
-        while (self.retained or self.turns) and not self._closed.is_set():
+        while (self.retained or self.turns or self.activity) and not self._closed.is_set():
             try:
                 self._reconnect(link, GREETING_TIMEOUT_S)
             except (StoreUnavailableError, TimedOutError, TooManyClientsError):
@@ -251,7 +258,7 @@ class Connection:
             log.info("wooly: rejoined the store (pid %d)", link.welcome.pid)
 
     def _rejoin(self, link: Link) -> None:
-        """Take all turns again, and become a reader of all models again.
+        """Take all turns again, become a reader of all models again, and get another activity page.
 
         A store that was restarted by its keeper has the models. One that does not is offered their segments.
         """
@@ -266,6 +273,8 @@ class Connection:
             fds.close()
             if isinstance(answer, messages.Wanted):
                 self._offer(link, key, model, answer.ticket)
+        if self.activity is not None:
+            attach_page(link, self.next_id(), self.activity)
 
     def _offer(self, link: Link, key: str, model: RetainedModel, ticket: int) -> None:
         request = model.offer(self.next_id(), key, ticket)

@@ -87,7 +87,7 @@ class Waiters:
             ConnectionLostError: it disconnected. It is still in the queue, until its session ends.
         """
         if blocker is not None:
-            session.push("waiting", f"pid {blocker.pid} {blocker.name}".strip())
+            session.push("waiting", f"{blocker.process} {blocker.name}".strip())
         wait = self._waits[key] = _Wait()
 
         def stop() -> None:

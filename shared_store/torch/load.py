@@ -28,6 +28,7 @@ from shared_store.torch.devices import backend_of, store_device
 from shared_store.torch.fallback import Fallback
 from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.publish import Publication, publish
+from shared_store.torch.reporting import Reporting
 from shared_store.torch.steps import Identity, Loaded, LoadSteps, Shared
 
 R = TypeVar("R")
@@ -52,6 +53,7 @@ class Settings:
         publish: load and publish a model that the store does not have; False makes that an error.
         restore_from: a directory of ``wooly save`` to restore the model from; None looks in the cache.
         min_bytes: smaller tensors are copied instead of mapped.
+        devices: the store's names of the devices that this process uses, for the status.
     """
 
     engine: str
@@ -62,6 +64,7 @@ class Settings:
     publish: bool = True
     restore_from: Path | None = None
     min_bytes: int = SHARE_MIN_BYTES
+    devices: tuple[str, ...] = ()
 
     @property
     def log(self) -> logging.Logger:
@@ -70,7 +73,7 @@ class Settings:
 
     def connect(self, name: str) -> Session:
         """Connect to the store, for a model. Raises as :meth:`Session.connect` does."""
-        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}")
+        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}", kind=self.engine, gpus=self.devices)
 
 
 def load(steps: LoadSteps[R], settings: Settings) -> R:
@@ -198,12 +201,9 @@ class _SharedLoad(Generic[R]):
         """Report a shared model, and close the session with it: the connection is the lease."""
         bound = self._steps.bound(shared)
         log, name, key = self._settings.log, self._steps.name, shared.manifest.key
-        try:
-            self._session.report(key, bound.private_bytes + shared.mapped.private_bytes())
-        except WoolyError as error:  # a status without this number is no reason to load the model again
-            log.warning(
-                "wooly: could not report the private bytes of %s to the store: %s [%s]", name, error, error.code
-            )
+        reporting = Reporting(self._session, key, name, bound.private_bytes, log)
+        reporting.report()
+        reporting.count_written(shared.mapped)
         weakref.finalize(shared.loaded.model, self._session.close)
         log.info(
             "wooly: %s %s in %.3f s (%d tensors, %.1f MiB mapped, %.1f MiB private, key %s)",

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar, get_args
 import msgspec
 
 from shared_store.base.errors import ProtocolError
+from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.compaction import AbandonCompaction, Compact, Compacted, Compacting, Switched
 from shared_store.protocol.messages.envelope import VERSION, Accepted, Cancel, Message, Progress
@@ -59,6 +60,7 @@ ClientMessage = (
     | Report
     | ReportFallback
     | GetStatus
+    | GetActivityPage
     | Remove
     | Pin
     | Compact
@@ -87,6 +89,7 @@ StoreMessage = (
     | Switched
     | StatusReply
     | Wanted
+    | PageGranted
     | Push
     | SwapOut
     | Cancel

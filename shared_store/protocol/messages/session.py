@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from shared_store.base.checkpoint import FileId
 from shared_store.protocol.messages.envelope import Message, Reply, Request
+from shared_store.protocol.messages.identity import Identity
 
 
 class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
-    """First message of a connection. Every protocol version understands it; ``capabilities`` came with protocol 2.
+    """First message of a connection. Every protocol version understands it; later ones add fields.
 
     A store that does not speak this ``protocol`` refuses it (``protocol_version``). The client may greet again, over a
-    new connection, with an older one.
+    new connection, with an older one. ``identity`` is the client's description of its process; None from a client that
+    does not describe itself.
     """
 
     protocol: int
     name: str
     version: str
     capabilities: tuple[str, ...] = ()
+    identity: Identity | None = None
 
 
 class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
