@@ -162,7 +162,7 @@ def test_of_two_at_once_one_loads(sessions, file, settings, held_back):
 
 
 def test_a_model_that_is_there_under_another_name_replaces_the_loaded_one(sessions, file, settings, tmp_path):
-    """A copy of the checkpoint: its key is known only after hashing. The loaded model is dropped, the shared one used."""
+    """A copy of the checkpoint, whose key is known after hashing: the loaded model is dropped, the shared one used."""
     original = load(Steps(file), settings)
     copy = Steps(written(tmp_path / "copy"), "a copy")
     model = load(copy, settings)
