@@ -19,7 +19,7 @@ PARITY ?= --lanes 1
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs wheel changelog release bench soak parity gpu hf-versions vllm-versions clean
+.PHONY: help install demo test lint docs wheel changelog release bench soak parity gpu hf-versions vllm-versions newest clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -95,6 +95,10 @@ hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5
 
 vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIONS="0.26 0.29"; all that are supported)
 	$(PYTHON) deploy/vllm_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
+
+# Exit code 1: tests fail; 3: they pass, and the range in pyproject.toml does not include an engine's newest version.
+newest: ## the engines' tests with the newest of every package, and what moved since the last run (results/newest.json)
+	$(PYTHON) deploy/newest.py -- $(PYTEST_ARGUMENTS)
 
 # GPU_PYTHON is any interpreter that finds vLLM, wooly and pytest (for example on PYTHONPATH): no network, no installation.
 # All parts together take an hour on an H100. An empty variable skips a part. In pieces of at most ten minutes:
