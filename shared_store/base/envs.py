@@ -64,6 +64,20 @@ def _optional(text: str) -> str | None:
     return text or None
 
 
+def _priority(text: str) -> int:
+    digit = text.upper().removeprefix("P")
+    if digit not in {"0", "1", "2", "3", "4"}:
+        raise ValueError("use 0 (highest) to 4")
+    return int(digit)
+
+
+def _uids(text: str) -> tuple[int, ...]:
+    numbers = [number.strip() for number in text.split(",") if number.strip()]
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ValueError("use user ids separated by commas, such as 1000,1001")
+    return tuple(int(number) for number in numbers)
+
+
 def _optional_directory(text: str) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
@@ -152,6 +166,40 @@ CACHE_MAX_BYTES: Variable[int] = Variable(
     "100GiB",
     _size,
 )
+WORKLOAD: Variable[str] = Variable(
+    "WOOLY_WORKLOAD",
+    "Name of the workload that this process belongs to, for the status. Unset: the name of the model or command.",
+    "",
+    str,
+)
+PRIORITY: Variable[int] = Variable(
+    "WOOLYAI_PRIO", "Priority of this process's workload, from 0 (highest) to 4.", "0", _priority
+)
+SWAP_FROM_VRAM: Variable[bool] = Variable(
+    "WOOLYAI_SWAP_FROM_VRAM",
+    "1: memory of this process may be swapped out for other workloads. 0: never.",
+    "1",
+    _flag,
+)
+POD_NAMESPACE: Variable[str] = Variable(
+    "WOOLY_POD_NAMESPACE",
+    "Namespace of this process's pod, for the status; from the downward API (`metadata.namespace`).",
+    "",
+    str,
+)
+POD_NAME: Variable[str] = Variable(
+    "WOOLY_POD_NAME", "Name of this process's pod; from the downward API (`metadata.name`).", "", str
+)
+CONTAINER_NAME: Variable[str] = Variable("WOOLY_CONTAINER_NAME", "Name of this process's container.", "", str)
+ADMIN_UIDS: Variable[tuple[int, ...]] = Variable(
+    "WOOLY_ADMIN_UIDS",
+    "User ids, separated by commas, that may administer the store, besides its own and root's.",
+    "",
+    _uids,
+)
+ADMIN_GROUP: Variable[str | None] = Variable(
+    "WOOLY_ADMIN_GROUP", "Group (name or number) whose members may administer the store.", "", _optional
+)
 
 TRUSTED_DIRECTORIES: Variable[tuple[Path, ...]] = Variable(
     "WOOLY_TRUSTED_DIRECTORIES",
@@ -173,4 +221,12 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     CACHE_DIR,
     CACHE_MAX_BYTES,
     TRUSTED_DIRECTORIES,
+    WORKLOAD,
+    PRIORITY,
+    SWAP_FROM_VRAM,
+    POD_NAMESPACE,
+    POD_NAME,
+    CONTAINER_NAME,
+    ADMIN_UIDS,
+    ADMIN_GROUP,
 )
