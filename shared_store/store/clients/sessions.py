@@ -33,7 +33,7 @@ class Sessions:
         state, client = self._state, session.client
         if client.number not in state.clients:
             return
-        models = state.models.all()
+        models = state.models.of(client.number)
         for model in models:
             if model.publisher == client.number:
                 log.warning("%s disconnected while publishing %s", client, model.name or model.key)
