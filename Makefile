@@ -90,7 +90,7 @@ parity: ## stock, publisher and reader compared over models and quantizations (P
 	$(GPU_PYTHON) benchmarks parity --markdown
 	$(GPU_PYTHON) benchmarks summary
 
-hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.23"; all that are supported)
+hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5.16 5.24"; all that are supported)
 	$(PYTHON) deploy/hf_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
 
 vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIONS="0.26 0.29"; all that are supported)

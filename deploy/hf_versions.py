@@ -2,7 +2,7 @@
 """Run the tests of `wooly_hf` with several versions of transformers (`make hf-versions`).
 
     python deploy/hf_versions.py                      every supported minor version
-    python deploy/hf_versions.py 5.16 5.23 -- -x      these versions, with arguments for pytest
+    python deploy/hf_versions.py 5.16 5.24 -- -x      these versions, with arguments for pytest
 
 Each version has its own virtual environment, build/venv-hf-VERSION, with wooly from this source tree (editable), torch
 for the CPU and no vLLM. It is created with the steps of `make install` and reused by the next run.
@@ -16,9 +16,9 @@ import sys
 import tomllib
 
 from install import MODELS, ROOT, Environment
-from versions import requirement, run
+from versions import minors, requirement, run
 
-VERSIONS = tuple(f"5.{minor}" for minor in range(16, 25))
+VERSIONS = minors("hf", "transformers")
 TORCH = "torch==2.13.0"  # a CPU build is preferred if the index has one
 
 

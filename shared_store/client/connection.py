@@ -21,6 +21,7 @@ import weakref
 from pathlib import Path
 from typing import TypeVar
 
+from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import (
     ConnectionLostError,
     ModelNotFoundError,
@@ -29,9 +30,11 @@ from shared_store.base.errors import (
     TooManyClientsError,
     WoolyError,
 )
+from shared_store.client.activity import attach_page
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
 from shared_store.protocol import messages
+from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.paths import locate
 
@@ -54,15 +57,17 @@ class Connection:
     Attributes:
         retained: models that this client reads, by key.
         turns: names of the turns that this client has, in order.
+        activity: writes this client's activity page; None if it has none.
     """
 
-    def __init__(self, directory: Path, name: str, timeout_s: float) -> None:
+    def __init__(self, directory: Path, name: str, timeout_s: float, identity: Identity | None = None) -> None:
         """Connect to the store of a runtime directory.
 
         Args:
             directory: the runtime directory.
             name: shown for this client in the status.
             timeout_s: seconds for the store to greet.
+            identity: this process's description of itself.
 
         Raises:
             StoreUnavailableError: no store answers.
@@ -70,8 +75,10 @@ class Connection:
         """
         self.retained: dict[str, RetainedModel] = {}
         self.turns: dict[str, None] = {}
+        self.activity: ActivityWriter | None = None
         self._directory = directory
         self._name = name
+        self._identity = identity
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._closed = threading.Event()
@@ -180,7 +187,7 @@ class Connection:
         except WoolyError:
             sock.close()
             raise
-        return Link(sock, self._name, self._link_ended)
+        return Link(sock, self._name, self._link_ended, self._identity)
 
     def _link_ended(self, link: Link) -> None:
         """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""
@@ -189,7 +196,7 @@ class Connection:
         if not current or link.closing or not isinstance(link.ended, ConnectionLostError):
             return
         delay = FIRST_DELAY_S
-        while (self.retained or self.turns) and not self._closed.is_set():
+        while (self.retained or self.turns or self.activity) and not self._closed.is_set():
             try:
                 self._reconnect(link, GREETING_TIMEOUT_S)
             except (StoreUnavailableError, TimedOutError, TooManyClientsError):
@@ -227,7 +234,7 @@ class Connection:
             log.info("wooly: rejoined the store (pid %d)", link.welcome.pid)
 
     def _rejoin(self, link: Link) -> None:
-        """Take all turns again, and become a reader of all models again.
+        """Take all turns again, become a reader of all models again, and get another activity page.
 
         A store that was restarted by its keeper has the models. One that does not is offered their segments.
         """
@@ -238,6 +245,8 @@ class Connection:
                 link.call(model.rejoin(self.next_id(), key), messages.Done)[1].close()
             except ModelNotFoundError:
                 self._offer(link, key, model)
+        if self.activity is not None:
+            attach_page(link, self.next_id(), self.activity)
 
     def _offer(self, link: Link, key: str, model: RetainedModel) -> None:
         request = model.offer(self.next_id(), key)

@@ -24,6 +24,7 @@ from shared_store.base.errors import (
     by_code,
 )
 from shared_store.protocol import messages, wire
+from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,16 @@ CALL_TIMEOUT_S = 60.0
 class Link:
     """A connected client of a store."""
 
-    def __init__(self, sock: socket.socket, name: str, over: Callable[[Link], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, name: str, over: Callable[[Link], None], identity: Identity | None = None
+    ) -> None:
         """Greet the store, and start to read.
 
         Args:
             sock: connected to the store; its time-out limits the greeting. The link closes it.
             name: shown for this client in the status.
             over: called in the reading thread after the connection has ended.
+            identity: this process's description of itself.
 
         Raises:
             PermissionDeniedError, TooManyClientsError, ProtocolVersionError: the store refuses this client.
@@ -58,7 +62,8 @@ class Link:
         """Why the connection ended; None while it is open."""
         self.closing = False
         with contextlib.suppress(ConnectionLostError):  # a store that refuses sends its reason, and does not read
-            self._channel.send(messages.encode(messages.Hello(messages.VERSION, name, shared_store.__version__)))
+            hello = messages.Hello(messages.VERSION, name, shared_store.__version__, identity)
+            self._channel.send(messages.encode(hello))
         try:
             greeting = self._channel.receive()
             greeting.fds.close()

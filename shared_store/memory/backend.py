@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from shared_store.runtime.fds import OwnedFd
 
@@ -17,6 +18,16 @@ class Access(enum.Enum):
 
     READ = "read"
     WRITE = "write"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A number that this process cannot find out, and why. Never 0: callers do without the number, and say so."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"unknown ({self.reason})"
 
 
 class Segment:
@@ -104,5 +115,5 @@ class Backend(ABC):
         """Count the bytes of a mapped range that this process wrote to and therefore has private copies of."""
 
     @abstractmethod
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> int | Unknown:
         """Estimate the bytes that could be allocated now."""

@@ -53,7 +53,7 @@ class FakeBackend(MemfdBackend):
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("create")
         with self._lock:
-            segment = super().create(nbytes)  # refuses more than free_bytes()
+            segment = super().create(nbytes)  # refuses more than is available
             self.allocated_bytes += nbytes
             self._created.add(id(segment))
         return segment
@@ -82,6 +82,6 @@ class FakeBackend(MemfdBackend):
                 self.allocated_bytes -= segment.nbytes
         super().release(segment)
 
-    def free_bytes(self) -> int:
-        """Estimate the bytes left of the capacity, and of host memory."""
-        return min(self.capacity - self.allocated_bytes, super().free_bytes())
+    def _available(self) -> int:
+        """Return the bytes left of the capacity, and of host memory."""
+        return min(self.capacity - self.allocated_bytes, super()._available())

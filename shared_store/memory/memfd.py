@@ -59,7 +59,7 @@ class MemfdBackend(Backend):
     granularity = mmap.PAGESIZE
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
-        free = self.free_bytes()
+        free = self._available()
         if nbytes > free:
             raise self._out_of_memory(nbytes, free)
         try:
@@ -72,7 +72,7 @@ class MemfdBackend(Backend):
         except OSError as error:
             fd.close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise self._out_of_memory(nbytes, self.free_bytes()) from error
+                raise self._out_of_memory(nbytes, self._available()) from error
             raise MemoryBackendError(f"cannot allocate a memfd of {nbytes} bytes: {error.strerror}") from error
         return MemfdSegment(fd, nbytes)
 
@@ -128,6 +128,9 @@ class MemfdBackend(Backend):
 
     def free_bytes(self) -> int:
         """Estimate what the machine and this process's control group have left, less a headroom of 256 MiB."""
+        return self._available()
+
+    def _available(self) -> int:
         return max(0, min(machine_free(), group_free()) - _HEADROOM)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfMemoryError:

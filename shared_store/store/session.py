@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shared_store.base.errors import PermissionDeniedError
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
+from shared_store.store.roles import Roles
 from shared_store.store.state.clients import Client
 
 
@@ -21,18 +20,17 @@ class Session:
         client: the process at its other end.
         gone: set when the connection ends.
         push: sends a push of a kind with a detail.
+        roles: the store's administrators.
     """
 
     client: Client
     gone: asyncio.Event
     push: Callable[[str, str], None]
+    roles: Roles = field(default_factory=Roles)
 
-    def require_own_uid(self, action: str) -> None:
-        """Raise :class:`PermissionDeniedError` for another user's client, where the store cannot verify its claim."""
-        if self.client.uid != os.getuid():
-            raise PermissionDeniedError(
-                f"uid {self.client.uid} may not {action} of the store of uid {os.getuid()}; ask its owner"
-            )
+    def require_admin(self, action: str) -> None:
+        """Raise :class:`PermissionDeniedError` unless the client is an administrator. ``action``: after "may not"."""
+        self.roles.require_admin(self.client, action)
 
 
 @dataclass(frozen=True)

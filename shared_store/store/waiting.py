@@ -46,7 +46,7 @@ class Waiters:
             ConnectionLostError: the waiting client disconnected.
         """
         if blocker is not None:
-            session.push("waiting", f"pid {blocker.pid} {blocker.name}".strip())
+            session.push("waiting", f"{blocker.process} {blocker.name}".strip())
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._futures[key] = future
         gone: asyncio.Future[object] = asyncio.ensure_future(session.gone.wait())

@@ -26,8 +26,8 @@ import os
 from typing import Any
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError, UnknownDeviceError
-from shared_store.memory.backend import Access, Backend, Segment
-from shared_store.memory.cuda import nvidia_smi
+from shared_store.memory.backend import Access, Backend, Segment, Unknown
+from shared_store.memory.cuda import nvml
 from shared_store.memory.cuda.driver import Driver, visible_gpus
 from shared_store.memory.descriptors import duplicate
 from shared_store.runtime import fds
@@ -77,7 +77,7 @@ class CudaBackend(Backend):
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"cannot allocate a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free, "
-                f"{nvidia_smi.usage(self.device)}; stop a process that uses this GPU"
+                f"{nvml.usage(self.device)}; stop a process that uses this GPU"
             ) from error
         return CudaSegment(handle, nbytes, None)
 
@@ -145,9 +145,9 @@ class CudaBackend(Backend):
         """Return 0: a write to read-only GPU memory never makes a copy."""
         return 0
 
-    def free_bytes(self) -> int:
-        """Return the free memory of the GPU, from ``nvidia-smi``: asking CUDA would need a context."""
-        return nvidia_smi.free_bytes(self.device)
+    def free_bytes(self) -> int | Unknown:
+        """Return the free memory of the GPU, from NVML: asking CUDA would need a context."""
+        return nvml.free_bytes(self.device)
 
     def _location(self) -> Any:
         types = self._driver.bindings

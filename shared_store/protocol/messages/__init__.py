@@ -4,6 +4,7 @@ A module has the messages of one subject, requests and replies together. The mes
 :mod:`shared_store.protocol.keeper_messages`.
 """
 
+from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.codec import (
     ClientMessage,
@@ -61,6 +62,7 @@ __all__ = [
     "FileDigests",
     "Fill",
     "Filled",
+    "GetActivityPage",
     "GetStatus",
     "Granted",
     "Hello",
@@ -69,6 +71,7 @@ __all__ = [
     "Move",
     "Offer",
     "Open",
+    "PageGranted",
     "Pin",
     "Plan",
     "Planned",

@@ -7,6 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from shared_store.base.errors import ProtocolError
+from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.compaction import Compact, Compacted, Compacting, Switched
 from shared_store.protocol.messages.envelope import VERSION, Message
@@ -57,6 +58,7 @@ ClientMessage = (
     | Report
     | ReportFallback
     | GetStatus
+    | GetActivityPage
     | Remove
     | Pin
     | Compact
@@ -78,6 +80,7 @@ StoreMessage = (
     | Compacting
     | Switched
     | StatusReply
+    | PageGranted
     | Push
 )
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from shared_store.base.checkpoint import FileId
 from shared_store.protocol.messages.envelope import Message, Reply, Request
+from shared_store.protocol.messages.identity import Identity
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First message of a connection. Its form is the same in every protocol version."""
+    """First message of a connection. Its form is the same in every protocol version; later ones add fields.
+
+    ``identity`` is the client's description of its process; None from a client that does not describe itself.
+    """
 
     protocol: int
     name: str
     version: str
+    identity: Identity | None = None
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -21,6 +26,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     version: str
     pid: int
     client: int
+    capabilities: tuple[str, ...] = ()
 
 
 class Done(Reply, frozen=True, tag="done"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shared_store.base.errors import ProtocolError
 from shared_store.base.keys import KEY_LENGTH, is_key
+from shared_store.base.text import one_line
 from shared_store.protocol import messages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
@@ -55,7 +56,7 @@ class Opening:
         await self._devices.find(request.device)
         await self._arrivals.wait(request.key, session.gone)
         asker = Asker(session.client.number, request.publish)
-        name, engine = request.name[:MAX_NAME], request.engine[:MAX_NAME]
+        name, engine = one_line(request.name, MAX_NAME), one_line(request.engine, MAX_NAME)
         outcomes = self._state.models.open(request.key, asker, name=name, engine=engine, device=request.device)
         self._signals.changed()
         outcome = (
@@ -66,8 +67,8 @@ class Opening:
         if isinstance(outcome, Refused):
             raise outcome.error
         if isinstance(outcome, MayPublish):
-            log.info("%s publishes %s", session.client, request.name or request.key)
-            self._signals.event("publish_started", key=request.key, name=request.name, pid=session.client.pid)
+            log.info("%s publishes %s", session.client, name or request.key)
+            self._signals.event("publish_started", key=request.key, name=name, pid=session.client.pid)
             return Answer(messages.Granted(request.id))
         if request.key not in self._state.committed:  # withdrawn between the commit and now: open the key anew
             self._leave(session.client, request.key)

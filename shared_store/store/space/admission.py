@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from shared_store.base.errors import OutOfMemoryError
-from shared_store.memory import Segment
+from shared_store.memory import Segment, Unknown
 from shared_store.store.devices.devices import Devices
 from shared_store.store.space.eviction import CachedModel, evict
 from shared_store.store.space.evictor import Evictor
@@ -68,7 +68,7 @@ class Admission:
             pass
         async with self._locks.setdefault(device, asyncio.Lock()):  # two would evict models for one shortage
             backend = self._devices.backend(device)
-            await self._compact(device, lambda: nbytes - backend.free_bytes())
+            await self._compact(device, lambda: _missing(nbytes, backend.free_bytes()))
             # The free bytes are an estimate: if it was wrong, the second round frees the whole segment's size.
             for estimated in (True, False):
                 try:
@@ -76,7 +76,7 @@ class Admission:
                 except OutOfMemoryError as error:
                     full = error
                 free = await self._devices.free_bytes(device) if estimated else 0
-                if not self._evict(device, max(1, nbytes - free), "device full"):
+                if not self._evict(device, max(1, _missing(nbytes, free)), "device full"):
                     break
             else:
                 return await self._devices.allocate(device, nbytes)
@@ -130,3 +130,8 @@ class Admission:
             texts.append(f"{model.name or model.key[:12]}{size}")
         more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
         return ", ".join(texts[:MAX_NAMED]) + more
+
+
+def _missing(nbytes: int, free: int | Unknown) -> int:
+    """Return the bytes that must become free to allocate ``nbytes``; 0 if that cannot be told."""
+    return 0 if isinstance(free, Unknown) else nbytes - free
