@@ -20,6 +20,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are anot
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
 from shared_store.base.keys import weight_key
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.disk.obtain import Need, Opened, obtain
 from shared_store.disk.saver import save_in_background
@@ -161,8 +162,9 @@ class _SharedLoad(Generic[R]):
         attached, fds = opened
         with fds:
             manifest = manifests.decode(attached.manifest)
-            mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
-        mapped.map_for_reading()
+            with mapping_phase(self._session, backend):
+                mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
+                mapped.map_for_reading()
         loaded, bound = self._steps.attach(manifest, mapped)
         return self._retain(Shared(loaded, self._session, manifest, mapped, bound, published=False), "attached")
 
