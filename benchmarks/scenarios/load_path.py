@@ -85,7 +85,13 @@ class LoadPath:
         caches = {name: str(node.scratch / name.lower()) for name in ("CUPY_CACHE_DIR", "CUDA_CACHE_PATH")}
         environment = {**caches, "VLLM_CPU_KVCACHE_SPACE": "1"}
         if role.startswith(BEFORE):
-            environment["PYTHONPATH"] = f"{self._against}:{os.environ.get('PYTHONPATH', '')}"
+            assert self._against is not None
+            packages = node.scratch / "packages"  # without the other checkout's benchmarks
+            packages.mkdir(exist_ok=True)
+            for name in ("shared_store", "wooly_vllm", "wooly_hf"):
+                if not (packages / name).exists():
+                    (packages / name).symlink_to(self._against / name)
+            environment["PYTHONPATH"] = f"{packages}:{os.environ.get('PYTHONPATH', '')}"
         job = {"model": str(self._model), "role": role.removeprefix(BEFORE), "settings": self._settings}
         return node.launch(role, "load", job, worker="load-path-worker", **environment)
 

@@ -145,6 +145,7 @@ class Requests:
             messages.Pin: plain(self.administration.pin),
             messages.Compact: plain(self.compaction.compact),
             messages.Compacted: plain(self.compaction.compacted),
+            messages.AbandonCompaction: plain(self.compaction.abandon),
             messages.Rejoin: plain(self.offers.rejoin),
             messages.Offer: self.offers.offer,
             messages.Acquire: plain(self.turns.acquire),
