@@ -151,7 +151,8 @@ def main() -> None:
         rounds.append(bench.round(number))
         found, parts = summarize(rounds)
         versions = {**stamp(), **facts, "load_average": f"{load_average():.1f}"}
-        result = {"versions": versions, "model": model.name, "rounds": len(rounds), **found.numbers}
+        figures = {"load_path": found.numbers} if arguments.gpu else found.numbers  # a GPU's folder has other files
+        result = {"versions": versions, "model": model.name, "rounds": len(rounds), **figures}
         write(arguments.out or file, {**result, "parts": parts, "raw": found.raw})
         print(f"round {len(rounds)} of {arguments.rounds}: {json.dumps(found.numbers)}", flush=True)
 
