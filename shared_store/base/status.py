@@ -107,11 +107,25 @@ class QuarantineStatus(msgspec.Struct, frozen=True):
     readers: int
 
 
+class ActivityStatus(msgspec.Struct, frozen=True):
+    """Work of a client, as it writes it into its activity page.
+
+    ``busy``: a step runs, or requests are left. ``idle_s``: seconds since its last step ended; None before the first.
+    """
+
+    busy: bool
+    idle_s: float | None
+    running: int
+    waiting: int
+
+
 class ClientStatus(msgspec.Struct, frozen=True):
     """One lease: a client, and a model that it publishes, reads or waits for; without a model, ``key`` is empty.
 
     ``mapped_bytes``: bytes of shared blobs that the client maps. ``private_bytes``: bytes of its private copies, as the
-    client reports them.
+    client reports them. ``pid`` is 0, and ``pid_known`` false, for a process of another PID namespace. From
+    ``workload`` to ``container`` the client describes itself. ``activity`` is None for a client without an activity
+    page, and where the page has no valid content.
     """
 
     id: int
@@ -122,6 +136,16 @@ class ClientStatus(msgspec.Struct, frozen=True):
     role: Literal["publisher", "reader", "waiting", "idle"]
     mapped_bytes: int
     private_bytes: int
+    pid_known: bool = True
+    workload: str = ""
+    kind: str = "other"
+    priority: int = 0
+    swap: bool = True
+    gpus: tuple[str, ...] = ()
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    activity: ActivityStatus | None = None
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -135,6 +159,7 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    permission_denials: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

@@ -1,12 +1,14 @@
-"""A backend with a capacity and planned faults, for tests of the code above it.
+"""A backend with a capacity, planned faults and work in flight, for tests of the code above it.
 
-The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does.
+The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does. Work in flight is
+real, too: threads that use mapped memory, and fault if it is unmapped meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.backend import Access, Segment
@@ -47,8 +49,29 @@ class FakeBackend(MemfdBackend):
         self.capacity = capacity
         self.allocated_bytes = 0
         self.faults = Faults()
+        self.capturing = False
+        self.calls: list[str] = []
+        """Names of the calls of :meth:`settle`, :meth:`unmap` and :meth:`release`, in order."""
         self._created: set[int] = set()
         self._lock = threading.Lock()
+        self._in_flight: list[threading.Thread] = []
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Start work that uses mapped memory, as a kernel does. :meth:`settle` waits for it."""
+        thread = threading.Thread(target=work, name="wooly-fake-work", daemon=True)
+        self.asynchronous = True
+        self._in_flight.append(thread)
+        thread.start()
+
+    def settle(self) -> bool:
+        """Wait for the work in flight; False at once while ``capturing`` is True."""
+        if self.capturing:
+            return False
+        self.calls.append("settle")
+        while self._in_flight:
+            self._in_flight[0].join()
+            self._in_flight.pop(0)
+        return True
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("create")
@@ -75,7 +98,14 @@ class FakeBackend(MemfdBackend):
         self.faults.passing("map")
         super().map(segment, address, access)
 
+    def unmap(self, address: int, nbytes: int) -> None:  # noqa: D102 - documented by the interface
+        self.faults.passing("unmap")
+        self.calls.append("unmap")
+        super().unmap(address, nbytes)
+
     def release(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
+        if not segment.released:
+            self.calls.append("release")
         if id(segment) in self._created and not segment.released:
             self._created.discard(id(segment))
             with self._lock:

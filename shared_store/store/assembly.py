@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from shared_store.base.status import Status
 from shared_store.memory import Backend, backend_for
 from shared_store.protocol import messages
+from shared_store.store.activity_pages import ActivityPages
+from shared_store.store.clients.activity import ActivityRequests
 from shared_store.store.clients.files import FileRequests
 from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
@@ -70,6 +72,7 @@ class Parts:
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
+        self.pages = ActivityPages()
         self.keeper = KeeperLink(Records(self.state, self.devices), self.signals, inheritance, channel)
         self.effects = Effects(self.devices, self.keeper, self.waiters)
         self.evictor = Evictor(self.state, self.effects, self.signals)
@@ -80,7 +83,7 @@ class Parts:
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
         self.offers = Offers(self.state, self.devices, self.keeper, self.signals, self.arrivals)
         self.grace = GracePeriod(self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor)
-        self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor)
+        self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
         self.requests = Requests.of(self)
 
     def dispatch(self, status: Callable[[], Status], stopping: asyncio.Event) -> Dispatch:
@@ -91,7 +94,7 @@ class Parts:
             stopping: set by `Shutdown`.
         """
         process = ProcessRequests(self.keeper, status, stopping)
-        return Dispatch(self.requests.table(process), self.times, self.state.counts)
+        return Dispatch(self.requests.table(process), self.times, self.state.counts, self.signals)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Requests:
     turns: TurnRequests
     files: FileRequests
     reports: Reports
+    activity: ActivityRequests
 
     @staticmethod
     def of(parts: Parts) -> Requests:
@@ -124,6 +128,7 @@ class Requests:
             TurnRequests(state, effects, waiters),
             FileRequests(state, keeper),
             Reports(state, signals),
+            ActivityRequests(parts.pages),
         )
 
     def table(self, process: ProcessRequests) -> Table:
@@ -140,6 +145,7 @@ class Requests:
             messages.Pin: plain(self.administration.pin),
             messages.Compact: plain(self.compaction.compact),
             messages.Compacted: plain(self.compaction.compacted),
+            messages.AbandonCompaction: plain(self.compaction.abandon),
             messages.Rejoin: plain(self.offers.rejoin),
             messages.Offer: self.offers.offer,
             messages.Acquire: plain(self.turns.acquire),
@@ -148,6 +154,7 @@ class Requests:
             messages.RememberFiles: plain(self.files.remember),
             messages.Report: plain(self.reports.report),
             messages.ReportFallback: plain(self.reports.report_fallback),
+            messages.GetActivityPage: plain(self.activity.get_page),
             messages.GetStatus: plain(process.get_status),
             messages.Shutdown: plain(process.shut_down),
             messages.Upgrade: plain(process.upgrade),

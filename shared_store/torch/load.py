@@ -51,6 +51,7 @@ class Settings:
         publish: load and publish a model that the store does not have; False makes that an error.
         restore_from: a directory of ``wooly save`` to restore the model from; None looks in the cache.
         min_bytes: smaller tensors are copied instead of mapped.
+        devices: the store's names of the devices that this process uses, for the status.
     """
 
     engine: str
@@ -61,6 +62,7 @@ class Settings:
     publish: bool = True
     restore_from: Path | None = None
     min_bytes: int = SHARE_MIN_BYTES
+    devices: tuple[str, ...] = ()
 
     @property
     def named(self) -> str:
@@ -74,7 +76,7 @@ class Settings:
 
     def connect(self, name: str) -> Session:
         """Connect to the store, for a model. Raises as :meth:`Session.connect` does."""
-        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}")
+        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}", kind=self.engine, gpus=self.devices)
 
 
 def load(steps: LoadSteps[R], settings: Settings) -> R:

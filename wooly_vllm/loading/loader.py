@@ -64,7 +64,7 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
             WoolyError: the model cannot be shared, and ``fallback`` is off.
         """
         steps = VllmSteps(self._request(vllm_config, model_config, prefix), self._inner)
-        return load(steps, self._settings()).eval()
+        return load(steps, self._settings(store_device(compat.device_of(vllm_config)))).eval()
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Return the shared bytes that vLLM counts as this engine's before it loads (vLLM 0.32 and later)."""
@@ -97,7 +97,7 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
     def _request(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Request:
         return Request(vllm_config, model_config, self.load_config, self.options, prefix)
 
-    def _settings(self) -> Settings:
+    def _settings(self, *devices: str) -> Settings:
         options = self.options
         return Settings(
             engine="vllm",
@@ -108,6 +108,7 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
             publish=options.mode != "load",
             restore_from=options.restore_from,
             min_bytes=options.share_min_bytes,
+            devices=devices,
         )
 
     def _inner(self) -> InnerLoader:

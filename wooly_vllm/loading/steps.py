@@ -28,7 +28,7 @@ from wooly_vllm.loading import identity, methods, rehearsal, state
 from wooly_vllm.loading.inner_loader import InnerLoader
 from wooly_vllm.memory import refused_writes
 from wooly_vllm.options import Options
-from wooly_vllm.residency import shared_models, sleep
+from wooly_vllm.residency import activity, shared_models, sleep
 
 LOST_TOLERATED = 0.01
 """Fraction of the mapped bytes that may become private after binding without a warning."""
@@ -190,6 +190,7 @@ class VllmSteps:
             compat.logger().warning(
                 "wooly: %s: %.1f MiB that could be shared became private after binding", self.name, lost / 2**20
             )
+        activity.may_report_through(shared.session)
         shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
         if self._request.device.type == "cuda":
             refused_writes.install()

@@ -8,6 +8,7 @@ from typing import Literal
 
 import shared_store
 from shared_store.base import status
+from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
@@ -31,6 +32,7 @@ class Snapshots:
         times: RequestTimes,
         loop: LoopTimes,
         identity: Identity,
+        pages: ActivityPages,
     ) -> None:
         self._state = state
         self._devices = devices
@@ -38,6 +40,7 @@ class Snapshots:
         self._times = times
         self._loop = loop
         self._identity = identity
+        self._pages = pages
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers
 
@@ -123,10 +126,24 @@ class Snapshots:
             private = client.private_bytes.get(key, 0)
             shown.append(
                 status.ClientStatus(
-                    number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private
+                    *(number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private),
+                    pid_known=client.pid_known,
+                    workload=client.identity.name or client.name,
+                    kind=client.identity.kind,
+                    priority=client.identity.priority,
+                    swap=client.identity.swap,
+                    gpus=client.identity.gpus,
+                    namespace=client.identity.namespace,
+                    pod=client.identity.pod,
+                    container=client.identity.container,
+                    activity=self._activity(number),
                 )
             )
         return tuple(shown)
+
+    def _activity(self, client: int) -> status.ActivityStatus | None:
+        activity = self._pages.read(client)
+        return None if activity is None else status.ActivityStatus(*activity)
 
     def _roles(self) -> list[tuple[int, str, Role]]:
         """Return client number, owner (a key, or the token of a withdrawn model) and role of each lease."""

@@ -49,7 +49,6 @@ class Compactor:
 
         Raises:
             ProtocolError: the client has not ended its last compaction.
-            PermissionDeniedError: the store could not verify the copies of a client of another uid.
             MemoryBackendError: the free memory of the device is unknown, and it has no limit.
         """
         state = self._state
@@ -57,8 +56,6 @@ class Compactor:
         client = None if session is None else session.client.number
         if client is not None and state.compactions.by(client):
             raise ProtocolError(f"client {client} has not ended the compaction that it began")
-        if session is not None and not backend.host_readable:
-            session.require_own_uid("compact GPU memory")
         found = await self._devices.free_bytes(device)
         limit = state.segments.limits.get(device)
         if isinstance(found, Unknown) and limit is None:
