@@ -50,7 +50,7 @@ class Reporting:
     def count_written(self, mapped: MappedModel) -> None:
         """Count the bytes that this process wrote to until now, in a thread, and report them if there are any.
 
-        The thread does not keep a mapping alive that it is not counting. There is none for a GPU, whose mappings cannot be
+        The thread keeps no mapping alive that it is not counting. There is none for a GPU, whose mappings cannot be
         written to.
         """
         mappings = [weakref.ref(mapping) for _, mapping in mapped.mappings() if mapping.ordinal is None]
