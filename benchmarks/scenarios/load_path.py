@@ -11,7 +11,9 @@ reader            a reader of the model that it published.
 
 ``*_s`` is the whole load, with the time that accounting takes before it (it identifies the model, and may hash its
 checkpoint). ``*_cpu_s`` is the CPU time of the loading process. ``map_and_bind_ms``: a reader's mapping of the segments
-and binding of the tensors. ``parts`` has the seconds of wooly's functions; they contain each other.
+and binding of the tensors. ``parts`` has the seconds of wooly's functions; they contain each other. The part ``turn``
+comes before the whole, and is not in it: an engine on a GPU waits for its turn to start there, and starts the store if
+there is none. On a CPU that is in ``connect``, and in the whole.
 
     python benchmarks load_path [--rounds N] [--against DIR] [--gpu] [--out FILE]
 
