@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from shared_store.base.status import Status
@@ -110,21 +110,22 @@ async def _serve(
     snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages)
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
-    def status() -> Status:
+    async def status() -> Status:
+        await snapshots.catch_up()
         return snapshots.take(catalog_url=catalog.url, catalog_state=catalog.state)
 
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
     server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
-    mirror = Mirror(catalog, documents.take)
+    mirror = Mirror(catalog, documents)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)
     parts.signals.observe(idle_compaction.changed)
-    parts.restore.restore(inheritance.held)
-    parts.grace.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    await parts.restore.restore(inheritance.held)
+    parts.grace.start()
     try:
         if endpoint is not None:
             endpoint.start()
@@ -134,7 +135,7 @@ async def _serve(
         ready()
         if embedded is not None:
             await asyncio.to_thread(_start_own, embedded)
-        catalog.start(documents.take())
+        await mirror.start()
         await stopping.wait()
         log.info("stopping")
     finally:
@@ -165,10 +166,6 @@ def _endpoint(address: str, status: Callable[[], Status]) -> Endpoint:
     return Endpoint(address, status)
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Status]) -> Status:
+def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Coroutine[None, None, Status]]) -> Status:
     """Take the snapshot in the event loop, which owns the state, for a thread that serves metrics."""
-
-    async def take() -> Status:
-        return status()
-
-    return asyncio.run_coroutine_threadsafe(take(), loop).result(timeout=5.0)
+    return asyncio.run_coroutine_threadsafe(status(), loop).result(timeout=5.0)
