@@ -22,6 +22,7 @@ from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 from shared_store.store.assembly import Parts
 from shared_store.store.clients.access import AccessRules
+from shared_store.store.collector import Collector
 from shared_store.store.keeper_link.channel import ControlChannel
 from shared_store.store.keeper_link.inheritance import Inheritance, inherit
 from shared_store.store.observe.catalog_documents import CatalogDocuments
@@ -115,13 +116,14 @@ async def _serve(
         return snapshots.take(catalog_url=catalog.url, catalog_state=catalog.state)
 
     address = options.metrics_address
-    endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
+    endpoint = await asyncio.to_thread(_endpoint, address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
     server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
     mirror = Mirror(catalog, documents)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)
-    parts.signals.observe(idle_compaction.changed)
+    collector = Collector()
+    parts.signals.observe(idle_compaction.changed, collector.event)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await parts.restore.restore(inheritance.held)
@@ -136,6 +138,7 @@ async def _serve(
         if embedded is not None:
             await asyncio.to_thread(_start_own, embedded)
         await mirror.start()
+        collector.settle()
         await stopping.wait()
         log.info("stopping")
     finally:
@@ -146,11 +149,9 @@ async def _serve(
         if not inheritance.supervised:  # else the service manager retains it for the next start
             with contextlib.suppress(OSError):  # the directory may have been removed or be read-only
                 paths.socket.unlink()
-        if endpoint is not None:
-            await asyncio.to_thread(endpoint.stop)
-        await asyncio.to_thread(catalog.stop)
-        if embedded is not None:
-            await asyncio.to_thread(embedded.stop)
+        for part in (endpoint, catalog, embedded):
+            if part is not None:
+                await asyncio.to_thread(part.stop)
         parts.devices.close()
 
 
