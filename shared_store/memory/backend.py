@@ -104,5 +104,5 @@ class Backend(ABC):
         """Count the bytes of a mapped range that this process wrote to and therefore has private copies of."""
 
     @abstractmethod
-    def free_bytes(self) -> int:
-        """Estimate the bytes that could be allocated now."""
+    def free_bytes(self) -> int | None:
+        """Estimate the bytes that could be allocated now; None if that is unknown."""

@@ -62,6 +62,10 @@ class MemfdBackend(Backend):
         free = self.free_bytes()
         if nbytes > free:
             raise self._out_of_memory(nbytes, free)
+        return self._allocate(nbytes)
+
+    def _allocate(self, nbytes: int) -> MemfdSegment:
+        """Allocate without asking first what is free. Raises as :meth:`create` does."""
         try:
             fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
@@ -72,7 +76,7 @@ class MemfdBackend(Backend):
         except OSError as error:
             fd.close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise self._out_of_memory(nbytes, self.free_bytes()) from error
+                raise self._out_of_memory(nbytes, MemfdBackend.free_bytes(self)) from error
             raise MemoryBackendError(f"cannot allocate a memfd of {nbytes} bytes: {error.strerror}") from error
         return MemfdSegment(fd, nbytes)
 
