@@ -59,7 +59,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """Memory that the store has allocated on one device. ``id``: ``cpu`` or a GPU's UUID.
 
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
-    of segments, whose sizes are multiples of 2 MiB.
+    of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
+    not confirmed to have closed, so that their memory may still be allocated. They are not resident.
     """
 
     id: str
@@ -68,6 +69,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     segments: int
     dead_bytes: int = 0
     padding_bytes: int = 0
+    releasing_bytes: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -121,7 +123,10 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """Events since the store started."""
+    """Events since the store started.
+
+    ``unconfirmed_releases``: segments whose release the keeper did not confirm in time.
+    """
 
     attaches: int = 0
     publishes: int = 0
@@ -131,6 +136,7 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    unconfirmed_releases: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

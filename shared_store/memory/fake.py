@@ -4,9 +4,9 @@ The bytes are real: the segments are memfds, so everything but the faults behave
 segment uses memory until the last descriptor and the last mapping of it in any process are gone, and not only until its
 creator has released it: each segment's open file description has a lock, which the kernel removes with the description.
 
-Relies on: locks of open file descriptions, which ``/proc/locks`` lists with their byte ranges whichever process set them
-(see ``fcntl(2)``, ``proc_locks(5)``). The first byte of a range is the device's :attr:`FakeBackend.tag`, its length the
-size of the segment.
+Relies on: locks of open file descriptions, which ``/proc/locks`` lists with their byte ranges, whichever process set
+them (see ``fcntl(2)``, ``proc_locks(5)``). The first byte of a range is the device's :attr:`FakeBackend.tag`, its
+length the size of the segment.
 """
 
 from __future__ import annotations

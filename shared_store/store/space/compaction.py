@@ -16,7 +16,7 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
 from shared_store.store.session import Session
 from shared_store.store.signals import Signals
-from shared_store.store.space.compaction_plan import choose
+from shared_store.store.space.compaction_plan import TARGET, choose
 from shared_store.store.state.compactions import Compaction
 from shared_store.store.state.store_state import StoreState
 
@@ -52,6 +52,8 @@ class Compactor:
         if session is not None and not backend.host_readable:
             session.require_own_uid("compact GPU memory")
         free = await self._devices.free_bytes(device)
+        if free is None:
+            free = TARGET  # unknown: the allocation below finds out
         if (limit := state.segments.limits.get(device)) is not None:
             free = min(free, limit - state.segments.used(device))
         if state.grace.active or (session is not None and session.gone.is_set()):
