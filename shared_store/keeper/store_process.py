@@ -159,9 +159,10 @@ class StoreProcess:
             self.refused = ""
         except OSError as error:
             if wire.is_temporary(error):
-                if error.strerror != self.refused:
-                    log.warning("cannot send to the store (pid %d) now: %s; trying again", self.pid, error.strerror)
-                self.refused = error.strerror
+                reason = error.strerror or str(error)
+                if reason != self.refused:
+                    log.warning("cannot send to the store (pid %d) now: %s; trying again", self.pid, reason)
+                self.refused = reason
                 return
             self._outbox.close()  # the store has ended, which its pidfd reports
             self._state.clear()
