@@ -16,11 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "demo": ("benchmarks.scenarios.demo", "two vLLM servers on one copy of a model's weights"),
     "cpu": ("benchmarks.scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
+    "load_path": ("benchmarks.scenarios.load_path", "whole loads of publishers and readers, in their parts"),
     "gpu": ("benchmarks.scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
     "digest": ("benchmarks.scenarios.digest", "digests of GPU memory (a part of gpu)"),
     "hf": ("benchmarks.scenarios.hf", "transformers: memory of 1 to 8 processes, load time, speed"),
     "disk": ("benchmarks.scenarios.disk", "saving, restoring and verifying models"),
     "store": ("benchmarks.scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
+    "scale": ("benchmarks.scenarios.scale", "cost of requests by the numbers of models, blobs and clients"),
+    "activity": ("benchmarks.scenarios.activity", "cost of an engine's activity page, per step and per read"),
     "recovery": ("benchmarks.scenarios.recovery", "time to recover after the store is killed"),
     "compaction": (
         "benchmarks.scenarios.compaction",
@@ -38,10 +41,12 @@ COMMANDS = {
 WORKERS = {
     "engine-worker": "benchmarks.workers.engine",
     "cpu-worker": "benchmarks.workers.cpu",
+    "load-path-worker": "benchmarks.workers.load_path",
     "gpu-worker": "benchmarks.workers.gpu",
     "hf-worker": "benchmarks.workers.hf",
     "disk-worker": "benchmarks.workers.disk",
     "store-worker": "benchmarks.workers.store",
+    "scale-worker": "benchmarks.workers.scale",
     "parity-worker": "benchmarks.parity.worker",
     "soak-worker": "benchmarks.soak.worker",
 }

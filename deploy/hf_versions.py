@@ -2,7 +2,7 @@
 """Run the tests of `wooly_hf` with several versions of transformers (`make hf-versions`).
 
     python deploy/hf_versions.py                      every supported minor version
-    python deploy/hf_versions.py 5.16 5.23 -- -x      these versions, with arguments for pytest
+    python deploy/hf_versions.py 5.16 5.24 -- -x      these versions, with arguments for pytest
 
 Each version has its own virtual environment, build/venv-hf-VERSION, with wooly from this source tree (editable), torch
 for the CPU and no vLLM. It is created with the steps of `make install` and reused by the next run.
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from pathlib import Path
 
 from install import MODELS, ROOT, Environment
-from versions import requirement, run
+from versions import minors, requirement, run
 
-VERSIONS = tuple(f"5.{minor}" for minor in range(16, 24))
+VERSIONS = minors("hf", "transformers")
 TORCH = "torch==2.13.0"  # a CPU build is preferred if the index has one
 
 
@@ -28,14 +29,18 @@ def main() -> int:
 
 
 def _environment(version: str) -> Environment:
+    return environment(ROOT / "build" / f"venv-hf-{version}", requirement("transformers", version))
+
+
+def environment(directory: Path, transformers: str) -> Environment:
+    """Create an environment for the tests of `wooly_hf`, with a requirement of transformers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    environment = Environment(ROOT / "build" / f"venv-hf-{version}", use_uv=True)
-    environment.install("--no-deps", *MODELS)
-    wanted = [*project["dependencies"], *extras["dev"], *extras["demo"], TORCH, requirement("transformers", version)]
-    environment.install(*wanted)
-    environment.install_wooly(None)
-    return environment
+    made = Environment(directory, use_uv=True)
+    made.install("--no-deps", *MODELS)
+    made.install(*project["dependencies"], *extras["dev"], *extras["demo"], TORCH, transformers)
+    made.install_wooly(None)
+    return made
 
 
 if __name__ == "__main__":

@@ -125,8 +125,14 @@ def _wrap_initialize(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _guard_peft(tuners_utils: ModuleType) -> None:
     """Guard ``merge`` of all classes of PEFT layers, also of those that are imported later."""
     base = tuners_utils.BaseTunerLayer
+    stock = vars(base).get("__init_subclass__")
 
-    base.__init_subclass__ = classmethod(_guard_merge)
+    def init_subclass(cls: type, /, **keywords: Any) -> None:
+        hook = super(base, cls).__init_subclass__ if stock is None else stock.__get__(None, cls)
+        hook(**keywords)
+        _guard_merge(cls)
+
+    base.__init_subclass__ = classmethod(init_subclass)
     known = [base]
     for cls in known:
         _guard_merge(cls)

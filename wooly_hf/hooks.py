@@ -112,7 +112,9 @@ def wrap_load(stock: compat.Load) -> compat.Load:
         request.taken = True  # adapters that are loaded later in the same call stay private
         if not request.asked and not compat.onto_one_device(load_config):
             return load_stock()  # the environment does not ask for sharing here, so there is nothing to report
-        return load(TransformersSteps(model, state_dict, checkpoint_files, load_config, load_stock), settings())
+        return load(
+            TransformersSteps(model, state_dict, checkpoint_files, load_config, load_stock), settings(load_config)
+        )
 
     return load_pretrained
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from shared_store.base import envs
+from shared_store.base.errors import UnsupportedError
 from shared_store.base.manifest import Manifest
 from shared_store.client.identify import Checkpoint
 from shared_store.torch.bind import Bound
+from shared_store.torch.devices import store_device
 from shared_store.torch.fallback import Fallback
 from shared_store.torch.load import SHARE_MIN_BYTES, Settings
 from shared_store.torch.mapped_model import MappedModel
@@ -32,10 +35,24 @@ publishing: ContextVar[bool] = ContextVar("wooly_publishing", default=False)
 """True while transformers loads a model that will be published."""
 
 
-def settings() -> Settings:
-    """Return how this process loads, by its environment."""
+def settings(load_config: Any = None) -> Settings:
+    """Return how this process loads, by its environment. ``load_config``: of the model, if its device is known."""
     advice = "Set WOOLY_STRICT=1 to make this an error."
-    return Settings("transformers", compat.version(), Fallback(not envs.STRICT.get(), advice, log))
+    return Settings(
+        "transformers",
+        compat.version(),
+        Fallback(not envs.STRICT.get(), advice, log),
+        devices=() if load_config is None else _devices(load_config),
+    )
+
+
+def _devices(load_config: Any) -> tuple[str, ...]:
+    """Return the store's name of the model's device; empty if it cannot be shared, which :meth:`identify` reports."""
+    with suppress(UnsupportedError):
+        device = compat.device_of(load_config)
+        if device.type != "cuda" or torch.cuda.is_available():
+            return (store_device(device),)
+    return ()
 
 
 class TransformersSteps:
@@ -60,6 +77,11 @@ class TransformersSteps:
     def name(self) -> str:
         """The checkpoint's name or path."""
         return str(self._load_config.pretrained_model_name_or_path)
+
+    @property
+    def loads_ahead(self) -> bool:
+        """False: transformers loads into a model that exists, which cannot be attached to afterwards."""
+        return False
 
     def prepare(self) -> None:
         """Do nothing: everything is checked in :meth:`identify`, so that the store counts refusals."""
@@ -89,6 +111,9 @@ class TransformersSteps:
             return Loaded(self._model, self._load_stock())
         finally:
             publishing.reset(token)
+
+    def discard(self, loaded: Loaded[Result]) -> None:
+        """Do nothing: no model is loaded ahead."""
 
     def describe(self, loaded: Loaded[Result]) -> Description:
         """Describe the outcome of the load, and select the tensors that came from the checkpoint."""

@@ -56,13 +56,13 @@ def gpu() -> dict[str, str]:
 
 
 def gpu_stack() -> dict[str, str]:
-    """Return the versions of wooly, torch, CUDA, installed vLLM and CuPy, and the machine. Raises as :func:`gpu`."""
+    """Return the versions of wooly, torch, CUDA, installed vLLM, and the machine. Raises as :func:`gpu`."""
     import torch
 
     found = {**wooly(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for distribution in ("vllm", "cupy-cuda13x", "cupy-cuda12x"):
+    for distribution in ("vllm", "cuda-bindings"):
         try:
-            found[distribution.partition("-")[0]] = metadata.version(distribution)
+            found[distribution] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
     return {**found, **gpu(), "python": platform.python_version(), "cores": str(os.cpu_count())}

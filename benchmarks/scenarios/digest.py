@@ -1,7 +1,7 @@
 """Digests of GPU memory: speed for one tensor, for many in one call, and for all tensors of a 9 GB Llama.
 
 Times are of whole :meth:`CudaDigests.digest_many` calls, including launches and copies: medians of ``--repeat`` calls
-on random bytes. Needs CuPy and a GPU with 10 GB of free memory. Prints JSON, which ``python benchmarks gpu --parts
+on random bytes. Needs torch and a GPU with 10 GB of free memory. Prints JSON, which ``python benchmarks gpu --parts
 digest`` stores.
 
 ``digest_limit_gbps`` is the limit of the integer unit, which executes xors and rotations: 456 of them for each 64-byte
@@ -21,8 +21,6 @@ from benchmarks.harness.figures import GIB, MIB, seconds
 from shared_store.base.digest import digest
 
 ALIGNMENT = 512
-CLOCK_RATE, MULTIPROCESSORS = 13, 16  # cudaDeviceAttr; the clock is in kHz
-HOST_TO_DEVICE = 1  # cudaMemcpyKind
 
 
 def llama_sizes() -> list[int]:
@@ -42,17 +40,15 @@ def place(address: int, sizes: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def random_bytes(nbytes: int) -> tuple[int, memoryview]:
-    """Allocate device memory of repeated random bytes; return its address, and a copy of its first 64 MiB."""
-    import cupy
-    import numpy as np
+def random_bytes(nbytes: int) -> tuple[Any, memoryview]:
+    """Allocate device memory of repeated random bytes; return it (uint8), and a copy of its first 64 MiB."""
+    import torch
 
-    words = np.random.default_rng(0).integers(0, 1 << 64, GIB // 8, dtype=np.uint64)
-    runtime = cupy.cuda.runtime
-    address = runtime.malloc(nbytes)
+    made = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    block = torch.randint(256, (GIB,), dtype=torch.uint8, device="cuda")
     for at in range(0, nbytes, GIB):
-        runtime.memcpy(address + at, words.ctypes.data, min(GIB, nbytes - at), HOST_TO_DEVICE)
-    return address, words.data.cast("B")[: 64 * MIB]
+        made[at : at + GIB] = block[: nbytes - at]
+    return made, memoryview(made[: 64 * MIB].cpu().numpy())
 
 
 def median_seconds(digests: Any, ranges: list[tuple[int, int]], repeat: int) -> float:
@@ -67,13 +63,12 @@ def main() -> None:
     options.add_argument("--repeat", type=int, default=15, help="calls of which the median is taken (default 15)")
     arguments = options.parse_args()
 
-    import cupy
-
     from shared_store.memory.cuda.digests import CudaDigests
+    from shared_store.memory.cuda.driver import Driver
 
     sizes = llama_sizes()
-    address, first = random_bytes(sum(sizes) + ALIGNMENT * len(sizes))
-    runtime, device = cupy.cuda.runtime, cupy.cuda.runtime.getDevice()
+    memory, first = random_bytes(sum(sizes) + ALIGNMENT * len(sizes))
+    address = memory.data_ptr()
     start = time.perf_counter()
     digests = CudaDigests()
     if digests.digest_many([(address, 64 * MIB)]) != [digest(first)]:
@@ -84,9 +79,11 @@ def main() -> None:
         return sum(size for _, size in ranges) / median_seconds(digests, ranges, arguments.repeat) / 1e9
 
     model_s = median_seconds(digests, place(address, sizes), arguments.repeat)
-    lanes_per_s = (
-        runtime.deviceGetAttribute(MULTIPROCESSORS, device) * 64 * 1e3 * runtime.deviceGetAttribute(CLOCK_RATE, device)
-    )
+    driver = Driver()
+    attributes = driver.bindings.CUdevice_attribute
+    multiprocessors = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, 0)
+    clock_khz = driver.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_CLOCK_RATE, 0)
+    lanes_per_s = multiprocessors * 64 * 1e3 * clock_khz
     limit_gbps = lanes_per_s / 456 * 64 * 16 / 17 / 1e9
     many = place(address, [64 * MIB] * 64)
     result = {

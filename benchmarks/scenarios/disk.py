@@ -3,7 +3,7 @@
 The model consists of a checkpoint's tensors as they are in its files: on a CPU random bytes in the sizes of a small
 Llama (about ``--mib``), with ``--gpu`` the 9.08 GB model of ``python benchmarks model`` (made in ``--model`` if
 missing). Files are in the page cache before anything is timed. Needs no vLLM, and on a CPU no torch; on a GPU
-cuda-bindings and CuPy.
+cuda-bindings.
 
     python benchmarks disk [--gpu] [--repeats 5] [--out FILE]
 
@@ -13,7 +13,7 @@ restore_*   from the page cache into the store, blobs verified (and on a CPU ver
 save_*      from the store to a file system, blobs verified before, ``fsync`` at the end.
 verify_*    digests of all resident blobs. ``command``: the whole ``wooly verify``.
 open_*      the steps of an engine before it binds: asking the store, with ``WOOLY_VERIFY=attach`` (``verified``) and
-            without; ``first``: in a fresh process, whose check on a GPU includes importing CuPy and loading kernels.
+            without; ``first``: in a fresh process, whose check on a GPU includes loading kernels.
 pread_*     the same number of threads read the same bytes of the same files into reused buffers.
 pread_new_* the same into new memory, as any loader's is: its pages are faulted in meanwhile.
 memcpy_*    the same number of threads copy host memory, 64 MiB at a time.

@@ -95,7 +95,9 @@ def _labels(family: Metric) -> str:
 
 def _empty_status() -> status.Status:
     """Return a status of the right types; the names of metrics do not depend on the values."""
-    return msgspec.convert(_example(status.Status), status.Status)
+    empty = msgspec.convert(_example(status.Status), status.Status)
+    pauses = status.PauseStatus(0, 0.0, 0.0, (0,) * (len(status.PAUSE_BOUNDS_S) + 1))  # a count for each bound
+    return msgspec.structs.replace(empty, loop=status.LoopStatus(pauses, pauses))
 
 
 def _example(kind: Any) -> Any:

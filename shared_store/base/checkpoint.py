@@ -1,6 +1,7 @@
 """The digest of a checkpoint: over the bytes of its weight files, each hashed once and cached by its identity on disk.
 
 Relies on the file system: a file counts as unchanged while its device, inode, size, mtime and ctime (in ns) are equal.
+Where that is not sure (:mod:`shared_store.base.file_systems`), a digest is not cached.
 The kernel's timestamps advance in ticks of a few milliseconds, so a file that is changed in the tick in which it was
 hashed could look unchanged. An identity that was younger than :data:`SETTLED_S` when hashing began is not cached.
 """
@@ -16,12 +17,13 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from shared_store.base import file_systems
 from shared_store.base.errors import CheckpointError
 
 SETTLED_S = 2.0
 """Age in seconds from which the next change of a file is sure to change its identity."""
 
-_STEP = 64 << 20
+_STEP = 8 << 20  # hashed while it is in the processor's cache, and few turns of the interpreter's lock
 _CONTEXT = "wooly 2026-11 checkpoint digest"
 
 
@@ -51,16 +53,36 @@ class HashedFile(msgspec.Struct, frozen=True, array_like=True):
 def file_id(path: Path) -> FileId:
     """Return the current identity of a file. Links are followed, because model caches consist of them.
 
+    Opens the file, because a network file system asks its server for the current times only then.
+
     Raises:
         CheckpointError: the file cannot be read.
     """
     try:
-        found = path.stat()
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(opened)
+        finally:
+            os.close(opened)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path}: {error.strerror}; check the model's path and permissions"
-        ) from error
+        raise _unreadable(path, error) from error
     return FileId(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def why_unrecognized(path: Path) -> str:
+    """Return why a file's identity does not tell its bytes; empty if it does, so that the digest may be cached.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return file_systems.why_unrecognized(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {path}: {error.strerror}; check the model's path and permissions")
 
 
 def hash_files(
@@ -70,21 +92,23 @@ def hash_files(
 
     Args:
         paths: files to read.
-        threads: number of files hashed at a time; by default one for each core, at most 8.
+        threads: number of threads; by default one for each core, at most 8. They share the files, and divide a file
+            where there are more of them than files.
         progress: called from the hashing threads with the bytes done since the last call.
 
     Raises:
         CheckpointError: a file cannot be read, or changed while it was being read.
     """
     workers = threads or min(8, os.cpu_count() or 1)
+    each = max(1, workers // max(1, len(paths)))
     with ThreadPoolExecutor(workers, thread_name_prefix="wooly-hash") as pool:
-        return list(pool.map(lambda path: _hash_file(path, progress), paths))
+        return list(pool.map(lambda path: _hash_file(path, each, progress), paths))
 
 
-def _hash_file(path: Path, progress: Callable[[int], None] | None) -> HashedFile:
+def _hash_file(path: Path, threads: int, progress: Callable[[int], None] | None) -> HashedFile:
     before = file_id(path)
-    settled = before.settled
-    hasher = blake3()
+    settled = before.settled and not why_unrecognized(path)
+    hasher = blake3(max_threads=threads)
     buffer = bytearray(min(_STEP, max(before.size, 1)))
     view = memoryview(buffer)
     try:

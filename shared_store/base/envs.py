@@ -64,8 +64,26 @@ def _optional(text: str) -> str | None:
     return text or None
 
 
+def _priority(text: str) -> int:
+    digit = text.upper().removeprefix("P")
+    if digit not in {"0", "1", "2", "3", "4"}:
+        raise ValueError("use 0 (highest) to 4")
+    return int(digit)
+
+
+def _uids(text: str) -> tuple[int, ...]:
+    numbers = [number.strip() for number in text.split(",") if number.strip()]
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise ValueError("use user ids separated by commas, such as 1000,1001")
+    return tuple(int(number) for number in numbers)
+
+
 def _optional_directory(text: str) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
+
+
+def _directories(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser().resolve() for part in text.split(os.pathsep) if part)
 
 
 def _size(text: str) -> int:
@@ -148,7 +166,49 @@ CACHE_MAX_BYTES: Variable[int] = Variable(
     "100GiB",
     _size,
 )
+WORKLOAD: Variable[str] = Variable(
+    "WOOLY_WORKLOAD",
+    "Name of the workload that this process belongs to, for the status. Unset: the name of the model or command.",
+    "",
+    str,
+)
+PRIORITY: Variable[int] = Variable(
+    "WOOLYAI_PRIO", "Priority of this process's workload, from 0 (highest) to 4.", "0", _priority
+)
+SWAP_FROM_VRAM: Variable[bool] = Variable(
+    "WOOLYAI_SWAP_FROM_VRAM",
+    "1: memory of this process may be swapped out for other workloads. 0: never.",
+    "1",
+    _flag,
+)
+POD_NAMESPACE: Variable[str] = Variable(
+    "WOOLY_POD_NAMESPACE",
+    "Namespace of this process's pod, for the status; from the downward API (`metadata.namespace`).",
+    "",
+    str,
+)
+POD_NAME: Variable[str] = Variable(
+    "WOOLY_POD_NAME", "Name of this process's pod; from the downward API (`metadata.name`).", "", str
+)
+CONTAINER_NAME: Variable[str] = Variable("WOOLY_CONTAINER_NAME", "Name of this process's container.", "", str)
+ADMIN_UIDS: Variable[tuple[int, ...]] = Variable(
+    "WOOLY_ADMIN_UIDS",
+    "User ids, separated by commas, that may administer the store, besides its own and root's.",
+    "",
+    _uids,
+)
+ADMIN_GROUP: Variable[str | None] = Variable(
+    "WOOLY_ADMIN_GROUP", "Group (name or number) whose members may administer the store.", "", _optional
+)
 
+TRUSTED_DIRECTORIES: Variable[tuple[Path, ...]] = Variable(
+    "WOOLY_TRUSTED_DIRECTORIES",
+    "Directories, separated by `:`, in which a change of a file is sure to change its inode, size or ctime, although "
+    "the file system is of a kind that may make these up (FUSE, 9p, CIFS and others): wooly hashes checkpoints there "
+    "once, not at every load.",
+    "",
+    _directories,
+)
 REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variable is covariant in all but name
     RUNTIME_DIR,
     REDIS_URL,
@@ -160,4 +220,13 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     VERIFY,
     CACHE_DIR,
     CACHE_MAX_BYTES,
+    TRUSTED_DIRECTORIES,
+    WORKLOAD,
+    PRIORITY,
+    SWAP_FROM_VRAM,
+    POD_NAMESPACE,
+    POD_NAME,
+    CONTAINER_NAME,
+    ADMIN_UIDS,
+    ADMIN_GROUP,
 )

@@ -16,6 +16,10 @@ LATENCY_BOUNDS_S: Final = (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.
 """Upper bounds in seconds of the classes of request durations. Another class has no bound."""
 
 
+PAUSE_BOUNDS_S: Final = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5)
+"""Upper bounds in seconds of the classes of pauses. Another class has no bound."""
+
+
 class NodeStatus(msgspec.Struct, frozen=True):
     """The machine. ``id`` is stable over restarts of the store."""
 
@@ -105,11 +109,25 @@ class QuarantineStatus(msgspec.Struct, frozen=True):
     readers: int
 
 
+class ActivityStatus(msgspec.Struct, frozen=True):
+    """Work of a client, as it writes it into its activity page.
+
+    ``busy``: a step runs, or requests are left. ``idle_s``: seconds since its last step ended; None before the first.
+    """
+
+    busy: bool
+    idle_s: float | None
+    running: int
+    waiting: int
+
+
 class ClientStatus(msgspec.Struct, frozen=True):
     """One lease: a client, and a model that it publishes, reads or waits for; without a model, ``key`` is empty.
 
     ``mapped_bytes``: bytes of shared blobs that the client maps. ``private_bytes``: bytes of its private copies, as the
-    client reports them.
+    client reports them. ``pid`` is 0, and ``pid_known`` false, for a process of another PID namespace. From
+    ``workload`` to ``container`` the client describes itself. ``activity`` is None for a client without an activity
+    page, and where the page has no valid content.
     """
 
     id: int
@@ -120,6 +138,16 @@ class ClientStatus(msgspec.Struct, frozen=True):
     role: Literal["publisher", "reader", "waiting", "idle"]
     mapped_bytes: int
     private_bytes: int
+    pid_known: bool = True
+    workload: str = ""
+    kind: str = "other"
+    priority: int = 0
+    swap: bool = True
+    gpus: tuple[str, ...] = ()
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    activity: ActivityStatus | None = None
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -137,6 +165,7 @@ class Counters(msgspec.Struct, frozen=True):
     compactions: int = 0
     quarantines: int = 0
     unconfirmed_releases: int = 0
+    permission_denials: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):
@@ -150,6 +179,32 @@ class RequestStatus(msgspec.Struct, frozen=True):
     count: int
     total_s: float
     classes: tuple[int, ...]
+
+
+class PauseStatus(msgspec.Struct, frozen=True):
+    """Pauses of one kind since the store started.
+
+    ``classes``: number of pauses by duration, one class for each of :data:`PAUSE_BOUNDS_S` (above the previous bound,
+    up to this one), and one for longer pauses.
+    """
+
+    count: int
+    total_s: float
+    longest_s: float
+    classes: tuple[int, ...]
+
+
+class LoopStatus(msgspec.Struct, frozen=True):
+    """The store's event loop since it started: while a callback runs, no other client is answered.
+
+    ``callbacks``: their wall time. ``collections``: pauses for garbage collection, which are part of callbacks.
+    ``longest_callback``: the name of the longest. ``longest_cpu_s``: the most CPU time of the thread that one took.
+    """
+
+    callbacks: PauseStatus
+    collections: PauseStatus
+    longest_callback: str = ""
+    longest_cpu_s: float = 0.0
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -175,3 +230,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[RequestStatus, ...] = ()
     keeper: KeeperStatus | None = None
     quarantine: tuple[QuarantineStatus, ...] = ()
+    loop: LoopStatus | None = None

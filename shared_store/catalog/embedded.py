@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -144,8 +143,7 @@ class EmbeddedServer:
             "maxmemory-policy": "noeviction",
             "loglevel": "notice",
         }
-        arguments = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        return [sys.executable, "-P", str(Path(valkey_exec.__file__)), str(os.getpid()), *arguments]
+        return valkey_exec.command([word for name, value in settings.items() for word in (f"--{name}", value)])
 
 
 def _listens(path: Path) -> bool:

@@ -24,7 +24,7 @@ def command(
     The store allocates memory in segments of at least 2 MiB. A segment is freed only when all of its tensors are gone,
     so one tensor that other models share can occupy a large segment. This command copies the remaining tensors into
     full segments, and frees the old ones. Segments with readers are skipped. An idle store compacts host memory by
-    itself (`wooly serve --compact-share`). GPU memory needs this command, with cuda-bindings and CuPy installed.
+    itself (`wooly serve --compact-share`). GPU memory needs this command, with cuda-bindings installed.
 
     \b
     Examples:

@@ -33,4 +33,4 @@ def connect(runtime_dir: Path | None) -> "Session":
     from shared_store.client.session import Session
 
     logging.basicConfig(level=envs.LOG_LEVEL.get(), format="%(message)s")
-    return Session.connect(runtime_dir, name="wooly", autostart=False)
+    return Session.connect(runtime_dir, name="wooly", autostart=False, kind="cli")

@@ -63,7 +63,9 @@ def command(
     group: Annotated[
         str | None,
         typer.Option(
-            "--group", metavar="GROUP", help="Allow members of this group to connect.  [default: only this user]"
+            "--group",
+            metavar="GROUP",
+            help="Allow members of this group (name or number) to connect.  [default: only this user]",
         ),
     ] = None,
     allow_uid: Annotated[
@@ -73,6 +75,25 @@ def command(
             metavar="UID",
             min=0,
             help="Allow this user id to connect. May be repeated.  [default: only this user]",
+        ),
+    ] = None,
+    admin_uid: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--admin-uid",
+            metavar="UID",
+            min=0,
+            help="Allow this user id to connect and administer: stop, upgrade, rm, pin, unpin, compact. May be "
+            "repeated.  [default: WOOLY_ADMIN_UIDS; this user and root always may]",
+        ),
+    ] = None,
+    admin_group: Annotated[
+        str | None,
+        typer.Option(
+            "--admin-group",
+            metavar="GROUP",
+            help="Allow members of this group (name or number) to connect and administer.  "
+            "[default: WOOLY_ADMIN_GROUP]",
         ),
     ] = None,
     watchdog: Annotated[
@@ -106,6 +127,7 @@ def command(
       wooly serve --redis-url redis://catalog.example:6379/0
     """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.memory import backend_for
+    from shared_store.runtime.groups import gid_of
     from shared_store.runtime.options import ServeOptions
 
     given: dict[str, Any] = {
@@ -117,6 +139,8 @@ def command(
         "compact_share": compact_share,
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),
+        "admin_group": admin_group,
+        "admin_uids": tuple(admin_uid) if admin_uid else None,
         "watchdog_s": watchdog,
         "log_level": None if log_level is None else _log_level(log_level),
     }
@@ -130,13 +154,8 @@ def command(
         from shared_store.store.observe.endpoint import parse_address
 
         parse_address(metrics)
-    if group is not None:
-        import grp
-
-        try:
-            grp.getgrnam(group)
-        except KeyError as error:
-            raise ConfigError(f"--group {group!r}: there is no such group; `getent group` lists all groups") from error
+    for name in filter(None, (options.socket_group, options.admin_group)):
+        gid_of(name)
     if detach:
         from shared_store.runtime.spawn import start_detached
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared_store.base.status import ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
+from shared_store.base.status import ActivityStatus, ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
 from shared_store.cli.render import duration, plain, short_key, size, table
 
 
@@ -91,12 +91,29 @@ def quarantine(rows: Sequence[QuarantineStatus]) -> Table:
 def clients(rows: Sequence[ClientStatus], names: dict[str, str]) -> Table:
     """Format clients, one row for each model that a client uses. ``names``: names of models by key."""
     return table(
-        (">PID", ">UID", "CLIENT", "ROLE", "MODEL", ">MAPPED", ">PRIVATE"),
+        (">PID", ">UID", "CLIENT", "PRIO", "ROLE", "MODEL", ">MAPPED", ">PRIVATE", "ACTIVITY"),
         [
             (
-                *(str(row.pid), str(row.uid), row.name or "-", row.role),
+                *(process(row), str(row.uid), row.name or "-", f"P{row.priority}", row.role),
                 *(names.get(row.key) or short_key(row.key) or "-", size(row.mapped_bytes), size(row.private_bytes)),
+                activity(row.activity),
             )
             for row in rows
         ],
     )
+
+
+def process(row: ClientStatus) -> str:
+    """Format the process of a client: its pid; in another PID namespace its pod, or ``unknown``."""
+    if row.pid_known:
+        return str(row.pid)
+    return "/".join(part for part in (row.namespace, row.pod, row.container) if part) or "unknown"
+
+
+def activity(found: ActivityStatus | None) -> str:
+    """Format the work of a client; ``-`` if it does not say."""
+    if found is None:
+        return "-"
+    if found.busy:
+        return f"busy, {found.running} running, {found.waiting} waiting"
+    return "idle" if found.idle_s is None else f"idle for {duration(found.idle_s)}"

@@ -1,6 +1,6 @@
 """Compaction by a client, for device memory that the store cannot read: copy blobs to the segments that it plans.
 
-Needs no torch. On a GPU it needs cuda-bindings to copy and CuPy to digest. Every copy is verified on its device before
+Needs no torch. On a GPU it needs cuda-bindings. Every copy is verified on its device before
 the store switches to it; in host memory the store verifies it again.
 
 A client that ends in the middle changes nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,19 @@ from pathlib import Path
 import msgspec
 
 from shared_store.base import digest
-from shared_store.base.checkpoint import SETTLED_S, FileId, HashedFile, checkpoint_digest, file_id, hash_files
+from shared_store.base.checkpoint import (
+    SETTLED_S,
+    FileId,
+    HashedFile,
+    checkpoint_digest,
+    file_id,
+    hash_files,
+    why_unrecognized,
+)
 from shared_store.base.errors import CheckpointError, StoreUnavailableError
 from shared_store.client.session import Session
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint:
@@ -34,17 +45,36 @@ class Checkpoint:
         self._names = [name for name, _ in files]
         self._paths = [path for _, path in files]
         self._ids = [file_id(path) for path in self._paths]
+        self._unrecognized = next(filter(None, map(why_unrecognized, self._paths)), "")
+        self._read: list[bytes] | None = None  # digests of files that are not recognized
 
     @property
     def nbytes(self) -> int:
         """Total size of the files in bytes."""
         return sum(identity.size for identity in self._ids)
 
+    @property
+    def settled(self) -> bool:
+        """True if the next change of any file is sure to be noticed by :meth:`check_unchanged`."""
+        return all(identity.settled for identity in self._ids)
+
+    def recall(self, session: Session) -> bytes | None:
+        """Return the checkpoint digest if the store remembers those of all files, else None."""
+        known = session.recall_files(self._ids)
+        return self._combine(known) if all(known) else None
+
     def check_unchanged(self) -> None:
-        """Raise :class:`CheckpointError` if a file has changed since this object was made."""
+        """Raise :class:`CheckpointError` if a file has changed since this object was made.
+
+        Files that are not recognized by their identity are read again, and compared with the digest.
+        """
         for path, before in zip(self._paths, self._ids, strict=True):
             if file_id(path) != before:
-                raise CheckpointError(f"{path} changed while it was being loaded; load again when it is complete")
+                raise _changed(path)
+        if self._read is not None:
+            for path, before_bytes, now in zip(self._paths, self._read, hash_files(self._paths), strict=True):
+                if now.digest != before_bytes:
+                    raise _changed(path)
 
     @contextlib.contextmanager
     def digest(
@@ -52,7 +82,8 @@ class Checkpoint:
     ) -> Iterator[bytes]:
         """Compute the checkpoint digest, from digests that the store remembers or by hashing the files.
 
-        Of several processes that need it at once, one hashes. The others wait until its block ends, so that its
+        Files on a file system that does not recognize changes are hashed at every call, also by several processes at
+        once. Of several processes that need it at once, one hashes. The others wait until its block ends, so that its
         requests in the block reach the store first: the process that has read the files also loads the model.
 
         Args:
@@ -67,6 +98,14 @@ class Checkpoint:
             CheckpointError: a file cannot be read or changes.
             TimedOutError: another process did not finish in time.
         """
+        if self._unrecognized:
+            log.info("wooly: hashing the checkpoint in %s at every load: %s", self._paths[0].parent, self._unrecognized)
+            self._read = None
+            hashed = hash_files(self._paths, progress=progress)
+            self.check_unchanged()
+            self._read = [found.digest for found in hashed]
+            yield self._combine(self._read)
+            return
         known = session.recall_files(self._ids)
         if all(known):
             yield self._combine(known)
@@ -97,6 +136,10 @@ class Checkpoint:
 
     def _combine(self, digests: Sequence[bytes | None]) -> bytes:
         return checkpoint_digest([(name, found) for name, found in zip(self._names, digests, strict=True) if found])
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} changed while it was being loaded; load again when it is complete")
 
 
 def _settle(files: Sequence[FileId]) -> None:

@@ -5,6 +5,9 @@ see :mod:`shared_store.client.connection`. Requests that have the same effect wh
 the store restarts; those of a publication are not, they raise
 :class:`~shared_store.base.errors.ConnectionLostError`.
 
+A request that is not answered in time raises :class:`~shared_store.base.errors.TimedOutError`, and is cancelled. The
+session goes on, and returns what the store granted meanwhile.
+
 Methods may be called from any thread, and raise :class:`~shared_store.base.errors.WoolyError` in one of its classes.
 Descriptors in a result are owned by the caller, see :mod:`shared_store.runtime.fds`.
 """
@@ -18,20 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from shared_store.activity.writer import ActivityWriter
 from shared_store.base import envs
 from shared_store.base.checkpoint import FileId
 from shared_store.base.errors import ConnectionLostError, ProtocolError, StoreUnavailableError, WoolyError
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
+from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
 from shared_store.client.retained import RetainedModel
+from shared_store.client.serving import Handler
+from shared_store.client.workload import describe
 from shared_store.protocol import messages
+from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime import spawn
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
+S = TypeVar("S", bound=messages.StoreRequest)
 
 COPY_TIMEOUT_S = 600.0
 """Seconds for an answer before which the store allocates or digests memory."""
@@ -40,9 +49,9 @@ COPY_TIMEOUT_S = 600.0
 class Session:
     """A client of the store."""
 
-    def __init__(self, directory: Path, name: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, directory: Path, name: str, timeout_s: float = 10.0, identity: Identity | None = None) -> None:
         """Connect to the store of a runtime directory. See :meth:`connect`."""
-        self._connection = Connection(directory, name, timeout_s)
+        self._connection = Connection(directory, name, timeout_s, identity)
 
     @classmethod
     def connect(
@@ -52,6 +61,8 @@ class Session:
         name: str = "",
         autostart: bool | None = None,
         timeout_s: float = 10.0,
+        kind: str = "other",
+        gpus: Sequence[str] = (),
     ) -> Session:
         """Connect to this user's store, and start one if none answers.
 
@@ -60,23 +71,27 @@ class Session:
             name: shown for this client in the status.
             autostart: start a store if none answers; None is the default of ``WOOLY_AUTOSTART``.
             timeout_s: seconds for the store to start and to greet.
+            kind: of this client, see :mod:`shared_store.protocol.messages.identity`.
+            gpus: the store's names of the devices that this process uses.
 
         Raises:
+            ConfigError: an environment variable has an invalid value.
             StoreUnavailableError: no store answers, and none was or could be started.
             UnsafePathError, PathTooLongError: the runtime directory cannot be used.
             PermissionDeniedError, TooManyClientsError, ProtocolVersionError: the store refuses this client.
         """
         directory = runtime_dir or envs.RUNTIME_DIR.get()
         start = envs.AUTOSTART.get() if autostart is None else autostart
+        identity = describe(kind, gpus)
         try:
-            return cls(directory, name, timeout_s)
+            return cls(directory, name, timeout_s, identity)
         except StoreUnavailableError:
             if not start:
                 raise
         pid = spawn.start(directory, timeout_s=timeout_s)
         if pid:
             log.info("wooly: started a store (keeper pid %d) in %s", pid, directory)
-        return cls(directory, name, timeout_s)
+        return cls(directory, name, timeout_s, identity)
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +123,24 @@ class Session:
         """This client's number in the status."""
         return self._connection.link.welcome.client
 
+    def supports(self, capability: str) -> bool:
+        """Whether the connected store announced a capability, see :mod:`shared_store.protocol.messages.capabilities`.
+
+        A restarted store may differ.
+        """
+        return capability in self._connection.link.capabilities
+
+    def serve(self, kind: type[S], handler: Handler[S]) -> None:
+        """Carry out requests of the store of a kind, from here on and over later connections, too.
+
+        Args:
+            kind: the class of the request, for example :class:`~shared_store.protocol.messages.SwapOut`.
+            handler: called in a thread of its own with the request and its
+                :class:`~shared_store.client.serving.StoreCall`. Returns a detail for the answer, or None. Raises
+                :class:`~shared_store.base.errors.DeclinedError` with the reason to decline.
+        """
+        self._connection.handlers.add(kind, handler)
+
     # Turns and digests of files.
 
     @contextlib.contextmanager
@@ -136,6 +169,15 @@ class Session:
     def _end_turn(self, name: str) -> None:
         self._connection.turns.pop(name, None)
         self._call(messages.Yield(self._next(), name), messages.Done)
+
+    def report_activity(self, writer: ActivityWriter) -> None:
+        """Have a writer write to this client's activity page, which the store reads for its status.
+
+        Without effect while no store is connected, and for a store that has no such pages. A store that this session
+        rejoins shows the activity again.
+        """
+        self._connection.activity = writer
+        attach_page(self._connection.link, self._next(), writer)
 
     def recall_files(self, files: Sequence[FileId]) -> list[bytes | None]:
         """Return the digests of files; None for a file that the store does not know."""

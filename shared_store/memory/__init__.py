@@ -3,10 +3,10 @@
 Both sides use a backend: the store creates, exports and seals segments; clients import, reserve, map and unmap.
 """
 
-from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.memory.backend import Access, Backend, Segment, Unknown
 from shared_store.memory.fd_segment import FdSegment, export
 from shared_store.memory.mapping import Mapping
 from shared_store.memory.memfd import MemfdBackend
 from shared_store.memory.registry import backend_for
 
-__all__ = ["Access", "Backend", "FdSegment", "Mapping", "MemfdBackend", "Segment", "backend_for", "export"]
+__all__ = ["Access", "Backend", "FdSegment", "Mapping", "MemfdBackend", "Segment", "Unknown", "backend_for", "export"]

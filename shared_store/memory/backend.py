@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from shared_store.runtime.fds import OwnedFd
 
@@ -17,6 +18,16 @@ class Access(enum.Enum):
 
     READ = "read"
     WRITE = "write"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A number that this process cannot find out, and why. Never 0: callers do without the number, and say so."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"unknown ({self.reason})"
 
 
 class Segment:
@@ -38,6 +49,10 @@ class Backend(ABC):
 
     host_readable: bool
     """True if the host can read mapped memory, so that the store itself can verify published bytes."""
+
+    asynchronous: bool = False
+    """True if work may use mapped memory after the call that started it has returned, as kernels of a GPU do. Such
+    memory is unmapped by :mod:`shared_store.memory.unmapping` only, and processes map it one at a time."""
 
     granularity: int
     """Segment sizes, reservations and their addresses are multiples of this number of bytes."""
@@ -93,7 +108,15 @@ class Backend(ABC):
 
     @abstractmethod
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range, which stays reserved. Nothing may be using it: see the implementation."""
+        """Unmap a range, which stays reserved. Nothing may be using it: :meth:`settle` comes first."""
+
+    def settle(self) -> bool:
+        """Wait until no work that this process started uses the device.
+
+        Returns:
+            True when nothing is in flight. False, at once, if waiting is not allowed now: a graph is being captured.
+        """
+        return True
 
     @abstractmethod
     def release(self, segment: Segment) -> None:
@@ -104,5 +127,5 @@ class Backend(ABC):
         """Count the bytes of a mapped range that this process wrote to and therefore has private copies of."""
 
     @abstractmethod
-    def free_bytes(self) -> int | None:
-        """Estimate the bytes that could be allocated now; None if that is unknown."""
+    def free_bytes(self) -> int | Unknown:
+        """Estimate the bytes that could be allocated now."""

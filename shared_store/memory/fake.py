@@ -1,4 +1,4 @@
-"""A device with a capacity and planned faults, for tests of the code above a backend.
+"""A device with a capacity, planned faults and work in flight, for tests of the code above it.
 
 The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does. As on a GPU, a
 segment uses memory until the last descriptor and the last mapping of it in any process are gone, and not only until its
@@ -7,6 +7,8 @@ creator has released it: each segment's open file description has a lock, which 
 Relies on: locks of open file descriptions, which ``/proc/locks`` lists with their byte ranges, whichever process set
 them (see ``fcntl(2)``, ``proc_locks(5)``). The first byte of a range is the device's :attr:`FakeBackend.tag`, its
 length the size of the segment.
+
+Work in flight is real, too: threads that use mapped memory, and fault if it is unmapped meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import secrets
 import struct
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError
@@ -69,7 +72,28 @@ class FakeBackend(MemfdBackend):
         self.capacity = capacity
         self.tag = 1 + secrets.randbelow(1 << 61) if tag is None else tag
         self.faults = Faults()
+        self.capturing = False
+        self.calls: list[str] = []
+        """Names of the calls of :meth:`settle`, :meth:`unmap` and :meth:`release`, in order."""
         self._lock = threading.Lock()
+        self._in_flight: list[threading.Thread] = []
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Start work that uses mapped memory, as a kernel does. :meth:`settle` waits for it."""
+        thread = threading.Thread(target=work, name="wooly-fake-work", daemon=True)
+        self.asynchronous = True
+        self._in_flight.append(thread)
+        thread.start()
+
+    def settle(self) -> bool:
+        """Wait for the work in flight; False at once while ``capturing`` is True."""
+        if self.capturing:
+            return False
+        self.calls.append("settle")
+        while self._in_flight:
+            self._in_flight[0].join()
+            self._in_flight.pop(0)
+        return True
 
     @property
     def allocated_bytes(self) -> int:
@@ -85,10 +109,7 @@ class FakeBackend(MemfdBackend):
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("create")
         with self._lock:
-            left = self._left()
-            if nbytes > left:
-                raise self._out_of_memory(nbytes, left)
-            segment = self._allocate(nbytes)
+            segment = super().create(nbytes)  # refuses more than is available
             lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, self.tag, nbytes, 0)  # a struct flock
             fcntl.fcntl(segment.fd.fileno(), fcntl.F_OFD_SETLK, lock)
         return segment
@@ -110,9 +131,16 @@ class FakeBackend(MemfdBackend):
         self.faults.passing("map")
         super().map(segment, address, access)
 
-    def free_bytes(self) -> int:
-        """Estimate the bytes left of the capacity, and of host memory."""
-        return self._left()
+    def unmap(self, address: int, nbytes: int) -> None:  # noqa: D102 - documented by the interface
+        self.faults.passing("unmap")
+        self.calls.append("unmap")
+        super().unmap(address, nbytes)
 
-    def _left(self) -> int:
-        return min(self.capacity - self.allocated_bytes, super().free_bytes())
+    def release(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
+        if not segment.released:
+            self.calls.append("release")
+        super().release(segment)
+
+    def _available(self) -> int:
+        """Return the bytes left of the capacity, and of host memory."""
+        return min(self.capacity - self.allocated_bytes, super()._available())

@@ -15,12 +15,12 @@ import errno
 import fcntl
 import mmap
 import os
-from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
 from shared_store.memory.cgroup import group_free, machine_free
 from shared_store.memory.descriptors import duplicate, refused
+from shared_store.memory.pagemap import written_bytes
 from shared_store.runtime.fds import OwnedFd
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -59,13 +59,9 @@ class MemfdBackend(Backend):
     granularity = mmap.PAGESIZE
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
-        free = self.free_bytes()
+        free = self._available()
         if nbytes > free:
             raise self._out_of_memory(nbytes, free)
-        return self._allocate(nbytes)
-
-    def _allocate(self, nbytes: int) -> MemfdSegment:
-        """Allocate without asking first what is free. Raises as :meth:`create` does."""
         try:
             fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
@@ -76,7 +72,7 @@ class MemfdBackend(Backend):
         except OSError as error:
             fd.close()
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise self._out_of_memory(nbytes, MemfdBackend.free_bytes(self)) from error
+                raise self._out_of_memory(nbytes, self._available()) from error
             raise MemoryBackendError(f"cannot allocate a memfd of {nbytes} bytes: {error.strerror}") from error
         return MemfdSegment(fd, nbytes)
 
@@ -127,21 +123,14 @@ class MemfdBackend(Backend):
         segment.released = True
         self._own(segment).fd.close()
 
-    def private_bytes(self, address: int, nbytes: int) -> int:
-        """Count anonymous pages in the range, from ``/proc/self/smaps`` (see ``proc_pid_smaps(5)``)."""
-        end, total, inside = address + nbytes, 0, False
-        with Path("/proc/self/smaps").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                head = line.split(maxsplit=1)[0]
-                if "-" in head and not head.endswith(":"):
-                    start, stop = (int(part, 16) for part in head.split("-"))
-                    inside = start < end and stop > address
-                elif inside and head == "Anonymous:":
-                    total += int(line.split()[1]) * 1024
-        return total
+    def private_bytes(self, address: int, nbytes: int) -> int:  # noqa: D102 - documented by the interface
+        return written_bytes(address, nbytes)
 
     def free_bytes(self) -> int:
         """Estimate what the machine and this process's control group have left, less a headroom of 256 MiB."""
+        return self._available()
+
+    def _available(self) -> int:
         return max(0, min(machine_free(), group_free()) - _HEADROOM)
 
     def _out_of_memory(self, nbytes: int, free: int) -> OutOfMemoryError:

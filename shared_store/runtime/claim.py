@@ -9,6 +9,7 @@ import stat
 
 from shared_store.base.errors import ConfigError, StoreRunningError
 from shared_store.runtime.fds import OwnedFd
+from shared_store.runtime.groups import gid_of
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, writing
 
@@ -73,12 +74,9 @@ def _bind(sock: socket.socket, paths: RuntimePaths) -> None:
 
 
 def _admit_group(paths: RuntimePaths, group: str) -> None:
-    import grp
-
+    gid = gid_of(group)
     try:
-        os.chown(paths.directory, -1, grp.getgrnam(group).gr_gid)
-    except KeyError as error:
-        raise ConfigError(f"group {group!r} does not exist; create it, or name another one") from error
+        os.chown(paths.directory, -1, gid)
     except PermissionError as error:
         raise ConfigError(
             f"this user is not a member of group {group!r}: only members and root can admit it"

@@ -15,16 +15,19 @@ from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.protocol.durable_state import DurableState
+from shared_store.runtime import log_lines
 from shared_store.runtime.claim import claim, listen
 from shared_store.runtime.fds import raise_file_limit
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 from shared_store.store.assembly import Parts
+from shared_store.store.clients.access import AccessRules
 from shared_store.store.keeper_link.channel import ControlChannel
 from shared_store.store.keeper_link.inheritance import Inheritance, inherit
 from shared_store.store.observe.catalog_documents import CatalogDocuments
 from shared_store.store.observe.catalog_mirror import Mirror
 from shared_store.store.observe.identity import identify
+from shared_store.store.observe.loop_times import LoopTimes, TimedLoop
 from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
 from shared_store.store.space.idle_compaction import IdleCompaction
@@ -56,7 +59,7 @@ def run(options: ServeOptions, *, ready: Callable[[], None] = lambda: None) -> i
     paths = prepare(options.runtime_dir, mode=options.directory_mode)
     lock = claim(paths).detach()
     try:
-        asyncio.run(_serve(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready))
+        _run(paths, Inheritance(options, listen(paths, options), lock, DurableState()), None, ready)
     finally:
         os.close(lock)
     return 0
@@ -69,18 +72,31 @@ def run_kept(control_fd: int) -> int:
     inheritance = inherit(channel)
     _begin(inheritance.options)
     paths = RuntimePaths(inheritance.options.runtime_dir)
-    asyncio.run(_serve(paths, inheritance, channel, lambda: None))
+    _run(paths, inheritance, channel, lambda: None)
     return 0
 
 
 def _begin(options: ServeOptions) -> None:
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines.configure(options.log_level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     raise_file_limit()
 
 
-async def _serve(
+def _run(
     paths: RuntimePaths, inheritance: Inheritance, channel: ControlChannel | None, ready: Callable[[], None]
+) -> None:
+    times = LoopTimes()
+    times.watch_collections()
+    with asyncio.Runner(loop_factory=lambda: TimedLoop(times)) as runner:
+        runner.run(_serve(paths, inheritance, channel, ready, times))
+
+
+async def _serve(
+    paths: RuntimePaths,
+    inheritance: Inheritance,
+    channel: ControlChannel | None,
+    ready: Callable[[], None],
+    times: LoopTimes,
 ) -> None:
     options = inheritance.options
     loop = asyncio.get_running_loop()
@@ -91,7 +107,7 @@ async def _serve(
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
-    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages)
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
     def status() -> Status:
@@ -100,7 +116,7 @@ async def _serve(
     address = options.metrics_address
     endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
-    server = Server(inheritance.listen, options, dispatch, parts.sessions, parts.state.counts)
+    server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
     mirror = Mirror(catalog, documents.take)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)

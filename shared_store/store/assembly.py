@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from shared_store.base.status import Status
 from shared_store.memory import Backend, backend_for
 from shared_store.protocol import messages
+from shared_store.store.activity_pages import ActivityPages
+from shared_store.store.clients.activity import ActivityRequests
 from shared_store.store.clients.files import FileRequests
 from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
@@ -71,6 +73,7 @@ class Parts:
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
+        self.pages = ActivityPages()
         self.confirmations = Confirmations(self.state.segments.releases, self.state.counts)
         records = Records(self.state, self.devices)
         self.keeper = KeeperLink(records, self.signals, self.confirmations, inheritance, channel)
@@ -83,7 +86,7 @@ class Parts:
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
         self.offers = Offers(self.state, self.devices, self.keeper, self.signals, self.arrivals)
         self.grace = GracePeriod(self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor)
-        self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor)
+        self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
         self.requests = Requests.of(self)
 
     def dispatch(self, status: Callable[[], Status], stopping: asyncio.Event) -> Dispatch:
@@ -94,7 +97,7 @@ class Parts:
             stopping: set by `Shutdown`.
         """
         process = ProcessRequests(self.keeper, status, stopping)
-        return Dispatch(self.requests.table(process), self.times, self.state.counts)
+        return Dispatch(self.requests.table(process), self.times, self.state.counts, self.signals)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Requests:
     turns: TurnRequests
     files: FileRequests
     reports: Reports
+    activity: ActivityRequests
 
     @staticmethod
     def of(parts: Parts) -> Requests:
@@ -127,6 +131,7 @@ class Requests:
             TurnRequests(state, effects, waiters),
             FileRequests(state, keeper),
             Reports(state, signals),
+            ActivityRequests(parts.pages),
         )
 
     def table(self, process: ProcessRequests) -> Table:
@@ -143,6 +148,7 @@ class Requests:
             messages.Pin: plain(self.administration.pin),
             messages.Compact: plain(self.compaction.compact),
             messages.Compacted: plain(self.compaction.compacted),
+            messages.AbandonCompaction: plain(self.compaction.abandon),
             messages.Rejoin: plain(self.offers.rejoin),
             messages.Offer: self.offers.offer,
             messages.Acquire: plain(self.turns.acquire),
@@ -151,6 +157,7 @@ class Requests:
             messages.RememberFiles: plain(self.files.remember),
             messages.Report: plain(self.reports.report),
             messages.ReportFallback: plain(self.reports.report_fallback),
+            messages.GetActivityPage: plain(self.activity.get_page),
             messages.GetStatus: plain(process.get_status),
             messages.Shutdown: plain(process.shut_down),
             messages.Upgrade: plain(process.upgrade),

@@ -1,4 +1,4 @@
-"""The store's listening socket: accepts and greets clients, and answers the requests of each, one at a time."""
+"""The store's listening socket: accepts and greets clients, and serves each in an exchange of its own."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import socket
 
 import shared_store
 from shared_store.base.errors import (
-    ModelNotFoundError,
-    PermissionDeniedError,
     ProtocolError,
     ProtocolVersionError,
-    TooManyClientsError,
     WoolyError,
 )
-from shared_store.protocol import messages, wire
+from shared_store.base.text import one_line
+from shared_store.protocol import messages
+from shared_store.protocol.messages import capabilities
+from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.protocol.peers import peer_of
-from shared_store.runtime.options import ServeOptions
+from shared_store.store.clients.access import AccessRules
+from shared_store.store.clients.process_watch import ProcessWatch
 from shared_store.store.clients.sessions import Sessions
 from shared_store.store.connection import Connection
 from shared_store.store.dispatch import Dispatch
+from shared_store.store.exchange import Exchange
 from shared_store.store.session import Session
 from shared_store.store.state.clients import Client
 from shared_store.store.state.counts import Counts
@@ -40,11 +42,11 @@ class Server:
     """Serves clients at a listening socket."""
 
     def __init__(
-        self, sock: socket.socket, options: ServeOptions, dispatch: Dispatch, sessions: Sessions, counts: Counts
+        self, sock: socket.socket, access: AccessRules, dispatch: Dispatch, sessions: Sessions, counts: Counts
     ) -> None:
         """Take over a listening socket. :meth:`start` begins to accept."""
         self._sock = sock
-        self._options = options
+        self._access = access
         self._dispatch = dispatch
         self._sessions = sessions
         self._counts = counts
@@ -81,13 +83,14 @@ class Server:
             return
         sock.setblocking(False)
         connection = Connection(sock, peer_of(sock), next(self._numbers))
-        refusal = self._refusal(connection)
+        refusal = self._access.refusal(connection.peer, len(self._connections))
         if refusal is not None:
             connection.refuse(refusal)
             return
         self._connections[connection.number] = connection
         connection.start()
-        task = asyncio.get_running_loop().create_task(self._serve(connection))
+        watch = ProcessWatch(sock, lambda: connection.cut("its process ended, but another one has its socket"))
+        task = asyncio.get_running_loop().create_task(self._serve(connection, watch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -95,55 +98,32 @@ class Server:
         if self._sock.fileno() >= 0:
             asyncio.get_running_loop().add_reader(self._sock, self._accept)
 
-    def _refusal(self, connection: Connection) -> WoolyError | None:
-        """Return the error to refuse a new connection with, if it must be refused."""
-        peer = connection.peer
-        allowed = {os.getuid(), *self._options.allow_uids}
-        if peer.uid not in allowed and not self._in_group(peer.uid, peer.gid):
-            return PermissionDeniedError(
-                f"uid {peer.uid} may not use the store of uid {os.getuid()}; its owner can allow it: "
-                f"`wooly serve --allow-uid {peer.uid}`"
-            )
-        if len(self._connections) >= self._options.max_clients:
-            return TooManyClientsError(f"the store has its {self._options.max_clients} clients; raise --max-clients")
-        return None
-
-    def _in_group(self, uid: int, gid: int) -> bool:
-        if self._options.socket_group is None:
-            return False
-        import grp
-        import pwd
-
-        group = grp.getgrnam(self._options.socket_group)
-        try:
-            return gid == group.gr_gid or pwd.getpwuid(uid).pw_name in group.gr_mem
-        except KeyError:
-            return False  # a uid without a name, as in containers, cannot be a member by name
-
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, watch: ProcessWatch) -> None:
         """Serve a connection until it ends."""
-        session: Session | None = None
+        exchange: Exchange | None = None
         try:
-            session = await self._greet(connection)
-            if session is not None:
-                self._sessions.begin(session)
-                while (frame := await connection.receive()) is not None:
-                    await self._answer(connection, session, frame)
+            exchange = await self._greet(connection)
+            if exchange is not None:
+                self._sessions.begin(exchange.session)
+                exchange.begin()
+                await connection.closed.wait()
         except WoolyError as error:
             connection.refuse(error)
         except Exception:
             log.exception("internal error; closing the connection of client %d", connection.number)
             connection.close("internal error")
         finally:
+            watch.close()
             connection.close()
             if connection.refused:
                 self._counts.add("protocol_errors")
-            if session is not None:
-                self._sessions.end(session)
+            if exchange is not None:
+                await exchange.ended()
+                self._sessions.end(exchange.session)
             self._connections.pop(connection.number, None)
             connection.drop_frames()
 
-    async def _greet(self, connection: Connection) -> Session | None:
+    async def _greet(self, connection: Connection) -> Exchange | None:
         """Receive and answer the greeting; return None if the connection ended before."""
         try:
             async with asyncio.timeout(HELLO_WITHIN_S):
@@ -156,30 +136,34 @@ class Server:
         hello = messages.decode_from_client(frame.payload)
         if not isinstance(hello, messages.Hello):
             raise ProtocolError("a connection begins with a greeting")
-        if hello.protocol != messages.VERSION:
+        if not messages.OLDEST <= hello.protocol <= messages.VERSION:
             raise ProtocolVersionError(
-                f"the client (wooly {hello.version}) speaks protocol {hello.protocol}, this store "
-                f"(wooly {shared_store.__version__}) speaks {messages.VERSION}; install one version for both, "
-                "and restart the store: `wooly stop`"
+                f"the client (wooly {one_line(hello.version, MAX_NAME)}) speaks protocol {hello.protocol}, this store "
+                f"(wooly {shared_store.__version__}) speaks {messages.OLDEST} to {messages.VERSION}; install one "
+                "version for both, and restart the store: `wooly stop`"
             )
         connection.greeted()
-        connection.send(messages.Welcome(messages.VERSION, shared_store.__version__, os.getpid(), connection.number))
+        connection.send(self._welcome(connection.number, hello.protocol))
+        session = self._session(connection, hello)
+        return Exchange(connection, session, self._dispatch, protocol=hello.protocol)
+
+    def _welcome(self, client: int, protocol: int) -> messages.Welcome:
+        announced = capabilities.STORE if protocol > 1 else ()
+        return messages.Welcome(protocol, shared_store.__version__, os.getpid(), client, announced)
+
+    def _session(self, connection: Connection, hello: messages.Hello) -> Session:
         peer = connection.peer
         return Session(
-            Client(connection.number, peer.pid, peer.uid, hello.name[:200]),
+            Client(
+                connection.number,
+                peer.pid,
+                peer.uid,
+                one_line(hello.name, MAX_NAME),
+                peer.groups,
+                (hello.identity or Identity()).cleaned(),
+            ),
             connection.closed,
             lambda kind, detail: connection.send(messages.Push(next(self._pushes), kind, detail)),
+            self._access.roles,
+            capabilities=frozenset(hello.capabilities),
         )
-
-    async def _answer(self, connection: Connection, session: Session, frame: wire.Frame) -> None:
-        """Answer one message."""
-        with frame.fds:
-            request = self._dispatch.check(messages.decode_from_client(frame.payload), frame.fds)
-            if request is None:
-                return
-            connection.expect_fds(0)
-            answer = await self._dispatch.answer(session, request, frame.fds)
-        refused = isinstance(answer.reply, messages.Failed) and answer.reply.code == ModelNotFoundError.code
-        if isinstance(request, messages.Rejoin) and refused:
-            connection.expect_fds(len(request.segments))  # the client may offer the model next
-        connection.send(answer.reply, answer.fds)

@@ -143,7 +143,3 @@ class MappedModel:
         """Return True if an address is in a mapping of this model."""
         mappings = (*self._mappings.values(), *self._replicas.values())
         return any(mapping.address <= address < mapping.address + mapping.nbytes for mapping in mappings)
-
-    def private_bytes(self) -> int:
-        """Return the bytes of the mappings that became private because this process wrote to them."""
-        return sum(mapping.private_bytes() for mapping in (*self._mappings.values(), *self._replicas.values()))

@@ -6,27 +6,23 @@ model.
 
 from __future__ import annotations
 
-import mmap
 import threading
 import weakref
-from pathlib import Path
 
 import torch
 
-from shared_store.memory import Mapping
+from shared_store.memory import Mapping, pagemap
+from shared_store.torch import captures
 from shared_store.torch.views import storage_key
 
 _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
 _lock = threading.Lock()
 
-# Format of /proc/self/pagemap, see proc_pid_pagemap(5). Reading these flags needs no privileges.
-_ENTRY_BYTES = 8
-_SHARED_BIT = 61  # a page of a file, or shared anonymous memory
-_PRESENT_BITS = 62  # two bits: swapped, present
-
 
 def register(mapping: Mapping) -> Mapping:
-    """Register a mapping for as long as it lives, and return it."""
+    """Register a mapping for as long as it lives, and return it. That of a GPU is not unmapped during a capture."""
+    if mapping.ordinal is not None:
+        captures.watch()
     with _lock:
         _mappings.add(mapping)
     return mapping
@@ -57,13 +53,6 @@ def written_bytes(mapping: Mapping, address: int, nbytes: int) -> int:
         address: of the first byte.
         nbytes: of the range; pages count as far as they are in it.
     """
-    if mapping.ordinal is not None or nbytes == 0:
+    if mapping.ordinal is not None:
         return 0
-    page = mmap.PAGESIZE
-    first, last = address // page, (address + nbytes - 1) // page
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        pagemap.seek(first * _ENTRY_BYTES)
-        entries = torch.frombuffer(bytearray(pagemap.read((last - first + 1) * _ENTRY_BYTES)), dtype=torch.int64)
-    own = ((entries >> _PRESENT_BITS) & 0b11).bool() & ~((entries >> _SHARED_BIT) & 1).bool()
-    outside = (address - first * page) * int(own[0]) + ((last + 1) * page - address - nbytes) * int(own[-1])
-    return int(own.sum()) * page - outside
+    return pagemap.written_bytes(address, nbytes)

@@ -10,6 +10,7 @@ The element is NaN, or the largest integer, so that a read of a placeholder is v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Placeholders(TorchFunctionMode):
         self.min_bytes = min_bytes
         self.avoided_bytes = 0
         self._made: dict[StorageKey, _Placeholder] = {}
+        self._any_real = False
 
     def __len__(self) -> int:
         return len(self._made)
@@ -87,19 +89,32 @@ class Placeholders(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Replace the result of a factory; execute all other calls."""
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in _FACTORIES and not any(kwargs.get(name) for name in _NOT_REPLACED):
-            return self._make(func, args, kwargs)
+            return self._make(func, args, dict(kwargs))
         if self._made:
-            if func in _COPIES and self._unwritten(args[0]):
-                return self._copy(*args)
-            if func is torch.Tensor.copy_ and all(self._unwritten(value) for value in args[:2]):
-                return args[0]  # from a placeholder to a placeholder: there are no values to copy
-            target = _written(func, args, kwargs)
-            if target is not None and func in _RANDOM and self._unwritten(target):
-                return target  # random values are about to be replaced, and not worth the memory
-            self._before_write(target, (*args, *kwargs.values()))
+            # A constructor makes thousands of calls. Most write nothing, and then only written placeholders matter.
+            writes = _may_write(getattr(func, "__name__", "")) or "out" in kwargs
+            if writes or self._any_real or func in _COPIES:
+                handled, result = self._intercept(func, args, kwargs)
+                if handled:
+                    return result
         return func(*args, **kwargs)
+
+    def _intercept(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[bool, torch.Tensor | None]:
+        """Make a call unnecessary, and return True and its result; or prepare the memory that it uses."""
+        with torch._C.DisableTorchFunction():  # other modes have nothing to do with the questions asked here
+            if func is torch.Tensor.copy_ and all(self._unwritten(value) for value in args[:2]):
+                return True, args[0]  # from a placeholder to a placeholder: there are no values to copy
+            copies = func in _COPIES and self._unwritten(args[0])
+            if not copies:
+                target = _written(func, args, kwargs)
+                if target is not None and func in _RANDOM and self._unwritten(target):
+                    return True, target  # random values are about to be replaced, and not worth the memory
+                self._before_write(target, (*args, *kwargs.values()))
+        return (True, self._copy(*args)) if copies else (False, None)
 
     def written(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the memory of a placeholder that the constructor wrote to, if this tensor is all of it; else None."""
@@ -114,22 +129,27 @@ class Placeholders(TorchFunctionMode):
         return copy
 
     def _make(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        wanted: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
-        nbytes = wanted.numel() * wanted.element_size()
-        source = next((value for value in (*args[:1], kwargs.get("input")) if isinstance(value, torch.Tensor)), None)
-        device = kwargs.get("device") or (source.device if source is not None else None)
-        if nbytes < self.min_bytes or (device is not None and torch.device(device).type == "meta"):
-            real = func(*args, **kwargs)
-            assert isinstance(real, torch.Tensor)  # noqa: S101 - all factories return tensors
-            return real
-        element = torch.full((), _poison(wanted.dtype), dtype=wanted.dtype, device=device)
-        key = storage_key(element)
-        if key is None:  # a surrounding context makes tensors without memory
-            return wanted
-        self._made[key] = _Placeholder(element, wanted.shape)
-        self.avoided_bytes += nbytes
-        # Detached, so that it has no base: a tensor with a base is then a view of a placeholder.
-        return element.expand(wanted.shape).detach().requires_grad_(wanted.requires_grad)
+        with torch._C.DisableTorchFunction():
+            wanted: torch.Tensor = func(*args, **{**kwargs, "device": "meta"})
+            nbytes = wanted.numel() * wanted.element_size()
+            source = next(
+                (value for value in (*args[:1], kwargs.get("input")) if isinstance(value, torch.Tensor)), None
+            )
+            device = kwargs.get("device") or (source.device if source is not None else None)
+            real = nbytes < self.min_bytes or (device is not None and torch.device(device).type == "meta")
+        if real:
+            made = func(*args, **kwargs)
+            assert isinstance(made, torch.Tensor)  # noqa: S101 - all factories return tensors
+            return made
+        element = torch.full((), _poison(wanted.dtype), dtype=wanted.dtype, device=device)  # surrounding modes apply
+        with torch._C.DisableTorchFunction():
+            key = storage_key(element)
+            if key is None:  # a surrounding context makes tensors without memory
+                return wanted
+            self._made[key] = _Placeholder(element, wanted.shape)
+            self.avoided_bytes += nbytes
+            # Detached, so that it has no base: a tensor with a base is then a view of a placeholder.
+            return element.expand(wanted.shape).detach().requires_grad_(wanted.requires_grad)
 
     def _unwritten(self, value: Any) -> bool:
         made = self._find(value) if isinstance(value, torch.Tensor) else None
@@ -146,10 +166,10 @@ class Placeholders(TorchFunctionMode):
                     f"the model's constructor writes to a part or view of shape {tuple(tensor.shape)} "
                     f"of a weight of shape {tuple(made.shape)}"
                 )
-            with torch._C.DisableTorchFunction():
-                if made.real is None:
-                    made.real = torch.full(made.shape, _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
-                tensor.data = made.real
+            if made.real is None:
+                made.real = torch.full(made.shape, _poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
+                self._any_real = True
+            tensor.data = made.real
 
 
 def _is_whole(tensor: torch.Tensor, made: _Placeholder) -> bool:
@@ -165,15 +185,20 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors_in(value)
 
 
-def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Return the tensor that a call writes to, by torch's naming of in-place functions."""
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the tensor that a call writes to."""
     if isinstance(out := kwargs.get("out"), torch.Tensor):
         return out
-    name = getattr(func, "__name__", "")
-    in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
-    if name not in _EXPOSING and name != "__setitem__" and (name in _NOT_WRITING or not in_place):
+    if not _may_write(getattr(func, "__name__", "")):
         return None
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+@functools.cache
+def _may_write(name: str) -> bool:
+    """Return True if a function of this name may write to its first tensor, by torch's naming of in-place functions."""
+    in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    return name in _EXPOSING or name == "__setitem__" or (in_place and name not in _NOT_WRITING)
 
 
 def _poison(dtype: torch.dtype) -> float | int | bool:

@@ -97,8 +97,7 @@ def copier_for(backend: Backend) -> Iterator[Copier]:
     The calling thread may map the device's memory while the block runs.
 
     Raises:
-        UnsupportedError: the device is a GPU, and CuPy is not installed.
-        UnknownDeviceError: the device is a GPU, and there is no driver.
+        UnknownDeviceError: the device is a GPU, and there is no driver, or no cuda-bindings.
         OutOfMemoryError: the GPU has no memory for a context.
     """
     digests = _host_digests if backend.ordinal is None else _gpu_digests(backend.ordinal)

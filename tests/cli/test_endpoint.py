@@ -97,7 +97,18 @@ def test_metrics_equal_the_status(serve, status):
         ("wooly_quarantines_total",): 8,
         ("wooly_keeper_up",): 1,
         ("wooly_store_restarts_total",): 3,
+        **pauses("wooly_loop_callback_seconds", (0, 8, 8, 8, 8, 8, 8, 8, 9, 9, 9), 9, 0.5),
+        **pauses("wooly_gc_pause_seconds", (0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2), 2, 0.125),
+        ("wooly_loop_callback_longest_seconds",): 0.25,
+        ("wooly_loop_callback_longest_cpu_seconds",): 0.0625,
     }
+
+
+def pauses(name, counts, count, total):
+    """Return the samples of a histogram of pauses."""
+    ends = ("0.0001", "0.0005", "0.001", "0.005", "0.01", "0.025", "0.05", "0.1", "0.5", "2.5", "+Inf")
+    buckets = {(f"{name}_bucket", end): found for end, found in zip(ends, counts, strict=True)}
+    return {**buckets, (f"{name}_count",): count, (f"{name}_sum",): total}
 
 
 def test_one_snapshot_for_a_scrape(serve, status):

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.filesystems import ObjectStore, may_mount_fuse
 from support.programs import finish_program, start_program
 from support.waiting import wait_until
 
@@ -15,6 +16,7 @@ from shared_store.base.errors import CheckpointError
 from shared_store.client.identify import Checkpoint
 
 AGE_S = 3600
+IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 def write(path, data):
@@ -196,3 +198,51 @@ def test_the_process_that_hashes_dies(sessions, tmp_path):
         process.kill()
         process.communicate()
     assert digest_of(sessions(), [(path.name, path)])[1] == 100_000
+
+
+@pytest.fixture
+def objects(tmp_path):
+    """Return an object store behind FUSE, whose files have made up inodes and times."""
+    if not may_mount_fuse():
+        pytest.skip("needs to mount FUSE file systems: root, and /dev/fuse")
+    made = ObjectStore(tmp_path)
+    yield made
+    made.unmount()
+
+
+def test_a_file_changed_behind_an_identity_that_is_made_up(sessions, objects, caplog):
+    """An object is replaced by one of the same size, and nothing but its bytes shows it: it is hashed again."""
+    session, files = sessions(), [("a", objects.mounted / "model.safetensors")]
+    (objects.backing / "model.safetensors").write_bytes(b"a" * 100_000)
+    before = files[0][1].stat()
+    with caplog.at_level("INFO"):
+        first, read = digest_of(session, files)
+    assert read == 100_000
+    (objects.backing / "model.safetensors").write_bytes(b"b" * 100_000)
+    after = files[0][1].stat()
+    assert [getattr(after, name) for name in IDENTITY] == [getattr(before, name) for name in IDENTITY]
+    second, read = digest_of(session, files)
+    assert (second != first, read) == (True, 100_000)
+    third, _ = digest_of(session, [("a", write(objects.backing / "other", b"b" * 100_000))])
+    assert third == second
+    assert "at every load: the times of files on FUSE may be made up" in caplog.text
+
+
+def test_a_file_changed_behind_such_an_identity_while_it_is_loaded(sessions, objects):
+    """The bytes are compared after loading, because the identity cannot be."""
+    (objects.backing / "model.safetensors").write_bytes(b"a" * 100_000)
+    listed = Checkpoint([("a", objects.mounted / "model.safetensors")])
+    with listed.digest(sessions(), timeout_s=30):
+        listed.check_unchanged()
+        (objects.backing / "model.safetensors").write_bytes(b"b" * 100_000)
+        with pytest.raises(CheckpointError, match="changed while it was being loaded"):
+            listed.check_unchanged()
+
+
+def test_a_directory_that_the_user_trusts_is_read_once(sessions, objects, monkeypatch):
+    (objects.backing / "model.safetensors").write_bytes(b"a" * 100_000)
+    files = [("a", objects.mounted / "model.safetensors")]
+    monkeypatch.setenv("WOOLY_TRUSTED_DIRECTORIES", str(objects.mounted))
+    digest, read = digest_of(sessions(), files)
+    assert read == 100_000
+    assert digest_of(sessions(), files) == (digest, 0)

@@ -110,5 +110,24 @@ def test_fragments_of_the_changelog_have_a_kind_and_a_text():
         assert fragment.read_text().strip()
 
 
+@pytest.mark.parametrize(
+    ("page", "engine"),
+    [
+        ("README.md", "vllm"),
+        ("docs/vllm.md", "vllm"),
+        ("README.md", "transformers"),
+        ("docs/huggingface.md", "transformers"),
+    ],
+)
+def test_supported_versions_are_those_of_the_package(page, engine):
+    """The first and the last minor version that the extras admit."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (asked,) = [one for extra in extras.values() for one in extra if one.startswith(f"{engine}>=")]
+    first, end = re.findall(r"[\d.]+", asked)
+    last = f"{end.partition('.')[0]}.{int(end.partition('.')[2]) - 1}"
+    name = {"vllm": "vLLM"}.get(engine, engine)
+    assert f"{name} {first} to {last}" in " ".join((ROOT / page).read_text().split())
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -9,20 +9,15 @@ import pytest
 from shared_store.base.digest import digest
 from shared_store.base.errors import MemoryBackendError
 
-cupy = pytest.importorskip("cupy", reason="digests on the GPU need CuPy")
+torch = pytest.importorskip("torch")
 numpy = pytest.importorskip("numpy")
+pytest.importorskip("cuda.bindings", reason="digests on the GPU need cuda-bindings")
 
-from shared_store.memory.cuda.digests import CudaDigests  # noqa: E402 - after the check that CuPy is there
+from shared_store.memory.cuda import images, kernels  # noqa: E402 - after the check that cuda-bindings are there
+from shared_store.memory.cuda.digests import CudaDigests  # noqa: E402
+from shared_store.memory.cuda.driver import Driver  # noqa: E402
 
-
-def _gpus() -> int:
-    try:
-        return int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return 0
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(_gpus() == 0, reason="no CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no CUDA device")]
 
 CHUNK = 1024
 GROUP = 256 * CHUNK  # bytes of one thread block
@@ -38,18 +33,13 @@ class Uploaded:
     def __init__(self, nbytes: int, seed: int = 0) -> None:
         words = numpy.random.default_rng(seed).integers(0, 1 << 64, -(-nbytes // 8), dtype=numpy.uint64)
         self.host = memoryview(words).cast("B")[:nbytes]
-        self.address = cupy.cuda.runtime.malloc(nbytes)
-        cupy.cuda.runtime.memcpy(self.address, words.ctypes.data, nbytes, 1)
-
-    def free(self) -> None:
-        cupy.cuda.runtime.free(self.address)
+        self.tensor = torch.from_numpy(words.view(numpy.uint8)).to("cuda")[:nbytes]
+        self.address = self.tensor.data_ptr()
 
 
 @pytest.fixture(scope="module")
 def pool():
-    uploaded = Uploaded(POOL)
-    yield uploaded
-    uploaded.free()
+    return Uploaded(POOL)
 
 
 @pytest.fixture(scope="module")
@@ -102,64 +92,86 @@ def test_one_changed_bit_anywhere_changes_the_digest(digests, start):
     """The first, the last and some middle bytes all count, in every load path of the kernel."""
     uploaded = Uploaded(5 * GROUP + 77)
     size = len(uploaded.host) - start
-    try:
-        seen = digests.digest_many([(uploaded.address + start, size)])
-        for at in (0, 1, 70, CHUNK, 33 * CHUNK + 5, GROUP, size // 2, size - 78, size - 1):
-            flipped = numpy.array([uploaded.host[start + at] ^ 0x10], numpy.uint8)
-            cupy.cuda.runtime.memcpy(uploaded.address + start + at, flipped.ctypes.data, 1, 1)
-            seen += digests.digest_many([(uploaded.address + start, size)])
-        assert len(set(seen)) == len(seen)
-    finally:
-        uploaded.free()
+    seen = digests.digest_many([(uploaded.address + start, size)])
+    for at in (0, 1, 70, CHUNK, 33 * CHUNK + 5, GROUP, size // 2, size - 78, size - 1):
+        uploaded.tensor[start + at] ^= 0x10
+        torch.cuda.synchronize()
+        seen += digests.digest_many([(uploaded.address + start, size)])
+    assert len(set(seen)) == len(seen)
 
 
 def test_a_tensor_of_several_gib(digests):
     """Offsets over 32 bits are right: 5 GiB and a ragged end, aligned and not."""
     size = (5 << 30) + 12_345
-    uploaded = Uploaded(size)
-    try:
-        assert mismatches(digests, uploaded, [(0, size), (3, size - 3)]) == []
-    finally:
-        uploaded.free()
+    assert mismatches(digests, Uploaded(size), [(0, size), (3, size - 3)]) == []
 
 
 def test_the_work_waits_for_its_stream(digests):
     """What was queued on the stream before the call is in the digest."""
-    size = 256 << 20
-    uploaded = Uploaded(size)
-    runtime = cupy.cuda.runtime
-    stream = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
-    try:
+    uploaded = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
         for _ in range(20):  # keeps the stream busy for some milliseconds before the last write
-            runtime.memsetAsync(uploaded.address, 1, size, stream)
-        runtime.memsetAsync(uploaded.address, 7, size, stream)
-        assert digests.digest_many([(uploaded.address, size)], stream=stream) == [digest(b"\7" * size)]
-    finally:
-        runtime.streamDestroy(stream)
-        uploaded.free()
+            uploaded.fill_(1)
+        uploaded.fill_(7)
+    found = digests.digest_many([(uploaded.data_ptr(), uploaded.numel())], stream=stream.cuda_stream)
+    assert found == [digest(b"\7" * uploaded.numel())]
 
 
 def test_scratch_memory_is_freed(digests, pool):
     """Two hundred calls that use 1.5 MB each leave free memory unchanged, apart from other users of the GPU."""
     places = [(pool.address, POOL)] * 500
     digests.digest_many(places)
-    before, _ = cupy.cuda.runtime.memGetInfo()
+    before, _ = torch.cuda.mem_get_info()
     for _ in range(200):
         digests.digest_many(places)
-    after, _ = cupy.cuda.runtime.memGetInfo()
+    after, _ = torch.cuda.mem_get_info()
+    assert before - after < 100 << 20
+
+
+def test_scratch_memory_goes_with_its_object(pool):
+    """Fifty objects, one after another, each with 30 MB of scratch memory, leave free memory unchanged."""
+    places = [(pool.address, POOL)] * 10_000
+    CudaDigests().digest_many(places)
+    before, _ = torch.cuda.mem_get_info()
+    for _ in range(50):
+        CudaDigests().digest_many(places)
+    after, _ = torch.cuda.mem_get_info()
     assert before - after < 100 << 20
 
 
 def test_the_current_device_does_not_change(pool):
     """A caller's choice of device survives a call for another one (or the same, where there is only one)."""
-    last = _gpus() - 1
-    before = cupy.cuda.runtime.getDevice()
+    last = torch.cuda.device_count() - 1
+    before = torch.cuda.current_device()
     assert CudaDigests(before).digest_many([(pool.address, 1 << 20)]) == [digest(pool.host[: 1 << 20])]
     CudaDigests(last).digest_many([(0, 0)])
-    assert cupy.cuda.runtime.getDevice() == before
+    assert torch.cuda.current_device() == before
 
 
 def test_a_device_that_is_not_there_is_a_typed_error():
     """CUDA's error is raised as wooly's."""
     with pytest.raises(MemoryBackendError, match="digests on the GPU failed"):
-        CudaDigests(_gpus()).digest_many([(0, 0)])
+        CudaDigests(torch.cuda.device_count()).digest_many([(0, 0)])
+
+
+def test_kernels_are_the_compiled_ones():
+    """Machine code of this GPU's architecture is loaded: nothing is compiled, and CuPy is not imported."""
+    CudaDigests()
+    major, minor = torch.cuda.get_device_capability(0)
+    loaded = kernels.kernels_of(Driver(), 0).image
+    assert loaded == images.suitable(images.TARGETS, (major, minor))[0]
+    assert loaded.startswith(f"sm_{major}")
+
+
+@pytest.mark.parametrize("kept", ["compute_75", None])
+def test_a_gpu_without_machine_code_gets_the_same_digests(pool, monkeypatch, caplog, kept):
+    """PTX, and without any image NVRTC, make kernels with the same digests; the second is logged."""
+    stored = images.read(kernels.IMAGES)
+    left = {name: image for name, image in stored.images.items() if name == kept}
+    monkeypatch.setattr(images, "read", lambda _: images.Images(stored.source, stored.compiler, left))
+    monkeypatch.setattr(kernels, "_loaded", {})
+    made = CudaDigests()
+    assert kernels.kernels_of(Driver(), 0).image == (kept or "nvrtc")
+    assert mismatches(made, pool, [(3, size) for size in EDGES + GROUPS]) == []
+    assert ("compiling it" in caplog.text) == (kept is None)

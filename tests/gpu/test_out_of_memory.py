@@ -73,7 +73,7 @@ def test_the_error_names_bytes_requested_bytes_free_and_other_processes(
         if listed:  # pids outside of any container, which may differ from those that this process sees
             assert all(f"pid {pid} (" in text for pid in listed)
         else:
-            assert "nvidia-smi names no process" in text
+            assert "NVML lists no process" in text
         assert "stop a process that uses this GPU" in text
         assert "unpin a model (`wooly unpin KEY`)" in text
         other.kill()

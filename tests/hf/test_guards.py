@@ -115,3 +115,40 @@ def test_loading_a_partly_initialized_model(refusing, checkpoint):
     result = facts(my_model)[0] > 0
     """
     assert refusing.run(code, path=checkpoint("llama-tied"))
+
+
+def test_hooks_of_other_classes_run_when_a_layer_is_defined(refusing):
+    """A mixin's `__init_subclass__` gets the keywords of the class statement, and the layer's `merge` is guarded."""
+    code = """
+    import peft.tuners.tuners_utils as tuners
+    seen = []
+    class Registered:
+        def __init_subclass__(cls, tag, **others):
+            super().__init_subclass__(**others)
+            seen.append([cls.__name__, tag])
+    class MyLayer(tuners.BaseTunerLayer, Registered, tag="mine"):
+        def merge(self, safe_merge=False):
+            pass
+    result = [seen, getattr(MyLayer.merge, "_wooly", False)]
+    """
+    assert refusing.run(code) == [[["MyLayer", "mine"]], True]
+
+
+def test_a_hook_of_the_layers_base_class_itself_runs(refusing):
+    """As in a PEFT that defines `__init_subclass__` there: for each class once, before its `merge` is guarded."""
+    code = """
+    import types, wooly_hf.guards
+    seen = []
+    class Base:
+        def __init_subclass__(cls, tag="", **others):
+            super().__init_subclass__(**others)
+            seen.append([cls.__name__, tag, hasattr(cls.merge, "_wooly")])
+    wooly_hf.guards._guard_peft(types.SimpleNamespace(BaseTunerLayer=Base))
+    class MyLayer(Base, tag="mine"):
+        def merge(self, safe_merge=False):
+            pass
+    class Derived(MyLayer):
+        pass
+    result = [seen, getattr(MyLayer.merge, "_wooly", False), "merge" in vars(Derived)]
+    """
+    assert refusing.run(code) == [[["MyLayer", "mine", False], ["Derived", "", True]], True, False]

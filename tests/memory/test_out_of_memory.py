@@ -103,7 +103,7 @@ def test_the_limit_of_open_files_is_a_typed_error():
                 break
         for name, call in calls.items():
             if name == "create":
-                backend.free_bytes = lambda: 1 << 40
+                backend._available = lambda: 1 << 40
             try:
                 call()
             except MemoryBackendError as error:

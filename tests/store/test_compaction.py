@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from support.content import key
+from support.devices import Unmeasured
 from support.served import ServedStore
 from support.stores import resident, wait_for_status
 from support.waiting import open_segments, wait_until
 
-from shared_store.base.errors import DigestMismatchError, ProtocolError
+from shared_store.base.errors import DigestMismatchError, MemoryBackendError, ProtocolError
 from shared_store.memory.fake import FakeBackend
 
 MIB = 1 << 20
@@ -172,6 +173,24 @@ def test_where_the_host_cannot_read_the_client_is_trusted(directory):
         assert client.open(key(2)) == "attached"
         assert client.digests() == client.expected()
         assert backend.allocated_bytes == 2 * MIB
+
+
+def test_where_free_memory_is_unknown_compaction_is_off_and_says_why(directory, caplog):
+    """Also in the store's log, once."""
+    with ServedStore(directory, Unmeasured("cpu")) as served:
+        client = served.client()
+        leave_dead_bytes(client)
+        for _ in range(2):
+            with pytest.raises(MemoryBackendError, match=r"free memory is unknown \(NVML is not installed\)"):
+                client.compact()
+        assert caplog.text.count("free memory of cpu is unknown") == 1
+
+
+def test_where_free_memory_is_unknown_a_limit_bounds_compaction(directory):
+    with ServedStore(directory, Unmeasured("cpu"), limit=14 * MIB) as served:
+        client = served.client()
+        leave_dead_bytes(client)
+        assert client.compact()["freed_bytes"] == 8 * MIB
 
 
 def test_a_blob_with_wrong_bytes_does_not_move(directory):

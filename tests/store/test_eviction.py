@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.content import key
+from support.devices import Unmeasured
 from support.served import ServedStore
 from support.stores import resident
 
@@ -119,6 +120,18 @@ def test_blobs_that_a_plan_counts_on_outlive_their_model(small, actor):
     assert process.digests() == process.expected()
     assert keys(client) == {key(1), key(3)}  # evicting model 1, used before model 2, would have freed nothing
     assert resident(client) == 8 * MIB
+
+
+def test_where_free_memory_is_unknown_no_more_models_are_evicted_than_are_needed(directory):
+    """5 MiB are free and 8 are needed: one of the models suffices."""
+    device = Unmeasured("cpu")
+    device.capacity = 13 * MIB
+    with ServedStore(directory, device) as served:
+        client = served.client()
+        cache(client, 1, 2)
+        client.publish(key(3), [[3, 7 * MIB]])
+        assert client.digests() == client.expected()
+        assert keys(client) == {key(2), key(3)}
 
 
 def test_a_full_device_evicts_models(directory):

@@ -11,6 +11,7 @@ import os
 import secrets
 from pathlib import Path
 
+from shared_store.memory import Unknown
 from shared_store.memory.fake import FakeBackend
 
 DEVICE = "GPU-test"
@@ -39,5 +40,12 @@ class Device(FakeBackend):
         super().__init__(device, capacity, seals=False, tag=tag)
 
     def free_bytes(self):
-        """Estimate the bytes left of the capacity; None if they are unknown."""
-        return None if self._free == "unknown" else super().free_bytes()
+        """Estimate the bytes left of the capacity, unless they are unknown."""
+        return Unknown("a test") if self._free == "unknown" else super().free_bytes()
+
+
+class Unmeasured(Device):
+    """A device of which nobody can tell how much memory is free, as a GPU without NVML; allocating finds out."""
+
+    def free_bytes(self):
+        return Unknown("NVML is not installed")

@@ -1,10 +1,12 @@
-"""Small file systems in memory, to be filled or made read-only."""
+"""File systems that tests mount: small ones in memory, to be filled or made read-only, and a FUSE one that lies."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 
 class SmallDisk:
@@ -52,3 +54,28 @@ def may_mount():
         return False
     done = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     return done.returncode == 0
+
+
+class ObjectStore:
+    """A directory that is also mounted through FUSE, at ``mounted``, with inodes and times that never change."""
+
+    def __init__(self, directory):
+        self.backing, self.mounted = directory / "objects", directory / "mounted"
+        self.backing.mkdir()
+        self.mounted.mkdir()
+        program = Path(__file__).with_name("fuse_main.py")
+        self._server = subprocess.Popen(
+            [sys.executable, str(program), str(self.backing), str(self.mounted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._server.stdout.readline() == b"mounted\n"
+
+    def unmount(self):
+        self._server.communicate(timeout=30)  # it unmounts when its stdin ends
+        assert self._server.returncode == 0
+
+
+def may_mount_fuse():
+    """Whether this process may mount file systems that it serves itself."""
+    return may_mount() and os.access("/dev/fuse", os.R_OK | os.W_OK)

@@ -14,7 +14,9 @@ from shared_store.runtime.claim import listen
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import prepare
 from shared_store.store.assembly import Parts
+from shared_store.store.clients.access import AccessRules
 from shared_store.store.observe.identity import identify
+from shared_store.store.observe.loop_times import LoopTimes
 from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
 
@@ -50,9 +52,11 @@ class ServedStore:
         parts.signals.observe(on_event=lambda kind, **fields: self.events.append((kind, fields)))
         options = ServeOptions(self.paths.directory)
         identity = identify(self.paths.directory, self.paths.node_id)
-        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, identity)
+        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), identity, parts.pages)
         dispatch = parts.dispatch(lambda: snapshots.take(catalog_url="", catalog_state="ok"), self._stopping)
-        server = Server(listen(self.paths, options), options, dispatch, parts.sessions, parts.state.counts)
+        server = Server(
+            listen(self.paths, options), AccessRules.of(options), dispatch, parts.sessions, parts.state.counts
+        )
         server.start()
         self._ready.set()
         await self._stopping.wait()

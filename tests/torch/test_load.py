@@ -41,6 +41,7 @@ class Steps:
         self.calls = []
 
     name = "plain model"
+    loads_ahead = False
 
     def prepare(self):
         self.calls.append("prepare")
@@ -65,6 +66,10 @@ class Steps:
         self.calls.append("load_to_publish")
         model = self._read()
         return Loaded(model, [model])
+
+    def discard(self, loaded):
+        self.calls.append("discard")
+        loaded.model.weight.data = torch.empty(0)
 
     def describe(self, loaded):
         self.calls.append("describe")

@@ -21,12 +21,13 @@ from shared_store.torch.devices import backend_of
 from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.steps import Description, Identity, Loaded, Shared
+from shared_store.torch.tensors import named_tensors
 from wooly_vllm import compat, cpu_dispatch
 from wooly_vllm.loading import identity, methods, rehearsal, state
 from wooly_vllm.loading.inner_loader import InnerLoader
 from wooly_vllm.memory import refused_writes
 from wooly_vllm.options import Options
-from wooly_vllm.residency import shared_models, sleep
+from wooly_vllm.residency import activity, shared_models, sleep
 
 LOST_TOLERATED = 0.01
 """Fraction of the mapped bytes that may become private after binding without a warning."""
@@ -82,6 +83,11 @@ class VllmSteps:
     def name(self) -> str:
         """The model's name."""
         return self._request.name
+
+    @property
+    def loads_ahead(self) -> bool:
+        """True: a model of its own is built for each load."""
+        return True
 
     def prepare(self) -> None:
         """Hook the workers' sleep, and check the engine's settings and device."""
@@ -143,9 +149,16 @@ class VllmSteps:
     def load_to_publish(self) -> Loaded[nn.Module]:
         """Load the checkpoint with vLLM's loader."""
         request = self._request
+        self._registers = compat.Registers(request.vllm_config)
         with cpu_dispatch.shareable(request.device, bound=False):
             model: nn.Module = self._inner.load_model(request.vllm_config, request.model_config, request.prefix)
         return Loaded(model, model)
+
+    def discard(self, loaded: Loaded[nn.Module]) -> None:
+        """Drop the model from vLLM's registers, and free its weights: cycles would keep it until they are collected."""
+        self._registers.restore()
+        for named in named_tensors(loaded.model):
+            named.tensor.data = torch.empty(0, dtype=named.tensor.dtype, device=named.tensor.device)
 
     def describe(self, loaded: Loaded[nn.Module]) -> Description:
         """Collect the state that loading left on modules.
@@ -176,6 +189,7 @@ class VllmSteps:
             compat.logger().warning(
                 "wooly: %s: %.1f MiB that could be shared became private after binding", self.name, lost / 2**20
             )
+        activity.may_report_through(shared.session)
         shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
         if self._request.device.type == "cuda":
             refused_writes.install()

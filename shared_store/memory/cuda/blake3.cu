@@ -158,7 +158,7 @@ __device__ __forceinline__ u64 range_of(const Range *ranges, u64 range_count, u6
 }
 
 // Grid: all groups. Writes the digest of a range of one group, and a chaining value for each group of other ranges.
-// Scalar arguments are 64 bits wide, because CuPy passes Python integers so.
+// Scalar arguments are 64 bits wide, so that launches pass one kind of number.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 hash_groups(const Range *ranges, u64 range_count, uint4 *group_values, uint4 *digests, u64 one64) {
   __shared__ uint4 values[2 * THREADS];

@@ -1,9 +1,9 @@
 """BLAKE3-256 of device memory, computed on the device: equal to the digests of :mod:`shared_store.base.digest`.
 
-Relies on CuPy, imported on first use, for NVRTC: the kernels of ``blake3.cu`` are compiled once for each kind of GPU
-and cached by CuPy on disk (``CUPY_CACHE_DIR``). Any number of ranges take two launches and two small copies.
+Relies on the driver alone, in the device's primary context, and on kernels that are compiled ahead (see
+:mod:`shared_store.memory.cuda.kernels`). Any number of ranges take two launches and two small copies.
 
-Scratch memory comes from ``cudaMalloc``, not from an engine's allocator: 56 bytes for each range, and 32 for each
+Scratch memory comes from ``cuMemAlloc``, not from an engine's allocator: 56 bytes for each range, and 32 for each
 256 KiB of data. The host needs 56 bytes of pinned memory for each range. Later calls reuse both, and they are freed
 with the object, because allocating takes longer than hashing a small tensor.
 
@@ -12,43 +12,40 @@ Does not promise a digest of memory that is written to at the same time.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 from array import array
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final
 
 from shared_store.base.digest import SIZE
-from shared_store.base.errors import MemoryBackendError, OutOfMemoryError, UnsupportedError
+from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
+from shared_store.memory.cuda.driver import Driver
+from shared_store.memory.cuda.images import THREADS
+from shared_store.memory.cuda.kernels import kernels_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-_THREADS: Final = 256
-_GROUP: Final = _THREADS * 1024  # bytes; a thread hashes one chunk, a thread block the subtree over its chunks
-_HOST_TO_DEVICE: Final = 1  # cudaMemcpyKind
-_DEVICE_TO_HOST: Final = 2
-_ERROR_MEMORY_ALLOCATION: Final = 2  # cudaError_t
+_GROUP: Final = THREADS * 1024  # bytes; a thread hashes one chunk, a thread block the subtree over its chunks
 
 
 class CudaDigests:
     """Digests of memory on one GPU. Thread-safe: calls run one after another."""
 
-    def __init__(self, device: int | None = None) -> None:
-        """Digests on a device by its number in this process; by default the current device.
+    def __init__(self, device: int = 0) -> None:
+        """Digests on a device, by its number in this process. Loads the kernels.
 
         Raises:
-            UnsupportedError: CuPy is not installed.
-            MemoryBackendError: there is no usable GPU.
+            UnknownDeviceError: there is no driver, or no ``cuda-bindings``.
+            OutOfMemoryError: the GPU has no memory for a context.
+            MemoryBackendError: there is no such GPU, or the driver refuses.
         """
-        self._cuda = _cupy_cuda()
+        self._driver = Driver()
         self._lock = Lock()
-        self._scratch = _Scratch(self._cuda)
-        with _errors(self._cuda):
-            self._device = self._cuda.runtime.getDevice() if device is None else device
+        with _errors():
+            self._kernels = kernels_of(self._driver, device)
+        self._scratch = _Scratch(self._driver)
 
     def digest_many(self, ranges: Sequence[tuple[int, int]], *, stream: int = 0) -> list[bytes]:
         """Digest device memory and wait for the result.
@@ -72,97 +69,90 @@ class CudaDigests:
         table = array(
             "Q", chain.from_iterable((*span, first) for span, first in zip(ranges, first_groups, strict=True))
         )
-        with self._lock, _errors(self._cuda), self._cuda.Device(self._device):
+        with self._lock, _errors(), self._current():
             packed = self._run(table.tobytes(), groups, stream)
         return [packed[at : at + SIZE] for at in range(0, len(packed), SIZE)]
 
     def _run(self, table: bytes, groups: Sequence[int], stream: int) -> bytes:
-        runtime, kernels, count = self._cuda.runtime, _kernels(self._device), len(groups)
+        call, count = self._driver.call, len(groups)
         # Layout on the device: digests, a chaining value for each group, the table. On the host: table, digests.
         host, device = self._scratch.at_least(len(table) + SIZE * count, len(table) + SIZE * (count + sum(groups)))
         device_groups = device + SIZE * count
         device_table = device_groups + SIZE * sum(groups)
-        content = memoryview(host).cast("B")
-        content[: len(table)] = table
-        runtime.memcpyAsync(device_table, host.ptr, len(table), _HOST_TO_DEVICE, stream)
-        with self._current(stream):
-            kernels.hash_groups((sum(groups),), (_THREADS,), (device_table, count, device_groups, device, 1))
-            if max(groups) > 1:  # the first kernel finishes ranges of one group
-                kernels.join_groups((count,), (_THREADS,), (device_table, device_groups, device, 1))
-        runtime.memcpyAsync(host.ptr + len(table), device, SIZE * count, _DEVICE_TO_HOST, stream)
-        runtime.streamSynchronize(stream)
-        return bytes(content[len(table) : len(table) + SIZE * count])
+        ctypes.memmove(host, table, len(table))
+        call("cuMemcpyHtoDAsync", device_table, host, len(table), stream)
+        self._launch(self._kernels.hash_groups, sum(groups), stream, device_table, count, device_groups, device, 1)
+        if max(groups) > 1:  # the first kernel finishes ranges of one group
+            self._launch(self._kernels.join_groups, count, stream, device_table, device_groups, device, 1)
+        call("cuMemcpyDtoHAsync", host + len(table), device, SIZE * count, stream)
+        call("cuStreamSynchronize", stream)
+        return ctypes.string_at(host + len(table), SIZE * count)
 
-    def _current(self, stream: int) -> Any:
-        """Return a context in which CuPy launches on ``stream``."""
-        if hasattr(self._cuda.Stream, "from_external"):  # CuPy 14 and later, which deprecate ExternalStream
-            return self._cuda.Stream.from_external(_Stream(stream))
-        return self._cuda.ExternalStream(stream)
+    def _launch(self, kernel: Any, blocks: int, stream: int, *arguments: int) -> None:
+        """Queue a kernel whose arguments are all 64 bits wide: addresses and numbers."""
+        values = (ctypes.c_uint64 * len(arguments))(*arguments)
+        width, start = ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * len(arguments))(*(start + width * at for at in range(len(arguments))))
+        self._driver.call(
+            "cuLaunchKernel",
+            *(kernel, blocks, 1, 1, THREADS, 1, 1),
+            *(0, stream, ctypes.addressof(pointers), 0),  # shared memory, stream, arguments (copied now), options
+        )
 
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make the device's context the calling thread's within the block."""
+        self._driver.call("cuCtxPushCurrent", self._kernels.context)
+        try:
+            yield
+        finally:
+            self._driver.call("cuCtxPopCurrent")
 
-@dataclass(frozen=True)
-class _Stream:
-    """A stream of the caller, in CUDA's stream protocol."""
-
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle  # version of the protocol, stream
+    def __del__(self) -> None:
+        if hasattr(self, "_scratch") and not sys.is_finalizing():  # the end of the process frees everything
+            with contextlib.suppress(MemoryBackendError, OutOfMemoryError), self._current():  # a lost context has none
+                self._scratch.free()
 
 
 class _Scratch:
     """Memory on the device and pinned memory on the host, reused by later calls and replaced when too small."""
 
-    def __init__(self, cuda: Any) -> None:
-        self._cuda = cuda
-        self._host: Any = None
-        self._device: Any = None
+    def __init__(self, driver: Driver) -> None:
+        self._call = driver.call
+        self._host = self._host_bytes = 0
+        self._device = self._device_bytes = 0
 
-    def at_least(self, host_bytes: int, device_bytes: int) -> tuple[Any, int]:
-        """Return pinned memory (as CuPy's pointer) and an address on the current device, of at least these sizes."""
-        if self._host is None or self._host.mem.size < host_bytes:
-            self._host = self._cuda.PinnedMemoryPointer(self._cuda.PinnedMemory(host_bytes), 0)
-        if self._device is None or self._device.size < device_bytes:
-            self._device = None  # free it before allocating more
-            self._device = self._cuda.Memory(device_bytes)
-        return self._host, self._device.ptr
+    def at_least(self, host_bytes: int, device_bytes: int) -> tuple[int, int]:
+        """Return the addresses of pinned memory, and of memory of the current context, of at least these sizes."""
+        if self._host_bytes < host_bytes:
+            self._free_host()
+            self._host, self._host_bytes = int(self._call("cuMemHostAlloc", host_bytes, 0)), host_bytes
+        if self._device_bytes < device_bytes:
+            self._free_device()
+            self._device, self._device_bytes = int(self._call("cuMemAlloc", device_bytes)), device_bytes
+        return self._host, self._device
+
+    def free(self) -> None:
+        """Free both, in the context that they were allocated in."""
+        self._free_host()
+        self._free_device()
+
+    def _free_host(self) -> None:
+        if self._host_bytes:
+            self._host_bytes = 0
+            self._call("cuMemFreeHost", self._host)
+
+    def _free_device(self) -> None:
+        if self._device_bytes:
+            self._device_bytes = 0
+            self._call("cuMemFree", self._device)
 
 
-@contextmanager
-def _errors(cuda: Any) -> Iterator[None]:
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
     try:
         yield
-    except cuda.runtime.CUDARuntimeError as error:
-        if error.status == _ERROR_MEMORY_ALLOCATION:
-            raise OutOfMemoryError(
-                f"out of GPU memory for the scratch memory of digests ({error}); free some"
-            ) from error
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"out of GPU memory for the scratch memory of digests ({error}); free some") from error
+    except MemoryBackendError as error:
         raise MemoryBackendError(f"digests on the GPU failed: {error}; see `wooly doctor`") from error
-    except (cuda.driver.CUDADriverError, cuda.compiler.CompileException) as error:
-        raise MemoryBackendError(f"digests on the GPU failed: {error}; see `wooly doctor`") from error
-
-
-def _cupy_cuda() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise UnsupportedError(
-            f"digests on a GPU need CuPy ({error}): install cupy-cuda12x or cupy-cuda13x, to match the driver"
-        ) from error
-    return cupy.cuda
-
-
-class _Kernels(NamedTuple):
-    """The compiled kernels, loaded into the context of one device."""
-
-    hash_groups: Any
-    join_groups: Any
-
-
-@cache
-def _kernels(device: int) -> _Kernels:  # noqa: ARG001 - the cache key; it is the current device
-    import cupy
-
-    source = Path(__file__).with_name("blake3.cu").read_text(encoding="utf-8")
-    module = cupy.RawModule(code=source, options=("--std=c++17", f"-DTHREADS={_THREADS}"))
-    return _Kernels(module.get_function("hash_groups"), module.get_function("join_groups"))

@@ -42,7 +42,7 @@ class Driver:
         """The module ``cuda.bindings.driver``, for its types and constants."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the driver API and return its result, or None if it has none.
+        """Call a function of the driver API and return its result: None if it has none, a tuple if it has several.
 
         Raises:
             OutOfMemoryError: the driver returned ``CUDA_ERROR_OUT_OF_MEMORY``.
@@ -53,6 +53,8 @@ class Driver:
             raise OutOfMemoryError(f"{name}: out of GPU memory, or of pinned host memory; free some")
         if error:
             raise MemoryBackendError(f"{name}: {error.name}")
+        if len(results) > 1:
+            return tuple(results)
         return results[0] if results else None
 
 
@@ -66,8 +68,10 @@ def visible_gpus() -> dict[str, int]:
         count = driver.call("cuDeviceGetCount")
     except (MemoryBackendError, OutOfMemoryError):
         return {}
+    # The second version returns the UUID of a MIG instance where that is what CUDA shows, as torch does.
+    name = "cuDeviceGetUuid_v2" if hasattr(driver.bindings, "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
     found: dict[str, int] = {}
     for ordinal in range(count):
-        raw = bytes(driver.call("cuDeviceGetUuid", driver.call("cuDeviceGet", ordinal)).bytes).hex()
+        raw = bytes(driver.call(name, driver.call("cuDeviceGet", ordinal)).bytes).hex()
         found["GPU-" + "-".join((raw[:8], raw[8:12], raw[12:16], raw[16:20], raw[20:]))] = ordinal
     return found

@@ -6,8 +6,8 @@ nothing more is allocated on the GPU. In a process without one, the context cost
 
 Driver behaviour relied on:
 
-* ``cuDevicePrimaryCtxRetain`` counts its users, and ``cuDevicePrimaryCtxRelease`` the opposite. CuPy and torch retain
-  the same context for themselves.
+* ``cuDevicePrimaryCtxRetain`` counts its users, and ``cuDevicePrimaryCtxRelease`` the opposite. torch retains
+  the same context for itself.
 * ``cuCtxPushCurrent`` makes a context the calling thread's, and ``cuCtxPopCurrent`` restores the one before it.
 * ``cuMemcpyDtoD`` runs on the default stream and may return before it has finished. ``cuCtxSynchronize`` waits for it.
   Other processes see the bytes after that, not before.
@@ -67,7 +67,7 @@ class CudaTransfer(Transfer):
         self._driver.call("cuMemcpyDtoD", target, source, nbytes)
 
     def settle(self) -> None:
-        """Wait for all work in the context: copies of any lane, and kernels of torch and CuPy."""
+        """Wait for all work in the context: copies of any lane, and kernels of torch."""
         self._driver.call("cuCtxSynchronize")
 
     def close(self) -> None:

@@ -4,16 +4,35 @@ A module has the messages of one subject, requests and replies together. The mes
 :mod:`shared_store.protocol.keeper_messages`.
 """
 
+from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.codec import (
     ClientMessage,
     StoreMessage,
+    Unknown,
     decode_from_client,
     decode_from_store,
     encode,
 )
-from shared_store.protocol.messages.compaction import Compact, Compacted, Compacting, Move, Switched
-from shared_store.protocol.messages.envelope import VERSION, Message, Reply, Request
+from shared_store.protocol.messages.compaction import (
+    AbandonCompaction,
+    Compact,
+    Compacted,
+    Compacting,
+    Move,
+    Switched,
+)
+from shared_store.protocol.messages.envelope import (
+    OLDEST,
+    VERSION,
+    Accepted,
+    Cancel,
+    Message,
+    Progress,
+    Reply,
+    Request,
+    StoreRequest,
+)
 from shared_store.protocol.messages.models import (
     Abandon,
     Attached,
@@ -28,7 +47,9 @@ from shared_store.protocol.messages.models import (
     Rejoin,
     Report,
     ReportFallback,
+    Wanted,
 )
+from shared_store.protocol.messages.ordering import order_key
 from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
 from shared_store.protocol.messages.session import (
     Acquire,
@@ -44,13 +65,18 @@ from shared_store.protocol.messages.session import (
     Welcome,
     Yield,
 )
+from shared_store.protocol.messages.workload import SwapOut
 
 __all__ = [
+    "OLDEST",
     "VERSION",
     "Abandon",
+    "AbandonCompaction",
+    "Accepted",
     "Acquire",
     "Attached",
     "BlobPlace",
+    "Cancel",
     "ClientMessage",
     "Commit",
     "Compact",
@@ -61,6 +87,7 @@ __all__ = [
     "FileDigests",
     "Fill",
     "Filled",
+    "GetActivityPage",
     "GetStatus",
     "Granted",
     "Hello",
@@ -69,9 +96,11 @@ __all__ = [
     "Move",
     "Offer",
     "Open",
+    "PageGranted",
     "Pin",
     "Plan",
     "Planned",
+    "Progress",
     "Push",
     "Quarantine",
     "RecallFiles",
@@ -86,12 +115,17 @@ __all__ = [
     "Shutdown",
     "StatusReply",
     "StoreMessage",
+    "StoreRequest",
+    "SwapOut",
     "Switched",
+    "Unknown",
     "Unsupported",
     "Upgrade",
+    "Wanted",
     "Welcome",
     "Yield",
     "decode_from_client",
     "decode_from_store",
     "encode",
+    "order_key",
 ]

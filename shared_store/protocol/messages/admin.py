@@ -37,7 +37,7 @@ class Quarantine(Request, frozen=True, tag="quarantine"):
 
 
 class Upgrade(Request, frozen=True, tag="upgrade"):
-    """Replace the store by another installation's. Only for the uid of the store, and for root.
+    """Replace the store by another installation's. Only for administrators.
 
     ``python`` is the path of the installation's interpreter, ``environment`` its ``PYTHON...`` variables. On success
     the connection ends. Otherwise :class:`Failed` has the reason, and the store continues.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.effects import Effects
 from shared_store.store.session import Session
 from shared_store.store.signals import Signals
@@ -22,6 +23,7 @@ class Sessions:
     _effects: Effects
     _signals: Signals
     _evictor: Evictor
+    _pages: ActivityPages
 
     def begin(self, session: Session) -> None:
         """Add a client that was greeted."""
@@ -33,7 +35,8 @@ class Sessions:
         state, client = self._state, session.client
         if client.number not in state.clients:
             return
-        models = state.models.all()
+        self._pages.drop(client.number)
+        models = state.models.of(client.number)
         for model in models:
             if model.publisher == client.number:
                 log.warning("%s disconnected while publishing %s", client, model.name or model.key)

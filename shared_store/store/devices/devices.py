@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shared_store.base.errors import UnknownDeviceError
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, FdSegment, Segment, backend_for
+from shared_store.memory import Backend, FdSegment, Segment, Unknown, backend_for
 from shared_store.memory import Mapping as MemoryMapping
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.store.devices.digest_check import Check, mapping_of
+
+log = logging.getLogger(__name__)
 
 
 class Devices:
@@ -26,6 +29,7 @@ class Devices:
         self.backends = dict(backends)
         self._find_backend = find_backend
         self._memory: dict[int, tuple[str, Segment]] = {}
+        self._unknown: set[tuple[str, str]] = set()
 
     async def find(self, device: str) -> Backend:
         """Return the backend of a device; look it up in a thread if it is new.
@@ -66,9 +70,17 @@ class Devices:
             work.add_done_callback(lambda done: _drop(backend, done))
             raise
 
-    async def free_bytes(self, device: str) -> int | None:
-        """Return an estimate of the bytes that can be allocated, measured in a thread; None if that is unknown."""
-        return await asyncio.to_thread(self.backend(device).free_bytes)
+    async def free_bytes(self, device: str) -> int | Unknown:
+        """Return an estimate of the bytes that can be allocated; measured in a thread. Logs a reason once."""
+        free = await asyncio.to_thread(self.backend(device).free_bytes)
+        if isinstance(free, Unknown) and (device, free.reason) not in self._unknown:
+            self._unknown.add((device, free.reason))
+            log.warning(
+                "free memory of %s is unknown, so eviction does not estimate and compaction is off: %s",
+                device,
+                free.reason,
+            )
+        return free
 
     def put(self, segment: int, device: str, memory: Segment) -> None:
         """Take over the memory of a segment."""

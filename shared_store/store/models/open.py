@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shared_store.base.errors import ProtocolError
 from shared_store.base.keys import KEY_LENGTH, is_key
+from shared_store.base.text import one_line
 from shared_store.protocol import messages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
@@ -48,26 +49,33 @@ class Opening:
             UnknownDeviceError: there is no such device on this node.
             ModelNotFoundError: the model is not in the store, and no client publishes it.
             ConnectionLostError: the client disconnected while it waited.
+            RequestCancelledError: the client cancelled the request, or left the model, while it waited.
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         if not is_key(request.key):
             raise ProtocolError(f"a weight key has {KEY_LENGTH} hexadecimal digits")
         await self._devices.find(request.device)
-        await self._arrivals.wait(request.key, session.gone)
+        await self._arrivals.wait(request.key, session)
+        session.pending.check()
         asker = Asker(session.client.number, request.publish)
-        name, engine = request.name[:MAX_NAME], request.engine[:MAX_NAME]
+        name, engine = one_line(request.name, MAX_NAME), one_line(request.engine, MAX_NAME)
         outcomes = self._state.models.open(request.key, asker, name=name, engine=engine, device=request.device)
         self._signals.changed()
         outcome = (
             outcomes[0]
             if outcomes
-            else await self._waiters.for_model(session, request.key, self._publisher(request.key))
+            else await self._waiters.for_model(
+                session,
+                request.key,
+                self._publisher(request.key),
+                lambda: self._leave(session.client, request.key),
+            )
         )
         if isinstance(outcome, Refused):
             raise outcome.error
         if isinstance(outcome, MayPublish):
-            log.info("%s publishes %s", session.client, request.name or request.key)
-            self._signals.event("publish_started", key=request.key, name=request.name, pid=session.client.pid)
+            log.info("%s publishes %s", session.client, name or request.key)
+            self._signals.event("publish_started", key=request.key, name=name, pid=session.client.pid)
             return Answer(messages.Granted(request.id))
         if request.key not in self._state.committed:  # withdrawn between the commit and now: open the key anew
             self._leave(session.client, request.key)
@@ -81,6 +89,7 @@ class Opening:
 
     def _leave(self, client: Client, key: str) -> None:
         self._effects.carry_out(self._state.leave(client, key))
+        self._waiters.left_model(key, client.number)
         self._evictor.evict_asleep([key])
         self._signals.changed()
 

@@ -32,8 +32,8 @@ class Quarantining:
     async def quarantine(self, session: Session, request: messages.Quarantine) -> Answer:
         """Stop sharing the segments of the named blobs.
 
-        Where the host can read the memory, only segments that the store finds wrong; elsewhere a client of the store's
-        own uid is trusted.
+        Where the host can read the memory, only segments that the store finds wrong; elsewhere an
+        administrator is trusted.
 
         Raises:
             ModelNotFoundError: the model is not committed.
@@ -50,7 +50,7 @@ class Quarantining:
             wrong = await asyncio.to_thread(self._devices.check(_by_segment(suspects)).wrong)
             bad = {segments[blob.digest] for blob, _ in wrong}
         else:
-            session.require_own_uid("quarantine GPU memory")
+            session.require_admin(f"have memory of {device} quarantined, which the store cannot verify")
             bad = set(segments.values())
         if bad:
             self.stop_sharing(device, bad, pid=session.client.pid)

@@ -15,7 +15,7 @@ import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared_store.base.status import LATENCY_BOUNDS_S, Counters, Status
+from shared_store.base.status import LATENCY_BOUNDS_S, PAUSE_BOUNDS_S, Counters, PauseStatus, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,6 +41,7 @@ class StatusCollector(Collector):
             text = f"{field.name.replace('_', ' ').capitalize()} since the store started."
             yield CounterMetricFamily(name, text, getattr(self._status.counters, field.name))
         yield self._requests()
+        yield from self._loop()
 
     def _node(self) -> Iterator[Metric]:
         status = self._status
@@ -147,10 +148,35 @@ class StatusCollector(Collector):
             "Duration of a client's request, including the wait for other clients.",
             labels=("request",),
         )
-        ends = [*(str(bound) for bound in LATENCY_BOUNDS_S), "+Inf"]
         for one in self._status.requests:
-            family.add_metric((one.name,), list(zip(ends, accumulate(one.classes), strict=True)), one.total_s)
+            family.add_metric((one.name,), _buckets(LATENCY_BOUNDS_S, one.classes), one.total_s)
         return family
+
+    def _loop(self) -> Iterator[Metric]:
+        loop = self._status.loop
+        if loop is None:
+            return
+        yield _pauses(
+            "wooly_loop_callback_seconds",
+            "Duration of the event loop's callbacks: meanwhile no other client is answered.",
+            loop.callbacks,
+        )
+        yield _one("wooly_loop_callback_longest_seconds", "Duration of the longest callback.", loop.callbacks.longest_s)
+        yield _one(
+            "wooly_loop_callback_longest_cpu_seconds", "CPU time of the callback that took most.", loop.longest_cpu_s
+        )
+        yield _pauses("wooly_gc_pause_seconds", "Duration of garbage collections.", loop.collections)
+
+
+def _pauses(name: str, text: str, pauses: PauseStatus) -> Metric:
+    family = HistogramMetricFamily(name, text)
+    family.add_metric((), _buckets(PAUSE_BOUNDS_S, pauses.classes), pauses.total_s)
+    return family
+
+
+def _buckets(bounds: tuple[float, ...], classes: tuple[int, ...]) -> list[tuple[str, float]]:
+    """Return the cumulative counts of classes by their upper bounds, as Prometheus has them."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(classes), strict=True))
 
 
 def _one(name: str, text: str, value: float) -> Metric:

@@ -8,10 +8,12 @@ from typing import Literal
 
 import shared_store
 from shared_store.base import status
+from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.observe.loop_times import LoopTimes
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
 from shared_store.store.state.store_state import StoreState
@@ -23,13 +25,22 @@ class Snapshots:
     """Takes snapshots. Sums over blobs are updated by difference from one snapshot to the next."""
 
     def __init__(
-        self, state: StoreState, devices: Devices, keeper: KeeperLink, times: RequestTimes, identity: Identity
+        self,
+        state: StoreState,
+        devices: Devices,
+        keeper: KeeperLink,
+        times: RequestTimes,
+        loop: LoopTimes,
+        identity: Identity,
+        pages: ActivityPages,
     ) -> None:
         self._state = state
         self._devices = devices
         self._keeper = keeper
         self._times = times
+        self._loop = loop
         self._identity = identity
+        self._pages = pages
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers
 
@@ -60,6 +71,7 @@ class Snapshots:
             quarantine=self._quarantine(),
             requests=self._times.status(),
             keeper=self._keeper.status(),
+            loop=self._loop.status(),
         )
 
     def devices(self) -> tuple[status.DeviceStatus, ...]:
@@ -115,10 +127,24 @@ class Snapshots:
             private = client.private_bytes.get(key, 0)
             shown.append(
                 status.ClientStatus(
-                    number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private
+                    *(number, client.pid, client.uid, client.name, key, role, max(0, mapped - private), private),
+                    pid_known=client.pid_known,
+                    workload=client.identity.name or client.name,
+                    kind=client.identity.kind,
+                    priority=client.identity.priority,
+                    swap=client.identity.swap,
+                    gpus=client.identity.gpus,
+                    namespace=client.identity.namespace,
+                    pod=client.identity.pod,
+                    container=client.identity.container,
+                    activity=self._activity(number),
                 )
             )
         return tuple(shown)
+
+    def _activity(self, client: int) -> status.ActivityStatus | None:
+        activity = self._pages.read(client)
+        return None if activity is None else status.ActivityStatus(*activity)
 
     def _roles(self) -> list[tuple[int, str, Role]]:
         """Return client number, owner (a key, or the token of a withdrawn model) and role of each lease."""

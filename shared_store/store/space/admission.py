@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from shared_store.base.errors import OutOfMemoryError
-from shared_store.memory import Segment
+from shared_store.memory import Segment, Unknown
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.confirmations import Confirmations
 from shared_store.store.space.eviction import CachedModel, evict, evict_one
@@ -99,7 +99,7 @@ class Admission:
         """
         await self._confirmations.wait(device)
         backend, evicted = self._devices.backend(device), False
-        await self._compact(device, lambda: nbytes - (backend.free_bytes() or 0))
+        await self._compact(device, lambda: _missing(nbytes, backend.free_bytes()))
         while True:
             try:
                 return await self._devices.allocate(device, nbytes)
@@ -131,17 +131,17 @@ class Admission:
             return False
         return self._evict_all(evict(self._cached(device), self._state.segments.occupied(device), needed), reason)
 
-    def _evict_for(self, device: str, nbytes: int, free: int | None, *, first: bool) -> bool:
+    def _evict_for(self, device: str, nbytes: int, free: int | Unknown, *, first: bool) -> bool:
         """Evict models so that ``nbytes`` may fit on a full device; return False if none can be evicted.
 
         Args:
             device: where.
             nbytes: size of the segment.
-            free: free bytes of the device; None: unknown.
+            free: free bytes of the device.
             first: nothing was evicted for this segment yet.
         """
-        if free is not None and nbytes > free:
-            return self._evict(device, nbytes - free, "device full")
+        if (missing := _missing(nbytes, free)) > 0:
+            return self._evict(device, missing, "device full")
         if self._state.grace.active:
             return False
         # Unknown, or wrong: the device has refused what should have fit.
@@ -188,3 +188,8 @@ class Admission:
             texts.append(f"{model.name or model.key[:12]}{size}")
         more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
         return ", ".join(texts[:MAX_NAMED]) + more
+
+
+def _missing(nbytes: int, free: int | Unknown) -> int:
+    """Return the bytes that must become free to allocate ``nbytes``; 0 if that cannot be told."""
+    return 0 if isinstance(free, Unknown) else nbytes - free

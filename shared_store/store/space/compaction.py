@@ -11,12 +11,19 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from shared_store.base.errors import ConnectionLostError, DigestMismatchError, OutOfMemoryError, ProtocolError
+from shared_store.base.errors import (
+    ConnectionLostError,
+    DigestMismatchError,
+    MemoryBackendError,
+    OutOfMemoryError,
+    ProtocolError,
+)
+from shared_store.memory import Unknown
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
 from shared_store.store.session import Session
 from shared_store.store.signals import Signals
-from shared_store.store.space.compaction_plan import TARGET, choose
+from shared_store.store.space.compaction_plan import choose
 from shared_store.store.state.compactions import Compaction
 from shared_store.store.state.store_state import StoreState
 
@@ -42,20 +49,24 @@ class Compactor:
 
         Raises:
             ProtocolError: the client has not ended its last compaction.
-            PermissionDeniedError: the store could not verify the copies of a client of another uid.
+            MemoryBackendError: the free memory of the device is unknown, and it has no limit.
         """
         state = self._state
         backend = await self._devices.find(device)
         client = None if session is None else session.client.number
         if client is not None and state.compactions.by(client):
             raise ProtocolError(f"client {client} has not ended the compaction that it began")
-        if session is not None and not backend.host_readable:
-            session.require_own_uid("compact GPU memory")
-        free = await self._devices.free_bytes(device)
-        if free is None:
-            free = TARGET  # unknown: the allocation below finds out
-        if (limit := state.segments.limits.get(device)) is not None:
-            free = min(free, limit - state.segments.used(device))
+        found = await self._devices.free_bytes(device)
+        limit = state.segments.limits.get(device)
+        if isinstance(found, Unknown) and limit is None:
+            raise MemoryBackendError(
+                f"cannot compact {device}: its free memory is {found}; start the store with `--max-resident "
+                f"{device}=SIZE`, which bounds the new segments instead"
+            )
+        spaces = [] if isinstance(found, Unknown) else [found]
+        if limit is not None:
+            spaces.append(limit - state.segments.used(device))
+        free = min(spaces)
         if state.grace.active or (session is not None and session.gone.is_set()):
             return None
         plan = choose(state.compactions.sources(device, share), free=free)

@@ -72,7 +72,8 @@ class Segments:
         self.blobs = Blobs()
         self.releases = Releases()
         self._entries: dict[int, SegmentEntry] = {}
-        self._owners = OwnerIndex[int]()  # of writers, and of references to whole segments
+        self._used: dict[str, int] = {}  # bytes by device, promised ones included
+        self._owners = OwnerIndex[str, int]()  # of writers, and of references to whole segments
 
     # Questions.
 
@@ -106,7 +107,7 @@ class Segments:
 
     def used(self, device: str) -> int:
         """Return the bytes that count for the device's limit: allocated, promised, and released but not yet free."""
-        return sum(entry.nbytes for entry in self.on(device)) + self.releases.nbytes(device)
+        return self._used.get(device, 0) + self.releases.nbytes(device)
 
     def missing(self, device: str, needed: int) -> int:
         """Return how many of ``needed`` bytes exceed the device's limit once released memory is free; 0 or less: none.
@@ -137,7 +138,7 @@ class Segments:
     def owners(self, segment: int) -> set[str]:
         """Return the owners of references to a segment or to a blob in it."""
         entry = self._entries[segment]
-        return entry.references.union(*(self.blobs.at(entry.device, digest).references for digest in entry.blobs))
+        return entry.references | self.blobs.owners_in(segment)
 
     def occupied(self, device: str) -> list[OccupiedSegment]:
         """Return a device's settled segments with their owners."""
@@ -190,7 +191,7 @@ class Segments:
     def promise(self, device: str, nbytes: int, writer: str) -> int:
         """Promise a segment to a writer; return its id."""
         segment = new_id()
-        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer)
+        self._add(SegmentEntry(segment, device, nbytes, writer))
         self._owners.add(writer, segment)
         return segment
 
@@ -224,7 +225,7 @@ class Segments:
 
     def take_back(self, segment: int, device: str, nbytes: int) -> None:
         """Add a segment that a store before this one allocated. :meth:`adopt` adds its blobs."""
-        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, allocated=True)
+        self._add(SegmentEntry(segment, device, nbytes, writer=None, allocated=True))
 
     def adopt(self, key: str, device: str, blobs: Sequence[Blob], locations: Sequence[tuple[int, int]]) -> None:
         """Add the blobs of a model that an earlier store committed, at locations (segment id, first byte).
@@ -270,7 +271,7 @@ class Segments:
         self._remove(digest, blob)
         target.blobs.add(digest)
         target.live += blob.nbytes
-        blob.segment, blob.offset = segment, offset
+        self.blobs.relocate(blob, segment, offset)
         return blob
 
     def condemn(self, segments: Iterable[int]) -> list[int]:
@@ -291,6 +292,10 @@ class Segments:
         """Remove every segment without references."""
         return self._sweep(self._entries)
 
+    def _add(self, entry: SegmentEntry) -> None:
+        self._entries[entry.id] = entry
+        self._used[entry.device] = self.used(entry.device) + entry.nbytes
+
     def _place(self, entry: SegmentEntry, blob: Blob, offset: int) -> None:
         self.blobs.add(entry.device, blob.digest, BlobEntry(blob.nbytes, entry.id, offset))
         entry.blobs.add(blob.digest)
@@ -307,6 +312,7 @@ class Segments:
             entry = self._entries.get(segment)
             if entry is not None and not entry.blobs and not entry.references and entry.writer is None:
                 del self._entries[segment]
+                self._used[entry.device] -= entry.nbytes
                 released.append(segment)
         return released
 

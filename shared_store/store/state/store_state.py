@@ -96,7 +96,13 @@ class StoreState:
         model = self.committed[key].manifest
         asker = Asker(client.number, publish=False)
         self.models.open(key, asker, name=model.name, engine=model.engine, device=model.device)
-        client.private_bytes[key] = private_bytes
+        client.private_bytes[key] = max(0, private_bytes)
+
+    def reads(self, client: Client, key: str) -> bool:
+        """Return True if a client reads a model, or one with this key that was withdrawn."""
+        model = self.models.get(key)
+        models = [*([] if model is None else [model]), *self.models.withdrawn().values()]
+        return any(client.number in one.readers for one in models if one.key == key)
 
     def leave(self, client: Client, key: str) -> list[Effect]:
         """Remove a client from the readers, waiters or publishers of a model."""
@@ -106,7 +112,7 @@ class StoreState:
     def lost(self, client: Client) -> list[Effect]:
         """Remove a client from everything, because its connection ended."""
         self.clients.pop(client.number, None)
-        for model in self.models.all():
+        for model in self.models.of(client.number):
             if model.publisher == client.number:
                 self.counts.add("aborted_publishes")
         effects: list[Effect] = [*self.turns.lost(client.number)]

@@ -1,0 +1,33 @@
+"""This process's description of itself for the store, from environment variables.
+
+In a Kubernetes pod the variables come from the downward API. Nothing is guessed: a variable that is not set is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shared_store.base import envs
+from shared_store.protocol.messages.identity import Identity
+
+
+def describe(kind: str = "other", gpus: Sequence[str] = ()) -> Identity:
+    """Describe this process.
+
+    Args:
+        kind: one of :data:`~shared_store.protocol.messages.identity.KINDS`.
+        gpus: the store's names of the devices that it uses; those that are no GPUs are left out.
+
+    Raises:
+        ConfigError: a variable has an invalid value.
+    """
+    return Identity(
+        envs.WORKLOAD.get(),
+        kind,
+        envs.PRIORITY.get(),
+        envs.SWAP_FROM_VRAM.get(),
+        tuple(gpus),
+        envs.POD_NAMESPACE.get(),
+        envs.POD_NAME.get(),
+        envs.CONTAINER_NAME.get(),
+    ).cleaned()
