@@ -34,7 +34,7 @@ tell = lambda what: os.write(log, f"{what} {os.getpid()}\\n".encode())
 with Session.connect(Path(directory), autostart=False) as session:
     print("connected", flush=True)
     sys.stdin.readline()
-    for _ in range(%d if how == "rounds" else 1):
+    for _ in range(ROUNDS if how == "rounds" else 1):
         with mapping_phase(session, backend, 60):
             tell("begin")
             with Mapping(backend, backend.create(1 << 20)) as mapping:
@@ -44,7 +44,7 @@ with Session.connect(Path(directory), autostart=False) as session:
                 print("inside", flush=True)
                 sys.stdin.readline()
             tell("end")
-""" % (_ROUNDS,)
+""".replace("ROUNDS", str(_ROUNDS))
 
 
 @pytest.fixture
