@@ -55,8 +55,6 @@ DEATH_AT_A_STEP = 0.04
 WAIT_S = 5.0
 SOON_S = (0.0, 0.02)
 """Waits that are often too short for another client to publish, or to pass a turn on."""
-TOGETHER = 4
-"""Requests at once over one connection."""
 LOST = (ConnectionLostError, StoreUnavailableError)
 """What a client meets when the store is killed."""
 
@@ -144,7 +142,8 @@ class Life:
 
     def _together(self, session: Session) -> None:
         """Make several requests at once; a time-out ends the wait for one of them, and nothing else."""
-        models = self._chance.sample(range(MODELS), TOGETHER)
+        # A session may wait for a turn only once, so each request is about another turn, too.
+        models = [number + LEASES * self._chance.randrange(MODELS // LEASES) for number in range(LEASES)]
         seeds = [self._chance.random() for _ in models]
         errors: list[BaseException] = []
 
