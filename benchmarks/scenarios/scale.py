@@ -55,7 +55,7 @@ from shared_store.base.status import Status
 from shared_store.runtime.options import ServeOptions
 
 PROBE_BLOBS = 300
-PROBES = 20
+PROBES = 50
 """Models of the client that measures: each round publishes, attaches to and removes as many."""
 FIRST_PROBE = 1 << 20
 ROUNDS = 5
