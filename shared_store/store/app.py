@@ -100,6 +100,7 @@ async def _serve(
     times: LoopTimes,
 ) -> None:
     options = inheritance.options
+    access = await asyncio.to_thread(AccessRules.of, options)  # may ask a slow user database
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     parts = Parts({"cpu": MemfdBackend()}, options.max_resident, inheritance=inheritance, channel=channel)
@@ -118,7 +119,7 @@ async def _serve(
     address = options.metrics_address
     endpoint = await asyncio.to_thread(_endpoint, address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
-    server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
+    server = Server(inheritance.listen, access, dispatch, parts.sessions, parts.state.counts)
     mirror = Mirror(catalog, documents)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)

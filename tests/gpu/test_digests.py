@@ -156,7 +156,7 @@ def test_a_device_that_is_not_there_is_a_typed_error():
 
 
 def test_kernels_are_the_compiled_ones():
-    """Machine code of this GPU's architecture is loaded: nothing is compiled, and CuPy is not imported."""
+    """Machine code of this GPU's architecture is loaded: nothing is compiled."""
     CudaDigests()
     major, minor = torch.cuda.get_device_capability(0)
     loaded = kernels.kernels_of(Driver(), 0).image

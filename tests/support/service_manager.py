@@ -56,6 +56,9 @@ class ServiceManager:
                 (self.stored[values["FDNAME"]],) = fds
             elif "FDSTOREREMOVE" in values:
                 self._forget(values["FDNAME"])
+            else:
+                for fd in fds:  # of `BARRIER=1`: closing it says that everything before is done
+                    os.close(fd)
             self.lines += lines
 
     def _forget(self, name):

@@ -108,7 +108,7 @@ def _compile(nvrtc: Any, source: bytes, target: str) -> bytes:
         _checked(nvrtc.nvrtcGetProgramLog(program, text))  # NVRTC writes into the buffer, here and below
         raise MemoryBackendError(f"cannot compile the digest kernel for {target}: {text.decode(errors='replace')}")
     if target.startswith("sm_"):
-        image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, image))
     else:
         image = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))

@@ -71,8 +71,8 @@ def _load(driver: Driver, ordinal: int) -> Kernels:
     driver.call("cuCtxPushCurrent", context)
     try:
         name, module = _module(driver, capability)
-        functions = (driver.call("cuModuleGetFunction", module, entry) for entry in images.ENTRIES)
-        return Kernels(context, *functions, name)
+        hash_groups, join_groups = (driver.call("cuModuleGetFunction", module, entry) for entry in images.ENTRIES)
+        return Kernels(context, hash_groups, join_groups, name)
     except BaseException:
         driver.call("cuDevicePrimaryCtxRelease", device)
         raise

@@ -26,6 +26,7 @@ class ProcessRequests:
 
     async def shut_down(self, _session: Session, request: messages.Shutdown) -> Answer:
         """End the store. Clients keep their mappings."""
+        self._keeper.request_stop()
         self._stopping.set()
         return Answer(messages.Done(request.id))
 

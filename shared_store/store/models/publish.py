@@ -98,7 +98,9 @@ class Publishing:
         entry = state.segments.at(segment)
         if entry.allocated:
             raise ProtocolError(f"segment {segment} is allocated already")
-        memory = await self._admission.allocate(entry.device, entry.nbytes, key)
+        memory = await self._admission.allocate(
+            entry.device, entry.nbytes, key, wanted=lambda: state.plans.get(key) is plan
+        )
         if state.plans.get(key) is not plan:
             self._devices.backend(entry.device).release(memory)
             raise NotPublisherError(f"client {session.client.number} no longer publishes {key}")

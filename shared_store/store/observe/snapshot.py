@@ -100,6 +100,7 @@ class Snapshots:
                 segments.limits.get(device),
                 segments.count(device),
                 *segments.unused(device),
+                releasing_bytes=segments.releases.nbytes(device),
             )
             for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
         )
