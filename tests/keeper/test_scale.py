@@ -89,3 +89,15 @@ def test_counts_are_exact_over_kills_and_to_the_last_segment(kept, readers):
     administrator.close()
     (device,) = kept.status().devices
     assert (device.segments, device.resident_bytes, device.dead_bytes, device.padding_bytes) == (0, 0, 0, 0)
+
+
+def test_a_model_of_very_many_blobs_is_published_and_read(kept):
+    """Its manifest is decoded in a thread of the store."""
+    publisher, reader = Client(kept.directory, "publisher"), Client(kept.directory, "reader")
+    model = [[seed, 1 + seed % 3] for seed in range(4000)]
+    assert publisher.publish(key(1), model) == "granted"
+    assert reader.open(key(1), publish=False) == "attached"
+    assert reader.digests() == publisher.expected()
+    for client in (publisher, reader):
+        client.unmap_all()
+        client.close()
