@@ -26,6 +26,7 @@ depend on the machine's other work.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -33,13 +34,12 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from support.content import blob, key
-from support.scraping import LOCAL, get
 
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.device import Device
@@ -54,6 +54,7 @@ from benchmarks.workers.scale import contents_of
 from shared_store.base.status import Status
 from shared_store.runtime.options import ServeOptions
 
+LOCAL = "127.0.0.1"
 PROBE_BLOBS = 300
 PROBES = 50
 """Models of the client that measures: each round publishes, attaches to and removes as many."""
@@ -171,6 +172,14 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
+def scrape(port: int) -> bytes:
+    """Return the text of the store's metrics."""
+    connection = http.client.HTTPConnection(LOCAL, port, timeout=60)
+    with closing(connection):
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read()
+
+
 def measure_requests(measured: Measured) -> dict[str, Any]:
     """Return the figures of all operations."""
     device, session, node = Device(), measured.session, measured.node
@@ -209,7 +218,7 @@ def measure_requests(measured: Measured) -> dict[str, Any]:
         measured.repeat("connection", PROBES, connect_one)
         measured.repeat("remove", PROBES, remove_one)
         measured.repeat("status", PROBES, lambda _: session.status())
-        measured.repeat("scrape", 5, lambda _: get(port, "/metrics"))
+        measured.repeat("scrape", 5, lambda _: scrape(port))
     return {name: samples.figures() for name, samples in measured.operations.items()}
 
 
