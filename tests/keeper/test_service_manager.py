@@ -22,7 +22,7 @@ UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "wooly.servi
 
 
 def restarts(code):
-    """Whether the unit's `Restart=` starts the service again after an exit code (negative: a signal); systemd.service(5)."""
+    """Whether the unit starts the service again after an exit code (negative: a signal), as systemd.service(5) says."""
     (policy,) = [line.removeprefix("Restart=") for line in UNIT.read_text().splitlines() if line.startswith("Restart=")]
     clean = code == 0 or -code in {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE}
     return {"always": True, "on-failure": not clean, "no": False}[policy]
@@ -139,7 +139,7 @@ def test_stop_means_stopped(service, manager, actor):
     assert again.status().totals.resident_bytes == 0
 
 
-def test_stop_while_the_manager_does_not_read(service, manager, actor):
+def test_stop_while_the_manager_does_not_read(service, manager):
     """It ends all the same, within a few seconds."""
     first = service()
     manager.pause()

@@ -97,7 +97,7 @@ def test_eviction_one_by_one_ends_with_enough_or_with_all(models, segments, nbyt
     st.integers(0, 20),
 )
 def test_eviction_one_by_one_takes_no_more_than_needed(models, segments, nbytes, free):
-    """If models share no segment: no proper subset would have been enough, although nobody knew how much was missing."""
+    """If models share no segment: no proper subset would have been enough, although that was not known before."""
     gone = one_by_one(models, segments, nbytes, free)
     if freed(segments, gone) + free < nbytes:
         return
