@@ -63,6 +63,13 @@ class TimedOutError(WoolyError):
     exit_code = 4
 
 
+class RequestCancelledError(WoolyError):
+    """A client cancelled its request before it was answered. It had no effect."""
+
+    code = "cancelled"
+    exit_code = 4
+
+
 class ProtocolError(WoolyError):
     """A peer violated the protocol: malformed bytes, a truncated frame, or an unexpected message."""
 
@@ -82,6 +89,12 @@ class MessageTooLargeError(ProtocolError):
     code = "message_too_large"
 
 
+class NotReadingError(ProtocolError):
+    """A client does not read its socket, so that the store's messages for it exceed the limit."""
+
+    code = "not_reading"
+
+
 class PermissionDeniedError(WoolyError):
     """The store does not admit this user, or the request is for administrators."""
 
@@ -94,6 +107,20 @@ class TooManyClientsError(WoolyError):
 
     code = "too_many_clients"
     exit_code = 7
+
+
+class TooManyRequestsError(WoolyError):
+    """A peer has reached the limit of requests that it may have under way over one connection."""
+
+    code = "too_many_requests"
+    exit_code = 7
+
+
+class DeclinedError(WoolyError):
+    """A client declined a request of the store; the message has its reason."""
+
+    code = "declined"
+    exit_code = 22
 
 
 class OutOfMemoryError(WoolyError):
@@ -151,7 +178,7 @@ class CheckpointError(WoolyError):
 
 
 class UnsupportedError(WoolyError):
-    """This model or configuration cannot be shared. It can be loaded the stock way."""
+    """This model or configuration cannot be shared (it can be loaded the stock way), or the peer lacks the request."""
 
     code = "unsupported"
     exit_code = 13

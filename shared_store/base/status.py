@@ -63,8 +63,9 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """Memory that the store has allocated on one device. ``id``: ``cpu`` or a GPU's UUID.
 
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
-    of segments, whose sizes are multiples of 2 MiB. ``host_bytes``: bytes of host copies of the device's segments; they
-    are resident bytes of ``cpu``.
+    of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
+    not confirmed to have closed, so that their memory may still be allocated. They are not resident. ``host_bytes``:
+    bytes of host copies of the device's segments; they are resident bytes of ``cpu``.
     """
 
     id: str
@@ -73,6 +74,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     segments: int
     dead_bytes: int = 0
     padding_bytes: int = 0
+    releasing_bytes: int = 0
     host_bytes: int = 0
 
 
@@ -160,7 +162,10 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """Events since the store started."""
+    """Events since the store started.
+
+    ``unconfirmed_releases``: segments whose release the keeper did not confirm in time.
+    """
 
     attaches: int = 0
     publishes: int = 0
@@ -170,6 +175,7 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    unconfirmed_releases: int = 0
     permission_denials: int = 0
     sleeps: int = 0
     wakes: int = 0

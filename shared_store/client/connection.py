@@ -21,10 +21,12 @@ import weakref
 from pathlib import Path
 from typing import TypeVar
 
+import shared_store
 from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import (
     ConnectionLostError,
     ModelNotFoundError,
+    ProtocolVersionError,
     StoreUnavailableError,
     TimedOutError,
     TooManyClientsError,
@@ -33,7 +35,9 @@ from shared_store.base.errors import (
 from shared_store.client.activity import attach_page
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
+from shared_store.client.serving import Handlers
 from shared_store.protocol import messages
+from shared_store.protocol.messages import capabilities
 from shared_store.protocol.messages.identity import Identity
 from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.paths import locate
@@ -57,6 +61,7 @@ class Connection:
     Attributes:
         retained: models that this client reads, by key.
         turns: names of the turns that this client has, in order.
+        handlers: of requests of the store.
         activity: writes this client's activity page; None if it has none.
     """
 
@@ -84,6 +89,7 @@ class Connection:
         self._closed = threading.Event()
         self._connecting = threading.Lock()
         self._dialled: socket.socket | None = None
+        self.handlers = Handlers()
         with self._connecting:
             self._link = self._dial(timeout_s)
         _open_connections.add(self)
@@ -119,7 +125,7 @@ class Connection:
             repeat: send the request again if the store ends before it answers.
 
         Raises:
-            TimedOutError: no answer in time. This connection is closed.
+            TimedOutError: no answer in time. The request was cancelled, and the connection goes on.
             ConnectionLostError: the connection ended, and ``repeat`` is False.
             StoreUnavailableError: no store could be reached again; or this process is a fork.
             WoolyError: the error that the store answered.
@@ -130,9 +136,6 @@ class Connection:
             link = self._link
             try:
                 return link.call(request, kind, max(0.0, deadline - time.monotonic()))
-            except TimedOutError:
-                self.close()
-                raise
             except ConnectionLostError:
                 if not repeat:
                     raise
@@ -168,7 +171,16 @@ class Connection:
             raise ConnectionLostError("this session was closed")
 
     def _dial(self, timeout_s: float) -> Link:
-        """Connect a socket, and greet the store."""
+        """Connect a socket, and greet the store; again with protocol 1 if it does not speak the present one."""
+        try:
+            return self._greet(messages.VERSION, timeout_s)
+        except ProtocolVersionError as error:
+            try:
+                return self._greet(messages.OLDEST, timeout_s)
+            except ProtocolVersionError:
+                raise error from None
+
+    def _greet(self, protocol: int, timeout_s: float) -> Link:
         paths = locate(self._directory)
         try:
             sock = self._dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -187,13 +199,24 @@ class Connection:
         except WoolyError:
             sock.close()
             raise
-        return Link(sock, self._name, self._link_ended, self._identity)
+        return Link(
+            sock,
+            self._hello(protocol),
+            timeout_s=timeout_s,
+            next_id=self.next_id,
+            handlers=self.handlers,
+            over=self._link_ended,
+        )
+
+    def _hello(self, protocol: int) -> messages.Hello:
+        announced = capabilities.CLIENT if protocol > 1 else ()
+        return messages.Hello(protocol, self._name, shared_store.__version__, announced, self._identity)
 
     def _link_ended(self, link: Link) -> None:
         """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""
         with self._connecting:
             current = link is self._link
-        if not current or link.closing or not isinstance(link.ended, ConnectionLostError):
+        if not current or not isinstance(link.ended, ConnectionLostError):
             return
         delay = FIRST_DELAY_S
         while (self.retained or self.turns or self.activity) and not self._closed.is_set():
@@ -220,6 +243,7 @@ class Connection:
         with self._connecting:
             if self._link is not lost and self._link.alive:
                 return
+            self._link.close()  # for good: the store must not see this client twice
             link = self._dial(timeout_s)
             try:
                 self._rejoin(link)
@@ -242,14 +266,18 @@ class Connection:
             link.call(messages.Acquire(self.next_id(), name, wait=False), messages.Granted)[1].close()
         for key, model in list(self.retained.items()):
             try:
-                link.call(model.rejoin(self.next_id(), key), messages.Done)[1].close()
-            except ModelNotFoundError:
-                self._offer(link, key, model)
+                answer, fds = link.call(model.rejoin(self.next_id(), key), (messages.Done, messages.Wanted))
+            except ModelNotFoundError:  # of a store of protocol 1
+                self._offer(link, key, model, ticket=0)
+                continue
+            fds.close()
+            if isinstance(answer, messages.Wanted):
+                self._offer(link, key, model, answer.ticket)
         if self.activity is not None:
             attach_page(link, self.next_id(), self.activity)
 
-    def _offer(self, link: Link, key: str, model: RetainedModel) -> None:
-        request = model.offer(self.next_id(), key)
+    def _offer(self, link: Link, key: str, model: RetainedModel, ticket: int) -> None:
+        request = model.offer(self.next_id(), key, ticket)
         try:
             link.call(request, messages.Done, OFFER_TIMEOUT_S, model.fds.filenos())[1].close()
         except WoolyError as error:

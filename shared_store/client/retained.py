@@ -28,10 +28,13 @@ class RetainedModel:
         """Return the request to become a reader again."""
         return messages.Rejoin(number, key, tuple(one.id for one in self.attached.segments), self.private_bytes)
 
-    def offer(self, number: int, key: str) -> messages.Offer:
-        """Return the request that offers the model's segments; :attr:`fds` are sent with it."""
+    def offer(self, number: int, key: str, ticket: int) -> messages.Offer:
+        """Return the request that offers the model's segments; :attr:`fds` are sent with it.
+
+        ``ticket`` is that of the refused rejoin; 0 for a store of protocol 1.
+        """
         found = self.attached
-        return messages.Offer(number, key, found.manifest, found.places, found.segments, self.private_bytes)
+        return messages.Offer(number, key, found.manifest, found.places, found.segments, self.private_bytes, ticket)
 
 
 class RetainedHostCopies(RetainedModel):
@@ -41,6 +44,6 @@ class RetainedHostCopies(RetainedModel):
         """Return the request to be a reader that is away again."""
         return msgspec.structs.replace(super().rejoin(number, key), away=True)
 
-    def offer(self, number: int, key: str) -> messages.Offer:
+    def offer(self, number: int, key: str, ticket: int) -> messages.Offer:
         """Return the request that offers the host copies."""
-        return msgspec.structs.replace(super().offer(number, key), away=True)
+        return msgspec.structs.replace(super().offer(number, key, ticket), away=True)

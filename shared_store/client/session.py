@@ -5,6 +5,9 @@ see :mod:`shared_store.client.connection`. Requests that have the same effect wh
 the store restarts; those of a publication are not, they raise
 :class:`~shared_store.base.errors.ConnectionLostError`.
 
+A request that is not answered in time raises :class:`~shared_store.base.errors.TimedOutError`, and is cancelled. The
+session goes on, and returns what the store granted meanwhile.
+
 Methods may be called from any thread, and raise :class:`~shared_store.base.errors.WoolyError` in one of its classes.
 Descriptors in a result are owned by the caller, see :mod:`shared_store.runtime.fds`.
 """
@@ -30,18 +33,21 @@ from shared_store.base.errors import (
 )
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
+from shared_store.base.text import one_line
 from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
 from shared_store.client.retained import RetainedHostCopies, RetainedModel
+from shared_store.client.serving import Handler
 from shared_store.client.workload import describe
 from shared_store.protocol import messages
-from shared_store.protocol.messages.identity import Identity
+from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.runtime import spawn
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
+S = TypeVar("S", bound=messages.StoreRequest)
 
 COPY_TIMEOUT_S = 600.0
 """Seconds for an answer before which the store allocates or digests memory."""
@@ -84,6 +90,7 @@ class Session:
         directory = runtime_dir or envs.RUNTIME_DIR.get()
         start = envs.AUTOSTART.get() if autostart is None else autostart
         identity = describe(kind, gpus)
+        name = one_line(name, MAX_NAME)  # a greeting has at most 4 KiB
         try:
             return cls(directory, name, timeout_s, identity)
         except StoreUnavailableError:
@@ -123,6 +130,24 @@ class Session:
     def client(self) -> int:
         """This client's number in the status."""
         return self._connection.link.welcome.client
+
+    def supports(self, capability: str) -> bool:
+        """Whether the connected store announced a capability, see :mod:`shared_store.protocol.messages.capabilities`.
+
+        A restarted store may differ.
+        """
+        return capability in self._connection.link.capabilities
+
+    def serve(self, kind: type[S], handler: Handler[S]) -> None:
+        """Carry out requests of the store of a kind, from here on and over later connections, too.
+
+        Args:
+            kind: the class of the request, for example :class:`~shared_store.protocol.messages.SwapOut`.
+            handler: called in a thread of its own with the request and its
+                :class:`~shared_store.client.serving.StoreCall`. Returns a detail for the answer, or None. Raises
+                :class:`~shared_store.base.errors.DeclinedError` with the reason to decline.
+        """
+        self._connection.handlers.add(kind, handler)
 
     # Turns and digests of files.
 
@@ -326,10 +351,6 @@ class Session:
         self._connection.reconnect(before)
 
     # Readers that sleep. The store must support "residency".
-
-    def supports(self, capability: str) -> bool:
-        """Whether the store announced a capability in its greeting."""
-        return capability in self._connection.link.welcome.capabilities
 
     def copy_to_host(self, key: str, timeout_s: float) -> tuple[messages.HostCopies, OwnedFds]:
         """Ask for host copies of the segments of a model that this session reads.

@@ -12,12 +12,13 @@ Does not promise: that payloads are messages. :mod:`shared_store.protocol.messag
 from __future__ import annotations
 
 import array
+import errno
 import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
 from shared_store.runtime.fds import OwnedFd, OwnedFds
@@ -140,50 +141,114 @@ def _pieces(payload: bytes, fds: Sequence[_Fd]) -> list[tuple[memoryview, Sequen
     return [*pieces, (data[len(pieces) :], groups[-1])]
 
 
+class _Chunk(NamedTuple):
+    """Bytes of a frame, and fds that go with the first of them. ``last``: the frame ends here."""
+
+    data: memoryview
+    fds: OwnedFds
+    last: bool
+
+
 def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
 
 
+def is_temporary(error: OSError) -> bool:
+    """True if a later attempt to send may succeed, although the socket is writable.
+
+    The kernel refuses more fds on the way than the sender may have open (``ETOOMANYREFS``, see ``unix(7)``), and any
+    while it has no memory for them.
+    """
+    return error.errno in {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
+
+
 class Outbox:
-    """Queue of frames for a non-blocking socket. Owns the fds until they are sent."""
+    """Queue of frames for a non-blocking socket. Owns the fds until they are sent.
+
+    Attributes:
+        pending_bytes: bytes that are not sent yet.
+        pending_fds: fds that are not sent yet.
+    """
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[memoryview, OwnedFds]] = deque()
+        self._chunks: deque[_Chunk] = deque()
+        self._begun = False
         self.pending_bytes = 0
+        self.pending_fds = 0
 
     def put(self, payload: bytes, fds: OwnedFds | None = None) -> None:
         """Queue a frame. Takes over the fds, and closes them once they are sent or by :meth:`close`."""
         owned = [] if fds is None else fds.detach()
-        for data, group in _pieces(payload, owned):
-            self._chunks.append((data, OwnedFds(group)))
+        pieces = _pieces(payload, owned)
+        for number, (data, group) in enumerate(pieces, 1):
+            self._chunks.append(_Chunk(data, OwnedFds(group), number == len(pieces)))
             self.pending_bytes += len(data)
+        self.pending_fds += len(owned)
 
     def send(self, sock: socket.socket) -> bool:
         """Send as much as the socket accepts. Return True when nothing is left to send.
 
         Raises:
-            OSError: the peer has closed the connection.
+            OSError: the peer has closed the connection; or, if :func:`is_temporary`, the kernel takes no further fds
+                now, and the queue is as before.
         """
         while self._chunks:
-            data, fds = self._chunks[0]
+            chunk = self._chunks[0]
             try:
-                sent = sock.sendmsg([data], _ancillary(fds.filenos()))
+                sent = sock.sendmsg([chunk.data], _ancillary(chunk.fds.filenos()))
             except BlockingIOError:
                 return False
-            fds.close()
             self.pending_bytes -= sent
-            if sent < len(data):
-                self._chunks[0] = (data[sent:], OwnedFds())
+            self.pending_fds -= len(chunk.fds)
+            chunk.fds.close()
+            if sent < len(chunk.data):
+                self._chunks[0] = _Chunk(chunk.data[sent:], OwnedFds(), chunk.last)
+                self._begun = True
             else:
                 self._chunks.popleft()
+                self._begun = not chunk.last
         return True
+
+    def send_borrowed(self, sock: socket.socket, payload: bytes, fds: Sequence[int]) -> bool:
+        """Send a frame now, after all queued ones, without taking over its fds: at most :data:`FDS_AT_ONCE`.
+
+        Returns:
+            True if the socket accepted the frame, of which a part without fds may be queued. False if it accepted
+            nothing: offer the frame again later.
+
+        Raises:
+            OSError: as :meth:`send`.
+        """
+        if not self.send(sock):
+            return False
+        data = memoryview(header(payload, len(fds)) + payload)
+        try:
+            sent = sock.sendmsg([data], _ancillary(fds))
+        except BlockingIOError:
+            return False
+        if sent < len(data):
+            self._chunks.append(_Chunk(data[sent:], OwnedFds(), last=True))
+            self._begun = True
+            self.pending_bytes += len(data) - sent
+        return True
+
+    def drop_waiting(self) -> None:
+        """Drop all frames but the one that is being sent, and close their fds."""
+        keep: deque[_Chunk] = deque()
+        while self._begun and not (keep and keep[-1].last):
+            keep.append(self._chunks.popleft())
+        begun = self._begun
+        self.close()
+        self._chunks, self._begun = keep, begun
+        self.pending_bytes = sum(len(chunk.data) for chunk in keep)
+        self.pending_fds = sum(len(chunk.fds) for chunk in keep)
 
     def close(self) -> None:
         """Drop all unsent frames, and close their fds."""
-        for _, fds in self._chunks:
-            fds.close()
-        self._chunks.clear()
-        self.pending_bytes = 0
+        while self._chunks:
+            self._chunks.popleft().fds.close()
+        self._begun = False
+        self.pending_bytes = self.pending_fds = 0
 
 
 class BlockingChannel:

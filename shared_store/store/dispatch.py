@@ -46,20 +46,6 @@ class Dispatch:
     _counts: Counts
     _signals: Signals
 
-    def check(self, message: messages.ClientMessage, fds: OwnedFds) -> messages.Request | None:
-        """Return the request to answer; None for a message without a reply.
-
-        Raises:
-            ProtocolError: a second greeting, or descriptors with a message that must have none. Ends the connection.
-        """
-        if isinstance(message, messages.Unsupported):
-            return None
-        if isinstance(message, messages.Hello):
-            raise ProtocolError("a second greeting")
-        if len(fds) and not isinstance(message, messages.Offer):
-            raise ProtocolError("fds with a message that has none")
-        return message
-
     async def answer(self, session: Session, request: messages.Request, fds: OwnedFds) -> Answer:
         """Call the request's handler; answer with its error if it fails. The descriptors stay owned by the caller."""
         began = time.monotonic()

@@ -41,12 +41,12 @@ class Effects:
     def _carry_out(self, effect: Effect, *, retain: bool) -> None:
         match effect:
             case Released(segment):
-                self._devices.release(segment)
+                freed = self._devices.release(segment)
                 if not retain:
-                    self._keeper.release(segment)
+                    self._keeper.release(segment, freed)
             case Left(segment):
-                self._devices.release(segment)
-                self._keeper.vacate(segment, self._left)
+                self._keeper.vacate(segment, self._devices.release(segment))
+                self._left(segment)
             case Forgotten(key):
                 self._keeper.forget(key)
             case Relocated(key):

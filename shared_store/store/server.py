@@ -1,4 +1,4 @@
-"""The store's listening socket: accepts and greets clients, and answers the requests of each, one at a time."""
+"""The store's listening socket: accepts and greets clients, and serves each in an exchange of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import socket
 
 import shared_store
 from shared_store.base.errors import (
-    ModelNotFoundError,
     ProtocolError,
     ProtocolVersionError,
     WoolyError,
 )
 from shared_store.base.text import one_line
-from shared_store.protocol import messages, wire
-from shared_store.protocol.messages import activity
+from shared_store.protocol import messages
+from shared_store.protocol.messages import capabilities
 from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.protocol.peers import peer_of
 from shared_store.store.clients.access import AccessRules
@@ -25,6 +24,7 @@ from shared_store.store.clients.process_watch import ProcessWatch
 from shared_store.store.clients.sessions import Sessions
 from shared_store.store.connection import Connection
 from shared_store.store.dispatch import Dispatch
+from shared_store.store.exchange import Exchange
 from shared_store.store.session import Session
 from shared_store.store.state.clients import Client
 from shared_store.store.state.counts import Counts
@@ -100,13 +100,13 @@ class Server:
 
     async def _serve(self, connection: Connection, watch: ProcessWatch) -> None:
         """Serve a connection until it ends."""
-        session: Session | None = None
+        exchange: Exchange | None = None
         try:
-            session = await self._greet(connection)
-            if session is not None:
-                self._sessions.begin(session)
-                while (frame := await connection.receive()) is not None:
-                    await self._answer(connection, session, frame)
+            exchange = await self._greet(connection)
+            if exchange is not None:
+                self._sessions.begin(exchange.session)
+                exchange.begin()
+                await connection.closed.wait()
         except WoolyError as error:
             connection.refuse(error)
         except Exception:
@@ -117,12 +117,13 @@ class Server:
             connection.close()
             if connection.refused:
                 self._counts.add("protocol_errors")
-            if session is not None:
-                self._sessions.end(session)
+            if exchange is not None:
+                await exchange.ended()
+                self._sessions.end(exchange.session)
             self._connections.pop(connection.number, None)
             connection.drop_frames()
 
-    async def _greet(self, connection: Connection) -> Session | None:
+    async def _greet(self, connection: Connection) -> Exchange | None:
         """Receive and answer the greeting; return None if the connection ended before."""
         try:
             async with asyncio.timeout(HELLO_WITHIN_S):
@@ -135,17 +136,22 @@ class Server:
         hello = messages.decode_from_client(frame.payload)
         if not isinstance(hello, messages.Hello):
             raise ProtocolError("a connection begins with a greeting")
-        if hello.protocol != messages.VERSION:
+        if not messages.OLDEST <= hello.protocol <= messages.VERSION:
             raise ProtocolVersionError(
                 f"the client (wooly {one_line(hello.version, MAX_NAME)}) speaks protocol {hello.protocol}, this store "
-                f"(wooly {shared_store.__version__}) speaks {messages.VERSION}; install one version for both, "
-                "and restart the store: `wooly stop`"
+                f"(wooly {shared_store.__version__}) speaks {messages.OLDEST} to {messages.VERSION}; install one "
+                "version for both, and restart the store: `wooly stop`"
             )
         connection.greeted()
-        capabilities = (activity.CAPABILITY, messages.RESIDENCY)
-        connection.send(
-            messages.Welcome(messages.VERSION, shared_store.__version__, os.getpid(), connection.number, capabilities)
-        )
+        connection.send(self._welcome(connection.number, hello.protocol))
+        session = self._session(connection, hello)
+        return Exchange(connection, session, self._dispatch, protocol=hello.protocol)
+
+    def _welcome(self, client: int, protocol: int) -> messages.Welcome:
+        announced = capabilities.STORE if protocol > 1 else ()
+        return messages.Welcome(protocol, shared_store.__version__, os.getpid(), client, announced)
+
+    def _session(self, connection: Connection, hello: messages.Hello) -> Session:
         peer = connection.peer
         return Session(
             Client(
@@ -159,17 +165,5 @@ class Server:
             connection.closed,
             lambda kind, detail: connection.send(messages.Push(next(self._pushes), kind, detail)),
             self._access.roles,
+            capabilities=frozenset(hello.capabilities),
         )
-
-    async def _answer(self, connection: Connection, session: Session, frame: wire.Frame) -> None:
-        """Answer one message."""
-        with frame.fds:
-            request = self._dispatch.check(messages.decode_from_client(frame.payload), frame.fds)
-            if request is None:
-                return
-            connection.expect_fds(0)
-            answer = await self._dispatch.answer(session, request, frame.fds)
-        refused = isinstance(answer.reply, messages.Failed) and answer.reply.code == ModelNotFoundError.code
-        if isinstance(request, messages.Rejoin) and refused:
-            connection.expect_fds(len(request.segments))  # the client may offer the model next
-        connection.send(answer.reply, answer.fds)

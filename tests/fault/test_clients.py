@@ -112,18 +112,17 @@ def test_a_client_does_not_read_its_replies(store, actor):
         for number in range(1, 61):
             deaf.send(messages.GetStatus(number))
         assert actor().open(key=key(1)) == "attached"
-        for number in range(1, 61):  # nothing is lost, and answers come in order of request
-            assert deaf.receive().id == number
+        assert {deaf.receive().id for _ in range(60)} == set(range(1, 61))  # nothing is lost
 
 
 def test_a_client_never_reads_and_keeps_requesting(store, actor):
-    """More unread replies than the limit: the connection is closed, and the buffers are freed."""
+    """More unread replies than the limit: it is told so, the connection is closed, and the buffers are freed."""
     actor().publish(key=key(1), model=MODEL)
     wide = store.client()
     wide.session.open(key(2), name="n" * (4 * MIB), engine="", device="cpu", publish=True, timeout_s=10)
     with RawClient(store.paths.socket) as deaf:
         with pytest.raises(ConnectionLostError, match=r"Broken pipe|reset by peer"):
-            deaf.send_for_ever(messages.GetStatus(1))
+            deaf.send_for_ever(messages.GetStatus)
         wide.close()
     assert "client is not reading its socket" in store.log() or "requests wait for an answer" in store.log()
     assert actor().open(key=key(1)) == "attached"

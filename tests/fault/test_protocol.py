@@ -16,7 +16,8 @@ from support.waiting import wait_until
 from shared_store.base.errors import ProtocolVersionError, TooManyClientsError
 from shared_store.client.session import Session
 from shared_store.protocol import messages, wire
-from shared_store.store.connection import MAX_BEFORE_HELLO, MAX_FROM_CLIENT, MAX_REQUESTS_WAITING
+from shared_store.store.connection import MAX_BEFORE_HELLO, MAX_FROM_CLIENT
+from shared_store.store.exchange import MAX_REFUSED, MAX_REQUESTS
 
 MODEL = [[1, 3 << 20], [2, 100]]
 STATUS = messages.encode(messages.GetStatus(1))
@@ -72,11 +73,20 @@ AFTER_HELLO = {
     "deep nesting": (frame(b"\x81\xa4type" + b"\x91" * 100_000), "protocol"),
     "an oversized frame": (struct.pack(">IH", MAX_FROM_CLIENT + 1, 0), "message_too_large"),
     "a second greeting": (frame(messages.encode(messages.Hello(messages.VERSION, "again", "0"))), "protocol"),
-    "an unknown message": (frame(b"\x82\xa4type\xa5dance\xa2id\x01"), "protocol"),
+    "a message without a type": (frame(b"\x81\xa2id\x01"), "protocol"),
+    "an id that is no number": (frame(b"\x82\xa4type\xa5dance\xa2id\xa3one"), "protocol"),
     "a message without its fields": (frame(b"\x82\xa4type\xa4open\xa2id\x01"), "protocol"),
     "a field of another type": (frame(b"\x82\xa4type\xaaget_status\xa2id\xa3one"), "protocol"),
     "a store's message": (frame(messages.encode(messages.Push(1, "shutdown"))), "protocol"),
-    "too many requests at once": (frame(STATUS) * (MAX_REQUESTS_WAITING + 40), "protocol"),
+    "an id that is under way": (frame(STATUS) * 2, "protocol"),
+    "a flood of requests": (
+        b"".join(frame(messages.encode(messages.GetStatus(n))) for n in range(1, 10 + MAX_REQUESTS + MAX_REFUSED)),
+        "too_many_requests",
+    ),
+    "an offer without a rejoin": (
+        frame(messages.encode(messages.Offer(1, key(1), b"", (), (), 0, 7))),
+        "protocol",
+    ),
 }
 
 
@@ -119,30 +129,61 @@ def test_a_frame_byte_by_byte(store):
 
 
 def test_as_many_requests_as_are_allowed(store):
-    """All are answered, in order."""
+    """All are answered."""
     with RawClient(store.paths.socket) as client:
-        client.send_bytes(b"".join(frame(messages.encode(messages.GetStatus(n))) for n in range(MAX_REQUESTS_WAITING)))
-        assert [client.receive().id for _ in range(MAX_REQUESTS_WAITING)] == list(range(MAX_REQUESTS_WAITING))
+        ids = range(1, MAX_REQUESTS + 1)
+        client.send_bytes(b"".join(frame(messages.encode(messages.GetStatus(n))) for n in ids))
+        assert sorted(client.receive().id for _ in ids) == list(ids)
 
 
-def test_too_many_requests_while_one_waits(store, actor):
+def test_a_flood_while_one_request_waits(store, actor):
     """A waiter that floods the store loses its connection, and its place in the queue."""
     publisher = actor()
     publisher.open(key=key(1))
     client = store.client()
     with RawClient(store.paths.socket) as flood:
-        flood.send(messages.Open(1, key(1), "", "", "cpu", publish=True))
+        flood.send(messages.Open(1000, key(1), "", "", "cpu", publish=True))
         wait_for_status(client, lambda status: any(one.role == "waiting" for one in status.clients), "the wait")
-        flood.send_bytes(frame(STATUS) * (MAX_REQUESTS_WAITING + 1))
-        assert flood.refusal() == "protocol"
+        flood.send_bytes(AFTER_HELLO["a flood of requests"][0])
+        assert flood.refusal() == "too_many_requests"
         wait_for_status(client, lambda status: all(one.role != "waiting" for one in status.clients), "its end")
     assert client.session.status().counters.protocol_errors == 1
 
 
+def test_requests_over_the_limit_are_refused_alone(store, actor):
+    """Waits count; the refused request has no effect, and the others are answered."""
+    publisher = actor()
+    for number in range(1, MAX_REQUESTS + 2):
+        publisher.open(key=key(number))
+    with RawClient(store.paths.socket) as eager:
+        for number in range(1, MAX_REQUESTS + 2):
+            eager.send(messages.Open(number, key(number), "", "", "cpu", publish=True))
+        refused = eager.receive()
+        assert (refused.id, refused.code) == (MAX_REQUESTS + 1, "too_many_requests")
+        publisher.abandon(key=key(3))
+        assert eager.receive() == messages.Granted(3)
+        eager.send(messages.GetStatus(200))
+        assert eager.receive().id == 200
+
+
+def test_an_unknown_request_ends_nothing(store):
+    with RawClient(store.paths.socket) as client:
+        client.send_frame(b"\x82\xa4type\xa5dance\xa2id\x07")
+        failed = client.receive()
+        assert (failed.id, failed.code) == (7, "unsupported")
+        assert "dance" in failed.message
+        client.send_frame(b"\x81\xa4type\xa5dance")  # without an id, there is nothing to answer
+        client.send(messages.GetStatus(8))
+        assert client.receive().id == 8
+
+
 def test_session_of_another_version(store, monkeypatch):
     """The error names both versions and the solution."""
-    monkeypatch.setattr(messages, "VERSION", messages.VERSION + 1)
-    with pytest.raises(ProtocolVersionError, match=r"speaks protocol 2, this store .* speaks 1; install one version"):
+    monkeypatch.setattr(messages, "VERSION", 9)
+    monkeypatch.setattr(messages, "OLDEST", 8)
+    with pytest.raises(
+        ProtocolVersionError, match=r"speaks protocol 9, this store .* speaks 1 to 2; install one version"
+    ):
         store.client()
 
 

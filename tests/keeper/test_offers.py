@@ -45,10 +45,10 @@ def offer(client, fds, *, number=1, manifest=None, offset=0, nbytes=NBYTES, segm
     """Rejoin, which fails, then offer. Return the store's answer to the offer."""
     ids = tuple(range(SEGMENT, SEGMENT + segments))
     client.send(messages.Rejoin(1, key(number), ids))
-    assert client.receive().code == "model_not_found"
+    wanted = client.receive()
     data = encode(manifest or manifest_of(key(number), [blob(DATA)]))
     infos = tuple(messages.SegmentInfo(one, nbytes) for one in ids)
-    client.send(messages.Offer(2, key(number), data, (messages.BlobPlace(0, offset),), infos), fds)
+    client.send(messages.Offer(2, key(number), data, (messages.BlobPlace(0, offset),), infos, 0, wanted.ticket), fds)
     return client.receive()
 
 

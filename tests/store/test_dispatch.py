@@ -9,7 +9,6 @@ import pytest
 
 from shared_store.memory.fake import FakeBackend
 from shared_store.protocol import messages
-from shared_store.runtime.fds import OwnedFds
 from shared_store.store.assembly import Parts
 
 REQUESTS = [cls for cls in get_args(messages.ClientMessage) if issubclass(cls, messages.Request)]
@@ -29,7 +28,3 @@ def test_every_request_of_a_client_is_in_the_table(dispatch):
 
 def test_no_two_requests_share_a_handler(dispatch):
     assert len(set(map(id, dispatch.table.values()))) == len(REQUESTS)
-
-
-def test_messages_that_are_no_requests_get_no_answer(dispatch):
-    assert dispatch.check(messages.Unsupported(1), OwnedFds()) is None

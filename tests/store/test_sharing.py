@@ -139,15 +139,18 @@ def test_a_reader_that_does_not_publish_is_refused_or_waits(store, actor):
 
 
 def test_a_wait_that_times_out_leaves_no_trace(store, actor):
+    """Its session goes on, with everything that it has."""
     publisher, hasty = actor(), actor()
+    hasty.publish(key=key(2), model=MODEL)
     publisher.open(key=key(1))
     with pytest.raises(TimedOutError, match="did not answer `open`"):
         hasty.open(key=key(1), timeout_s=0.2)
-    assert not hasty.alive()
+    assert hasty.alive()
     client = store.client()
     wait_for_status(client, lambda status: all(one.role != "waiting" for one in status.clients), "the wait to end")
     publisher.abandon(key=key(1))
-    assert client.session.status().models == ()
+    assert [(model.key, model.readers) for model in client.session.status().models] == [(key(2), 1)]
+    assert hasty.digests() == hasty.expected()
 
 
 def test_the_lease_ends_with_the_connection(store, actor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import itertools
 import socket
 
 from shared_store.base.errors import ConnectionLostError
@@ -12,14 +13,15 @@ from shared_store.protocol import messages, wire
 class RawClient:
     """One connection."""
 
-    def __init__(self, path, *, greet=True, timeout_s=10.0):
+    def __init__(self, path, *, greet=True, timeout_s=10.0, protocol=messages.VERSION):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout_s)
         self.sock.connect(str(path))
         self.channel = wire.BlockingChannel(self.sock)
         if greet:
-            self.send(messages.Hello(messages.VERSION, "raw", "0"))
-            assert isinstance(self.receive(), messages.Welcome)
+            self.send(messages.Hello(protocol, "raw", "0"))
+            self.welcome = self.receive()
+            assert isinstance(self.welcome, messages.Welcome)
 
     def __enter__(self):
         return self
@@ -30,10 +32,10 @@ class RawClient:
     def send(self, message, fds=()):
         self.channel.send(messages.encode(message), fds)
 
-    def send_for_ever(self, message):
-        """Send a message until the store closes the connection, or does not read for the time-out."""
-        while True:
-            self.send(message)
+    def send_for_ever(self, make):
+        """Send messages (of rising ids) until the store closes the connection, or does not read for the time-out."""
+        for number in itertools.count(1):
+            self.send(make(number))
 
     def send_frame(self, payload):
         self.send_bytes(wire.header(payload, 0) + payload)

@@ -9,12 +9,30 @@ from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Rem
 from shared_store.protocol.messages.codec import (
     ClientMessage,
     StoreMessage,
+    Unknown,
     decode_from_client,
     decode_from_store,
     encode,
 )
-from shared_store.protocol.messages.compaction import Compact, Compacted, Compacting, Move, Switched
-from shared_store.protocol.messages.envelope import VERSION, Message, Reply, Request
+from shared_store.protocol.messages.compaction import (
+    AbandonCompaction,
+    Compact,
+    Compacted,
+    Compacting,
+    Move,
+    Switched,
+)
+from shared_store.protocol.messages.envelope import (
+    OLDEST,
+    VERSION,
+    Accepted,
+    Cancel,
+    Message,
+    Progress,
+    Reply,
+    Request,
+    StoreRequest,
+)
 from shared_store.protocol.messages.models import (
     Abandon,
     Attached,
@@ -29,7 +47,9 @@ from shared_store.protocol.messages.models import (
     Rejoin,
     Report,
     ReportFallback,
+    Wanted,
 )
+from shared_store.protocol.messages.ordering import order_key
 from shared_store.protocol.messages.residency import (
     RESIDENCY,
     AddHostCopies,
@@ -55,15 +75,20 @@ from shared_store.protocol.messages.session import (
     Welcome,
     Yield,
 )
+from shared_store.protocol.messages.workload import SwapOut
 
 __all__ = [
+    "OLDEST",
     "RESIDENCY",
     "VERSION",
     "Abandon",
+    "AbandonCompaction",
+    "Accepted",
     "Acquire",
     "AddHostCopies",
     "Attached",
     "BlobPlace",
+    "Cancel",
     "ClientMessage",
     "Commit",
     "Compact",
@@ -92,6 +117,7 @@ __all__ = [
     "Pin",
     "Plan",
     "Planned",
+    "Progress",
     "Push",
     "Quarantine",
     "RecallFiles",
@@ -107,12 +133,17 @@ __all__ = [
     "Shutdown",
     "StatusReply",
     "StoreMessage",
+    "StoreRequest",
+    "SwapOut",
     "Switched",
+    "Unknown",
     "Unsupported",
     "Upgrade",
+    "Wanted",
     "Welcome",
     "Yield",
     "decode_from_client",
     "decode_from_store",
     "encode",
+    "order_key",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Generic, TypeVar, get_args
 
 import msgspec
 
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
-from shared_store.protocol.messages.compaction import Compact, Compacted, Compacting, Switched
-from shared_store.protocol.messages.envelope import VERSION, Message
+from shared_store.protocol.messages.compaction import AbandonCompaction, Compact, Compacted, Compacting, Switched
+from shared_store.protocol.messages.envelope import VERSION, Accepted, Cancel, Message, Progress
 from shared_store.protocol.messages.models import (
     Abandon,
     Attached,
@@ -25,6 +25,7 @@ from shared_store.protocol.messages.models import (
     Rejoin,
     Report,
     ReportFallback,
+    Wanted,
 )
 from shared_store.protocol.messages.residency import (
     AddHostCopies,
@@ -48,6 +49,7 @@ from shared_store.protocol.messages.session import (
     Welcome,
     Yield,
 )
+from shared_store.protocol.messages.workload import SwapOut
 
 ClientMessage = (
     Hello
@@ -76,10 +78,16 @@ ClientMessage = (
     | Pin
     | Compact
     | Compacted
+    | AbandonCompaction
     | Quarantine
     | Shutdown
     | Upgrade
     | Unsupported
+    | Cancel
+    | Accepted
+    | Progress
+    | Done
+    | Failed
 )
 StoreMessage = (
     Welcome
@@ -94,15 +102,63 @@ StoreMessage = (
     | Compacting
     | Switched
     | StatusReply
+    | Wanted
     | PageGranted
     | Push
+    | SwapOut
+    | Cancel
+    | Progress
 )
 
 _M = TypeVar("_M")
 
+
+class Unknown(msgspec.Struct, frozen=True):
+    """A message of a type that this version does not know. ``id`` is 0 where it has none.
+
+    With an id it is a request: its sender is answered ``Failed`` (``unsupported``).
+    """
+
+    type: str
+    id: int = 0
+
+
+class _Coder(Generic[_M]):
+    """Decodes the messages of one direction."""
+
+    def __init__(self, union: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[_M] = msgspec.msgpack.Decoder(union)
+
+    def decode(self, payload: bytes) -> _M | Unknown:
+        """Decode a payload. Raises :class:`ProtocolError` if it is not a message."""
+        try:
+            return self._decoder.decode(payload)
+        except msgspec.ValidationError as error:
+            found = self._unknown(payload)
+            if found is None:
+                raise _malformed(error) from error
+            return found
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _malformed(error) from error
+
+    def _unknown(self, payload: bytes) -> Unknown | None:
+        """Return the head of a message of an unknown type; None if the type is known, or there is none."""
+        try:
+            found = _head.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        return None if found.type in _tags else found
+
+
+def _malformed(error: Exception) -> ProtocolError:
+    return ProtocolError(f"not a message of protocol version {VERSION}: {error}")
+
+
+_tags = {str(cls.__struct_config__.tag) for union in (ClientMessage, StoreMessage) for cls in get_args(union)}
 _encoder = msgspec.msgpack.Encoder()
-_from_client: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
-_from_store: msgspec.msgpack.Decoder[StoreMessage] = msgspec.msgpack.Decoder(StoreMessage)
+_head = msgspec.msgpack.Decoder(Unknown)
+_from_client: _Coder[ClientMessage] = _Coder(ClientMessage)
+_from_store: _Coder[StoreMessage] = _Coder(StoreMessage)
 
 
 def encode(message: Message) -> bytes:
@@ -110,18 +166,11 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_from_client(payload: bytes) -> ClientMessage:
-    """Decode a payload on the store's side. Raises :class:`ProtocolError` if it is not a client's message."""
-    return _decode(_from_client, payload)
+def decode_from_client(payload: bytes) -> ClientMessage | Unknown:
+    """Decode a payload on the store's side. Raises :class:`ProtocolError` if it is malformed."""
+    return _from_client.decode(payload)
 
 
-def decode_from_store(payload: bytes) -> StoreMessage:
-    """Decode a payload on a client's side. Raises :class:`ProtocolError` if it is not a store's message."""
-    return _decode(_from_store, payload)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[_M], payload: bytes) -> _M:
-    try:
-        return decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of protocol version {VERSION}: {error}") from error
+def decode_from_store(payload: bytes) -> StoreMessage | Unknown:
+    """Decode a payload on a client's side. Raises :class:`ProtocolError` if it is malformed."""
+    return _from_store.decode(payload)

@@ -38,6 +38,12 @@ class Compacted(Request, frozen=True, tag="compacted"):
     segment: int
 
 
+class AbandonCompaction(Request, frozen=True, tag="abandon_compaction"):
+    """End the compaction into this segment (by id) without a change. Answered by :class:`Done`."""
+
+    segment: int
+
+
 class Switched(Reply, frozen=True, tag="switched"):
     """Blobs are served from their copies. Both numbers are 0 if too many segments got readers in the meantime."""
 

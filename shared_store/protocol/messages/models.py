@@ -99,8 +99,9 @@ class ReportFallback(Request, frozen=True, tag="report_fallback"):
 class Rejoin(Request, frozen=True, tag="rejoin"):
     """Claim a model that the client has mapped since before a restart, in the segments with these ids.
 
-    Answered by :class:`Done`, or by :class:`Failed` (``model_not_found``) when the store does not have the model there.
-    The client may then send an :class:`Offer`. With ``away`` the client sleeps, and has host copies of the segments.
+    Answered by :class:`Done`, or by :class:`Wanted` when the store does not have the model there: the client may then
+    send an :class:`Offer`. In protocol 1 :class:`Failed` (``model_not_found``) takes the place of :class:`Wanted`. With
+    ``away`` the client sleeps, and has host copies of the segments.
     """
 
     key: str
@@ -109,10 +110,17 @@ class Rejoin(Request, frozen=True, tag="rejoin"):
     away: bool = False
 
 
-class Offer(Request, frozen=True, tag="offer"):
+class Wanted(Reply, frozen=True, tag="wanted"):
+    """The store does not have the model. It accepts one :class:`Offer` of it, with this ticket."""
+
+    ticket: int
+
+
+class Offer(Request, frozen=True, tag="offer", omit_defaults=True):
     """Send a model to a store that lost it: the contents of the original :class:`Attached`, and the segments' fds.
 
-    The only client message with fds. The store accepts them right after it refused a :class:`Rejoin` of the same key.
+    The only client message with fds. The store accepts them with the ``ticket`` of the :class:`Wanted` that answered a
+    :class:`Rejoin` of the same key; in protocol 1, which has no tickets, right after it refused the :class:`Rejoin`.
     Answered by :class:`Done`: the client reads the model. With ``away`` the client sleeps, and the fds are those of the
     segments' host copies.
     """
@@ -122,4 +130,5 @@ class Offer(Request, frozen=True, tag="offer"):
     places: tuple[BlobPlace, ...]
     segments: tuple[SegmentInfo, ...]
     private_bytes: int = 0
+    ticket: int = 0
     away: bool = False

@@ -7,20 +7,23 @@ from shared_store.protocol.messages.envelope import Message, Reply, Request
 from shared_store.protocol.messages.identity import Identity
 
 
-class Hello(Message, frozen=True, tag="hello"):
-    """First message of a connection. Its form is the same in every protocol version; later ones add fields.
+class Hello(Message, frozen=True, tag="hello", omit_defaults=True):
+    """First message of a connection. Every protocol version understands it; later ones add fields.
 
-    ``identity`` is the client's description of its process; None from a client that does not describe itself.
+    A store that does not speak this ``protocol`` refuses it (``protocol_version``). The client may greet again, over a
+    new connection, with an older one. ``identity`` is the client's description of its process; None from a client that
+    does not describe itself.
     """
 
     protocol: int
     name: str
     version: str
+    capabilities: tuple[str, ...] = ()
     identity: Identity | None = None
 
 
-class Welcome(Message, frozen=True, tag="welcome"):
-    """The store's answer to :class:`Hello`. ``client`` is the number of the client in the status."""
+class Welcome(Message, frozen=True, tag="welcome", omit_defaults=True):
+    """The store's answer to :class:`Hello`, in the same protocol. ``client`` is the client's number in the status."""
 
     protocol: int
     version: str

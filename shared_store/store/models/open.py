@@ -49,12 +49,14 @@ class Opening:
             UnknownDeviceError: there is no such device on this node.
             ModelNotFoundError: the model is not in the store, and no client publishes it.
             ConnectionLostError: the client disconnected while it waited.
+            RequestCancelledError: the client cancelled the request, or left the model, while it waited.
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         if not is_key(request.key):
             raise ProtocolError(f"a weight key has {KEY_LENGTH} hexadecimal digits")
         await self._devices.find(request.device)
-        await self._arrivals.wait(request.key, session.gone)
+        await self._arrivals.wait(request.key, session)
+        session.pending.check()
         asker = Asker(session.client.number, request.publish)
         name, engine = one_line(request.name, MAX_NAME), one_line(request.engine, MAX_NAME)
         outcomes = self._state.open(request.key, asker, name=name, engine=engine, device=request.device)
@@ -62,7 +64,12 @@ class Opening:
         outcome = (
             outcomes[0]
             if outcomes
-            else await self._waiters.for_model(session, request.key, self._publisher(request.key))
+            else await self._waiters.for_model(
+                session,
+                request.key,
+                self._publisher(request.key),
+                lambda: self._leave(session.client, request.key),
+            )
         )
         if isinstance(outcome, Refused):
             raise outcome.error
@@ -82,6 +89,7 @@ class Opening:
 
     def _leave(self, client: Client, key: str) -> None:
         self._effects.carry_out(self._state.leave(client, key))
+        self._waiters.left_model(key, client.number)
         self._evictor.drop_asleep([key])
         self._signals.changed()
 

@@ -39,6 +39,7 @@ class ResidencyRequests:
             ModelNotFoundError: the client does not read the model.
             OutOfMemoryError: host memory, or the store's limit for it, is too small.
             ConnectionLostError: the client disconnected while it waited.
+            RequestCancelledError: the client cancelled the request while it waited.
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         state, key, client = self._state, request.key, session.client.number
@@ -186,11 +187,15 @@ class ResidencyRequests:
 
     async def _copies_end(self, session: Session) -> None:
         """Wait for a change: a client may end or drop copies. Raises :class:`ConnectionLostError` without a client."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._signals.next_change(), session.gone)]
+        stopped = asyncio.Event()
+        events = (self._signals.next_change(), session.gone, stopped)
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            with session.pending.waiting(stopped.set):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        session.pending.check()
         if session.gone.is_set():
             raise ConnectionLostError("the client disconnected while it waited")

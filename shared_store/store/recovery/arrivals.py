@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from shared_store.store.session import Session
+
 
 class Arrivals:
     """Models that may be offered soon, and the opens that wait for them."""
@@ -21,14 +23,21 @@ class Arrivals:
         if expected is not None:
             expected.set()
 
-    async def wait(self, key: str, gone: asyncio.Event) -> None:
-        """Wait while the model is expected, or until the waiting client has disconnected."""
+    async def wait(self, key: str, session: Session) -> None:
+        """Wait while the model is expected, or until the waiting client has disconnected.
+
+        Raises:
+            RequestCancelledError: the client cancelled its request.
+        """
         expected = self._expected.get(key)
         if expected is None:
             return
-        waits = [asyncio.ensure_future(event.wait()) for event in (expected, gone)]
+        stopped = asyncio.Event()
+        waits = [asyncio.ensure_future(event.wait()) for event in (expected, session.gone, stopped)]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            with session.pending.waiting(stopped.set):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        session.pending.check()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from shared_store.base.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError
 from shared_store.store.state.effects import MayPublish, MayRead, Refused
+from shared_store.store.state.owners import OwnerIndex
 
 
 class State(enum.Enum):
@@ -136,6 +137,12 @@ class Model:
         """The readers that map it."""
         return self.readers - self.away
 
+    def involves(self, client: int) -> bool:
+        """Whether a client publishes the model, reads it awake, or waits for it."""
+        return (
+            client == self.publisher or client in self.awake or any(waiter.client == client for waiter in self.waiters)
+        )
+
 
 class Models:
     """The models of a store."""
@@ -144,6 +151,7 @@ class Models:
         """``clock`` returns Unix seconds. Setting it back does not change the order of last uses."""
         self._models: dict[str, Model] = {}
         self._withdrawn: dict[str, Model] = {}
+        self._by_client = OwnerIndex[int, str]()  # keys of the models that a client publishes, reads or waits for
         self._tokens = itertools.count(1)
         self._clock = clock
         self._latest = 0.0
@@ -151,6 +159,15 @@ class Models:
     def all(self) -> list[Model]:
         """Return every model that is being published or committed, in the order of their first opens."""
         return list(self._models.values())
+
+    def of(self, client: int) -> list[Model]:
+        """Return the models, withdrawn ones excepted, that a client publishes, reads or waits for."""
+        found = (self._models.get(key) for key in sorted(self._by_client.of(client)))
+        return [model for model in found if model is not None and model.involves(client)]
+
+    def involved(self) -> dict[int, frozenset[str]]:
+        """Return the index of keys by client, withdrawn models included, for tests."""
+        return self._by_client.all()
 
     def withdrawn(self) -> dict[str, Model]:
         """Return the withdrawn models, which have readers, by their tokens."""
@@ -166,6 +183,8 @@ class Models:
         Raises:
             ModelNotFoundError: no model has it, or more than one.
         """
+        if prefix in self._models:  # a whole key; keys have equal lengths
+            return self._models[prefix]
         found = [model for key, model in self._models.items() if prefix and key.startswith(prefix)]
         if len(found) == 1:
             return found[0]
@@ -181,8 +200,7 @@ class Models:
         ``resident``: all bytes of the model, if it is committed, are on its device.
         """
         model = self._models.get(key) or Model(key, name, engine, device)
-        involved = {model.publisher, *model.awake, *(waiter.client for waiter in model.waiters)}
-        if asker.client in involved:
+        if model.involves(asker.client):
             raise ProtocolError(f"client {asker.client} has asked for model {key} before")
         if model.state is State.ABSENT and not asker.publish:
             raise ModelNotFoundError(
@@ -196,6 +214,7 @@ class Models:
             )
         action = self._step(model, Event.OPEN_ELSEWHERE if elsewhere else Event.OPEN)
         self._models[key] = model
+        self._by_client.add(asker.client, key)
         if action is Action.WAIT:
             model.waiters.append(asker)
             return []
@@ -234,17 +253,22 @@ class Models:
         """End a publication without a commit; the next waiter that may publish does."""
         model = self.publishing(key, client)
         self._step(model, Event.ABORT)
-        effects: list[Outcome] = [Unplanned(key) if model.state is State.RETURNING else Dropped(key)]
+        returning = model.state is State.RETURNING
+        model.publisher = None
+        self._left(key, client)
+        effects: list[Outcome] = [Unplanned(key) if returning else Dropped(key)]
         successor = next((waiter for waiter in model.waiters if waiter.publish), None)
         if successor is not None:
             model.waiters.remove(successor)
             model.publisher = successor.client
             return [*effects, MayPublish(key, successor.client)]
-        waiters, model.waiters, model.publisher = model.waiters, deque(), None
-        if model.state is State.RETURNING:
+        waiters, model.waiters = model.waiters, deque()
+        if returning:
             self._step(model, Event.UNCLAIMED)
         else:
             del self._models[key]
+        for waiter in waiters:
+            self._left(key, waiter.client)
         error = ModelNotFoundError(f"{model.name or key}: its publisher aborted, and no other client publishes it")
         return [*effects, *(Refused(key, waiter.client, error) for waiter in waiters)]
 
@@ -260,15 +284,16 @@ class Models:
             for effect in self._leave_withdrawn(token, client)
         ]
         model = self._models.get(key)
-        if model is None:
-            return effects
-        if model.publisher == client:
-            effects += self.abort(key, client)
-        if client in model.readers:
-            model.readers.discard(client)
-            model.away.discard(client)
-            self._use(model)
-        model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
+        if model is not None:
+            if model.publisher == client:
+                effects += self.abort(key, client)
+            if client in model.readers:
+                model.readers.discard(client)
+                model.away.discard(client)
+                self._use(model)
+            if model.waiters:
+                model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
+        self._left(key, client)
         return effects
 
     def go_away(self, key: str, client: int) -> None:
@@ -285,8 +310,7 @@ class Models:
 
     def lost(self, client: int) -> list[Outcome]:
         """Remove a client from all models, because its connection ended."""
-        keys = {**self._models, **{model.key: model for model in self._withdrawn.values()}}
-        return [effect for key in keys for effect in self.leave(key, client)]
+        return [effect for key in sorted(self._by_client.of(client)) for effect in self.leave(key, client)]
 
     def unread(self, owner: str) -> bool:
         """Whether an owner of references is a committed model without readers."""
@@ -337,9 +361,12 @@ class Models:
             model.publisher, model.waiters = None, deque()
             self._models[key] = anew
         self._step(model, Event.QUARANTINE)
-        model.readers, model.away = model.awake, set()
+        forgotten, model.away = model.away, set()
+        model.readers = model.readers - forgotten
         token = f"{key}/withdrawn {next(self._tokens)}"
         self._withdrawn[token] = model
+        for client in forgotten:
+            self._left(key, client)
         return [Withdrawn(key, token), *self._drop_unread(token)]
 
     def _leave_withdrawn(self, token: str, client: int) -> list[Outcome]:
@@ -353,6 +380,14 @@ class Models:
         self._step(model, Event.LAST_LEFT)
         del self._withdrawn[token]
         return [Dropped(token)]
+
+    def _left(self, key: str, client: int) -> None:
+        """Update the index after a client left a model with this key; it may read a withdrawn one that had the key."""
+        model = self._models.get(key)
+        if model is not None and (client in model.readers or model.involves(client)):
+            return
+        if not any(model.key == key and client in model.readers for model in self._withdrawn.values()):
+            self._by_client.discard(client, key)
 
     def _use(self, model: Model) -> None:
         # A microsecond is the smallest step that a float of Unix seconds can represent in this century.

@@ -24,6 +24,7 @@ from shared_store.base.manifest import Blob
 from shared_store.store.state.blobs import BlobEntry, Blobs
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Draft, Location, PublishPlan
+from shared_store.store.state.releases import Releases
 from shared_store.store.state.residency import ON_DEVICE, TRANSITIONS, Action, Event, Residency
 
 
@@ -87,8 +88,9 @@ class Segments:
     def __init__(self, limits: Mapping[str, int]) -> None:
         self.limits = dict(limits)
         self.blobs = Blobs()
+        self.releases = Releases()
         self._entries: dict[int, SegmentEntry] = {}
-        self._owners = OwnerIndex[int]()  # of writers, and of references to whole segments
+        self._owners = OwnerIndex[str, int]()  # of writers, and of references to whole segments
         self.elsewhere: set[int] = set()
         """Ids of the segments that are not resident."""
         self.copied: set[int] = set()
@@ -125,13 +127,22 @@ class Segments:
         return sum(entry.allocated for entry in self.on(device))
 
     def used(self, device: str) -> int:
-        """Return the bytes that count for the device's limit: allocated and promised."""
-        return sum(entry.nbytes for entry in self.on(device) if entry.residency in ON_DEVICE)
+        """Return the bytes that count for the device's limit: allocated, promised, and released but not yet free."""
+        entries = sum(entry.nbytes for entry in self.on(device) if entry.residency in ON_DEVICE)
+        return entries + self.releases.nbytes(device)
 
     def missing(self, device: str, needed: int) -> int:
-        """Return how many of ``needed`` bytes exceed the device's limit; zero or less where they fit."""
+        """Return how many of ``needed`` bytes exceed the device's limit once released memory is free; 0 or less: none.
+
+        An allocation waits for released memory, so nothing is evicted in its place.
+        """
         limit = self.limits.get(device)
-        return 0 if limit is None else self.used(device) + needed - limit
+        return 0 if limit is None else self.used(device) - self.releases.nbytes(device) + needed - limit
+
+    def over_limit(self, device: str) -> bool:
+        """Whether the device's limit is exceeded until released memory is free."""
+        limit = self.limits.get(device)
+        return limit is not None and self.used(device) > limit
 
     def host_bytes(self, device: str) -> int:
         """Return the bytes of host copies of a device's segments."""
@@ -154,7 +165,7 @@ class Segments:
     def owners(self, segment: int) -> set[str]:
         """Return the owners of references to a segment or to a blob in it."""
         entry = self._entries[segment]
-        return entry.references.union(*(self.blobs.at(entry.device, digest).references for digest in entry.blobs))
+        return entry.references | self.blobs.owners_in(segment)
 
     def occupied(self, device: str) -> list[OccupiedSegment]:
         """Return a device's settled segments with their owners; a host copy has the owners of what it is a copy of."""
@@ -362,7 +373,7 @@ class Segments:
         self._remove(digest, blob)
         target.blobs.add(digest)
         target.live += blob.nbytes
-        blob.segment, blob.offset = segment, offset
+        self.blobs.relocate(blob, segment, offset)
         return blob
 
     def condemn(self, segments: Iterable[int]) -> list[int]:

@@ -53,7 +53,7 @@ class Tiers:
         self._use = use
         self._copying: dict[tuple[int, str], HostCopying] = {}
         self._being_copied: set[int] = set()
-        self._users = OwnerIndex[int]()  # clients that need host copies, by model
+        self._users = OwnerIndex[str, int]()  # clients that need host copies, by model
         self._keys: dict[int, set[str]] = {}  # the models whose host copies a client needs
         self._candidates: set[int] = set()
         self._former: dict[tuple[str, bytes], tuple[int, int]] = {}
