@@ -179,11 +179,11 @@ class StateMachine(StateDriver):
     def attach_and_sleep(self, which, opener):
         """A client without the model."""
         number, name = self._pick(self._free(), opener), self._pick(sorted(self.models), which)
-        if number and self.state.resident(name) and not self.state.models.get(name).involves(number):
-            if (name, number) not in self.around.away:
-                self._open(number, name, publish=True)
-                if (name, number) in self.around.reading and self._copy_to_host(name, number, upto="add"):
-                    self._sleep(name, number)
+        if not number or not self.state.resident(name) or self.state.models.get(name).involves(number):
+            return
+        self._open(number, name, publish=True)
+        if (name, number) in self.around.reading and self._copy_to_host(name, number, upto="add"):
+            self._sleep(name, number)
 
     @rule(name=st.sampled_from(KEYS))
     def all_sleep(self, name):
