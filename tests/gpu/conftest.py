@@ -35,7 +35,8 @@ def gpu() -> str:
 def gpu_of_torch() -> str:
     """Return the store's name of torch's first GPU. Another process finds it, for torch makes a context."""
     pytest.importorskip("torch")
-    program = "import torch; from shared_store.torch.devices import store_device; print(store_device(torch.device('cuda', 0)))"
+    names = "from shared_store.torch.devices import store_device; import torch"
+    program = f"{names}; print(store_device(torch.device('cuda', 0)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     return found.stdout.strip()
 
