@@ -1,14 +1,26 @@
-"""A backend with a capacity, planned faults and work in flight, for tests of the code above it.
+"""A device with a capacity, planned faults and work in flight, for tests of the code above it.
 
-The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does. Work in flight is
-real, too: threads that use mapped memory, and fault if it is unmapped meanwhile.
+The bytes are real: the segments are memfds, so everything but the faults behaves as host memory does. As on a GPU, a
+segment uses memory until the last descriptor and the last mapping of it in any process are gone, and not only until its
+creator has released it: each segment's open file description has a lock, which the kernel removes with the description.
+
+Relies on: locks of open file descriptions, which ``/proc/locks`` lists with their byte ranges, whichever process set
+them (see ``fcntl(2)``, ``proc_locks(5)``). The first byte of a range is the device's :attr:`FakeBackend.tag`, its
+length the size of the segment.
+
+Work in flight is real, too: threads that use mapped memory, and fault if it is unmapped meanwhile.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import secrets
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.backend import Access, Segment
@@ -40,19 +52,29 @@ class Faults:
 class FakeBackend(MemfdBackend):
     """Host memory with a capacity, a count of allocated bytes, and planned faults.
 
-    Without ``seals``, published memory can still be written, as a GPU's can.
+    Args:
+        device: its name.
+        capacity: bytes of its memory.
+        seals: without them, published memory can still be written, as a GPU's can.
+        tag: identifies the device's memory; processes that pass the same one share a device. Default: a new device.
     """
 
-    def __init__(self, device: str = "fake", capacity: int = 1 << 40, *, seals: bool = True) -> None:
+    def __init__(
+        self,
+        device: str = "fake",
+        capacity: int = 1 << 40,
+        *,
+        seals: bool = True,
+        tag: int | None = None,
+    ) -> None:
         self.device = device
         self.seals = seals
         self.capacity = capacity
-        self.allocated_bytes = 0
+        self.tag = 1 + secrets.randbelow(1 << 61) if tag is None else tag
         self.faults = Faults()
         self.capturing = False
         self.calls: list[str] = []
         """Names of the calls of :meth:`settle`, :meth:`unmap` and :meth:`release`, in order."""
-        self._created: set[int] = set()
         self._lock = threading.Lock()
         self._in_flight: list[threading.Thread] = []
 
@@ -73,12 +95,23 @@ class FakeBackend(MemfdBackend):
             self._in_flight.pop(0)
         return True
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of segments that some process still has a descriptor or a mapping of."""
+        total = 0
+        with Path("/proc/locks").open(encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[1] == "OFDLCK" and fields[-2] == str(self.tag):
+                    total += int(fields[-1]) + 1 - self.tag
+        return total
+
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
         self.faults.passing("create")
         with self._lock:
             segment = super().create(nbytes)  # refuses more than is available
-            self.allocated_bytes += nbytes
-            self._created.add(id(segment))
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, self.tag, nbytes, 0)  # a struct flock
+            fcntl.fcntl(segment.fd.fileno(), fcntl.F_OFD_SETLK, lock)
         return segment
 
     def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - documented by the interface
@@ -106,10 +139,6 @@ class FakeBackend(MemfdBackend):
     def release(self, segment: Segment) -> None:  # noqa: D102 - documented by the interface
         if not segment.released:
             self.calls.append("release")
-        if id(segment) in self._created and not segment.released:
-            self._created.discard(id(segment))
-            with self._lock:
-                self.allocated_bytes -= segment.nbytes
         super().release(segment)
 
     def _available(self) -> int:
