@@ -88,7 +88,7 @@ soak: install ## clients of two protocols that die at random, and stores that ar
 # Paced, at the lowest priority: half a core. It ends by itself, and writes its result only if nothing was wrong.
 soak-hour: ## the same for an hour, with few clients (results/soak-hour.json)
 	nice -n 19 $(SOAK_PYTHON) benchmarks soak --seconds 3600 --processes 4 --old 1 --clients 12 --pause 1 --every 10 \
-		--disrupt 45 --out benchmarks/results/soak-hour.json
+		--disrupt 120 --out benchmarks/results/soak-hour.json
 
 # On a machine with a GPU: GPU_PYTHON=... PARITY="--lanes 4 --budget-s 500 --missing", repeated until no row is missing.
 parity: ## stock, publisher and reader compared over models and quantizations (PARITY=options), and docs/parity.md

@@ -325,9 +325,13 @@ _RECORD = "record_metadata_for_reloading"
 
 def method_of(layer: nn.Module) -> Any:
     """Return the method whose post-processing vLLM runs for a layer, or None."""
-    (base,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")
     method = getattr(layer, "quant_method", None)
-    return method if isinstance(method, base) else None
+    return method if method is not None and isinstance(method, _method_base()) else None
+
+
+@functools.cache
+def _method_base() -> Any:
+    return find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")[0]
 
 
 def is_configuration(thing: Any) -> bool:

@@ -51,6 +51,8 @@ PROTOCOL_1 = "e634cb3"
 """The last commit whose clients speak protocol 1."""
 ASKING = Path(__file__).parent / "asking"
 """A folder for ``PYTHONPATH``, which makes stores ask their clients."""
+LONGEST_WARM_UP_S = 60.0
+"""Of a store and a keeper that are observed; less in a short soak."""
 GRACE_S = 60.0
 """After the deadline; then remaining processes are killed, which is an error."""
 
@@ -110,11 +112,20 @@ class Load:
         child = self.node.launch(f"clients {self.started}", "clients", job, **environment)
         self.running.append((child, old))
 
+    def start_all(self) -> None:
+        """Start all processes, those of this version first."""
+        for number in range(self.settings.processes):
+            self.start(old=number >= self.settings.processes - self.settings.old)
+
     def kill_one(self, chance: random.Random) -> None:
-        """Send SIGKILL to a process while its clients are busy, and start one of its kind."""
-        victim, old = self.running.pop(chance.randrange(len(self.running)))
-        if victim.has_event():
-            self._count(victim)
+        """Send SIGKILL to a process while its clients are busy, and start one of its kind.
+
+        The first one is never killed, so that it counts what happens to clients all the time.
+        """
+        for process, _ in self.running:
+            if process.has_event():  # early, so an error
+                self._count(process)
+        victim, old = self.running.pop(chance.randrange(1, len(self.running)))
         code = victim.kill()
         if code != -signal.SIGKILL:
             raise LeftoverError(f"a process of clients exited by itself, with {code}")
@@ -156,12 +167,12 @@ def soak(settings: Settings) -> dict[str, Any]:
         with node.session() as session:
             catalog_ready(session)
             before, began = _usage(disruptions.well()), time.monotonic()
-        trends = {"store": Trend(), "keeper": Trend()}
+        warm_up_s = min(LONGEST_WARM_UP_S, settings.seconds / 12)
+        trends = {"store": Trend(warm_up_s), "keeper": Trend(warm_up_s)}
         load = Load(node, settings, began + settings.seconds, history)
         most_clients = 0
         try:
-            for number in range(settings.processes):
-                load.start(old=number < settings.old)
+            load.start_all()
             disruption = _later(chance, settings.disrupt)
             while time.monotonic() < load.deadline:
                 wait = chance.uniform(0.5, 1.5) * settings.every
@@ -234,7 +245,8 @@ def _observe(node: Node, trends: dict[str, Trend]) -> int:
     connected = len({client.id for client in status.clients}) - 1
     for role, one in found.items():
         pid = status.store.pid if role == "store" or status.keeper is None else status.keeper.pid
-        trends[role].add(Sample(time.monotonic(), pid, one.anonymous, one.fds - one.segments))
+        load = one.segments + (len(status.clients) if role == "store" else 0)
+        trends[role].add(Sample(time.monotonic(), pid, one.anonymous, one.fds - load))
     return connected
 
 

@@ -55,7 +55,7 @@ def test_two_minutes_of_everything(tmp_path: Path) -> None:
 
 def test_slope_of_processes_with_levels_of_their_own() -> None:
     """Two processes that grow by 2 bytes a second each, the second from a lower level."""
-    trend = Trend()
+    trend = Trend(10.0)
     for pid, start, level in ((1, 0.0, 1000), (2, 100.0, 10)):
         for second in range(60):
             trend.add(Sample(start + second, pid, level + 2 * second + second % 2, 7))
@@ -67,7 +67,7 @@ def test_slope_of_processes_with_levels_of_their_own() -> None:
 
 
 def test_short_lives_have_no_slope() -> None:
-    trend = Trend()
+    trend = Trend(10.0)
     trend.add(Sample(0.0, 1, 5, 5))
     assert trend.figures() == {
         "processes": 1,

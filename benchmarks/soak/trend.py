@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-WARM_UP_S = 10.0
-"""Age from which a process's samples count: before, it allocates what it will reuse."""
 FEWEST = 3
 """Samples that a process must have to count."""
 
@@ -24,8 +22,12 @@ class Sample:
 
 @dataclass
 class Trend:
-    """The samples of one role, which several processes play in turn."""
+    """The samples of one role, which several processes play in turn.
 
+    ``warm_up_s``: age from which a process's samples count. Before, it allocates what it will reuse.
+    """
+
+    warm_up_s: float
     samples: list[Sample] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
@@ -52,7 +54,7 @@ class Trend:
         for sample in self.samples:
             by_pid[sample.pid].append(sample)
         for life in by_pid.values():
-            yield [sample for sample in life if sample.at - life[0].at >= WARM_UP_S]
+            yield [sample for sample in life if sample.at - life[0].at >= self.warm_up_s]
 
 
 def slope(lines: Sequence[Sequence[tuple[float, float]]]) -> float:

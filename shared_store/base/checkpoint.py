@@ -53,20 +53,24 @@ class HashedFile(msgspec.Struct, frozen=True, array_like=True):
 def file_id(path: Path) -> FileId:
     """Return the current identity of a file. Links are followed, because model caches consist of them.
 
-    Opens the file, because a network file system asks its server for the current times only then.
+    Opens a file on a network file system, which asks its server for the current times only then.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            found = os.fstat(opened)
-        finally:
-            os.close(opened)
+        found = _opened(path) if file_systems.has_server(path) else path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
     return FileId(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _opened(path: Path) -> os.stat_result:
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.fstat(opened)
+    finally:
+        os.close(opened)
 
 
 def why_unrecognized(path: Path) -> str:

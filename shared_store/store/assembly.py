@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from shared_store.base.status import Status
@@ -89,7 +89,7 @@ class Parts:
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
         self.requests = Requests.of(self)
 
-    def dispatch(self, status: Callable[[], Status], stopping: asyncio.Event) -> Dispatch:
+    def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
         """Return the dispatch of all requests.
 
         Args:

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from shared_store.base import envs
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.disk.cache import available
 from shared_store.disk.obtain import Need, Opened, obtain
@@ -185,8 +186,9 @@ class _SharedLoad(Generic[R]):
         attached, fds = opened
         with fds:
             manifest = manifests.decode(attached.manifest)
-            mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
-        mapped.map_for_reading()
+            with mapping_phase(self._session, backend):
+                mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
+                mapped.map_for_reading()
         loaded, bound = self._steps.attach(manifest, mapped)
         return self._retain(Shared(loaded, self._session, manifest, mapped, bound, published=False), "attached")
 

@@ -13,6 +13,7 @@ from support.waiting import wait_until
 
 from shared_store.base.errors import WoolyError
 from shared_store.base.status import ClientStatus
+from shared_store.client.session import Session
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -74,20 +75,21 @@ def test_an_engine_whose_workers_are_processes_reports_through_a_session_of_its_
         environment={"VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}"},
     )
     process.wait("answered")
+    with Session.connect(runtime_dir, autostart=False) as session:  # one: the engine's threads leave little of the CPU
 
-    def own() -> ClientStatus | None:
-        rows = [row for row in status_of(runtime_dir).clients if row.pid == process.process.pid]
-        return rows[0] if rows else None
+        def own() -> ClientStatus | None:
+            return next((row for row in session.status().clients if row.pid == process.process.pid), None)
 
-    def at_work() -> bool:
+        def at_work() -> bool:
+            row = own()
+            return row is not None and row.activity is not None and row.activity.busy and row.activity.running > 0
+
+        wait_until(at_work, "the status to show running requests", timeout_s=60)
         row = own()
-        return row is not None and row.activity is not None and row.activity.busy and row.activity.running > 0
-
-    wait_until(at_work, "the status to show running requests", timeout_s=60)
-    row = own()
-    assert row is not None
-    assert (row.role, row.kind) == ("idle", "vllm")
-    assert [one.role for one in status_of(runtime_dir).clients if one.kind == "vllm" and one.key] == ["reader"] * 2
+        assert row is not None
+        assert (row.role, row.kind) == ("idle", "vllm")
+        readers = [one for one in session.status().clients if one.role == "reader"]
+    assert [one.kind for one in readers] == ["vllm"] * 2
     process.tell("stop")
     assert process.wait("worked")["wrong"] == 0
     assert process.finish() == 0

@@ -190,3 +190,13 @@ def test_a_waiting_client_is_told_the_pod_that_it_waits_for(apart, actor):
 @needs_pidfds
 def test_the_end_of_a_process_of_another_pid_namespace_is_noticed(apart, directory):
     test_a_client_is_gone_when_its_process_ends_though_a_child_has_its_socket(apart, directory)
+
+
+def test_a_client_with_the_longest_description_is_greeted(store, directory, monkeypatch):
+    """A greeting has at most 4 KiB."""
+    for variable in ("WOOLY_WORKLOAD", *POD):
+        monkeypatch.setenv(variable, "模" * 5000)
+    gpus = [f"GPU-{number:032x}-{number:027x}" for number in range(100)]
+    with Session.connect(directory, name="型" * 5000, gpus=gpus, autostart=False):
+        rows = [row for row in store.client().session.status().clients if row.gpus]
+    assert [len(row.gpus) for row in rows] == [MAX_GPUS]

@@ -259,8 +259,6 @@ class StateMachine(StateDriver):
     @invariant()
     def segments_are_needed_and_counted(self):
         segments = self.state.segments
-        for device in segments.devices():
-            assert segments.used(device) == sum(entry.nbytes for entry in segments.on(device))
         for entry in segments.all():
             assert entry.blobs or entry.references or entry.writer
             assert 0 <= entry.live <= entry.placed <= entry.nbytes

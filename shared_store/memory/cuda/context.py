@@ -1,4 +1,4 @@
-"""Waiting until nothing uses a GPU: for the device's primary context, which torch, CuPy and this package share.
+"""Waiting until nothing uses a GPU: for the device's primary context, which torch and this package share.
 
 Driver behaviour relied on:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.effects import Effects
@@ -17,22 +17,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Sessions:
-    """Adds clients to the state, and removes them."""
+    """Adds clients to the state, and removes them. Finds the session of a client, to ask it for something."""
 
     _state: StoreState
     _effects: Effects
     _signals: Signals
     _evictor: Evictor
     _pages: ActivityPages
+    _connected: dict[int, Session] = field(default_factory=dict)
+
+    def of(self, client: int) -> Session | None:
+        """Return the session of a connected client, by its number."""
+        return self._connected.get(client)
 
     def begin(self, session: Session) -> None:
         """Add a client that was greeted."""
         self._state.clients[session.client.number] = session.client
+        self._connected[session.client.number] = session
         self._signals.changed()
 
     def end(self, session: Session) -> None:
         """Remove a client whose connection ended. Idempotent."""
         state, client = self._state, session.client
+        self._connected.pop(client.number, None)
         if client.number not in state.clients:
             return
         self._pages.drop(client.number)

@@ -63,25 +63,27 @@ class Blobs:
     """All committed blobs by device and digest."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, bytes], BlobEntry] = {}
+        # By device, then digest: the garbage collector does not visit a dictionary from bytes to such structs.
+        self._entries: dict[str, dict[bytes, BlobEntry]] = {}
         self._owners = OwnerIndex[str, tuple[str, bytes]]()
         self._counts: dict[int, dict[str, int]] = {}  # by segment and owner: number of references; never zero
 
     def get(self, device: str, digest: bytes) -> BlobEntry | None:
         """Return the blob with this digest, if it is committed on the device."""
-        return self._entries.get((device, digest))
+        return self._on(device).get(digest)
 
     def at(self, device: str, digest: bytes) -> BlobEntry:
         """Return the blob with this digest, which must be committed on the device."""
-        return self._entries[device, digest]
+        return self._entries[device][digest]
 
     def present(self, device: str, digests: Iterable[bytes]) -> dict[bytes, BlobEntry]:
         """Return those of the digests that are committed on the device."""
-        return {digest: entry for digest in digests if (entry := self._entries.get((device, digest)))}
+        known = self._on(device)
+        return {digest: entry for digest in digests if (entry := known.get(digest))}
 
     def all(self) -> dict[tuple[str, bytes], BlobEntry]:
         """Return every blob by device and digest."""
-        return dict(self._entries)
+        return {(device, digest): entry for device, known in self._entries.items() for digest, entry in known.items()}
 
     def owners_in(self, segment: int) -> set[str]:
         """Return the owners of references to blobs in a segment."""
@@ -89,18 +91,18 @@ class Blobs:
 
     def add(self, device: str, digest: bytes, entry: BlobEntry) -> None:
         """Add a blob that was not committed before, without references."""
-        self._entries[device, digest] = entry
+        self._entries.setdefault(device, {})[digest] = entry
 
     def refer(self, device: str, digest: bytes, owner: str) -> None:
         """Add a reference to a committed blob."""
-        entry = self._entries[device, digest]
+        entry = self._entries[device][digest]
         if entry.refer(owner):
             self._count(entry.segment, owner, 1)
             self._owners.add(owner, (device, digest))
 
     def replace(self, device: str, digest: bytes, owner: str, by: str) -> None:
         """Add a reference by one owner, and remove that of another if there is one."""
-        self._discard(self._entries[device, digest], device, digest, owner)
+        self._discard(self._entries[device][digest], device, digest, owner)
         self.refer(device, digest, by)
 
     def rename(self, owner: str, other: str) -> None:
@@ -112,10 +114,10 @@ class Blobs:
         """Remove all references of an owner; remove and return the blobs that have none left, with their digests."""
         gone: list[tuple[bytes, BlobEntry]] = []
         for device, digest in self._owners.of(owner):
-            entry = self._entries[device, digest]
+            entry = self._entries[device][digest]
             self._discard(entry, device, digest, owner)
             if entry.owners is None:
-                gone.append((digest, self._entries.pop((device, digest))))
+                gone.append((digest, self._entries[device].pop(digest)))
         return gone
 
     def relocate(self, entry: BlobEntry, segment: int, offset: int) -> None:
@@ -127,7 +129,7 @@ class Blobs:
 
     def condemn(self, device: str, digest: bytes) -> None:
         """Remove a blob that has references: none of its owners may count on it any more."""
-        entry = self._entries.pop((device, digest))
+        entry = self._entries[device].pop(digest)
         for owner in entry.references:
             self._discard(entry, device, digest, owner)
 
@@ -138,6 +140,9 @@ class Blobs:
     def counts(self) -> dict[int, dict[str, int]]:
         """Return the number of references by segment and owner, for tests."""
         return {segment: dict(counts) for segment, counts in self._counts.items()}
+
+    def _on(self, device: str) -> dict[bytes, BlobEntry]:
+        return self._entries.get(device, {})
 
     def _discard(self, entry: BlobEntry, device: str, digest: bytes, owner: str) -> None:
         if entry.discard(owner):

@@ -18,17 +18,18 @@ class OwnerIndex(Generic[Owner, T]):
     """Items by owner. An owner without items has no entry."""
 
     def __init__(self) -> None:
-        self._items: dict[Owner, set[T]] = {}
+        # Dictionaries, because the garbage collector visits every item of a set, in each full collection.
+        self._items: dict[Owner, dict[T, None]] = {}
 
     def add(self, owner: Owner, item: T) -> None:
         """Record that the owner refers to the item."""
-        self._items.setdefault(owner, set()).add(item)
+        self._items.setdefault(owner, {})[item] = None
 
     def discard(self, owner: Owner, item: T) -> None:
         """Remove a reference; without effect if there is none."""
         items = self._items.get(owner)
         if items is not None:
-            items.discard(item)
+            items.pop(item, None)
             if not items:
                 del self._items[owner]
 

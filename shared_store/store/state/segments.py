@@ -72,7 +72,6 @@ class Segments:
         self.blobs = Blobs()
         self.releases = Releases()
         self._entries: dict[int, SegmentEntry] = {}
-        self._used: dict[str, int] = {}  # bytes by device, promised ones included
         self._owners = OwnerIndex[str, int]()  # of writers, and of references to whole segments
 
     # Questions.
@@ -107,7 +106,7 @@ class Segments:
 
     def used(self, device: str) -> int:
         """Return the bytes that count for the device's limit: allocated, promised, and released but not yet free."""
-        return self._used.get(device, 0) + self.releases.nbytes(device)
+        return sum(entry.nbytes for entry in self.on(device)) + self.releases.nbytes(device)
 
     def missing(self, device: str, needed: int) -> int:
         """Return how many of ``needed`` bytes exceed the device's limit once released memory is free; 0 or less: none.
@@ -191,7 +190,7 @@ class Segments:
     def promise(self, device: str, nbytes: int, writer: str) -> int:
         """Promise a segment to a writer; return its id."""
         segment = new_id()
-        self._add(SegmentEntry(segment, device, nbytes, writer))
+        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer)
         self._owners.add(writer, segment)
         return segment
 
@@ -225,7 +224,7 @@ class Segments:
 
     def take_back(self, segment: int, device: str, nbytes: int) -> None:
         """Add a segment that a store before this one allocated. :meth:`adopt` adds its blobs."""
-        self._add(SegmentEntry(segment, device, nbytes, writer=None, allocated=True))
+        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, allocated=True)
 
     def adopt(self, key: str, device: str, blobs: Sequence[Blob], locations: Sequence[tuple[int, int]]) -> None:
         """Add the blobs of a model that an earlier store committed, at locations (segment id, first byte).
@@ -292,10 +291,6 @@ class Segments:
         """Remove every segment without references."""
         return self._sweep(self._entries)
 
-    def _add(self, entry: SegmentEntry) -> None:
-        self._entries[entry.id] = entry
-        self._used[entry.device] = self.used(entry.device) + entry.nbytes
-
     def _place(self, entry: SegmentEntry, blob: Blob, offset: int) -> None:
         self.blobs.add(entry.device, blob.digest, BlobEntry(blob.nbytes, entry.id, offset))
         entry.blobs.add(blob.digest)
@@ -312,7 +307,6 @@ class Segments:
             entry = self._entries.get(segment)
             if entry is not None and not entry.blobs and not entry.references and entry.writer is None:
                 del self._entries[segment]
-                self._used[entry.device] -= entry.nbytes
                 released.append(segment)
         return released
 
