@@ -245,7 +245,8 @@ def _observe(node: Node, trends: dict[str, Trend]) -> int:
     connected = len({client.id for client in status.clients}) - 1
     for role, one in found.items():
         pid = status.store.pid if role == "store" or status.keeper is None else status.keeper.pid
-        trends[role].add(Sample(time.monotonic(), pid, one.anonymous, one.fds - one.segments))
+        load = one.segments + (len(status.clients) if role == "store" else 0)
+        trends[role].add(Sample(time.monotonic(), pid, one.anonymous, one.fds - load))
     return connected
 
 
