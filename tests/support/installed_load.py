@@ -31,7 +31,8 @@ def main():
     threading.Thread(target=lambda: (sys.stdin.read(), end.set()), daemon=True).start()
     rounds, lost, errors, stores = 0, 0, [], set()
     with Session.connect(directory, name="load", autostart=False) as session:
-        print("ready", flush=True)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
         while not end.is_set():
             try:
                 one_round(session, key)
@@ -41,7 +42,7 @@ def main():
                 lost += 1
             except WoolyError as error:
                 errors.append(f"{error.code}: {error}")
-    print(json.dumps({"rounds": rounds, "lost": lost, "errors": errors, "stores": sorted(stores)}), flush=True)
+    sys.stdout.write(json.dumps({"rounds": rounds, "lost": lost, "errors": errors, "stores": sorted(stores)}) + "\n")
 
 
 main()
