@@ -12,6 +12,7 @@ SCRIPTS := benchmarks $(wildcard deploy/*.py examples/*.py docs/site/*.py)
 PYTEST_ARGUMENTS ?= -n 2
 VERSIONS ?=
 GPU_PYTHON ?= $(VENV)/bin/python
+SOAK_PYTHON ?= $(VENV)/bin/python
 HF_PARTS ?= memory,speed
 DISK ?= yes
 GPU_TESTS ?= tests/memory tests/gpu
@@ -19,7 +20,7 @@ PARITY ?= --lanes 1
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs wheel changelog release bench soak parity gpu hf-versions vllm-versions clean
+.PHONY: help install demo test lint docs wheel changelog release bench soak soak-hour parity gpu hf-versions vllm-versions newest clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -80,9 +81,14 @@ bench: install ## benchmarks on a CPU, plots and summary (in benchmarks/results)
 	$(VENV)/bin/python benchmarks summary
 	$(VENV)/bin/python benchmarks plot
 
-soak: install ## 200 clients that publish, read and die at random for two minutes, then an exact count (results/soak.json)
+soak: install ## clients of two protocols that die at random, and stores that are killed, for two minutes (results/soak.json)
 	$(VENV)/bin/python benchmarks soak
 	$(VENV)/bin/python benchmarks summary
+
+# Paced, at the lowest priority: half a core. It ends by itself, and writes its result only if nothing was wrong.
+soak-hour: ## the same for an hour, with few clients (results/soak-hour.json)
+	nice -n 19 $(SOAK_PYTHON) benchmarks soak --seconds 3600 --processes 4 --old 1 --clients 12 --pause 1 --every 10 \
+		--disrupt 120 --out benchmarks/results/soak-hour.json
 
 # On a machine with a GPU: GPU_PYTHON=... PARITY="--lanes 4 --budget-s 500 --missing", repeated until no row is missing.
 parity: ## stock, publisher and reader compared over models and quantizations (PARITY=options), and docs/parity.md
@@ -95,6 +101,10 @@ hf-versions: ## the tests of wooly_hf over versions of transformers (VERSIONS="5
 
 vllm-versions: ## the tests of wooly_vllm over versions of vLLM on a CPU (VERSIONS="0.26 0.29"; all that are supported)
 	$(PYTHON) deploy/vllm_versions.py $(VERSIONS) -- $(PYTEST_ARGUMENTS)
+
+# Exit code 1: tests fail; 3: they pass, and the range in pyproject.toml does not include an engine's newest version.
+newest: ## the engines' tests with the newest of every package, and what moved since the last run (results/newest.json)
+	$(PYTHON) deploy/newest.py -- $(PYTEST_ARGUMENTS)
 
 # GPU_PYTHON is any interpreter that finds vLLM, wooly and pytest (for example on PYTHONPATH): no network, no installation.
 # All parts together take an hour on an H100. An empty variable skips a part. In pieces of at most ten minutes:

@@ -23,6 +23,7 @@ COMMANDS = {
     "disk": ("benchmarks.scenarios.disk", "saving, restoring and verifying models"),
     "store": ("benchmarks.scenarios.store", "attaches per second, latency, CPU time and memory of the store"),
     "scale": ("benchmarks.scenarios.scale", "cost of requests by the numbers of models, blobs and clients"),
+    "activity": ("benchmarks.scenarios.activity", "cost of an engine's activity page, per step and per read"),
     "recovery": ("benchmarks.scenarios.recovery", "time to recover after the store is killed"),
     "compaction": (
         "benchmarks.scenarios.compaction",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from pathlib import Path
 
 from install import MODELS, ROOT, Environment
 from versions import minors, requirement, run
@@ -28,14 +29,18 @@ def main() -> int:
 
 
 def _environment(version: str) -> Environment:
+    return environment(ROOT / "build" / f"venv-hf-{version}", requirement("transformers", version))
+
+
+def environment(directory: Path, transformers: str) -> Environment:
+    """Create an environment for the tests of `wooly_hf`, with a requirement of transformers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    environment = Environment(ROOT / "build" / f"venv-hf-{version}", use_uv=True)
-    environment.install("--no-deps", *MODELS)
-    wanted = [*project["dependencies"], *extras["dev"], *extras["demo"], TORCH, requirement("transformers", version)]
-    environment.install(*wanted)
-    environment.install_wooly(None)
-    return environment
+    made = Environment(directory, use_uv=True)
+    made.install("--no-deps", *MODELS)
+    made.install(*project["dependencies"], *extras["dev"], *extras["demo"], TORCH, transformers)
+    made.install_wooly(None)
+    return made
 
 
 if __name__ == "__main__":

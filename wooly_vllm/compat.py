@@ -250,29 +250,40 @@ def model_class(model_config: Any) -> type[nn.Module]:
     return found
 
 
+class Registers:
+    """What vLLM remembers of the layers that it has built, as it was when this object was made.
+
+    Layers register by name, and rotary modules are cached by their settings. Without this a second build would raise an
+    error about a duplicate layer, or reuse a module of the first.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        (ropes,) = find("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
+        compilation = vllm_config.compilation_config
+        try:
+            self._registers: list[Any] = [ropes, compilation.static_forward_context]
+        except AttributeError as error:
+            raise moved("CompilationConfig.static_forward_context", error) from error
+        self._registers += [it for name in _LAYER_LISTS if (it := getattr(compilation, name, None)) is not None]
+        self._before = [register.copy() for register in self._registers]
+
+    def restore(self) -> None:
+        """Forget everything that was built since."""
+        for register, content in zip(self._registers, self._before, strict=True):
+            register.clear()
+            (register.extend if isinstance(register, list) else register.update)(content)
+
+
 @contextlib.contextmanager
 def building(vllm_config: Any, model_config: Any) -> Iterator[None]:
-    """Set defaults for building a model; if the build fails, restore vLLM's registers.
-
-    Layers register by name, and rotary modules are cached by their settings. Without this a second build would raise
-    an error about a duplicate layer, or reuse a module that was made of placeholders.
-    """
+    """Set defaults for building a model; if the build fails, restore vLLM's registers."""
     (default_dtype,) = find("vllm.utils.torch_utils", "set_default_torch_dtype")
-    (ropes,) = find("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
-    compilation = vllm_config.compilation_config
-    try:
-        registers: list[Any] = [ropes, compilation.static_forward_context]
-    except AttributeError as error:
-        raise moved("CompilationConfig.static_forward_context", error) from error
-    registers += [found for name in _LAYER_LISTS if (found := getattr(compilation, name, None)) is not None]
-    before = [register.copy() for register in registers]
+    registers = Registers(vllm_config)
     try:
         with default_dtype(model_config.dtype):
             yield
     except BaseException:
-        for register, content in zip(registers, before, strict=True):
-            register.clear()
-            (register.extend if isinstance(register, list) else register.update)(content)
+        registers.restore()
         raise
 
 
@@ -314,9 +325,13 @@ _RECORD = "record_metadata_for_reloading"
 
 def method_of(layer: nn.Module) -> Any:
     """Return the method whose post-processing vLLM runs for a layer, or None."""
-    (base,) = find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")
     method = getattr(layer, "quant_method", None)
-    return method if isinstance(method, base) else None
+    return method if method is not None and isinstance(method, _method_base()) else None
+
+
+@functools.cache
+def _method_base() -> Any:
+    return find("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase")[0]
 
 
 def is_configuration(thing: Any) -> bool:

@@ -11,7 +11,9 @@ reader            a reader of the model that it published.
 
 ``*_s`` is the whole load, with the time that accounting takes before it (it identifies the model, and may hash its
 checkpoint). ``*_cpu_s`` is the CPU time of the loading process. ``map_and_bind_ms``: a reader's mapping of the segments
-and binding of the tensors. ``parts`` has the seconds of wooly's functions; they contain each other.
+and binding of the tensors. ``parts`` has the seconds of wooly's functions; they contain each other. The part ``turn``
+comes before the whole, and is not in it: an engine on a GPU waits for its turn to start there, and starts the store if
+there is none. On a CPU that is in ``connect``, and in the whole.
 
     python benchmarks load_path [--rounds N] [--against DIR] [--gpu] [--out FILE]
 
@@ -85,7 +87,13 @@ class LoadPath:
         caches = {name: str(node.scratch / name.lower()) for name in ("CUPY_CACHE_DIR", "CUDA_CACHE_PATH")}
         environment = {**caches, "VLLM_CPU_KVCACHE_SPACE": "1"}
         if role.startswith(BEFORE):
-            environment["PYTHONPATH"] = f"{self._against}:{os.environ.get('PYTHONPATH', '')}"
+            assert self._against is not None
+            packages = node.scratch / "packages"  # without the other checkout's benchmarks
+            packages.mkdir(exist_ok=True)
+            for name in ("shared_store", "wooly_vllm", "wooly_hf"):
+                if not (packages / name).exists():
+                    (packages / name).symlink_to(self._against / name)
+            environment["PYTHONPATH"] = f"{packages}:{os.environ.get('PYTHONPATH', '')}"
         job = {"model": str(self._model), "role": role.removeprefix(BEFORE), "settings": self._settings}
         return node.launch(role, "load", job, worker="load-path-worker", **environment)
 
@@ -134,7 +142,10 @@ def main() -> None:
         llama.run("make", str(arguments.model))
         model, settings, file = arguments.model, _gpu_settings(), gpu_file(facts["gpu"], "load_path.json")
     else:
-        facts = {**host(), **wooly(), **packages("vllm-cpu", "torch")}
+        import torch
+
+        capability = torch.backends.cpu.get_cpu_capability()  # such as AVX512: vLLM's kernels differ by it
+        facts = {**host(), "cpu_capability": capability, **wooly(), **packages("vllm-cpu", "torch")}
         given = arguments.model if (arguments.model / "config.json").exists() else None
         model, settings, file = given or smollm2(CACHE), CPU_SETTINGS, RESULTS / "load_path.json"
     for weights in model.glob("*.safetensors"):
@@ -145,7 +156,8 @@ def main() -> None:
         rounds.append(bench.round(number))
         found, parts = summarize(rounds)
         versions = {**stamp(), **facts, "load_average": f"{load_average():.1f}"}
-        result = {"versions": versions, "model": model.name, "rounds": len(rounds), **found.numbers}
+        figures = {"load_path": found.numbers} if arguments.gpu else found.numbers  # a GPU's folder has other files
+        result = {"versions": versions, "model": model.name, "rounds": len(rounds), **figures}
         write(arguments.out or file, {**result, "parts": parts, "raw": found.raw})
         print(f"round {len(rounds)} of {arguments.rounds}: {json.dumps(found.numbers)}", flush=True)
 

@@ -65,6 +65,26 @@ def _check(session: Session, fds: int, patience_s: float) -> dict[str, int]:
     return figures
 
 
+def wait_for_keeper(session: Session, fds: int, *, patience_s: float = 30.0) -> None:
+    """Wait until the keeper of a store without models has no segments, and at most ``fds`` descriptors.
+
+    Raises:
+        LeftoverError: it has more.
+    """
+    keeper = session.status().keeper
+    if keeper is None:
+        raise LeftoverError("the store has no keeper")
+
+    def released() -> bool:
+        found = usage(keeper.pid)
+        return found.segments == 0 and found.fds <= fds
+
+    try:
+        wait_until(released, "the keeper to release what the store has not", patience_s)
+    except TimeoutError as error:
+        raise LeftoverError(f"{error}: it has {usage(keeper.pid)}, and had {fds} descriptors") from error
+
+
 def verify(session: Session, model: str) -> None:
     """Verify all bytes of a model. Raises :class:`LeftoverError`."""
     found = open_model(session, model)

@@ -15,6 +15,7 @@ from benchmarks.harness.worker import Talk, now, play
 from benchmarks.workers.watch import Stopwatch
 
 PARTS = {
+    "turn": ("wooly_vllm.memory.accounting", "_turn"),
     "accounting": ("wooly_vllm.memory.accounting", "external_bytes"),
     "connect": ("shared_store.client.session", "Session.connect"),
     "hash": ("shared_store.client.identify", "hash_files"),
@@ -111,7 +112,7 @@ def _timed(stock: Callable[..., Any], watch: Stopwatch, talk: Talk) -> Callable[
         ended, cpu = now(), time.process_time() - cpu
         parts = {label: spent - before.get(label, 0.0) for label, spent in _seconds(watch.spans).items()}
         accounting = before.get("accounting", 0.0)
-        parts["accounting"] = accounting
+        parts |= {"accounting": accounting, "turn": before.get("turn", 0.0)}
         talk.send("loaded", load_s=ended - began, total_s=ended - began + accounting, cpu_s=cpu, parts=parts)
         raise _Loaded(model)
 

@@ -26,10 +26,10 @@ SIZE: Final = 4096
 VERSION_WORD, STATE_WORD, LAST_USE_WORD = range(3)
 """Indexes of the words, of 8 bytes each."""
 
-MOST_REQUESTS: Final = 1_000_000
+MOST_REQUESTS: Final = (1 << 20) - 1
 """Highest number of requests, running or waiting, that is believed. A page with more has no valid content."""
 
-_BUSY: Final = 1 << 63
+BUSY: Final = 1 << 63
 _RUNNING_BITS: Final = (1 << 31) - 1
 _WAITING_BITS: Final = (1 << 32) - 1
 
@@ -50,9 +50,11 @@ class Activity(NamedTuple):
     waiting: int
 
 
-def state_word(running: int, waiting: int, *, busy: bool) -> int:
-    """Return the state as a word. Numbers above :data:`MOST_REQUESTS` are cut to it."""
-    return (busy << 63) | (min(running, MOST_REQUESTS) << 32) | min(waiting, MOST_REQUESTS)
+def state_word(running: int, waiting: int) -> int:
+    """Return the state after a step as a word. Numbers above :data:`MOST_REQUESTS` are cut to it."""
+    if (running | waiting) > MOST_REQUESTS:
+        running, waiting = min(running, MOST_REQUESTS), min(waiting, MOST_REQUESTS)
+    return BUSY | running << 32 | waiting if running or waiting else 0
 
 
 def decode(state: int, last_use_ns: int, now_ns: int) -> Activity | None:
@@ -67,4 +69,4 @@ def decode(state: int, last_use_ns: int, now_ns: int) -> Activity | None:
     if running > MOST_REQUESTS or waiting > MOST_REQUESTS:
         return None
     idle_s = max(0, now_ns - last_use_ns) / 1e9 if last_use_ns else None
-    return Activity(bool(state & _BUSY), idle_s, running, waiting)
+    return Activity(bool(state & BUSY), idle_s, running, waiting)

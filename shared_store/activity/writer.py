@@ -16,7 +16,7 @@ from shared_store.activity import layout
 from shared_store.base.errors import ProtocolError, UnsupportedError
 from shared_store.runtime.fds import OwnedFd
 
-_BUSY = layout.state_word(0, 0, busy=True)
+_STATE, _LAST_USE, _state_word = layout.STATE_WORD, layout.LAST_USE_WORD, layout.state_word  # looked up at each step
 
 
 class ActivityWriter:
@@ -25,6 +25,8 @@ class ActivityWriter:
     def __init__(self) -> None:
         """Begin without a page."""
         self._words = memoryview(bytearray(layout.SIZE)).cast("Q")
+        self.busy = False
+        """True from the beginning of a step until a step ends with nothing left to run."""
 
     def attach(self, fd: OwnedFd) -> None:
         """Write to a page from here on, beginning with the present content. Closes the descriptor.
@@ -51,15 +53,11 @@ class ActivityWriter:
         page[layout.LAST_USE_WORD] = self._words[layout.LAST_USE_WORD]
         self._words = page
 
-    @property
-    def busy(self) -> bool:
-        """True from the beginning of a step until a step ends with nothing left to run."""
-        return bool(self._words[layout.STATE_WORD] >> 63)
-
     def begin(self) -> None:
-        """Say that a step begins. Costs nothing while the engine is busy already."""
+        """Say that a step begins. Costs next to nothing while the engine is busy already."""
         if not self.busy:
-            self._words[layout.STATE_WORD] = _BUSY
+            self.busy = True
+            self._words[layout.STATE_WORD] = layout.BUSY
 
     def end(self, running: int, waiting: int) -> None:
         """Say that a step ended.
@@ -69,5 +67,6 @@ class ActivityWriter:
             waiting: requests that wait now.
         """
         words = self._words
-        words[layout.STATE_WORD] = layout.state_word(running, waiting, busy=running > 0 or waiting > 0)
-        words[layout.LAST_USE_WORD] = monotonic_ns()
+        words[_STATE] = state = _state_word(running, waiting)
+        words[_LAST_USE] = monotonic_ns()
+        self.busy = state != 0

@@ -23,7 +23,7 @@ from shared_store.base.errors import CheckpointError
 SETTLED_S = 2.0
 """Age in seconds from which the next change of a file is sure to change its identity."""
 
-_STEP = 64 << 20
+_STEP = 8 << 20  # hashed while it is in the processor's cache, and few turns of the interpreter's lock
 _CONTEXT = "wooly 2026-11 checkpoint digest"
 
 
@@ -53,20 +53,24 @@ class HashedFile(msgspec.Struct, frozen=True, array_like=True):
 def file_id(path: Path) -> FileId:
     """Return the current identity of a file. Links are followed, because model caches consist of them.
 
-    Opens the file, because a network file system asks its server for the current times only then.
+    Opens a file on a network file system, which asks its server for the current times only then.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            found = os.fstat(opened)
-        finally:
-            os.close(opened)
+        found = _opened(path) if file_systems.has_server(path) else path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
     return FileId(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _opened(path: Path) -> os.stat_result:
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.fstat(opened)
+    finally:
+        os.close(opened)
 
 
 def why_unrecognized(path: Path) -> str:
@@ -92,21 +96,23 @@ def hash_files(
 
     Args:
         paths: files to read.
-        threads: number of files hashed at a time; by default one for each core, at most 8.
+        threads: number of threads; by default one for each core, at most 8. They share the files, and divide a file
+            where there are more of them than files.
         progress: called from the hashing threads with the bytes done since the last call.
 
     Raises:
         CheckpointError: a file cannot be read, or changed while it was being read.
     """
     workers = threads or min(8, os.cpu_count() or 1)
+    each = max(1, workers // max(1, len(paths)))
     with ThreadPoolExecutor(workers, thread_name_prefix="wooly-hash") as pool:
-        return list(pool.map(lambda path: _hash_file(path, progress), paths))
+        return list(pool.map(lambda path: _hash_file(path, each, progress), paths))
 
 
-def _hash_file(path: Path, progress: Callable[[int], None] | None) -> HashedFile:
+def _hash_file(path: Path, threads: int, progress: Callable[[int], None] | None) -> HashedFile:
     before = file_id(path)
     settled = before.settled and not why_unrecognized(path)
-    hasher = blake3()
+    hasher = blake3(max_threads=threads)
     buffer = bytearray(min(_STEP, max(before.size, 1)))
     view = memoryview(buffer)
     try:

@@ -24,6 +24,8 @@ from shared_store.base import envs
 
 _STATFS_BYTES: Final = 256  # more than the structure has on any architecture
 _OVERLAY: Final = 0x794C7630
+_NFS: Final = 0x6969
+_CEPH: Final = 0x00C36400
 
 _STAMPED_BY_KERNEL: Final = {
     0xEF53: "ext4",  # ext2 and ext3 too
@@ -35,9 +37,9 @@ _STAMPED_BY_KERNEL: Final = {
     0x01021994: "tmpfs",
     0x858458F6: "ramfs",
     _OVERLAY: "overlay",
-    # By a server, or by clients that agree on it. An `open` asks it again, see `checkpoint.file_id`.
-    0x6969: "nfs",
-    0x00C36400: "ceph",
+    # By a server, or by clients that agree on it.
+    _NFS: "nfs",
+    _CEPH: "ceph",
 }
 
 _KNOWN_OTHERS: Final = {
@@ -71,6 +73,15 @@ def why_unrecognized(path: Path) -> str:
         return ""
     resolved = path.resolve()
     return "" if any(resolved.is_relative_to(trusted) for trusted in envs.TRUSTED_DIRECTORIES.get()) else reason
+
+
+def has_server(path: Path) -> bool:
+    """Return True on a network file system that asks its server for a file's current times when it is opened.
+
+    Raises:
+        OSError: the file cannot be examined.
+    """
+    return type_of(path) in {_NFS, _CEPH}
 
 
 def type_of(path: Path) -> int:

@@ -63,7 +63,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """Memory that the store has allocated on one device. ``id``: ``cpu`` or a GPU's UUID.
 
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
-    of segments, whose sizes are multiples of 2 MiB.
+    of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
+    not confirmed to have closed, so that their memory may still be allocated. They are not resident.
     """
 
     id: str
@@ -72,6 +73,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     segments: int
     dead_bytes: int = 0
     padding_bytes: int = 0
+    releasing_bytes: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -149,7 +151,10 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class Counters(msgspec.Struct, frozen=True):
-    """Events since the store started."""
+    """Events since the store started.
+
+    ``unconfirmed_releases``: segments whose release the keeper did not confirm in time.
+    """
 
     attaches: int = 0
     publishes: int = 0
@@ -159,6 +164,7 @@ class Counters(msgspec.Struct, frozen=True):
     evictions: int = 0
     compactions: int = 0
     quarantines: int = 0
+    unconfirmed_releases: int = 0
     permission_denials: int = 0
 
 

@@ -22,6 +22,7 @@ from shared_store.catalog.schema import (
     NodeKeys,
     Snapshot,
     blob_key,
+    committed_blobs,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class NodeWriter:
         self._models: dict[str, ModelDoc | None] = {}
         self._leases: dict[int, LeaseDoc | None] = {}
         self._blobs: dict[bytes, int | None] = {}
+        self._uses: dict[bytes, int] = {}  # by digest: committed models that have the blob
         self._pipeline = FencedPipeline(url, epoch=node.epoch, ttl_s=ttl_s)
 
     def close(self) -> None:
@@ -70,6 +72,7 @@ class NodeWriter:
         self._leases = dict.fromkeys(int(client) for client in redis.hkeys(self._keys.leases))
         found = redis.sscan_iter(self._keys.blobs, count=_BLOBS_PER_SCRIPT)
         self._blobs = dict.fromkeys(bytes.fromhex(digest.decode()) for digest in found)
+        self._uses = {}
         self.write(snapshot)
         self.renew()
 
@@ -139,13 +142,11 @@ class NodeWriter:
     def _write_models(self, snapshot: Snapshot) -> None:
         keys, call = self._keys, self._pipeline.call
         models = {model.key: model for model in snapshot.models}
-        changed = [model for key, model in models.items() if self._models.get(key) != model]
+        changed = [model for key, model in models.items() if _differs(self._models.get(key), model)]
         removed = [key for key in self._models if key not in models]
         if not changed and not removed:
             return
-        blobs = snapshot.committed_blobs()
-        added = [digest for digest, nbytes in blobs.items() if self._blobs.get(digest) != nbytes]
-        dropped = [digest for digest in self._blobs if digest not in blobs]
+        added, dropped = self._update_uses(removed, changed)
         # In this order a digest is registered only while a model of the node has it, and a full server accepts a
         # smaller snapshot.
         for batch in _batches(dropped, _BLOBS_PER_SCRIPT):
@@ -165,15 +166,40 @@ class NodeWriter:
             call(
                 scripts.ADD_BLOBS,
                 [keys.info, keys.blobs, *map(blob_key, batch)],
-                [keys.node, *_flat((digest.hex(), blobs[digest]) for digest in batch)],
+                [keys.node, *_flat((digest.hex(), added[digest]) for digest in batch)],
             )
         self._models = dict(models)
-        self._blobs = dict(blobs)
+        self._blobs |= added
+        for digest in dropped:
+            del self._blobs[digest]
+
+    def _update_uses(self, removed: Iterable[str], changed: Iterable[ModelDoc]) -> tuple[dict[bytes, int], list[bytes]]:
+        """Count the blobs of models that came, changed or went; visit no others.
+
+        Returns:
+            The sizes of blobs to register, by digest, and the digests to remove.
+        """
+        uses, sizes = self._uses, dict[bytes, int]()
+        # Entries that were found on the server belong to no model that is known here.
+        touched = {digest for digest, nbytes in self._blobs.items() if nbytes is None} if not uses else set[bytes]()
+        before = [self._models.get(key) for key in (*removed, *(model.key for model in changed))]
+        for model, step in (*((one, -1) for one in before), *((one, 1) for one in changed)):
+            for blob in committed_blobs(model):
+                uses[blob.digest] = uses.get(blob.digest, 0) + step
+                sizes[blob.digest] = blob.nbytes
+                touched.add(blob.digest)
+        unused = [digest for digest in touched if not uses.get(digest)]
+        for digest in unused:
+            uses.pop(digest, None)
+        added = {
+            digest: nbytes for digest, nbytes in sizes.items() if digest in uses and self._blobs.get(digest) != nbytes
+        }
+        return added, [digest for digest in unused if digest in self._blobs]
 
     def _write_leases(self, snapshot: Snapshot) -> None:
         leases = {lease.client: lease for lease in snapshot.leases}
         removed = [client for client in self._leases if client not in leases]
-        changed = [lease for client, lease in leases.items() if self._leases.get(client) != lease]
+        changed = [lease for client, lease in leases.items() if _differs(self._leases.get(client), lease)]
         if not changed and not removed:
             return
         puts = _flat((lease.client, msgspec.json.encode(lease)) for lease in changed)
@@ -191,6 +217,11 @@ class NodeWriter:
             if not more:
                 return used
         return most
+
+
+def _differs(written: object, now: object) -> bool:
+    """Return whether a document must be written. One that did not change is mostly the same object."""
+    return written is not now and written != now
 
 
 def _flat(pairs: Iterable[tuple[Any, Any]]) -> Iterator[Any]:

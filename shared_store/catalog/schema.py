@@ -75,13 +75,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     models: tuple[ModelDoc, ...]
     leases: tuple[LeaseDoc, ...]
 
-    def committed_blobs(self) -> dict[bytes, int]:
-        """Return digest and size of each blob that the node can serve.
-
-        Blobs of a model that is being published are left out: their bytes may not be written yet.
-        """
-        return {blob.digest: blob.nbytes for model in self.models if model.state == "committed" for blob in model.blobs}
-
 
 @dataclass(frozen=True)
 class NodeKeys:
@@ -122,3 +115,11 @@ class NodeKeys:
 def blob_key(digest: bytes) -> str:
     """Return the key of the hash of nodes that can serve a blob, from node to size in bytes."""
     return f"{BLOB_PREFIX}{digest.hex()}"
+
+
+def committed_blobs(model: ModelDoc | None) -> tuple[BlobDoc, ...]:
+    """Return the blobs of a model that the node can serve.
+
+    Blobs of a model that is being published are left out: their bytes may not be written yet.
+    """
+    return model.blobs if model is not None and model.state == "committed" else ()

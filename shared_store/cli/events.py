@@ -104,6 +104,8 @@ def _show(event: "EventEntry", *, as_json: bool, with_node: bool) -> None:
 
 
 def _text(name: str, value: str | int) -> str:
+    if name == "pid" and value == 0:
+        return "unknown"  # a process of another PID namespace
     if name == "bytes" and isinstance(value, int):
         return render.size(value).replace(" ", "")
     return render.short_key(value) if name == "key" and isinstance(value, str) else str(value)

@@ -53,6 +53,18 @@ class Checkpoint:
         """Total size of the files in bytes."""
         return sum(identity.size for identity in self._ids)
 
+    @property
+    def settled(self) -> bool:
+        """True if the next change of any file is sure to show in its identity."""
+        return not self._unrecognized and all(identity.settled for identity in self._ids)
+
+    def recall(self, session: Session) -> bytes | None:
+        """Return the checkpoint digest if the store remembers those of all files, else None."""
+        if self._unrecognized:
+            return None
+        known = session.recall_files(self._ids)
+        return self._combine(known) if all(known) else None
+
     def check_unchanged(self) -> None:
         """Raise :class:`CheckpointError` if a file has changed since this object was made.
 

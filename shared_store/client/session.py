@@ -27,6 +27,7 @@ from shared_store.base.checkpoint import FileId
 from shared_store.base.errors import ConnectionLostError, ProtocolError, StoreUnavailableError, WoolyError
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
+from shared_store.base.text import one_line
 from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
@@ -34,7 +35,7 @@ from shared_store.client.retained import RetainedModel
 from shared_store.client.serving import Handler
 from shared_store.client.workload import describe
 from shared_store.protocol import messages
-from shared_store.protocol.messages.identity import Identity
+from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.runtime import spawn
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 
@@ -83,6 +84,7 @@ class Session:
         directory = runtime_dir or envs.RUNTIME_DIR.get()
         start = envs.AUTOSTART.get() if autostart is None else autostart
         identity = describe(kind, gpus)
+        name = one_line(name, MAX_NAME)  # a greeting has at most 4 KiB
         try:
             return cls(directory, name, timeout_s, identity)
         except StoreUnavailableError:

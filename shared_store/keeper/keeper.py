@@ -5,7 +5,8 @@ the store                              the keeper
 =====================================  ===============================================================================
 ends, or closes its connection         starts another and sends it the state, with a delay if stores keep dying
 sends nothing for ``watchdog_s``       kills it, then as above; a starting store has at least :data:`STARTED_WITHIN_S`
-sends ``Stop``, and ends               ends too
+sends ``Stop``, and ends               ends too; if a client requested it, nothing is left for a later keeper
+cannot be started                      tries again with a delay, and retains the state
 sends ``Upgrade``                      becomes the keeper of that installation, starts its store beside the old one, and
                                        kills the old store once the new one is prepared
 ends before any store was ready        ends with the store's exit code: the next start would fail in the same way
@@ -24,7 +25,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from shared_store.keeper.restart_delay import RestartDelay
+from shared_store.keeper.restart_delay import FIRST_S, RestartDelay
 from shared_store.keeper.retained_state import LISTEN, RetainedState
 from shared_store.keeper.service_manager import ServiceManager
 from shared_store.keeper.stop_signals import stop_signals
@@ -32,7 +33,7 @@ from shared_store.keeper.store_process import StoreProcess
 from shared_store.keeper.upgrade import become
 from shared_store.protocol import keeper_messages
 from shared_store.protocol.handover import Handover, changes_of
-from shared_store.runtime.fds import OwnedFd, OwnedFds
+from shared_store.runtime.fds import OwnedFd
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 END_WITHIN_S = 15.0
 STARTED_WITHIN_S = 30.0
 _TICK_S = 1.0
+_AGAIN_S = 0.05
 _LATE_S = 2.0  # if the keeper itself was delayed this long, the store's silence is not the store's fault
 
 
@@ -69,14 +71,18 @@ class Keeper:
         self._journal_reason = ""
         self._selector = selectors.DefaultSelector()
         self._delay = RestartDelay()
+        self._start_delay = RestartDelay()
+        self._start_reason = ""
         self._store: StoreProcess | None = None
         self._next: StoreProcess | None = None
         self._restarts = 0
         self._start_at = 0.0
         self._stopping = False
+        self._stop_requested = False
         self._kill_at = float("inf")
         self._served = bool(retained.state.segments or retained.state.models)
         self._notices: list[keeper_messages.Notice] = []
+        self._barriers: dict[OwnedFd, tuple[StoreProcess, tuple[int, ...]]] = {}
         self._exit_code: int | None = None
 
     def adopt(self, store: StoreProcess, restarts: int, *, upgrade: bool) -> None:
@@ -86,8 +92,12 @@ class Keeper:
         self._served = True
         self._watch(store)
         if upgrade:
-            self._next = StoreProcess.start(self._paths.directory)
-            self._watch(self._next)
+            try:
+                self._next = StoreProcess.start(self._paths.directory)
+            except OSError as error:
+                self._not_upgraded(f"cannot start the new store: {error.strerror}")
+            else:
+                self._watch(self._next)
 
     def notice(self, kind: str, detail: str) -> None:
         """Log an event, and queue it for the store, which publishes it."""
@@ -101,12 +111,14 @@ class Keeper:
         self._manager.store_fd(LISTEN, self._listen.fileno())
         self._retained.rewrite()
         if self._store is not None:
-            self._store.send(keeper_messages.JournalState(self._retained.journal_reason))
+            self._store.send(self._journal_state())
         try:
             while self._exit_code is None:
                 self._run_once()
         finally:
             # If the keeper fails, its store continues, and starts another keeper.
+            for barrier in self._barriers:
+                barrier.close()
             self._retained.close()
             self._listen.close()
             self._selector.close()
@@ -116,14 +128,37 @@ class Keeper:
     def _run_once(self) -> None:
         now = time.monotonic()
         if self._store is None and now >= self._start_at:
-            self._store = StoreProcess.start(self._paths.directory)
-            self._watch(self._store)
+            self._start()
         wait = max(0.0, min(_TICK_S, self._start_at - now if self._store is None else _TICK_S))
+        if self._store is not None and self._store.refused:
+            wait = _AGAIN_S
         for key, events in self._selector.select(wait):
             key.data(events)
         if time.monotonic() > now + wait + _LATE_S and self._store is not None:
             self._store.last_message = time.monotonic()
+        if self._store is not None and self._store.refused:
+            self._store.flush()
+            self._watch_for_writing(self._store)
         self._check_deadlines()
+
+    def _start(self) -> None:
+        """Start a store, or plan another attempt."""
+        try:
+            self._store = StoreProcess.start(self._paths.directory)
+        except OSError as error:
+            delay_s = self._start_delay.after(0.0) or FIRST_S
+            self._start_at = time.monotonic() + delay_s
+            reason = f"cannot start a store: {error.strerror}"
+            if not self._served:
+                log.error("%s", reason)
+                self._exit_code = 1
+            elif reason != self._start_reason:
+                self.notice("store_not_started", f"{reason}; the models are retained, and the keeper tries again")
+            self._start_reason = reason
+        else:
+            self._start_reason = ""
+            self._start_delay = RestartDelay()
+            self._watch(self._store)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -167,10 +202,13 @@ class Keeper:
     def _receive(self, store: StoreProcess) -> keeper_messages.Upgrade | None:
         """Process all messages that have arrived. Return a requested upgrade, which must come after the others."""
         upgrade = None
+        released: list[int] = []
         for message, fds in store.receive():
             if isinstance(message, keeper_messages.StateChange):
                 self._retained.apply(message, fds)
                 self._report_journal()
+                if isinstance(message, keeper_messages.Release) and message.confirm:
+                    released.append(message.segment)
                 continue
             fds.close()
             match message:
@@ -179,11 +217,36 @@ class Keeper:
                     self._prepared(store)
                 case keeper_messages.Ready():
                     self._ready(store)
-                case keeper_messages.Stop():
+                case keeper_messages.Stop(requested):
                     self._stopping = True
+                    self._stop_requested |= requested
                 case keeper_messages.Upgrade():
                     upgrade = message
+        if released:
+            self._confirm(store, tuple(released))
         return upgrade
+
+    def _confirm(self, store: StoreProcess, released: tuple[int, ...]) -> None:
+        """Confirm released segments, once the service manager has closed its fds of them as well."""
+        barrier = self._manager.barrier()
+        if barrier is None:
+            self._send_confirmations(store, released)
+            return
+        self._barriers[barrier] = (store, released)
+        self._selector.register(barrier, selectors.EVENT_READ, lambda _: self._passed(barrier))
+
+    def _passed(self, barrier: OwnedFd) -> None:
+        store, released = self._barriers.pop(barrier)
+        self._selector.unregister(barrier)
+        barrier.close()
+        self._send_confirmations(store, released)
+
+    def _send_confirmations(self, store: StoreProcess, released: tuple[int, ...]) -> None:
+        if store not in (self._store, self._next):
+            return  # it has ended, and the next one learns nothing of these segments
+        for segment in released:
+            store.send(keeper_messages.Released(segment))
+        self._watch_for_writing(store)
 
     def _prepared(self, store: StoreProcess) -> None:
         if store is self._store:
@@ -194,17 +257,21 @@ class Keeper:
 
     def _begin(self, store: StoreProcess) -> None:
         """Send the state, and let the store serve."""
-        for change, fds in self._retained.state.changes():
-            store.send(change, OwnedFds.duplicates(fds))
+        state = [change for change, _ in self._retained.state.changes()]
         begin = keeper_messages.Begin(os.getpid(), self._restarts, self._manager.present, self._options.to_json())
-        store.send(begin, OwnedFds.duplicates((self._listen.fileno(), self._lock.fileno())))
-        store.send(keeper_messages.JournalState(self._retained.journal_reason))
-        while self._notices:
-            store.send(self._notices.pop(0))
+        store.send_state([*state, begin, self._journal_state(), *self._notices], self._fds_of)
+        self._notices.clear()
         self._watch_for_writing(store)
 
+    def _fds_of(self, message: keeper_messages.KeeperMessage) -> tuple[int, ...]:
+        """Return the fds that go with a message to a starting store, borrowed."""
+        if isinstance(message, keeper_messages.Begin):
+            return self._listen.fileno(), self._lock.fileno()
+        return self._retained.state.fds_of(message)
+
     def _watch_for_writing(self, store: StoreProcess) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if store.unsent else 0)
+        writing = store.unsent and not store.refused  # a refused message is tried again after a while
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writing else 0)
         self._selector.modify(store.sock, events, lambda events: self._on_socket(store, events))
 
     def _ready(self, store: StoreProcess) -> None:
@@ -215,6 +282,9 @@ class Keeper:
         self._report_ready()
         self._report_ready = _reported
 
+    def _journal_state(self) -> keeper_messages.JournalState:
+        return keeper_messages.JournalState(self._retained.journal_reason, confirms=True)
+
     def _report_journal(self) -> None:
         """Log a changed state of the journal, and send it to the store."""
         reason = self._retained.journal_reason
@@ -223,7 +293,7 @@ class Keeper:
         self._journal_reason = reason
         log.warning("%s", reason or "the journal is complete again")
         if self._store is not None and self._store.ready:
-            self._store.send(keeper_messages.JournalState(reason))
+            self._store.send(self._journal_state())
 
     # The end of a store, and the next.
 
@@ -259,6 +329,8 @@ class Keeper:
 
     def _become(self, store: StoreProcess, installation: keeper_messages.Upgrade) -> None:
         """Become the keeper of another installation. Does not return unless that fails."""
+        for barrier in list(self._barriers):
+            self._passed(barrier)  # the successor could not wait for it
         if self._next is not None or store.unsent:
             self._not_upgraded("another upgrade is in progress; try again when it is done")
             return
@@ -298,8 +370,8 @@ class Keeper:
             self._store.terminate()
 
     def _finish(self) -> None:
-        """End in good order. With a service manager, journal and socket remain for the next start."""
-        if not self._manager.present:
+        """End in good order. A restarting service manager finds journal and fds, unless a client requested the end."""
+        if not self._manager.present or self._stop_requested:
             self._retained.discard()
             self._paths.socket.unlink(missing_ok=True)
         self._exit_code = 0

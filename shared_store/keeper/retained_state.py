@@ -56,13 +56,17 @@ class RetainedState:
             self._manager.remove_fd(f"{SEGMENT}{change.segment}")
 
     def discard(self) -> None:
-        """Delete the journal: the store stopped in good order."""
+        """Delete the journal and the stored fds: the next start shall begin with nothing."""
+        for name in (LISTEN, *(f"{SEGMENT}{number}" for number in self.state.segments)):
+            self._manager.remove_fd(name)
+        self._manager.wait()
         self._journal.remove()
 
     def close(self) -> None:
         """Close the fds. The journal remains on disk."""
         self.state.close()
         self._journal.close()
+        self._manager.close()
 
 
 def recover(

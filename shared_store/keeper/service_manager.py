@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import logging
 import os
+import select
 import socket
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 """Environment variables for this process alone. Processes that it starts must not inherit them."""
 
+PROCESSED_WITHIN_S = 2.0
 _SEND_WITHIN_S = 1.0  # a manager that does not read must not block the keeper
 _FIRST_FD = 3
 
@@ -32,7 +34,13 @@ class ServiceManager:
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         """Read the manager's variables from an environment (default: this process's)."""
         given = dict(os.environ) if environment is None else environment
-        self._address = given.get("NOTIFY_SOCKET", "")
+        address = given.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._sock: socket.socket | None = None
+        if address:
+            # For the life of the process: signs of life must not depend on a free fd.
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._sock.settimeout(_SEND_WITHIN_S)
         mine = given.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(given.get("WATCHDOG_USEC", "0")) / 1e6 if mine else 0.0
         """Longest interval in seconds between signs of life; 0: none are expected."""
@@ -44,16 +52,45 @@ class ServiceManager:
 
     def notify(self, *lines: str, fds: Sequence[int] = ()) -> None:
         """Send a datagram of ``NAME=value`` lines. The fds are borrowed."""
-        if not self._address:
+        if self._sock is None:
             return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(_SEND_WITHIN_S)
-            try:
-                sock.sendmsg(["\n".join(lines).encode()], ancillary, 0, address)
-            except OSError as error:
-                log.warning("cannot notify the service manager at %s: %s", self._address, error)
+        try:
+            self._sock.sendmsg(["\n".join(lines).encode()], ancillary, 0, self._address)
+        except OSError as error:
+            log.warning("cannot notify the service manager at %s: %s", self._address, error)
+
+    def barrier(self) -> OwnedFd | None:
+        """Return a pipe that ends once the manager has processed everything that was sent before (``BARRIER=1``).
+
+        A manager that does not know the line closes its end of the pipe, too. None without a manager, and if this
+        process has no free fd.
+        """
+        if self._sock is None:
+            return None
+        try:
+            ours, theirs = map(OwnedFd, os.pipe2(os.O_CLOEXEC))
+        except OSError as error:
+            log.warning("cannot wait for the service manager: %s", error)
+            return None
+        with theirs:
+            self.notify("BARRIER=1", fds=(theirs.fileno(),))
+        return ours
+
+    def wait(self) -> None:
+        """Wait until the manager has processed everything that was sent, at most :data:`PROCESSED_WITHIN_S`."""
+        if (barrier := self.barrier()) is None:
+            return
+        poller = select.poll()
+        with barrier:
+            poller.register(barrier)
+            poller.poll(PROCESSED_WITHIN_S * 1000)
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
 
     def store_fd(self, name: str, fd: int) -> None:
         """Store a copy of an fd under a name. The manager does not poll it: a memfd never becomes readable."""

@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shared_store.base.errors import ProtocolError, WoolyError
@@ -58,10 +59,14 @@ class StoreProcess:
         self.ready = ready
         self.connected = True
         """False once the store closed the connection. The keeper kills such a store: its state would be unknown."""
+        self.refused = ""
+        """Why the kernel takes no message now although the store reads; empty: it does."""
         self._child = child
         self._decoder = wire.Decoder(wire.MAX_FROM_STORE)
         self._frames = self._decoder.feed(unread, unread_fds)
         self._outbox = wire.Outbox()
+        self._state: deque[keeper_messages.KeeperMessage] = deque()
+        self._fds_of: Callable[[keeper_messages.KeeperMessage], Sequence[int]] = lambda _: ()
 
     @classmethod
     def start(cls, directory: Path) -> StoreProcess:
@@ -69,14 +74,28 @@ class StoreProcess:
 
         The module name and the arguments are an interface between versions: the installation may have been replaced
         since this process started.
+
+        Raises:
+            OSError: this process has no free fd, or no process can be started.
         """
         ours, theirs = socket.socketpair()
         with theirs:
             end = theirs.fileno()
             command = [sys.executable, "-m", "shared_store.daemon", os.fspath(directory), "", "", str(end)]
             environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(end,), env=environment)
-        return cls(child.pid, OwnedFd(os.pidfd_open(child.pid)), ours, child=child)
+            try:
+                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(end,), env=environment)
+            except OSError:
+                ours.close()
+                raise
+        try:
+            pidfd = OwnedFd(os.pidfd_open(child.pid))
+        except OSError:
+            child.kill()
+            child.wait()
+            ours.close()
+            raise
+        return cls(child.pid, pidfd, ours, child=child)
 
     def receive(self) -> Iterator[Received]:
         """Yield the messages that have arrived, with their fds. Unknown messages are logged and skipped."""
@@ -113,17 +132,45 @@ class StoreProcess:
         self._outbox.put(keeper_messages.encode(message), fds)
         self.flush()
 
+    def send_state(
+        self,
+        messages: Iterable[keeper_messages.KeeperMessage],
+        fds_of: Callable[[keeper_messages.KeeperMessage], Sequence[int]],
+    ) -> None:
+        """Send messages one by one, each when the socket accepts it.
+
+        Args:
+            messages: in this order; messages of :meth:`send` may come in between.
+            fds_of: returns the fds of a message when it is sent, borrowed. None is duplicated, because there may be
+                thousands, and this process may have no free fd.
+        """
+        self._state.extend(messages)
+        self._fds_of = fds_of
+        self.flush()
+
     def flush(self) -> None:
         """Send as much as the socket accepts now."""
         try:
-            self._outbox.send(self.sock)
-        except OSError:  # the store has ended, which its pidfd reports
-            self._outbox.close()
+            while self._outbox.send(self.sock) and self._state:
+                message = self._state[0]
+                if not self._outbox.send_borrowed(self.sock, keeper_messages.encode(message), self._fds_of(message)):
+                    break
+                self._state.popleft()
+            self.refused = ""
+        except OSError as error:
+            if wire.is_temporary(error):
+                reason = error.strerror or str(error)
+                if reason != self.refused:
+                    log.warning("cannot send to the store (pid %d) now: %s; trying again", self.pid, reason)
+                self.refused = reason
+                return
+            self._outbox.close()  # the store has ended, which its pidfd reports
+            self._state.clear()
 
     @property
     def unsent(self) -> bool:
         """True while queued messages are not sent completely."""
-        return self._outbox.pending_bytes > 0
+        return self._outbox.pending_bytes > 0 or bool(self._state)
 
     @property
     def unread(self) -> tuple[bytes, tuple[int, ...]]:
@@ -135,13 +182,18 @@ class StoreProcess:
 
         A store that closed the connection is ending already: it has :data:`ENDING_S` to return its own exit code.
         """
-        if not self.connected and select.select([self.pidfd], [], [], ENDING_S)[0]:
+        if not self.connected and self._ends_within(ENDING_S):
             return
         try:
             signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             return
-        select.select([self.pidfd], [], [], GONE_WITHIN_S)
+        self._ends_within(GONE_WITHIN_S)
+
+    def _ends_within(self, timeout_s: float) -> bool:
+        poller = select.poll()  # select() cannot wait for descriptors above 1023
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
 
     def terminate(self) -> None:
         """Send SIGTERM."""

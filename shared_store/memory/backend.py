@@ -50,6 +50,10 @@ class Backend(ABC):
     host_readable: bool
     """True if the host can read mapped memory, so that the store itself can verify published bytes."""
 
+    asynchronous: bool = False
+    """True if work may use mapped memory after the call that started it has returned, as kernels of a GPU do. Such
+    memory is unmapped by :mod:`shared_store.memory.unmapping` only, and processes map it one at a time."""
+
     granularity: int
     """Segment sizes, reservations and their addresses are multiples of this number of bytes."""
 
@@ -104,7 +108,15 @@ class Backend(ABC):
 
     @abstractmethod
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range, which stays reserved. Nothing may be using it: see the implementation."""
+        """Unmap a range, which stays reserved. Nothing may be using it: :meth:`settle` comes first."""
+
+    def settle(self) -> bool:
+        """Wait until no work that this process started uses the device.
+
+        Returns:
+            True when nothing is in flight. False, at once, if waiting is not allowed now: a graph is being captured.
+        """
+        return True
 
     @abstractmethod
     def release(self, segment: Segment) -> None:

@@ -1,20 +1,22 @@
 """A segment in this process's address space, at the same address for as long as the mapping lives.
 
 Relies on reference counting: tensors refer to their mapping, so that the range is unmapped and freed when the last of
-them is gone. That happens without waiting for the device. Code that closes or suspends a mapping of a GPU waits first
-until no kernel uses it (see :mod:`shared_store.memory.cuda.vmm`).
+them is gone. However a mapping ends, :mod:`shared_store.memory.unmapping` first waits until no work uses the device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
+from shared_store.memory import unmapping
 from shared_store.memory.backend import Access, Backend, Segment
+from shared_store.memory.unmapping import Unmapping
 from shared_store.runtime.fds import OwnedFd
 
 
@@ -34,6 +36,7 @@ class Mapping:
         self._segment: Segment | None = segment
         self._lock = threading.Lock()
         self._closed = False
+        self._pid = os.getpid()
         self.access: Access | None = None
         self.nbytes = segment.nbytes
         self.ordinal = backend.ordinal
@@ -44,7 +47,12 @@ class Mapping:
             raise
 
     def map(self, access: Access) -> None:
-        """Map the segment, in place of a mapping with other access rights if there is one."""
+        """Map the segment, in place of a mapping with other access rights if there is one.
+
+        Raises:
+            MemoryBackendError: the device refuses; or it is mapped otherwise, and a graph is being captured.
+        """
+        unmapping.unmap_deferred()
         with self._lock:
             if self._closed:
                 raise ValueError("the mapping is closed")
@@ -57,12 +65,20 @@ class Mapping:
             self.access = access
 
     def unmap(self) -> None:
-        """Unmap the segment. The address stays reserved, and reading it faults until :meth:`map`."""
+        """Unmap the segment. The address stays reserved, and reading it faults until :meth:`map`.
+
+        Raises:
+            MemoryBackendError: a graph is being captured. The segment is still mapped.
+        """
         with self._lock:
             self._unmap()
 
     def release_segment(self) -> None:
-        """Unmap and release the segment. The address stays reserved, with no memory behind it. Idempotent."""
+        """Unmap and release the segment. The address stays reserved, with no memory behind it. Idempotent.
+
+        Raises:
+            MemoryBackendError: a graph is being captured. The segment is still mapped.
+        """
         with self._lock:
             self._unmap()
             segment, self._segment = self._segment, None
@@ -86,19 +102,25 @@ class Mapping:
             return 0 if self.access is not Access.READ else self._backend.private_bytes(self.address, self.nbytes)
 
     def close(self) -> None:
-        """Unmap, free the range and release the segment. Idempotent. No tensor may use the range afterwards."""
+        """Unmap, free the range and release the segment. Idempotent. No tensor may use the range afterwards.
+
+        While a graph is being captured, all of that happens later.
+        """
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            self._unmap()
-            self._backend.unreserve(self.address, self.nbytes)
-            if self._segment is not None:
-                self._backend.release(self._segment)
+            mapped, self.access = self.access is not None, None
+            segment, self._segment = self._segment, None
+            leaving = Unmapping(self._backend, self.address, self.nbytes, mapped, segment, self._pid)
+            unmapping.give_back(leaving, wait=wait)
 
     def _unmap(self) -> None:
         if self.access is not None:
-            self._backend.unmap(self.address, self.nbytes)
+            unmapping.unmap(self._backend, self.address, self.nbytes)
             self.access = None
 
     def __enter__(self) -> Self:
@@ -109,7 +131,7 @@ class Mapping:
 
     def __del__(self) -> None:
         if hasattr(self, "address") and not sys.is_finalizing():  # the end of the process unmaps everything
-            self.close()
+            self._close(wait=False)
 
 
 @contextlib.contextmanager

@@ -66,12 +66,20 @@ class DurableState:
     def changes(self) -> Iterator[tuple[keeper_messages.StateChange, tuple[int, ...]]]:
         """Yield changes that rebuild this state from an empty one, with the fds of each. The fds are borrowed."""
         for segment in self.segments.values():
-            yield keeper_messages.Hold(segment.record), () if segment.fd is None else (segment.fd.fileno(),)
+            hold = keeper_messages.Hold(segment.record)
+            yield hold, self.fds_of(hold)
         for model in self.models.values():
             yield keeper_messages.NoteModel(model), ()
         files = [(uid, file, digest) for (uid, file), digest in self.files.items()]
         for start in range(0, len(files), _FILES_AT_ONCE):
             yield keeper_messages.NoteFiles(tuple(files[start : start + _FILES_AT_ONCE])), ()
+
+    def fds_of(self, change: keeper_messages.KeeperMessage) -> tuple[int, ...]:
+        """Return the fds that go with a change, borrowed: that of the segment, while the state has it."""
+        if not isinstance(change, keeper_messages.Hold):
+            return ()
+        segment = self.segments.get(change.segment.id)
+        return () if segment is None or segment.fd is None else (segment.fd.fileno(),)
 
     def close(self) -> None:
         """Close the fds, and empty the state."""

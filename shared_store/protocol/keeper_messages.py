@@ -1,8 +1,9 @@
-"""Messages between keeper and store, over a socket pair that both inherit: messages and fds, no replies.
+"""Messages between keeper and store, over a socket pair that both inherit: messages and fds.
 
-The pair is ordered and needs no acknowledgement: the kernel delivers every byte that ``sendmsg`` accepted, also when
-the sender is killed right after the call. The state changes are also the records of the keeper's journal, byte for
-byte.
+The pair is ordered, and state needs no reply: the kernel delivers every byte that ``sendmsg`` accepted, also when the
+sender is killed right after the call. Only :class:`Release` is answered, because memory is free when the keeper has
+closed its descriptor, and not when the message is on its way. The state changes are also the records of the keeper's
+journal, byte for byte.
 
 A store sends :class:`Prepared` once its imports are done. It receives the state (:class:`Hold`, :class:`NoteModel`,
 :class:`NoteFiles`) and :class:`Begin`. It then sends :class:`Ready`, every change of the state, and :class:`Alive` at
@@ -61,9 +62,13 @@ class Hold(KeeperMessage, frozen=True, tag="hold"):
 
 
 class Release(KeeperMessage, frozen=True, tag="release"):
-    """No committed model has blobs in this segment any more."""
+    """No committed model has blobs in this segment any more.
+
+    ``confirm``: the store waits for :class:`Released`. Keepers of earlier versions send none.
+    """
 
     segment: int
+    confirm: bool = False
 
 
 class NoteModel(KeeperMessage, frozen=True, tag="note_model"):
@@ -104,9 +109,19 @@ class Begin(KeeperMessage, frozen=True, tag="begin"):
 
 
 class JournalState(KeeperMessage, frozen=True, tag="journal_state"):
-    """Why the journal on disk is incomplete; empty: it is complete."""
+    """Why the journal on disk is incomplete; empty: it is complete. Every keeper sends it to a store first.
+
+    ``confirms``: the keeper answers :class:`Release` by :class:`Released`.
+    """
 
     reason: str
+    confirms: bool = False
+
+
+class Released(KeeperMessage, frozen=True, tag="released"):
+    """The keeper, and its service manager if there is one, have closed their descriptors of this segment."""
+
+    segment: int
 
 
 class Notice(KeeperMessage, frozen=True, tag="notice"):
@@ -150,10 +165,16 @@ class Upgrade(KeeperMessage, frozen=True, tag="upgrade"):
 
 
 class Stop(KeeperMessage, frozen=True, tag="stop"):
-    """The store stops on request. The keeper stops with it."""
+    """The store stops, and the keeper with it.
+
+    ``requested``: a client asked for it (``wooly stop``), so that not even a service manager shall bring the models
+    back. Otherwise the store received a signal, as it does when the service manager restarts the service.
+    """
+
+    requested: bool = False
 
 
-FromKeeper = Hold | NoteModel | NoteFiles | Begin | JournalState | Notice | NotUpgraded
+FromKeeper = Hold | NoteModel | NoteFiles | Begin | JournalState | Released | Notice | NotUpgraded
 FromStore = Prepared | Ready | Alive | Upgrade | Stop | StateChange
 
 _M = TypeVar("_M")

@@ -7,6 +7,7 @@ another PID namespace that is not below this one has no number here: the kernel 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import socket
 import struct
@@ -19,8 +20,11 @@ SO_PEERPIDFD = 77
 """Of ``asm-generic/socket.h``; Python's ``socket`` does not have them."""
 
 _UCRED = struct.Struct("iII")
-_GID = struct.Struct("I")
-_MOST_GROUPS = 65536  # NGROUPS_MAX, see getgroups(2)
+_GID_BYTES = 4
+_FEW_GROUPS = 64
+_libc = ctypes.CDLL(
+    None, use_errno=True
+)  # Python's getsockopt returns at most 1,024 bytes: a process may have more groups
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,11 @@ def watch_process(sock: socket.socket) -> OwnedFd | None:
 
 
 def _supplementary(sock: socket.socket) -> tuple[int, ...]:
-    for most in (64, _MOST_GROUPS):
-        try:
-            packed = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, most * _GID.size)
-        except OSError as error:
-            if error.errno == errno.ERANGE:
-                continue
-            return ()  # the kernel does not report groups: only the primary one counts
-        return tuple(gid for (gid,) in _GID.iter_unpack(packed))
-    return ()
+    """Return the peer's supplementary groups; none where the kernel does not report them (before Linux 4.13)."""
+    groups = (ctypes.c_uint32 * _FEW_GROUPS)()
+    nbytes = ctypes.c_uint32(ctypes.sizeof(groups))
+    while _libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, groups, ctypes.byref(nbytes)) != 0:
+        if ctypes.get_errno() != errno.ERANGE or nbytes.value <= ctypes.sizeof(groups):
+            return ()
+        groups = (ctypes.c_uint32 * (nbytes.value // _GID_BYTES))()  # the kernel returned the size that it needs
+    return tuple(groups[: nbytes.value // _GID_BYTES])

@@ -12,6 +12,7 @@ Does not promise: that payloads are messages. :mod:`shared_store.protocol.messag
 from __future__ import annotations
 
 import array
+import errno
 import socket
 import struct
 from collections import deque
@@ -152,6 +153,15 @@ def _ancillary(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
 
 
+def is_temporary(error: OSError) -> bool:
+    """True if a later attempt to send may succeed, although the socket is writable.
+
+    The kernel refuses more fds on the way than the sender may have open (``ETOOMANYREFS``, see ``unix(7)``), and any
+    while it has no memory for them.
+    """
+    return error.errno in {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
+
+
 class Outbox:
     """Queue of frames for a non-blocking socket. Owns the fds until they are sent.
 
@@ -179,7 +189,8 @@ class Outbox:
         """Send as much as the socket accepts. Return True when nothing is left to send.
 
         Raises:
-            OSError: the peer has closed the connection.
+            OSError: the peer has closed the connection; or, if :func:`is_temporary`, the kernel takes no further fds
+                now, and the queue is as before.
         """
         while self._chunks:
             chunk = self._chunks[0]
@@ -196,6 +207,29 @@ class Outbox:
             else:
                 self._chunks.popleft()
                 self._begun = not chunk.last
+        return True
+
+    def send_borrowed(self, sock: socket.socket, payload: bytes, fds: Sequence[int]) -> bool:
+        """Send a frame now, after all queued ones, without taking over its fds: at most :data:`FDS_AT_ONCE`.
+
+        Returns:
+            True if the socket accepted the frame, of which a part without fds may be queued. False if it accepted
+            nothing: offer the frame again later.
+
+        Raises:
+            OSError: as :meth:`send`.
+        """
+        if not self.send(sock):
+            return False
+        data = memoryview(header(payload, len(fds)) + payload)
+        try:
+            sent = sock.sendmsg([data], _ancillary(fds))
+        except BlockingIOError:
+            return False
+        if sent < len(data):
+            self._chunks.append(_Chunk(data[sent:], OwnedFds(), last=True))
+            self._begun = True
+            self.pending_bytes += len(data) - sent
         return True
 
     def drop_waiting(self) -> None:

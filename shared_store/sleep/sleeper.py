@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from shared_store.base.errors import UnsupportedError
 from shared_store.base.manifest import Manifest
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
@@ -191,17 +192,19 @@ class Sleeper:
 
     def _map(self, fds: Map[int, OwnedFd]) -> None:
         backend = self._model.backend
-        for index, nbytes in enumerate(self._model.layout.sizes):
-            for mapping in self._mappings[index]:
-                mapping.release_segment()  # in case falling asleep could not
-                mapping.set_segment(backend.import_fd(fds[index].fileno(), nbytes))
-                mapping.map(Access.READ)
+        with mapping_phase(self._session, backend):
+            for index, nbytes in enumerate(self._model.layout.sizes):
+                for mapping in self._mappings[index]:
+                    mapping.release_segment()  # in case falling asleep could not
+                    mapping.set_segment(backend.import_fd(fds[index].fileno(), nbytes))
+                    mapping.map(Access.READ)
 
     def _unmap(self) -> None:
         """Release the segments; the address ranges stay reserved."""
-        for group in self._mappings:
-            for mapping in group:
-                mapping.release_segment()
+        with mapping_phase(self._session, self._model.backend):
+            for group in self._mappings:
+                for mapping in group:
+                    mapping.release_segment()
 
     def _leave_host_copy(self) -> None:
         host, self._host = self._host, None

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 from shared_store.base.status import Status
@@ -22,6 +22,7 @@ from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import RuntimePaths, prepare
 from shared_store.store.assembly import Parts
 from shared_store.store.clients.access import AccessRules
+from shared_store.store.collector import Collector
 from shared_store.store.keeper_link.channel import ControlChannel
 from shared_store.store.keeper_link.inheritance import Inheritance, inherit
 from shared_store.store.observe.catalog_documents import CatalogDocuments
@@ -99,6 +100,7 @@ async def _serve(
     times: LoopTimes,
 ) -> None:
     options = inheritance.options
+    access = await asyncio.to_thread(AccessRules.of, options)  # may ask a slow user database
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     parts = Parts({"cpu": MemfdBackend()}, options.max_resident, inheritance=inheritance, channel=channel)
@@ -110,21 +112,23 @@ async def _serve(
     snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages)
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
-    def status() -> Status:
+    async def status() -> Status:
+        await snapshots.catch_up()
         return snapshots.take(catalog_url=catalog.url, catalog_state=catalog.state)
 
     address = options.metrics_address
-    endpoint = _endpoint(address, lambda: _from_thread(loop, status)) if address else None
+    endpoint = await asyncio.to_thread(_endpoint, address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
-    server = Server(inheritance.listen, AccessRules.of(options), dispatch, parts.sessions, parts.state.counts)
-    mirror = Mirror(catalog, documents.take)
+    server = Server(inheritance.listen, access, dispatch, parts.sessions, parts.state.counts)
+    mirror = Mirror(catalog, documents)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)
-    parts.signals.observe(idle_compaction.changed)
-    parts.restore.restore(inheritance.held)
-    parts.grace.start()
+    collector = Collector()
+    parts.signals.observe(idle_compaction.changed, collector.event)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
+    await parts.restore.restore(inheritance.held)
+    parts.grace.start()
     try:
         if endpoint is not None:
             endpoint.start()
@@ -134,7 +138,8 @@ async def _serve(
         ready()
         if embedded is not None:
             await asyncio.to_thread(_start_own, embedded)
-        catalog.start(documents.take())
+        await mirror.start()
+        collector.settle()
         await stopping.wait()
         log.info("stopping")
     finally:
@@ -145,11 +150,9 @@ async def _serve(
         if not inheritance.supervised:  # else the service manager retains it for the next start
             with contextlib.suppress(OSError):  # the directory may have been removed or be read-only
                 paths.socket.unlink()
-        if endpoint is not None:
-            await asyncio.to_thread(endpoint.stop)
-        await asyncio.to_thread(catalog.stop)
-        if embedded is not None:
-            await asyncio.to_thread(embedded.stop)
+        for part in (endpoint, catalog, embedded):
+            if part is not None:
+                await asyncio.to_thread(part.stop)
         parts.devices.close()
 
 
@@ -165,10 +168,6 @@ def _endpoint(address: str, status: Callable[[], Status]) -> Endpoint:
     return Endpoint(address, status)
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Status]) -> Status:
+def _from_thread(loop: asyncio.AbstractEventLoop, status: Callable[[], Coroutine[None, None, Status]]) -> Status:
     """Take the snapshot in the event loop, which owns the state, for a thread that serves metrics."""
-
-    async def take() -> Status:
-        return status()
-
-    return asyncio.run_coroutine_threadsafe(take(), loop).result(timeout=5.0)
+    return asyncio.run_coroutine_threadsafe(status(), loop).result(timeout=5.0)

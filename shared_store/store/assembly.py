@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from shared_store.base.status import Status
@@ -21,6 +21,7 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.dispatch import Dispatch, Table, plain
 from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.channel import ControlChannel
+from shared_store.store.keeper_link.confirmations import Confirmations
 from shared_store.store.keeper_link.inheritance import Inheritance
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.keeper_link.records import Records
@@ -73,12 +74,14 @@ class Parts:
         self.waiters = Waiters()
         self.times = RequestTimes()
         self.pages = ActivityPages()
-        self.keeper = KeeperLink(Records(self.state, self.devices), self.signals, inheritance, channel)
+        self.confirmations = Confirmations(self.state.segments.releases, self.state.counts)
+        records = Records(self.state, self.devices)
+        self.keeper = KeeperLink(records, self.signals, self.confirmations, inheritance, channel)
         self.effects = Effects(self.devices, self.keeper, self.waiters)
         self.evictor = Evictor(self.state, self.effects, self.signals)
         self.compactor = Compactor(self.state, self.devices, self.effects, self.signals)
         self.host_compaction = HostCompaction(self.devices, self.compactor)
-        self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction)
+        self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction, self.confirmations)
         self.arrivals = Arrivals()
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
         self.offers = Offers(self.state, self.devices, self.keeper, self.signals, self.arrivals)
@@ -86,7 +89,7 @@ class Parts:
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
         self.requests = Requests.of(self)
 
-    def dispatch(self, status: Callable[[], Status], stopping: asyncio.Event) -> Dispatch:
+    def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
         """Return the dispatch of all requests.
 
         Args:

@@ -37,9 +37,9 @@ class Effects:
     def _carry_out(self, effect: Effect, *, retain: bool) -> None:
         match effect:
             case Released(segment):
-                self._devices.release(segment)
+                freed = self._devices.release(segment)
                 if not retain:
-                    self._keeper.release(segment)
+                    self._keeper.release(segment, freed)
             case Forgotten(key):
                 self._keeper.forget(key)
             case Relocated(key):

@@ -6,27 +6,26 @@ the engine's stock loading, see :mod:`shared_store.torch.fallback`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are another package
-
+from shared_store.base import envs
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
-from shared_store.base.keys import weight_key
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
+from shared_store.disk.cache import available
 from shared_store.disk.obtain import Need, Opened, obtain
 from shared_store.disk.saver import save_in_background
 from shared_store.memory import Backend
 from shared_store.torch.devices import backend_of, store_device
 from shared_store.torch.fallback import Fallback
 from shared_store.torch.mapped_model import MappedModel
+from shared_store.torch.opening import Opening, key_of, progress
 from shared_store.torch.publish import Publication, publish
 from shared_store.torch.reporting import Reporting
 from shared_store.torch.steps import Identity, Loaded, LoadSteps, Shared
@@ -67,6 +66,11 @@ class Settings:
     devices: tuple[str, ...] = ()
 
     @property
+    def named(self) -> str:
+        """The engine's name and version, as the store's status shows them."""
+        return f"{self.engine} {self.version}"
+
+    @property
     def log(self) -> logging.Logger:
         """The engine's logger."""
         return self.fallback.log
@@ -104,31 +108,6 @@ def load(steps: LoadSteps[R], settings: Settings) -> R:
         raise
 
 
-@contextlib.contextmanager
-def key_of(identity: Identity, session: Session, timeout_s: float) -> Iterator[str]:
-    """Compute a weight key, hashing the checkpoint if the store does not remember its digest.
-
-    A process that hashed the checkpoint is first in line for the model until the block ends.
-
-    Raises:
-        CheckpointError: a file cannot be read, or changes.
-        TimedOutError: another process hashes the checkpoint for more than ``timeout_s`` seconds.
-    """
-    checkpoint = identity.checkpoint
-    with (
-        progress("wooly: hashing the checkpoint", checkpoint.nbytes) as hashed,
-        checkpoint.digest(session, timeout_s=timeout_s, progress=hashed) as digest,
-    ):
-        yield weight_key(digest, identity.facts)
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar after one second; yield a function that takes bytes done. ``total`` 0: not known."""
-    with tqdm(desc=title, total=total or None, unit="B", unit_scale=True, unit_divisor=1024, delay=1.0) as bar:
-        yield bar.update
-
-
 class _SharedLoad(Generic[R]):
     """One load over an open session."""
 
@@ -140,42 +119,89 @@ class _SharedLoad(Generic[R]):
 
     def run(self) -> Loaded[R]:
         """Attach, or publish where the store grants that."""
-        settings = self._settings
         identity = self._steps.identify()
-        with key_of(identity, self._session, settings.timeout_s) as key:
-            backend = backend_of(identity.device)
-            need = Need(
-                key,
-                self._steps.name,
-                f"{settings.engine} {settings.version}",
-                publish=settings.publish,
-                timeout_s=settings.timeout_s,
-                restore_from=settings.restore_from,
-            )
-            opened = obtain(self._session, need, backend, progress)
+        backend = backend_of(identity.device)
+        if self._loads_ahead(identity, backend):
+            return self._load_ahead(identity, backend)
+        with key_of(identity, self._session, self._settings.timeout_s) as key:
+            opened = self._obtain(key, backend)
         if opened is None:
-            return self._publish(need, identity, backend)
+            return self._publish(key, self._steps.load_to_publish(), identity)
         return self._attach(opened, backend)
+
+    def _obtain(self, key: str, backend: Backend) -> Opened | None:
+        return obtain(self._session, self._need(key), backend, progress)
+
+    def _need(self, key: str) -> Need:
+        settings = self._settings
+        return Need(
+            key,
+            self._steps.name,
+            settings.named,
+            publish=settings.publish,
+            timeout_s=settings.timeout_s,
+            restore_from=settings.restore_from,
+        )
+
+    def _loads_ahead(self, identity: Identity, backend: Backend) -> bool:
+        """Return True if the model should be loaded while its checkpoint is hashed.
+
+        That is right if nobody is likely to have it. Where it turns out otherwise, the loaded model is dropped.
+        """
+        settings, checkpoint = self._settings, identity.checkpoint
+        elsewhere = settings.restore_from is not None or available() is not None
+        if not self._steps.loads_ahead or not settings.publish or elsewhere or envs.VERIFY.get():
+            return False
+        if not checkpoint.settled or checkpoint.recall(self._session) is not None:
+            return False
+        return not any(
+            (model.device, model.engine, model.name) == (backend.device, settings.named, self._steps.name)
+            for model in self._session.status().models
+        )
+
+    def _load_ahead(self, identity: Identity, backend: Backend) -> Loaded[R]:
+        """Load the model while its checkpoint is hashed, and publish it if nobody has it."""
+        keys: list[str] = []
+
+        def open_model(key: str) -> Opened | None:
+            keys.append(key)
+            return self._obtain(key, backend)
+
+        with Opening(identity, self._session, open_model, self._settings.timeout_s) as opening:
+            loaded = self._steps.load_to_publish() if opening.hashes() else None
+            try:
+                opened = opening.result()
+            except WoolyError as error:
+                if loaded is None:
+                    raise
+                return self._keep_private(loaded, error)
+        if opened is not None:
+            if loaded is not None:
+                self._steps.discard(loaded)
+                del loaded
+            return self._attach(opened, backend)
+        return self._publish(keys[0], loaded or self._steps.load_to_publish(), identity)
 
     def _attach(self, opened: Opened, backend: Backend) -> Loaded[R]:
         attached, fds = opened
         with fds:
             manifest = manifests.decode(attached.manifest)
-            mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
-        mapped.map_for_reading()
+            with mapping_phase(self._session, backend):
+                mapped = MappedModel(backend, manifest.blobs, attached.places, attached.segments, fds.filenos())
+                mapped.map_for_reading()
         loaded, bound = self._steps.attach(manifest, mapped)
         return self._retain(Shared(loaded, self._session, manifest, mapped, bound, published=False), "attached")
 
-    def _publish(self, need: Need, identity: Identity, backend: Backend) -> Loaded[R]:
-        loaded = self._steps.load_to_publish()
+    def _publish(self, key: str, loaded: Loaded[R], identity: Identity) -> Loaded[R]:
         loading_s = time.perf_counter() - self._began
+        backend = backend_of(identity.device)
         try:
             identity.checkpoint.check_unchanged()
             description = self._steps.describe(loaded)
             publication = Publication(
-                key=need.key,
-                name=need.name,
-                engine=need.engine,
+                key=key,
+                name=self._steps.name,
+                engine=self._settings.named,
                 device=store_device(identity.device),
                 state=description.state,
             )
@@ -190,12 +216,16 @@ class _SharedLoad(Generic[R]):
                     progress=copied,
                 )
         except WoolyError as error:
-            self._settings.fallback.report(self._session, need.name, error)
-            self._steps.left_private(loaded)
-            return loaded
-        save_in_background(need.key, self._settings.runtime_dir)
+            return self._keep_private(loaded, error)
+        save_in_background(key, self._settings.runtime_dir)
         shared = Shared(loaded, self._session, manifest, mapped, bound, published=True)
         return self._retain(shared, f"loaded in {loading_s:.3f} s and published")
+
+    def _keep_private(self, loaded: Loaded[R], error: WoolyError) -> Loaded[R]:
+        """Fall back to a model that was loaded to be published."""
+        self._settings.fallback.report(self._session, self._steps.name, error)
+        self._steps.left_private(loaded)
+        return loaded
 
     def _retain(self, shared: Shared[R], how: str) -> Loaded[R]:
         """Report a shared model, and close the session with it: the connection is the lease."""

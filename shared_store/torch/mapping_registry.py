@@ -12,6 +12,7 @@ import weakref
 import torch
 
 from shared_store.memory import Mapping, pagemap
+from shared_store.torch import captures
 from shared_store.torch.views import storage_key
 
 _mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
@@ -19,7 +20,9 @@ _lock = threading.Lock()
 
 
 def register(mapping: Mapping) -> Mapping:
-    """Register a mapping for as long as it lives, and return it."""
+    """Register a mapping for as long as it lives, and return it. That of a GPU is not unmapped during a capture."""
+    if mapping.ordinal is not None:
+        captures.watch()
     with _lock:
         _mappings.add(mapping)
     return mapping

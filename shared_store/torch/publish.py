@@ -17,6 +17,7 @@ from torch import nn
 
 from shared_store.base.errors import CommitFailedError, UnsupportedError, WoolyError
 from shared_store.base.manifest import Blob, Manifest, encode
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.memory import Backend
 from shared_store.torch.bind import Bound
@@ -72,32 +73,35 @@ def publish(
     """
     source = _Source(publication, model, select)
     planned, fds = session.plan(publication.key, source.manifest.blobs)
-    with fds:
+    with fds, mapping_phase(session, backend):
         mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds.filenos())
-    mapped.map_for_reading()
+        mapped.map_for_reading()
     moved: dict[int, list[torch.Tensor]] = {}
     try:
         for index in range(len(source.ranges)):
             segment = mapped.places[index].segment
             if not mapped.has(segment):
                 source.work.reclaim()
-                with session.fill(publication.key, mapped.segments[segment].id) as fd:
+                with session.fill(publication.key, mapped.segments[segment].id) as fd, mapping_phase(session, backend):
                     mapped.add(segment, fd.fileno())
             source.move(index, mapped, moved, share=mapped.shared(index, min_bytes))
             progress(source.manifest.blobs[index].nbytes)
         source.work.settle()
         if not backend.host_readable:
             _check_copies(mapped, source)
-        mapped.unmap()
+        with mapping_phase(session, backend):
+            mapped.unmap()
         attached, attached_fds = session.commit(source.manifest)
     except WoolyError as error:
         raise CommitFailedError(f"{publication.name} was loaded, but could not be published: {error}") from error
     finally:
         source.work.settle()
-        mapped.map_for_reading()  # also after an error: the model is bound to these addresses
+        with mapping_phase(session, backend):
+            mapped.map_for_reading()  # also after an error: the model is bound to these addresses
     blobs = source.manifest.blobs
-    with attached_fds:
+    with attached_fds, mapping_phase(session, backend):
         kept = MappedModel(backend, blobs, attached.places, attached.segments, attached_fds.filenos(), before=mapped)
+        kept.map_for_reading()
     _follow(mapped, kept, moved)
     del mapped  # and with it segments that another publisher's replaced
     source.work.reclaim()
@@ -176,7 +180,6 @@ def _rebind(tensors: list[torch.Tensor], start: int, blob: torch.Tensor) -> None
 
 def _follow(planned: MappedModel, kept: MappedModel, moved: dict[int, list[torch.Tensor]]) -> None:
     """Use the store's copy of blobs that another publisher committed first, instead of this process's."""
-    kept.map_for_reading()
     for index, tensors in moved.items():
         if planned.location(index) != kept.location(index):
             _rebind(tensors, 0, kept.bytes(index))

@@ -47,15 +47,15 @@ class Reporting:
                 "wooly: could not report the private bytes of %s to the store: %s [%s]", self.name, error, error.code
             )
 
-    def count_written(self, mapped: MappedModel) -> threading.Thread:
+    def count_written(self, mapped: MappedModel) -> None:
         """Count the bytes that this process wrote to until now, in a thread, and report them if there are any.
 
-        The thread does not keep a mapping alive that it is not counting.
+        The thread keeps no mapping alive that it is not counting. There is none for a GPU, whose mappings cannot be
+        written to.
         """
-        mappings = [weakref.ref(mapping) for _, mapping in mapped.mappings()]
-        thread = threading.Thread(target=self._count, args=(mappings,), name="wooly-count", daemon=True)
-        thread.start()
-        return thread
+        mappings = [weakref.ref(mapping) for _, mapping in mapped.mappings() if mapping.ordinal is None]
+        if mappings:
+            threading.Thread(target=self._count, args=(mappings,), name="wooly-count", daemon=True).start()
 
     def _count(self, mappings: list[weakref.ref[Mapping]]) -> None:
         written = 0

@@ -92,6 +92,10 @@ class LoadSteps(Protocol[R]):
     def name(self) -> str:
         """The model's name, for logs and the status."""
 
+    @property
+    def loads_ahead(self) -> bool:
+        """True if :meth:`load_to_publish` may be called before it is known that nobody has the model."""
+
     def prepare(self) -> None:
         """Check and install all that needs no store. Called before the connection is made."""
 
@@ -106,6 +110,12 @@ class LoadSteps(Protocol[R]):
 
     def load_to_publish(self) -> Loaded[R]:
         """Load the stock way, with tensors that can be published."""
+
+    def discard(self, loaded: Loaded[R]) -> None:
+        """Drop a model that :meth:`load_to_publish` returned, with its memory: another is attached in its place.
+
+        Only called if :attr:`loads_ahead` is True.
+        """
 
     def describe(self, loaded: Loaded[R]) -> Description:
         """Describe a model that :meth:`load_to_publish` returned, or refuse to publish it."""

@@ -7,6 +7,7 @@ a storage.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -73,8 +74,13 @@ def view_of(storage: torch.UntypedStorage, entry: TensorEntry) -> torch.Tensor:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Return True unless the tensor wraps other tensors, or is not materialised yet."""
-    wrapper = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    return not (wrapper or isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)))
+    return _has_plain_memory(type(tensor))
+
+
+@functools.lru_cache(maxsize=256)  # models have a few types of tensors, each of them thousands of times
+def _has_plain_memory(kind: type[torch.Tensor]) -> bool:
+    wrapper = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not (wrapper or issubclass(kind, (nn.UninitializedParameter, nn.UninitializedBuffer)))
 
 
 StorageKey: TypeAlias = tuple[torch.device, int]
@@ -83,7 +89,7 @@ StorageKey: TypeAlias = tuple[torch.device, int]
 
 def storage_key(tensor: torch.Tensor) -> StorageKey | None:
     """Return the key of a tensor's storage; None for a tensor without plain memory."""
-    if tensor.device.type == "meta" or tensor.layout is not torch.strided or not is_plain(tensor):
+    if tensor.is_meta or tensor.layout is not torch.strided or not is_plain(tensor):
         return None
     address = tensor.untyped_storage().data_ptr()
     return (tensor.device, address) if address else None

@@ -12,6 +12,7 @@ from typing import Protocol, TypeAlias
 
 from shared_store.base.errors import WoolyError
 from shared_store.base.manifest import Blob
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.memory import Backend
 from shared_store.memory.mapping import map_writable
@@ -78,9 +79,12 @@ def fill_promised(
             for index, info in enumerate(planned.segments):
                 if info.promised:
                     fd = session.fill(key, info.id)
-                    address = mappings.enter_context(map_writable(backend, fd, info.nbytes))
+                    with mapping_phase(session, backend):
+                        address = mappings.enter_context(map_writable(backend, fd, info.nbytes))
                     written += _load(contents.get(index, ()), address, source, workers)
         _check(written, source, copier)
+        with mapping_phase(session, backend):
+            mappings.close()
 
 
 def fill_segment(

@@ -119,3 +119,17 @@ def test_a_file_of_an_image_with_times_of_its_own_is_not_recognized(objects, ove
     place = overlay(objects.mounted)
     assert file_systems.type_of(place / "weights") == 0x794C7630
     assert why_unrecognized(place / "weights") == "its times may be those of an image"
+
+
+def test_a_file_is_opened_where_its_server_is_asked_then(tmp_path, monkeypatch):
+    """As on NFS, here with the type of this directory. Links are followed, and the identity is the same."""
+    (tmp_path / "weights").write_bytes(b"a")
+    (tmp_path / "link").symlink_to("weights")
+    plain, opened = file_id(tmp_path / "link"), []
+    monkeypatch.setattr(file_systems, "_NFS", file_systems.type_of(tmp_path))
+    stock = os.open
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(arguments[0]) or stock(*arguments))
+    assert file_id(tmp_path / "link") == plain
+    assert opened == [tmp_path / "link"]
+    with pytest.raises(CheckpointError, match="cannot read"):
+        file_id(tmp_path / "absent")

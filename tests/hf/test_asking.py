@@ -96,7 +96,8 @@ def test_strict(job, served, checkpoint):
     """With `WOOLY_STRICT=1`, models that can be shared are shared."""
     one = job("strict", WOOLY_STRICT="1")
     assert one.run("my_model = load(path); result = facts(my_model)[0] > 0", path=checkpoint("llama"))
-    assert [client.role for client in served().clients if client.pid == one.pid] == ["reader"]
+    clients = [client for client in served().clients if client.pid == one.pid]
+    assert [(client.role, client.kind) for client in clients] == [("reader", "transformers")]
 
 
 def test_everywhere_by_the_environment(job, checkpoint, tmp_path):

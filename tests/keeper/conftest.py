@@ -9,12 +9,12 @@ __all__ = ["actor", "directory", "start_kept", "start_store", "store"]
 
 @pytest.fixture
 def start_kept(directory):
-    """Start a keeper and its store with options. Both end with the test."""
+    """Start a keeper and its store with options (`popen`: of the keeper's process). Both end with the test."""
     started = []
 
-    def start(**options):
+    def start(*, popen=None, **options):
         started.append(KeptStore(directory, **options))
-        return started[-1].start()
+        return started[-1].start(**(popen or {}))
 
     yield start
     for one in started:

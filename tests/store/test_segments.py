@@ -25,7 +25,7 @@ def two_owners():
     segments.take_back(1, "cpu", 2 << 20)
     segments.adopt("a", "cpu", BLOBS[:3], [(1, 0), (1, 512), (1, 1024)])
     segments.adopt("b", "cpu", BLOBS[2:], [(1, 1024), (1, 1536)])
-    segments.blobs._entries = NotWalked(segments.blobs._entries)
+    segments.blobs._entries = {device: NotWalked(known) for device, known in segments.blobs._entries.items()}
     segments._entries = NotWalked(segments._entries)
     return segments
 

@@ -400,6 +400,19 @@ class CacheMachine(StoreMachine):
             for owner in entry.references:
                 index.setdefault(owner, set()).add(found)
         assert self.state.segments.blobs.references() == index
+        for segment in self.state.segments.all():
+            owners = set().union(*(self._blobs()[digest].references for digest in segment.blobs))
+            assert self.state.segments.blobs.owners_in(segment.id) == owners
+
+    @invariant()
+    def clients_are_involved_with_their_models_alone(self):
+        """Withdrawn models are released with the connection of their readers, so they count as well."""
+        found = {}
+        for model in (*self.state.models.all(), *self.state.models.withdrawn().values()):
+            waiters = [waiter.client for waiter in model.waiters]
+            for client in {model.publisher, *model.readers, *waiters} - {None}:
+                found.setdefault(client, set()).add(model.key)
+        assert self.state.models.involved() == found
 
     @invariant()
     def mapped_segments_exist(self):

@@ -236,11 +236,25 @@ class StateMachine(StateDriver):
             for owner in entry.references:
                 index.setdefault(owner, set()).add(where)
         assert self.state.segments.blobs.references() == index
+        counts = {}
+        for entry in self.state.segments.blobs.all().values():
+            for owner in entry.references:
+                owners = counts.setdefault(entry.segment, {})
+                owners[owner] = owners.get(owner, 0) + 1
+        assert self.state.segments.blobs.counts() == counts
         whole = {}
         for entry in self.state.segments.all():
             for owner in entry.references | ({entry.writer} - {None}):
                 whole.setdefault(owner, set()).add(entry.id)
         assert self.state.segments.whole_references() == whole
+
+    @invariant()
+    def the_models_of_a_client_are_those_that_it_is_involved_with(self):
+        models = self.state.models
+        for client in range(1, 1 + max(self.state.clients, default=0)):
+            assert models.of(client) == sorted(
+                (model for model in models.all() if model.involves(client)), key=lambda model: model.key
+            )
 
     @invariant()
     def segments_are_needed_and_counted(self):

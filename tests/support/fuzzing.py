@@ -144,7 +144,7 @@ def damage(rng, listed):
                 other = rng.randrange(len(listed))
                 listed[at], listed[other] = listed[other], listed[at]
             case 3:
-                listed[at] = ({**message, rng.choice(list(message)): rng.choice(INTERESTING)}, fds)
+                listed[at] = ({**message, rng.choice([*message, "id"]): rng.choice(INTERESTING)}, fds)
             case 4:
                 listed[at] = ({name: value for name, value in message.items() if rng.random() < 0.8}, fds)
             case _:

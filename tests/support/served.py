@@ -53,7 +53,11 @@ class ServedStore:
         options = ServeOptions(self.paths.directory)
         identity = identify(self.paths.directory, self.paths.node_id)
         snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), identity, parts.pages)
-        dispatch = parts.dispatch(lambda: snapshots.take(catalog_url="", catalog_state="ok"), self._stopping)
+
+        async def status():
+            return snapshots.take(catalog_url="", catalog_state="ok")
+
+        dispatch = parts.dispatch(status, self._stopping)
         server = Server(
             listen(self.paths, options), AccessRules.of(options), dispatch, parts.sessions, parts.state.counts
         )

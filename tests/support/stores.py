@@ -155,6 +155,8 @@ class KeptStore(StoreProcess):
             self._process.wait()
 
     def clean_up(self):
+        if self._process is not None and self._process.poll() is None and process_state(self.pid) == "T":
+            os.kill(self.pid, signal.SIGCONT)
         for client in self._clients:
             client.unmap_all()
             client.close()

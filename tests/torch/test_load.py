@@ -41,6 +41,7 @@ class Steps:
         self.calls = []
 
     name = "plain model"
+    loads_ahead = False
 
     def prepare(self):
         self.calls.append("prepare")
@@ -65,6 +66,10 @@ class Steps:
         self.calls.append("load_to_publish")
         model = self._read()
         return Loaded(model, [model])
+
+    def discard(self, loaded):
+        self.calls.append("discard")
+        loaded.model.weight.data = torch.empty(0)
 
     def describe(self, loaded):
         self.calls.append("describe")
@@ -189,3 +194,24 @@ def test_a_store_that_ends_before_the_report_does_not_cause_a_second_load(
     del publisher
     caplog.clear()  # a record has the error, whose traceback refers to the model
     gc.collect()
+
+
+def test_pages_that_the_engine_writes_are_reported_after_the_load(sessions, file, settings):
+    """The load does not wait for the count: the store hears of copies at once, and of written pages a moment later."""
+    status = sessions().status
+
+    class Writing(Steps):
+        def bound(self, shared):
+            found = super().bound(shared)
+            shared.loaded.model.weight.data[0] = 7  # 1 KiB: one page becomes private
+            return found
+
+    publisher = load(Steps(file), settings())
+    (reader,) = load(Writing(file), settings())
+
+    def private():
+        return sorted(client.private_bytes for client in status().clients if client.role == "reader")
+
+    wait_until(lambda: private() == [0, os.sysconf("SC_PAGE_SIZE")], "the written page to be reported")
+    assert reader.weight[0, 0] == 7
+    assert right(publisher)

@@ -10,7 +10,8 @@ from torch import nn
 
 from shared_store.torch.devices import store_device
 from shared_store.torch.fallback import Fallback
-from shared_store.torch.load import Settings, key_of, load
+from shared_store.torch.load import Settings, load
+from shared_store.torch.opening import key_of
 from wooly_vllm import compat
 from wooly_vllm.loading.inner_loader import InnerLoader
 from wooly_vllm.loading.steps import Request, VllmSteps
@@ -77,12 +78,21 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
         """
         request = self._request(vllm_config, model_config)
         request.check_supported()
-        with (
-            self._settings().connect(request.name) as session,
-            key_of(request.identify(self._inner()), session, self.options.timeout_s) as key,
-        ):
-            committed = (model for model in session.status().models if model.state == "committed")
-            return next((model.bytes for model in committed if model.key == key), 0)
+        settings = self._settings()
+        with settings.connect(request.name) as session:
+            device = store_device(request.device)
+            # Only a model of this engine and version has a key of it. Without one, no key is needed, and the checkpoint
+            # is hashed beside the load instead of here.
+            committed = {
+                model.key: model.bytes
+                for model in session.status().models
+                if (model.state, model.device, model.engine) == ("committed", device, settings.named)
+            }
+            if not committed:
+                return 0
+            identity = request.identify(self._inner())
+            with key_of(identity, session, self.options.timeout_s) as key:
+                return committed.get(key, 0)
 
     def _request(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Request:
         return Request(vllm_config, model_config, self.load_config, self.options, prefix)

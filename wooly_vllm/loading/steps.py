@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from shared_store.torch.devices import backend_of
 from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.placeholders import Placeholders
 from shared_store.torch.steps import Description, Identity, Loaded, Shared
+from shared_store.torch.tensors import named_tensors
 from wooly_vllm import compat, cpu_dispatch
 from wooly_vllm.loading import identity, methods, rehearsal, state
 from wooly_vllm.loading.inner_loader import InnerLoader
@@ -83,6 +85,11 @@ class VllmSteps:
         """The model's name."""
         return self._request.name
 
+    @property
+    def loads_ahead(self) -> bool:
+        """True: a model of its own is built for each load."""
+        return True
+
     def prepare(self) -> None:
         """Hook the workers' sleep, and check the engine's settings and device."""
         sleep.install_in_workers()
@@ -143,9 +150,16 @@ class VllmSteps:
     def load_to_publish(self) -> Loaded[nn.Module]:
         """Load the checkpoint with vLLM's loader."""
         request = self._request
-        with cpu_dispatch.shareable(request.device, bound=False):
+        self._registers = compat.Registers(request.vllm_config)
+        with cpu_dispatch.shareable(request.device, bound=False), _examining_new_objects():
             model: nn.Module = self._inner.load_model(request.vllm_config, request.model_config, request.prefix)
         return Loaded(model, model)
+
+    def discard(self, loaded: Loaded[nn.Module]) -> None:
+        """Drop the model from vLLM's registers, and free its weights: cycles would keep it until they are collected."""
+        self._registers.restore()
+        for named in named_tensors(loaded.model):
+            named.tensor.data = torch.empty(0, dtype=named.tensor.dtype, device=named.tensor.device)
 
     def describe(self, loaded: Loaded[nn.Module]) -> Description:
         """Collect the state that loading left on modules.
@@ -205,3 +219,20 @@ class VllmSteps:
         loaded = self._make_inner().load_model(request.vllm_config, request.model_config, request.prefix)
         assert isinstance(loaded, nn.Module)  # noqa: S101 - vLLM's contract
         return loaded
+
+
+@contextlib.contextmanager
+def _examining_new_objects() -> Iterator[None]:
+    """Leave objects that exist already out of the garbage collections in this context.
+
+    vLLM collects twice while it loads, to free what the load left. With everything that an engine has imported, a
+    million objects, these collections take half of a small model's load.
+    """
+    if gc.get_freeze_count():  # the process froze objects itself, which must stay frozen
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -21,7 +21,7 @@ PRIORITIES: Final = range(5)
 MAX_NAME: Final = 200
 """Characters of a name; the rest is cut."""
 
-MAX_GPUS: Final = 32
+MAX_GPUS: Final = 16
 """GPUs of one process; the rest is dropped. A greeting has at most 4 KiB."""
 
 _LABEL: Final = 63  # of a namespace or container, as Kubernetes limits them

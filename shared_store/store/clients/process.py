@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from shared_store.base.status import Status
@@ -17,15 +17,16 @@ class ProcessRequests:
     """The store's process. ``stopping`` is set when a client asked it to end."""
 
     _keeper: KeeperLink
-    _status: Callable[[], Status]
+    _status: Callable[[], Awaitable[Status]]
     _stopping: asyncio.Event
 
     async def get_status(self, _session: Session, request: messages.GetStatus) -> Answer:
         """Answer with the store's snapshot."""
-        return Answer(messages.StatusReply(request.id, self._status()))
+        return Answer(messages.StatusReply(request.id, await self._status()))
 
     async def shut_down(self, _session: Session, request: messages.Shutdown) -> Answer:
         """End the store. Clients keep their mappings."""
+        self._keeper.request_stop()
         self._stopping.set()
         return Answer(messages.Done(request.id))
 

@@ -43,7 +43,7 @@ class Sessions:
         if client.number not in state.clients:
             return
         self._pages.drop(client.number)
-        models = state.models.all()
+        models = state.models.of(client.number)
         for model in models:
             if model.publisher == client.number:
                 log.warning("%s disconnected while publishing %s", client, model.name or model.key)

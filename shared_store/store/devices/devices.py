@@ -57,10 +57,18 @@ class Devices:
     async def allocate(self, device: str, nbytes: int) -> Segment:
         """Allocate memory in a thread; :meth:`put` or the backend's ``release`` must follow.
 
+        A task that is cancelled meanwhile leaves no memory behind: it is released when the thread has it.
+
         Raises:
             OutOfMemoryError: the device has not enough free memory.
         """
-        return await asyncio.to_thread(self.backend(device).create, nbytes)
+        backend = self.backend(device)
+        work = asyncio.ensure_future(asyncio.to_thread(backend.create, nbytes))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(lambda done: _drop(backend, done))
+            raise
 
     async def free_bytes(self, device: str) -> int | Unknown:
         """Return an estimate of the bytes that can be allocated; measured in a thread. Logs a reason once."""
@@ -82,11 +90,13 @@ class Devices:
         """Return the memory of a segment, if it is allocated."""
         return self._memory[segment][1] if segment in self._memory else None
 
-    def release(self, segment: int) -> None:
-        """Release the memory of a segment. Without effect for one that was never allocated."""
-        if segment in self._memory:
-            device, memory = self._memory.pop(segment)
-            self._release(device, memory)
+    def release(self, segment: int) -> tuple[str, int] | None:
+        """Release the memory of a segment; return its device and size in bytes, or None if it was never allocated."""
+        if segment not in self._memory:
+            return None
+        device, memory = self._memory.pop(segment)
+        self._release(device, memory)
+        return device, memory.nbytes
 
     def close(self) -> None:
         """Release the memory of all segments."""
@@ -140,3 +150,9 @@ class Devices:
             memory.release()
         else:
             self.backend(device).release(memory)
+
+
+def _drop(backend: Backend, done: asyncio.Future[Segment]) -> None:
+    """Release memory that was allocated for a task that was cancelled."""
+    if not done.cancelled() and done.exception() is None:
+        backend.release(done.result())

@@ -7,12 +7,16 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from shared_store.base.errors import ConnectionLostError, ProtocolError, WoolyError
 from shared_store.protocol import keeper_messages, wire
 from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
+
+AGAIN_S: Final = 0.05
+"""Seconds after which a message is sent again that the kernel refused for now."""
 
 
 class ControlChannel:
@@ -114,17 +118,25 @@ class ControlChannel:
             self._hear(message)
 
     def _write(self) -> None:
+        if self._sock.fileno() < 0:
+            return  # closed since a refusal
+        loop = asyncio.get_running_loop()
+        done = refused = False
         try:
             done = self._outbox.send(self._sock)
-        except OSError:
-            self._outbox.close()  # reading reports the keeper's end, too
-            done = True
-        loop = asyncio.get_running_loop()
-        if done and self._writing:
-            loop.remove_writer(self._sock)
-        elif not done and not self._writing:
+        except OSError as error:
+            refused = wire.is_temporary(error)
+            if refused:
+                loop.call_later(AGAIN_S, self._write)
+            else:
+                self._outbox.close()  # reading reports the keeper's end, too
+                done = True
+        writing = not done and not refused  # the socket is writable although the kernel refuses
+        if writing and not self._writing:
             loop.add_writer(self._sock, self._write)
-        self._writing = not done
+        elif not writing and self._writing:
+            loop.remove_writer(self._sock)
+        self._writing = writing
         if done:
             self._empty.set()
         else:

@@ -1,8 +1,9 @@
 """Replicates state to the keeper, and replaces a keeper that died. No-op without a keeper.
 
-State is sent in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`). A keeper that
-reads slowly or not at all does not block the store: unread messages wait in the channel, and the status reports it.
-Under a service manager, the manager replaces a keeper that died.
+State is sent in order and without acknowledgement (see :mod:`shared_store.protocol.keeper_messages`); releases are
+confirmed (:mod:`shared_store.store.keeper_link.confirmations`). A keeper that reads slowly or not at all does not block
+the store: unread messages wait in the channel, and the status reports it. Under a service manager, the manager replaces
+a keeper that died.
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ import time
 from collections.abc import Coroutine
 from typing import Final
 
-from shared_store.base.errors import UpgradeError
+from shared_store.base.errors import UpgradeError, WoolyError
 from shared_store.base.status import KeeperStatus
 from shared_store.protocol import keeper_messages
+from shared_store.protocol.durable_state import DurableState
 from shared_store.runtime.backoff import delays
 from shared_store.runtime.fds import OwnedFds
 from shared_store.store.keeper_link.channel import ControlChannel
+from shared_store.store.keeper_link.confirmations import Confirmations
 from shared_store.store.keeper_link.inheritance import Inheritance
 from shared_store.store.keeper_link.records import Records
-from shared_store.store.keeper_link.successor import start_keeper
+from shared_store.store.keeper_link.successor import start_keeper, wait_for_end
 from shared_store.store.signals import Signals
 
 log = logging.getLogger(__name__)
 
 TAKES_WITHIN_S: Final = 2.0
 """Seconds that the reply to a commit waits for a keeper that does not read."""
+
+ENDED_WITHIN_S: Final = 5.0
+"""Seconds that a keeper that closed its connection has to end."""
 
 _STEADY_S: Final = 10.0
 """Seconds after which another keeper's death is not counted as one of a series."""
@@ -42,6 +48,7 @@ class KeeperLink:
         self,
         records: Records,
         signals: Signals,
+        confirmations: Confirmations,
         inheritance: Inheritance | None = None,
         channel: ControlChannel | None = None,
     ) -> None:
@@ -50,11 +57,13 @@ class KeeperLink:
         Args:
             records: the state to replicate.
             signals: receives events of the keeper.
+            confirmations: receives the keeper's confirmations of releases.
             inheritance: settings, descriptors and state that the store started with.
             channel: the connection; None: there is no keeper.
         """
         self._records = records
         self._signals = signals
+        self._confirmations = confirmations
         self._inheritance = inheritance
         self._channel = channel
         self._pid = inheritance.keeper if inheritance else 0
@@ -67,6 +76,7 @@ class KeeperLink:
         self._slow = ""
         self._replacing = delays()
         self._replaced_at = 0.0
+        self._stop_requested = False
         self._upgrade: asyncio.Future[str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -81,12 +91,16 @@ class KeeperLink:
         if patience := self._inheritance.options.watchdog_s:
             self._run(self._show_life(patience / 4))
 
+    def request_stop(self) -> None:
+        """Record that a client stops this store: a service manager must not bring its models back."""
+        self._stop_requested = True
+
     async def stop(self) -> None:
         """Stop the keeper, because this store was stopped."""
         for task in self._tasks:
             task.cancel()
         if self._channel is not None:
-            self._channel.send(keeper_messages.Stop())
+            self._channel.send(keeper_messages.Stop(self._stop_requested))
             await self._channel.flushed(TAKES_WITHIN_S)
 
     async def upgrade(self, python: str, environment: dict[str, str]) -> None:
@@ -137,12 +151,19 @@ class KeeperLink:
         """Send digests of files."""
         self._send(files)
 
-    def release(self, segment: int) -> None:
-        """Report that a segment is released."""
+    def release(self, segment: int, freed: tuple[str, int] | None = None) -> None:
+        """Report that a segment is released.
+
+        Args:
+            segment: its id.
+            freed: device and size in bytes of the memory that the store had of it; None: it had none.
+        """
         if segment in self._sent or segment in self._lost_fds:
+            if segment in self._sent and freed is not None:
+                self._confirmations.begin(segment, *freed)
             self._sent.discard(segment)
             self._lost_fds.discard(segment)
-            self._send(keeper_messages.Release(segment))
+            self._send(keeper_messages.Release(segment, confirm=True))
 
     async def flushed(self) -> None:
         """Wait until the keeper will receive everything that was sent, even if this process ends now."""
@@ -157,7 +178,7 @@ class KeeperLink:
         """Reasons for which the store is degraded."""
         if self._slow and (self._channel is None or not self._channel.behind):
             self._slow = ""
-        return tuple(filter(None, (self._gone, self._journal, self._slow)))
+        return tuple(filter(None, (self._gone, self._journal, self._slow, self._confirmations.reason)))
 
     def status(self) -> KeeperStatus | None:
         """Return the keeper's part of the status; None without a keeper."""
@@ -184,11 +205,14 @@ class KeeperLink:
 
     def _hear(self, message: keeper_messages.FromKeeper) -> None:
         match message:
-            case keeper_messages.JournalState(reason):
+            case keeper_messages.JournalState(reason, confirms):
                 self._journal = reason
+                self._confirmations.supported(by_keeper=confirms)
                 if self._gone:
                     self._gone = ""
                     log.info("another keeper (pid %d) has taken over", self._pid)
+            case keeper_messages.Released(segment):
+                self._confirmations.confirmed(segment)
             case keeper_messages.Notice(kind, detail):
                 self._signals.event(kind, detail=detail)
             case keeper_messages.NotUpgraded(reason):
@@ -208,33 +232,71 @@ class KeeperLink:
         self._signals.event("keeper_lost", detail=self._gone)
         if self._inheritance is None or self._inheritance.supervised:
             log.error("%s; the service manager must start another", self._gone)
+            self._run(self._ended())
         else:
             log.error("%s; starting another", self._gone)
             self._run(self._replace(self._inheritance))
 
-    async def _replace(self, inheritance: Inheritance) -> None:
+    async def _ended(self) -> None:
+        """Wait until the keeper's process has ended."""
         if self._child is not None:
             self._child.kill()  # it closed its connection, so it no longer replicates
-            self._child.wait()
+            await asyncio.to_thread(self._child.wait)
+        else:
+            await asyncio.to_thread(wait_for_end, self._pid, ENDED_WITHIN_S)
+        self._confirmations.keeper_ended()
+
+    async def _replace(self, inheritance: Inheritance) -> None:
+        await self._ended()
         if time.monotonic() > self._replaced_at + _STEADY_S:
             self._replacing = delays()
         else:
             await asyncio.sleep(next(self._replacing))
-        self._replaced_at = time.monotonic()
-        ours, theirs = socket.socketpair()
-        held = self._records.holdings()
-        # Changes from here on are sent to the new keeper, which reads them once it runs.
-        self._sent = set(held.segments)
-        self._channel = ControlChannel(ours)
-        self._channel.attend(self._hear, self._lost)
+        for delay_s in self._replacing:
+            begun = self._begin_to_replace()
+            if begun is not None:
+                await self._start_keeper(inheritance, *begun)
+                return
+            await asyncio.sleep(delay_s)
+
+    async def _start_keeper(self, inheritance: Inheritance, held: DurableState, theirs: socket.socket) -> None:
+        """Start a keeper for the state and its end of the channel, and close both here."""
         try:
             self._child = await asyncio.to_thread(start_keeper, inheritance, held, theirs)
             self._pid = self._child.pid
         except OSError as error:
-            log.error("cannot start another keeper: %s", error)
+            log.error("cannot start another keeper: %s", error)  # closing its end of the channel starts the next try
         finally:
             theirs.close()
             held.close()
+
+    def _begin_to_replace(self) -> tuple[DurableState, socket.socket] | None:
+        """Attend a new channel; return the state for a keeper and its end, or None if that must be tried again later.
+
+        Changes from here on are sent to the new keeper, which reads them once it runs.
+        """
+        self._replaced_at = time.monotonic()
+        try:
+            held = self._records.holdings()
+        except WoolyError as error:
+            self._not_replaced(error)
+            return None
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            held.close()
+            self._not_replaced(error)
+            return None
+        self._sent = set(held.segments)
+        self._channel = ControlChannel(ours)
+        self._channel.attend(self._hear, self._lost)
+        return held, theirs
+
+    def _not_replaced(self, error: Exception) -> None:
+        reason = f"the keeper (pid {self._pid}) is gone, and another cannot be started yet: {error}"
+        if reason != self._gone:
+            log.error("%s; trying again", reason)
+        self._gone = reason
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -1,16 +1,30 @@
-"""Starts a new keeper for a running store whose keeper died."""
+"""Waits for the end of a keeper, and starts a new one for the running store."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
 
 from shared_store.protocol.durable_state import DurableState
 from shared_store.protocol.handover import Handover, changes_of, leave
+from shared_store.runtime.fds import OwnedFd
 from shared_store.store.keeper_link.inheritance import Inheritance
+
+
+def wait_for_end(pid: int, timeout_s: float) -> None:
+    """Wait until a process has ended, and with it its descriptors are closed, or until the time-out."""
+    try:
+        pidfd = OwnedFd(os.pidfd_open(pid))
+    except OSError:
+        return  # it has ended
+    poller = select.poll()  # select() cannot wait for descriptors above 1023
+    with pidfd:
+        poller.register(pidfd, select.POLLIN)
+        poller.poll(timeout_s * 1000)
 
 
 def start_keeper(inheritance: Inheritance, held: DurableState, control: socket.socket) -> subprocess.Popen[bytes]:

@@ -3,55 +3,79 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from itertools import starmap
 
 import shared_store
 from shared_store.catalog import BlobDoc, schema
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.snapshot import Snapshots
+from shared_store.store.pace import Pace
 from shared_store.store.state.blob_union import distinct
 from shared_store.store.state.committed import Committed
+from shared_store.store.state.models import Model
 from shared_store.store.state.store_state import StoreState
 
 
 class CatalogDocuments:
-    """Makes documents. The blobs of a committed model are listed once and kept for the next snapshots."""
+    """Makes documents. Those of a model or lease that did not change are the same objects in the next snapshot."""
 
     def __init__(self, state: StoreState, snapshots: Snapshots, identity: Identity) -> None:
         self._state = state
         self._snapshots = snapshots
         self._identity = identity
-        self._blobs: dict[str, tuple[Committed, tuple[BlobDoc, ...]]] = {}
+        self._models: dict[str, tuple[Model, Committed | None, schema.ModelDoc]] = {}
+        self._leases: dict[tuple[int, str, str], schema.LeaseDoc] = {}
+
+    async def catch_up(self) -> None:
+        """Make the documents of new models, in slices of the event loop's time, before :meth:`take` needs them."""
+        pace = Pace()
+        await pace.through(self._make(model) for model in self._state.models.all())
 
     def take(self) -> schema.Snapshot:
         """Return the documents of the node, its models and its leases."""
-        committed = self._state.committed
-        self._blobs = {key: self._listed(key, known) for key, known in committed.items()}
-        documents = tuple(
-            schema.ModelDoc(
-                key=model.key,
-                name=model.name,
-                engine=model.engine,
-                device=model.device,
-                state=model.state,
-                tensors=model.tensors,
-                nbytes=model.bytes,
-                manifest=committed[model.key].data if model.key in committed else b"",
-                blobs=self._blobs[model.key][1] if model.key in committed else (),
-            )
-            for model in self._snapshots.models()
+        state = self._state
+        models = state.models.all()
+        for model in models:
+            self._make(model)
+        if len(self._models) > len(models):
+            self._models = {model.key: self._models[model.key] for model in models}
+        return schema.Snapshot(
+            self._node(), tuple(self._models[model.key][2] for model in models), tuple(self._current_leases())
         )
-        leases = tuple(
-            schema.LeaseDoc(client.id, client.pid, client.uid, client.name, client.key, client.role)
-            for client in self._snapshots.clients()
-            if client.key
-        )
-        return schema.Snapshot(self._node(), documents, leases)
 
-    def _listed(self, key: str, known: Committed) -> tuple[Committed, tuple[BlobDoc, ...]]:
-        listed = self._blobs.get(key)
-        if listed is not None and listed[0] is known:
-            return listed
-        return known, tuple(BlobDoc(digest, nbytes) for digest, nbytes in distinct(known.manifest).items())
+    def _make(self, model: Model) -> int:
+        """Make the document of a model unless it has not changed; return the number of blobs visited."""
+        known = self._state.committed.get(model.key)
+        made = self._models.get(model.key)
+        if made is not None and made[0] is model and made[1] is known:
+            return 0
+        document = schema.ModelDoc(
+            key=model.key,
+            name=model.name,
+            engine=model.engine,
+            device=model.device,
+            state="committed" if known else "publishing",
+            tensors=len(known.manifest.tensors) if known else 0,
+            nbytes=known.nbytes if known else 0,
+            manifest=known.data if known else b"",
+            blobs=tuple(starmap(BlobDoc, distinct(known.manifest).items())) if known else (),
+        )
+        self._models[model.key] = (model, known, document)
+        return len(document.blobs)
+
+    def _current_leases(self) -> Iterator[schema.LeaseDoc]:
+        before, self._leases = self._leases, {}
+        for number, owner, role in self._snapshots.roles():
+            client = self._state.clients.get(number)
+            if client is None or not owner:
+                continue
+            key = owner.partition("/")[0]  # the owner is a key, or the token of a withdrawn model
+            lease = before.get((number, key, role))
+            if lease is None:
+                lease = schema.LeaseDoc(number, client.pid, client.uid, client.name, key, role)
+            self._leases[number, key, role] = lease
+            yield lease
 
     def _node(self) -> schema.NodeDoc:
         return schema.NodeDoc(

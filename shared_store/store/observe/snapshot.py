@@ -8,12 +8,14 @@ from typing import Literal
 
 import shared_store
 from shared_store.base import status
+from shared_store.base.manifest import Manifest
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.latency import RequestTimes
 from shared_store.store.observe.loop_times import LoopTimes
+from shared_store.store.pace import Pace
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
 from shared_store.store.state.store_state import StoreState
@@ -22,7 +24,11 @@ Role = Literal["publisher", "reader", "waiting", "idle"]
 
 
 class Snapshots:
-    """Takes snapshots. Sums over blobs are updated by difference from one snapshot to the next."""
+    """Takes snapshots. Sums over blobs are updated by difference from one snapshot to the next.
+
+    After a restart, or after very many models came or went, a difference can be of all blobs. :meth:`catch_up` takes
+    it in slices of the event loop's time; what changes meanwhile is left to the next slice, the rest to :meth:`take`.
+    """
 
     def __init__(
         self,
@@ -43,6 +49,16 @@ class Snapshots:
         self._pages = pages
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers
+
+    async def catch_up(self) -> None:
+        """Update the sums over blobs, in slices, until :meth:`take` has little left to update."""
+        pace = Pace()
+        while True:
+            slices = pace.slices
+            await pace.through(self._committed.steps(self._of_committed()))
+            await pace.through(self._mapped.steps(self._of_mapped()))
+            if pace.slices == slices:
+                return
 
     def take(self, *, catalog_url: str, catalog_state: Literal["ok", "down"]) -> status.Status:
         """Return the snapshot for people, programs and metrics."""
@@ -84,6 +100,7 @@ class Snapshots:
                 segments.limits.get(device),
                 segments.count(device),
                 *segments.unused(device),
+                releasing_bytes=segments.releases.nbytes(device),
             )
             for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
         )
@@ -91,7 +108,7 @@ class Snapshots:
     def models(self) -> tuple[status.ModelStatus, ...]:
         """Return the models that are committed or being published."""
         committed = self._state.committed
-        self._committed.update({key: (known.manifest.device, known.manifest) for key, known in committed.items()})
+        self._committed.update(self._of_committed())
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
@@ -117,7 +134,7 @@ class Snapshots:
         state = self._state
         sizes = {key: known.nbytes for key, known in (state.committed | state.withdrawn).items()}
         shown = []
-        for number, owner, role in self._roles():
+        for number, owner, role in self.roles():
             client = state.clients.get(number)
             if client is None:
                 continue  # its connection ended; its leases end in the same step of the event loop
@@ -145,7 +162,7 @@ class Snapshots:
         activity = self._pages.read(client)
         return None if activity is None else status.ActivityStatus(*activity)
 
-    def _roles(self) -> list[tuple[int, str, Role]]:
+    def roles(self) -> list[tuple[int, str, Role]]:
         """Return client number, owner (a key, or the token of a withdrawn model) and role of each lease."""
         roles: list[tuple[int, str, Role]] = []
         for model in self._state.models.all():
@@ -160,11 +177,17 @@ class Snapshots:
 
     def _mapped_once(self) -> int:
         """Return the bytes of one copy of each distinct blob that has a reader; withdrawn models count separately."""
+        self._mapped.update(self._of_mapped())
+        return self._mapped.nbytes
+
+    def _of_committed(self) -> dict[str, tuple[str, Manifest]]:
+        return {key: (known.manifest.device, known.manifest) for key, known in self._state.committed.items()}
+
+    def _of_mapped(self) -> dict[str, tuple[str, Manifest]]:
         state = self._state
         read = {model.key: state.committed[model.key].manifest for model in state.models.all() if model.readers}
         once = {key: (manifest.device, manifest) for key, manifest in read.items()}
-        self._mapped.update(once | {token: (token, known.manifest) for token, known in state.withdrawn.items()})
-        return self._mapped.nbytes
+        return once | {token: (token, known.manifest) for token, known in state.withdrawn.items()}
 
     def _quarantine(self) -> tuple[status.QuarantineStatus, ...]:
         withdrawn = self._state.models.withdrawn()

@@ -19,10 +19,14 @@ from shared_store.runtime.fds import OwnedFd
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.pace import Pace
 from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.offered import OfferedModel, check_memory
 from shared_store.store.signals import Signals
 from shared_store.store.state.store_state import StoreState
+
+_SEGMENT = 30
+"""Units of work for a segment: checking its descriptor takes as long as adding this many blobs."""
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +42,22 @@ class Restore:
     _signals: Signals
     _arrivals: Arrivals
 
-    def restore(self, held: DurableState) -> None:
-        """Take over all that an earlier store left, and its descriptors. Models without segments are awaited."""
-        with _without_collections():
-            self._restore(held)
+    async def restore(self, held: DurableState) -> None:
+        """Take over all that an earlier store left, and its descriptors. Models without segments are awaited.
 
-    def _restore(self, held: DurableState) -> None:
-        state = self._state
+        In slices of the event loop's time: it may take a second, and signals are handled meanwhile.
+        """
+        with _without_collections():
+            await self._restore(held)
+
+    async def _restore(self, held: DurableState) -> None:
+        state, pace = self._state, Pace()
         records = {number: found.record for number, found in held.segments.items()}
         state.grace.begin(held.models, records)
         for number, found in held.segments.items():
             if found.fd is not None:
                 self._take_segment(number, found.record.device, found.record.nbytes, OwnedFd(found.fd.detach()))
+                await pace.done(_SEGMENT)
         for record in held.models.values():
             try:
                 model = OfferedModel.recorded(record, records)
@@ -57,6 +65,7 @@ class Restore:
                 self._keeper.forget(record.key)
                 self._dropped("model_dropped", f"{record.key}: {error}")
                 continue
+            await pace.done(len(model.locations))
             name, manifest = model.manifest.name, model.manifest
             if all(map(state.segments.has, record.segments)):
                 state.readmit(model.data, manifest, model.locations, pinned=record.pinned, last_used=record.last_used)

@@ -2,18 +2,22 @@
 
 Frees memory first by compaction, where the host can read it, then by eviction (see
 :mod:`shared_store.store.space.eviction`). During the grace period nothing is evicted.
+
+Released memory is free once the keeper has closed it, so an allocation waits for that, and only then tries again or
+evicts more. One allocation at a time frees memory of a device.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from shared_store.base.errors import OutOfMemoryError
 from shared_store.memory import Segment, Unknown
 from shared_store.store.devices.devices import Devices
-from shared_store.store.space.eviction import CachedModel, evict
+from shared_store.store.keeper_link.confirmations import Confirmations
+from shared_store.store.space.eviction import CachedModel, evict, evict_one
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.models import Model, State
@@ -29,11 +33,19 @@ COMPACT_WITHIN_S: Final = 20.0
 class Admission:
     """Frees memory for publishers."""
 
-    def __init__(self, state: StoreState, devices: Devices, evictor: Evictor, compaction: HostCompaction) -> None:
+    def __init__(
+        self,
+        state: StoreState,
+        devices: Devices,
+        evictor: Evictor,
+        compaction: HostCompaction,
+        confirmations: Confirmations,
+    ) -> None:
         self._state = state
         self._devices = devices
         self._evictor = evictor
         self._compaction = compaction
+        self._confirmations = confirmations
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def compact(self, device: str, needed: int) -> None:
@@ -56,31 +68,55 @@ class Admission:
                 f"{self._blockers(device, key)}, or raise --max-resident"
             )
 
-    async def allocate(self, device: str, nbytes: int, key: str) -> Segment:
+    async def allocate(self, device: str, nbytes: int, key: str, wanted: Callable[[], bool] = lambda: True) -> Segment:
         """Allocate memory for a segment of the model ``key``; compact and evict if the device is full.
+
+        Args:
+            device: where.
+            nbytes: size of the segment.
+            key: the model's weight key, for an error.
+            wanted: asked before each eviction; False ends the attempt with the device's error.
 
         Raises:
             OutOfMemoryError: the device is full, and neither can free enough.
         """
-        try:
-            return await self._devices.allocate(device, nbytes)
-        except OutOfMemoryError:
-            pass
-        async with self._locks.setdefault(device, asyncio.Lock()):  # two would evict models for one shortage
-            backend = self._devices.backend(device)
-            await self._compact(device, lambda: _missing(nbytes, backend.free_bytes()))
-            # The free bytes are an estimate: if it was wrong, the second round frees the whole segment's size.
-            for estimated in (True, False):
-                try:
-                    return await self._devices.allocate(device, nbytes)
-                except OutOfMemoryError as error:
-                    full = error
-                free = await self._devices.free_bytes(device) if estimated else 0
-                if not self._evict(device, max(1, _missing(nbytes, free)), "device full"):
-                    break
-            else:
+        lock = self._locks.setdefault(device, asyncio.Lock())
+        if not lock.locked():  # else this allocation would take the memory that was freed for another
+            if self._state.segments.over_limit(device):
+                await self._confirmations.wait(device)
+            try:
                 return await self._devices.allocate(device, nbytes)
-            raise OutOfMemoryError(f"{full}; {self._blockers(device, key)}") from full
+            except OutOfMemoryError:
+                pass
+        async with lock:
+            return await self._allocate(device, nbytes, key, wanted)
+
+    async def _allocate(self, device: str, nbytes: int, key: str, wanted: Callable[[], bool]) -> Segment:
+        """Allocate memory on a full device.
+
+        Models are evicted in steps, each only after an allocation failed although all memory was free that was released
+        before. If the free bytes are known, one step is enough unless another process takes memory meanwhile.
+        """
+        await self._confirmations.wait(device)
+        backend, evicted = self._devices.backend(device), False
+        await self._compact(device, lambda: _missing(nbytes, backend.free_bytes()))
+        while True:
+            try:
+                return await self._devices.allocate(device, nbytes)
+            except OutOfMemoryError as error:
+                full = error
+            free = await self._devices.free_bytes(device)
+            if overdue := self._confirmations.overdue(device):
+                raise OutOfMemoryError(
+                    f"{full}; {overdue} bytes were released, but the keeper does not answer and has not closed them: "
+                    "see `wooly status`"
+                ) from full
+            if not wanted():
+                raise full
+            if not self._evict_for(device, nbytes, free, first=not evicted):
+                raise OutOfMemoryError(f"{full}; {self._blockers(device, key)}") from full
+            evicted = True
+            await self._confirmations.wait(device)
 
     async def _compact(self, device: str, missing: Callable[[], int]) -> None:
         """Compact host memory while bytes are ``missing``, if at least as many are unused."""
@@ -93,16 +129,38 @@ class Admission:
         """Evict models to free ``needed`` bytes; return False, without evicting any, if that is not possible."""
         if self._state.grace.active:
             return False
-        models = [
-            CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
-            for model in self._state.models.all()
-            if model.state is State.COMMITTED and model.device == device
-        ]
-        chosen = evict(models, self._state.segments.occupied(device), needed)
+        return self._evict_all(evict(self._cached(device), self._state.segments.occupied(device), needed), reason)
+
+    def _evict_for(self, device: str, nbytes: int, free: int | Unknown, *, first: bool) -> bool:
+        """Evict models so that ``nbytes`` may fit on a full device; return False if none can be evicted.
+
+        Args:
+            device: where.
+            nbytes: size of the segment.
+            free: free bytes of the device.
+            first: nothing was evicted for this segment yet.
+        """
+        if (missing := _missing(nbytes, free)) > 0:
+            return self._evict(device, missing, "device full")
+        if self._state.grace.active:
+            return False
+        # Unknown, or wrong: the device has refused what should have fit.
+        occupied = self._state.segments.occupied(device)
+        return self._evict_all(evict_one(self._cached(device), occupied, nbytes if first else None), "device full")
+
+    def _evict_all(self, chosen: Sequence[str] | None, reason: str) -> bool:
         if chosen is None:
             return False
         self._evictor.evict(chosen, reason)
         return True
+
+    def _cached(self, device: str) -> list[CachedModel]:
+        """Return the committed models of a device."""
+        return [
+            CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
+            for model in self._state.models.all()
+            if model.state is State.COMMITTED and model.device == device
+        ]
 
     def _blockers(self, device: str, key: str) -> str:
         """Return the models that cannot be evicted, and the next steps, for an error."""

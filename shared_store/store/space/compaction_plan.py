@@ -21,6 +21,9 @@ TARGET: Final = 64 << 20
 MAX_SOURCES: Final = 256
 """Most segments that are packed together: each costs the copying process a descriptor."""
 
+MAX_BLOBS: Final = 4096
+"""Blobs after which no further segment joins a group: blobs move in one step of the event loop."""
+
 _ONE_SEGMENT: Final = 1 << 62
 
 
@@ -44,15 +47,17 @@ def _best_from(order: Sequence[Source], free: int, target: int) -> list[Source]:
     """Return the shortest group that starts with the first source and gains most; empty if none gains anything."""
     group: list[Source] = []
     best: list[Source] = []
-    end = old = most = 0
+    end = old = most = blobs = 0
     for source in order:
+        if group and blobs + len(source.blobs) > MAX_BLOBS:
+            break
         together = round_up(end, ALIGNMENT) + source.span
         if _size(together) > (max(free, 0) if not group else min(free, target)):
             if not group:
                 return []
             continue
         group.append(source)
-        end, old = together, old + source.nbytes
+        end, old, blobs = together, old + source.nbytes, blobs + len(source.blobs)
         if old - _size(end) > most:
             best, most = list(group), old - _size(end)
     return best

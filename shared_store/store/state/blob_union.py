@@ -6,7 +6,7 @@ clients, for a tenth of a second with 100 models of 1,000 tensors; only models t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from shared_store.base.manifest import Manifest
@@ -28,12 +28,23 @@ class BlobUnion:
         Args:
             models: by name, a scope (equal blobs of one scope are one blob) and the manifest.
         """
+        for _ in self.steps(models):
+            pass
+
+    def steps(self, models: Mapping[str, tuple[str, Manifest]]) -> Iterator[int]:
+        """Become the union of exactly these models, one by one; yield the number of blobs that each took.
+
+        Other models may be given the next time, before or after the iteration has ended.
+        """
         for name in [name for name, known in self._models.items() if not _same(known, models.get(name))]:
-            self._remove(name, *self._models.pop(name))
-        for name, model in models.items():
+            scope, manifest = self._models.pop(name)
+            self._remove(name, scope, manifest)
+            yield len(manifest.blobs)
+        for name, (scope, manifest) in models.items():
             if name not in self._models:
-                self._models[name] = model
-                self._add(name, *model)
+                self._models[name] = (scope, manifest)
+                self._add(name, scope, manifest)
+                yield len(manifest.blobs)
 
     def unique_bytes(self, name: str) -> int:
         """Return the bytes of a model's blobs that no other model of its scope has."""

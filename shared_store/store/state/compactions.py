@@ -114,15 +114,28 @@ class Compactions:
 
         ``share``: the least fraction of a segment's bytes that must be unused.
         """
-        segments = self._segments
-        return [
-            Source(entry.id, entry.nbytes, tuple(segments.contents(entry.id)))
-            for entry in segments.on(device)
-            if entry.settled
-            and entry.blobs
-            and entry.nbytes - entry.live >= share * entry.nbytes
-            and all(map(self._unread, segments.owners(entry.id)))
+        return [self.source(segment) for segment in self.candidates(device, share)]
+
+    def candidates(self, device: str, share: float = 0.0) -> list[int]:
+        """Return the ids of the segments in :meth:`sources`, the emptiest first, without visiting their blobs."""
+        found = [
+            entry
+            for entry in self._segments.on(device)
+            if entry.nbytes - entry.live >= share * entry.nbytes and self._movable(entry.id)
         ]
+        return [entry.id for entry in sorted(found, key=lambda entry: entry.live / entry.nbytes)]
+
+    def source(self, segment: int) -> Source:
+        """Return a segment with its live blobs."""
+        return Source(segment, self._segments.at(segment).nbytes, tuple(self._segments.contents(segment)))
+
+    def possible(self, plan: CompactionPlan) -> bool:
+        """Whether a plan that was made from an earlier state can still begin: all its blobs may still move."""
+        return all(self._segments.has(segment) and self._movable(segment) for segment in plan.sources)
+
+    def _movable(self, segment: int) -> bool:
+        entry = self._segments.at(segment)
+        return bool(entry.settled and entry.blobs and all(map(self._unread, self._segments.owners(segment))))
 
     def begin(self, device: str, plan: CompactionPlan, client: int | None) -> Compaction:
         """Promise the new segment, and refer to the old ones until the compaction ends."""

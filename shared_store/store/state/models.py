@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from shared_store.base.errors import ModelInUseError, ModelNotFoundError, NotPublisherError, ProtocolError
 from shared_store.store.state.effects import MayPublish, MayRead, Refused
+from shared_store.store.state.owners import OwnerIndex
 
 
 class State(enum.Enum):
@@ -107,6 +108,14 @@ class Model:
     pinned: bool = False
     last_used: float = 0.0
 
+    def involves(self, client: int) -> bool:
+        """Whether a client publishes the model, reads it or waits for it."""
+        return (
+            client == self.publisher
+            or client in self.readers
+            or any(waiter.client == client for waiter in self.waiters)
+        )
+
 
 class Models:
     """The models of a store."""
@@ -115,6 +124,7 @@ class Models:
         """``clock`` returns Unix seconds. Setting it back does not change the order of last uses."""
         self._models: dict[str, Model] = {}
         self._withdrawn: dict[str, Model] = {}
+        self._by_client = OwnerIndex[int, str]()  # keys of the models that a client publishes, reads or waits for
         self._tokens = itertools.count(1)
         self._clock = clock
         self._latest = 0.0
@@ -122,6 +132,15 @@ class Models:
     def all(self) -> list[Model]:
         """Return every model that is being published or committed, in the order of their first opens."""
         return list(self._models.values())
+
+    def of(self, client: int) -> list[Model]:
+        """Return the models, withdrawn ones excepted, that a client publishes, reads or waits for."""
+        found = (self._models.get(key) for key in sorted(self._by_client.of(client)))
+        return [model for model in found if model is not None and model.involves(client)]
+
+    def involved(self) -> dict[int, frozenset[str]]:
+        """Return the index of keys by client, withdrawn models included, for tests."""
+        return self._by_client.all()
 
     def withdrawn(self) -> dict[str, Model]:
         """Return the withdrawn models, which have readers, by their tokens."""
@@ -137,6 +156,8 @@ class Models:
         Raises:
             ModelNotFoundError: no model has it, or more than one.
         """
+        if prefix in self._models:  # a whole key; keys have equal lengths
+            return self._models[prefix]
         found = [model for key, model in self._models.items() if prefix and key.startswith(prefix)]
         if len(found) == 1:
             return found[0]
@@ -147,8 +168,7 @@ class Models:
     def open(self, key: str, asker: Asker, *, name: str, engine: str, device: str) -> list[Outcome]:
         """Open a model for a client: read it, publish it, or wait for its publisher."""
         model = self._models.get(key) or Model(key, name, engine, device)
-        involved = {model.publisher, *model.readers, *(waiter.client for waiter in model.waiters)}
-        if asker.client in involved:
+        if model.involves(asker.client):
             raise ProtocolError(f"client {asker.client} has asked for model {key} before")
         if model.state is State.ABSENT and not asker.publish:
             raise ModelNotFoundError(
@@ -156,6 +176,7 @@ class Models:
             )
         action = self._step(model, Event.OPEN)
         self._models[key] = model
+        self._by_client.add(asker.client, key)
         if action is Action.WAIT:
             model.waiters.append(asker)
             return []
@@ -192,6 +213,8 @@ class Models:
         """End a publication without a commit; the next waiter that may publish does."""
         model = self.publishing(key, client)
         self._step(model, Event.ABORT)
+        model.publisher = None
+        self._left(key, client)
         effects: list[Outcome] = [Dropped(key)]
         successor = next((waiter for waiter in model.waiters if waiter.publish), None)
         if successor is not None:
@@ -199,6 +222,8 @@ class Models:
             model.publisher = successor.client
             return [*effects, MayPublish(key, successor.client)]
         del self._models[key]
+        for waiter in model.waiters:
+            self._left(key, waiter.client)
         error = ModelNotFoundError(f"{model.name or key}: its publisher aborted, and no other client publishes it")
         return [*effects, *(Refused(key, waiter.client, error) for waiter in model.waiters)]
 
@@ -214,20 +239,20 @@ class Models:
             for effect in self._leave_withdrawn(token, client)
         ]
         model = self._models.get(key)
-        if model is None:
-            return effects
-        if model.publisher == client:
+        if model is not None and model.publisher == client:
             return effects + self.abort(key, client)
-        if client in model.readers:
-            model.readers.discard(client)
-            self._use(model)
-        model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
+        if model is not None:
+            if client in model.readers:
+                model.readers.discard(client)
+                self._use(model)
+            if model.waiters:
+                model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
+        self._left(key, client)
         return effects
 
     def lost(self, client: int) -> list[Outcome]:
         """Remove a client from all models, because its connection ended."""
-        keys = {**self._models, **{model.key: model for model in self._withdrawn.values()}}
-        return [effect for key in keys for effect in self.leave(key, client)]
+        return [effect for key in sorted(self._by_client.of(client)) for effect in self.leave(key, client)]
 
     def unread(self, owner: str) -> bool:
         """Whether an owner of references is a committed model without readers."""
@@ -285,6 +310,11 @@ class Models:
         self._step(model, Event.LAST_LEFT)
         del self._withdrawn[token]
         return [Dropped(token)]
+
+    def _left(self, key: str, client: int) -> None:
+        """Update the index after a client left a model with this key; it may read a withdrawn one that had the key."""
+        if not any(model.key == key and client in model.readers for model in self._withdrawn.values()):
+            self._by_client.discard(client, key)
 
     def _use(self, model: Model) -> None:
         # A microsecond is the smallest step that a float of Unix seconds can represent in this century.

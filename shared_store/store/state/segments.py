@@ -21,6 +21,7 @@ from shared_store.base.manifest import Blob
 from shared_store.store.state.blobs import BlobEntry, Blobs
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Draft, Location, PublishPlan
+from shared_store.store.state.releases import Releases
 
 
 @dataclass
@@ -69,8 +70,9 @@ class Segments:
     def __init__(self, limits: Mapping[str, int]) -> None:
         self.limits = dict(limits)
         self.blobs = Blobs()
+        self.releases = Releases()
         self._entries: dict[int, SegmentEntry] = {}
-        self._owners = OwnerIndex[int]()  # of writers, and of references to whole segments
+        self._owners = OwnerIndex[str, int]()  # of writers, and of references to whole segments
 
     # Questions.
 
@@ -103,13 +105,21 @@ class Segments:
         return sum(entry.allocated for entry in self.on(device))
 
     def used(self, device: str) -> int:
-        """Return the bytes that count for the device's limit: allocated and promised."""
-        return sum(entry.nbytes for entry in self.on(device))
+        """Return the bytes that count for the device's limit: allocated, promised, and released but not yet free."""
+        return sum(entry.nbytes for entry in self.on(device)) + self.releases.nbytes(device)
 
     def missing(self, device: str, needed: int) -> int:
-        """Return how many of ``needed`` bytes exceed the device's limit; zero or less where they fit."""
+        """Return how many of ``needed`` bytes exceed the device's limit once released memory is free; 0 or less: none.
+
+        An allocation waits for released memory, so nothing is evicted in its place.
+        """
         limit = self.limits.get(device)
-        return 0 if limit is None else self.used(device) + needed - limit
+        return 0 if limit is None else self.used(device) - self.releases.nbytes(device) + needed - limit
+
+    def over_limit(self, device: str) -> bool:
+        """Whether the device's limit is exceeded until released memory is free."""
+        limit = self.limits.get(device)
+        return limit is not None and self.used(device) > limit
 
     def unused(self, device: str) -> tuple[int, int]:
         """Return the dead bytes and the padding bytes of a device's settled segments."""
@@ -127,7 +137,7 @@ class Segments:
     def owners(self, segment: int) -> set[str]:
         """Return the owners of references to a segment or to a blob in it."""
         entry = self._entries[segment]
-        return entry.references.union(*(self.blobs.at(entry.device, digest).references for digest in entry.blobs))
+        return entry.references | self.blobs.owners_in(segment)
 
     def occupied(self, device: str) -> list[OccupiedSegment]:
         """Return a device's settled segments with their owners."""
@@ -260,7 +270,7 @@ class Segments:
         self._remove(digest, blob)
         target.blobs.add(digest)
         target.live += blob.nbytes
-        blob.segment, blob.offset = segment, offset
+        self.blobs.relocate(blob, segment, offset)
         return blob
 
     def condemn(self, segments: Iterable[int]) -> list[int]:

@@ -112,7 +112,7 @@ class StoreState:
     def lost(self, client: Client) -> list[Effect]:
         """Remove a client from everything, because its connection ended."""
         self.clients.pop(client.number, None)
-        for model in self.models.all():
+        for model in self.models.of(client.number):
             if model.publisher == client.number:
                 self.counts.add("aborted_publishes")
         effects: list[Effect] = [*self.turns.lost(client.number)]
