@@ -1,8 +1,8 @@
-"""Bar charts: single bars, and pairs of bars without and with wooly."""
+"""Charts: single bars, pairs of bars without and with wooly, and lines of growth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,6 +33,34 @@ def pairs(title: str, unit: str, labels: Sequence[str], stock: Sequence[float], 
         axes.bar_label(drawn, labels=[_written(value, 3) for value in values], padding=2, fontsize="small")
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(frameon=False)
+    return figure
+
+
+def growth(title: str, unit: str, sizes: Sequence[float], costs: Mapping[str, Sequence[float]]) -> Figure:
+    """Return a chart of costs relative to the first size, on logarithmic axes, with lines for constant and for linear.
+
+    Args:
+        title: the title.
+        unit: of the sizes.
+        sizes: in ascending order.
+        costs: by name, one for each size.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("relative to the first size")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for name, values in costs.items():
+        axes.plot(sizes, [value / values[0] for value in values], marker="o", label=name)
+    for label, values in (("twice", [2.0, 2.0]), ("linear", [1.0, sizes[-1] / sizes[0]])):
+        axes.plot([sizes[0], sizes[-1]], values, color=STOCK, linestyle=":", label=label)
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+    axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure
 
 

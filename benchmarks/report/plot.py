@@ -3,8 +3,9 @@
     python benchmarks plot [--results DIR]
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
-``MACHINE/hf.json``: transformers' memory, load time and speed. Prints the names of plots whose figures were not
-measured. Equal JSON gives equal bytes under the same version of matplotlib.
+``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
+Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
+matplotlib.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import GIB, MIB
 from benchmarks.harness.results import RESULTS
-from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, pairs
+from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, growth, pairs
 
 ROLES = {"stock": STOCK, "stock_dispatch": OTHER, "publisher": WOOLY, "reader": WOOLY}
 LABELS = {"stock_dispatch": "stock,\nwooly's kernels"}
@@ -138,6 +139,18 @@ def cpu(result: dict[str, Any]) -> Figures:
     }
 
 
+def scale(result: dict[str, Any]) -> Figures:
+    """Draw the growth of each request's cost with the numbers of models, blobs and clients together."""
+    points = [result["points"][name] for name in ("tenth", "half", "full") if name in result["points"]]
+    if len(points) < 2:
+        return {}
+    costs = {name: [point["requests"][name]["cpu_ms"] for point in points] for name in points[0]["requests"]}
+    costs["restart"] = [point["restart"]["serving_cpu_s"] for point in points]
+    title = f"CPU time of the store for a request, by its size\n{result['versions']['cpu']}"
+    unit = "blobs, with a model and a client for each 300"
+    return {"cpu_scale": growth(title, unit, [point["blobs"] for point in points], costs)}
+
+
 def gpu(machine: str, result: dict[str, Any]) -> Figures:
     """Draw the plots of a GPU of which all figures were measured."""
     where = result["versions"]["gpu"]
@@ -168,7 +181,11 @@ def draw(results: Path) -> Figures:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    of_cpu: dict[str, Callable[[dict[str, Any]], Figures]] = {"cpu.json": cpu, "cpu-hf.json": hf_cpu}
+    of_cpu: dict[str, Callable[[dict[str, Any]], Figures]] = {
+        "cpu.json": cpu,
+        "cpu-hf.json": hf_cpu,
+        "scale.json": scale,
+    }
     of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {"gpu.json": gpu, "hf.json": hf_gpu}
     figures: Figures = {}
     for name, draw_cpu in of_cpu.items():

@@ -2,11 +2,12 @@
 
     python benchmarks scale [--points NAME ...] [--divide N] [--out FILE]
 
-Each point is a fresh keeper and store, with models whose blobs nobody else has, in host memory, and with clients that
-are connected and read one model each. ``tenth`` has 100 models of 300 blobs and 100 clients; ``models``, ``blobs`` and
-``clients`` have ten times as many of one of them; ``half`` and ``full`` have 500 and 1,000 models of 300 blobs, and as
-many clients. Blobs have 512 bytes: the store's work depends on numbers, not on bytes. Then one more client measures,
-with models of 300 blobs of its own at every point:
+Each point is a keeper and store of its own, with models whose blobs nobody else has, in host memory, and with clients
+that are connected and read one model each. ``tenth`` has 100 models of 300 blobs and 100 clients; ``models``, ``blobs``
+and ``clients`` have ten times as many of one of them; ``half`` and ``full`` have 500 and 1,000 models of 300 blobs, and
+as many clients. Blobs have 512 bytes: the store's work depends on numbers, not on bytes. All stores exist at the same
+time, and rounds of measurements alternate between them, so that the machine's other work has the same part in each. One
+more client of each measures, with models of 300 blobs of its own at every point:
 
 publish           open, plan, fill and commit a model
 attach, leave     open a model and receive its descriptors; leave it
@@ -26,20 +27,20 @@ depend on the machine's other work.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from support.content import blob, key
-from support.scraping import LOCAL, get
 
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.device import Device
@@ -54,6 +55,7 @@ from benchmarks.workers.scale import contents_of
 from shared_store.base.status import Status
 from shared_store.runtime.options import ServeOptions
 
+LOCAL = "127.0.0.1"
 PROBE_BLOBS = 300
 PROBES = 50
 """Models of the client that measures: each round publishes, attaches to and removes as many."""
@@ -113,6 +115,10 @@ class Measured:
         self.publish_seconds = self._publish()
         self.attach_seconds = seconds(self._attach)
         self.operations: dict[str, Samples] = {}
+        self.restarts: dict[str, list[float]] = {}
+        self.longest: dict[str, dict[str, Any]] = {"busy": {}, "restarted": {}, "idle": {}}
+        self.idle: dict[str, int] = {}
+        self.rss = 0
 
     def _publish(self) -> float:
         half = self.point.models // 2
@@ -160,6 +166,20 @@ class Measured:
             for number in range(count):
                 took.append(seconds(lambda: operation(number)))  # noqa: B023 - called at once
 
+    def figures(self) -> dict[str, Any]:
+        """Return all figures."""
+        return {
+            "models": self.point.models,
+            "blobs": self.point.models * self.point.blobs,
+            "clients": self.point.clients,
+            "publish_all_s": round(self.publish_seconds, 2),
+            "attach_all_s": round(self.attach_seconds, 2),
+            "rss_bytes": self.rss,
+            "requests": {name: samples.figures() for name, samples in self.operations.items()},
+            "restart": {name: round(statistics.median(values), 3) for name, values in self.restarts.items()},
+            "loop": {**self.longest, "idle": self.longest["idle"] | self.idle},
+        }
+
     def close(self) -> None:
         """Disconnect the session that measures."""
         self.session.close()
@@ -171,91 +191,81 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
-def measure_requests(measured: Measured) -> dict[str, Any]:
-    """Return the figures of all operations."""
+def scrape(port: int) -> bytes:
+    """Return the text of the store's metrics."""
+    connection = http.client.HTTPConnection(LOCAL, port, timeout=60)
+    with closing(connection):
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read()
+
+
+def measure_round(measured: Measured, number: int) -> None:
+    """Measure a round of all operations."""
     device, session, node = Device(), measured.session, measured.node
     port = int(re.findall(r"health at http://127\.0\.0\.1:(\d+)", (node.directory / "store.log").read_text())[-1])
-    for round_ in range(ROUNDS):
-        first = FIRST_PROBE + round_ * PROBES
-        contents = [contents_of(first + number, PROBE_BLOBS) for number in range(PROBES)]
-        blobs = [[blob(data) for data in model] for model in contents]
+    first = FIRST_PROBE + number * PROBES
+    contents = [contents_of(first + probe, PROBE_BLOBS) for probe in range(PROBES)]
+    blobs = [[blob(data) for data in model] for model in contents]
 
-        def publish_one(number: int) -> None:
-            open_model(session, key(first + number))  # noqa: B023 - called at once
-            publish(session, device, key(first + number), contents[number], blobs[number])  # noqa: B023
+    def publish_one(probe: int) -> None:
+        open_model(session, key(first + probe))
+        publish(session, device, key(first + probe), contents[probe], blobs[probe])
 
-        def attach_one(number: int) -> None:
-            _, fds = open_model(session, key(first + number), publish=False) or (None, None)  # noqa: B023
-            assert fds is not None
-            fds.close()
+    def attach_one(probe: int) -> None:
+        found = open_model(session, key(first + probe), publish=False)
+        assert found is not None
+        found[1].close()
 
-        def connect_one(number: int) -> None:
-            with node.session("passing") as passing:
-                found = open_model(passing, key(first + number), publish=False)  # noqa: B023
-                assert found is not None
-                found[1].close()
+    def connect_one(probe: int) -> None:
+        with node.session("passing") as passing:
+            found = open_model(passing, key(first + probe), publish=False)
+            assert found is not None
+            found[1].close()
 
-        def leave_one(number: int) -> None:
-            session.leave(key(first + number))  # noqa: B023
-
-        def remove_one(number: int) -> None:
-            session.remove(key(first + number))  # noqa: B023
-
-        measured.repeat("publish", PROBES, publish_one)
-        for number in range(PROBES):
-            leave_one(number)
-        measured.repeat("attach", PROBES, attach_one)
-        measured.repeat("leave", PROBES, leave_one)
-        measured.repeat("connection", PROBES, connect_one)
-        measured.repeat("remove", PROBES, remove_one)
-        measured.repeat("status", PROBES, lambda _: session.status())
-        measured.repeat("scrape", 5, lambda _: get(port, "/metrics"))
-    return {name: samples.figures() for name, samples in measured.operations.items()}
+    measured.repeat("publish", PROBES, publish_one)
+    for probe in range(PROBES):
+        session.leave(key(first + probe))
+    measured.repeat("attach", PROBES, attach_one)
+    measured.repeat("leave", PROBES, lambda probe: session.leave(key(first + probe)))
+    measured.repeat("connection", PROBES, connect_one)
+    measured.repeat("remove", PROBES, lambda probe: session.remove(key(first + probe)))
+    measured.repeat("status", PROBES, lambda _: session.status())
+    measured.repeat("scrape", 5, lambda _: scrape(port))
 
 
-def measure_restart(measured: Measured, longest: dict[str, Any]) -> dict[str, float]:
-    """Kill the store several times; return the medians, and add the longest callbacks of each new store."""
-    times: dict[str, list[float]] = {}
-    models = set(range(min(measured.point.models, measured.point.clients)))
+def measure_restart(measured: Measured) -> None:
+    """Kill the store, and wait until all clients have rejoined."""
+    times = measured.restarts
+    models = min(measured.point.models, measured.point.clients)
 
     def whole(status: Status) -> bool:
-        read = [model for model in status.models if model.readers]
-        return (
-            len(status.models) == measured.point.models
-            and len(read) == len(models)
-            and (sum(model.readers for model in read) == measured.point.clients)
-        )
+        read = [model.readers for model in status.models if model.readers]
+        return (len(status.models), len(read), sum(read)) == (measured.point.models, models, measured.point.clients)
 
-    for _ in range(RESTARTS):
-        pid = measured.store_pid
-        killed = time.perf_counter()
-        os.kill(pid, signal.SIGKILL)
-        with measured.node.session("new", timeout_s=WAIT_S) as session:
-            times.setdefault("serving_s", []).append(time.perf_counter() - killed)
-            times.setdefault("serving_cpu_s", []).append(cpu_seconds(session.store_pid))
-            wait_until(lambda: whole(session.status()), "all clients to rejoin", WAIT_S, 0.2)
-            times.setdefault("rejoined_s", []).append(time.perf_counter() - killed)
-            times.setdefault("rejoined_cpu_s", []).append(cpu_seconds(session.store_pid))
-            catalog_ready(session)
-            add_longest(longest, session.status())
-        measured.session.status()  # reconnects
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
+    killed = time.perf_counter()
+    os.kill(measured.store_pid, signal.SIGKILL)
+    with measured.node.session("new", timeout_s=WAIT_S) as session:
+        times.setdefault("serving_s", []).append(time.perf_counter() - killed)
+        times.setdefault("serving_cpu_s", []).append(cpu_seconds(session.store_pid))
+        wait_until(lambda: whole(session.status()), "all clients to rejoin", WAIT_S, 0.2)
+        times.setdefault("rejoined_s", []).append(time.perf_counter() - killed)
+        times.setdefault("rejoined_cpu_s", []).append(cpu_seconds(session.store_pid))
+        catalog_ready(session)
+        add_longest(measured.longest["restarted"], session.status())
+    measured.session.status()  # reconnects
 
 
-def measure_idle(measured: Measured) -> dict[str, Any]:
-    """End all clients at the same moment, and wait until the store has compacted what is left."""
-    for child in measured.readers:
-        child.kill()
-    seen, changed = -1, time.monotonic()
+def measure_idle(measured: Measured) -> None:
+    """Wait until the store, whose clients have ended, has compacted what is left."""
+    status = measured.session.status()
+    seen, changed = status.counters.compactions, time.monotonic()
     while time.monotonic() < changed + QUIET_S:
         status = measured.session.status()
         if status.counters.compactions != seen:
             seen, changed = status.counters.compactions, time.monotonic()
         time.sleep(0.25)
-    status = measured.session.status()
-    longest: dict[str, Any] = {}
-    add_longest(longest, status)
-    return {"compactions": seen, "resident_bytes": status.totals.resident_bytes, **longest}
+    measured.idle = {"compactions": seen, "resident_bytes": status.totals.resident_bytes}
+    add_longest(measured.longest["idle"], status)
 
 
 def add_longest(longest: dict[str, Any], status: Status) -> None:
@@ -273,31 +283,29 @@ def add_longest(longest: dict[str, Any], status: Status) -> None:
     longest["names"] = sorted({*longest.get("names", ()), loop.longest_callback})
 
 
-def measure(point: Point) -> dict[str, Any]:
-    """Return all figures of a point."""
-    with Node("scale-worker") as node:
-        measured = Measured(node, point)
-        try:
-            requests = measure_requests(measured)
-            busy: dict[str, Any] = {}
-            add_longest(busy, measured.session.status())
-            usage = node.usage()
-            restarted: dict[str, Any] = {}
-            restart = measure_restart(measured, restarted)
-            idle = measure_idle(measured)
-        finally:
-            measured.close()
-    return {
-        "models": point.models,
-        "blobs": point.models * point.blobs,
-        "clients": point.clients,
-        "publish_all_s": round(measured.publish_seconds, 2),
-        "attach_all_s": round(measured.attach_seconds, 2),
-        "rss_bytes": usage.rss,
-        "requests": requests,
-        "restart": restart,
-        "loop": {"busy": busy, "restarted": restarted, "idle": idle},
-    }
+def measure(points: Mapping[str, Point]) -> dict[str, Any]:
+    """Return all figures of the points."""
+    with ExitStack() as closing:
+        stores: dict[str, Measured] = {}
+        for name, point in points.items():
+            stores[name] = Measured(closing.enter_context(Node("scale-worker")), point)
+            closing.callback(stores[name].close)
+            print(f"{name}: published in {stores[name].publish_seconds:.1f} s", flush=True)
+        for number in range(ROUNDS):
+            for measured in stores.values():
+                measure_round(measured, number)
+        for measured in stores.values():
+            add_longest(measured.longest["busy"], measured.session.status())
+            measured.rss = measured.node.usage().rss
+        for _ in range(RESTARTS):
+            for measured in stores.values():
+                measure_restart(measured)
+        for measured in stores.values():
+            for child in measured.readers:
+                child.kill()
+        for measured in stores.values():
+            measure_idle(measured)
+        return {name: measured.figures() for name, measured in stores.items()}
 
 
 def main() -> None:
@@ -309,13 +317,12 @@ def main() -> None:
         "--out", type=Path, default=RESULTS / "scale.json", help="result file (default benchmarks/results/scale.json)"
     )
     arguments = options.parse_args()
-    result: dict[str, Any] = {
-        "versions": {**stamp(), **host(), **wooly(), "load_average": load_average()},
-        "points": {},
+    points = {
+        name: Point(point.models // arguments.divide, point.blobs, point.clients // arguments.divide)
+        for name, point in POINTS.items()
+        if name in arguments.points
     }
-    for name in arguments.points:
-        point = POINTS[name]
-        divided = Point(point.models // arguments.divide, point.blobs, point.clients // arguments.divide)
-        result["points"][name] = measure(divided)
-        print(name, json.dumps(result["points"][name]), flush=True)
-        write(arguments.out, result)
+    versions = {**stamp(), **host(), **wooly(), "load_average": load_average()}
+    result = {"versions": versions, "points": measure(points)}
+    write(arguments.out, result)
+    print(json.dumps(result, indent=1))

@@ -11,6 +11,7 @@ the store speaks protocol 2.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import random
@@ -19,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -204,16 +205,23 @@ class Life:
             self._read(session, *found)
         self._step(session)
         if reads and self._chance.random() < 0.5:
-            session.report(key(model), 1000)
+            with self._not_rejoined():
+                session.report(key(model), 1000)
         self._leave(session, model)
 
     def _leave(self, session: Session, model: int) -> None:
-        try:
+        with self._not_rejoined():
             session.leave(key(model))
+
+    @contextlib.contextmanager
+    def _not_rejoined(self) -> Iterator[None]:
+        """A restarted store may have the model in other segments by the time at which this reader rejoins."""
+        try:
+            yield
         except ModelNotFoundError:
             if not self._lost:
                 raise
-            self._count("left_twice")  # the store was killed before it answered the first time
+            self._count("not_rejoined")
 
     def _publish(self, session: Session, model: int) -> bool:
         """Publish a model, and read it. Return False if the publication was given up or refused."""

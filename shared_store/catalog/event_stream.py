@@ -27,7 +27,7 @@ _BLOCK_MS: Final = (
 )
 _AT_ONCE: Final = 500
 _ABOUT: Final = ("kind", "node", "epoch", "seq", "time")
-_NUMBERS: Final = frozenset({"bytes", "count", "down_ms", "freed_bytes", "moved_bytes", "pid", "segment"})
+_NUMBERS: Final = frozenset({"bytes", "count", "down_ms", "freed_bytes", "moved_bytes", "pid", "segment", "uid"})
 
 
 class EventEntry(msgspec.Struct, frozen=True):

@@ -91,12 +91,12 @@ def quarantine(rows: Sequence[QuarantineStatus]) -> Table:
 def clients(rows: Sequence[ClientStatus], names: dict[str, str]) -> Table:
     """Format clients, one row for each model that a client uses. ``names``: names of models by key."""
     return table(
-        (">PID", ">UID", "CLIENT", "PRIO", "ROLE", "MODEL", ">MAPPED", ">PRIVATE", "ACTIVITY"),
+        (">PID", ">UID", "CLIENT", "ROLE", "MODEL", ">MAPPED", ">PRIVATE", "PRIO", "ACTIVITY"),
         [
             (
-                *(process(row), str(row.uid), row.name or "-", f"P{row.priority}", row.role),
+                *(process(row), str(row.uid), row.name or "-", row.role),
                 *(names.get(row.key) or short_key(row.key) or "-", size(row.mapped_bytes), size(row.private_bytes)),
-                activity(row.activity),
+                *(f"P{row.priority}", activity(row.activity)),
             )
             for row in rows
         ],

@@ -6,7 +6,8 @@ import pytest
 
 from shared_store.base.errors import ConfigError
 from shared_store.base.sizes import parse_size
-from shared_store.cli import render
+from shared_store.base.status import ActivityStatus, ClientStatus
+from shared_store.cli import render, views
 from shared_store.cli.serve import parse_limit
 
 
@@ -61,3 +62,32 @@ def test_duration(seconds, text):
 def test_control_characters_are_replaced():
     """Escapes, line ends and direction marks in a client's name are shown as question marks."""
     assert render.plain("a\x1b[31mb\nc\u202ed") == "a?[31mb?c?d"
+
+
+@pytest.mark.parametrize(
+    ("activity", "shown"),
+    [
+        (None, "-"),
+        (ActivityStatus(busy=True, idle_s=0.1, running=3, waiting=1), "busy, 3 running, 1 waiting"),
+        (ActivityStatus(busy=False, idle_s=None, running=0, waiting=0), "idle"),
+        (ActivityStatus(busy=False, idle_s=3 * 3600 + 65, running=0, waiting=0), "idle for 3 h 1 min"),
+    ],
+)
+def test_activity_of_a_client(activity, shown):
+    assert views.activity(activity) == shown
+
+
+@pytest.mark.parametrize(
+    ("described", "shown"),
+    [
+        ({}, "0"),
+        ({"pid_known": False}, "unknown"),
+        ({"pid_known": False, "pod": "llama-0"}, "llama-0"),
+        (
+            {"pid_known": False, "namespace": "serving", "pod": "llama-0", "container": "engine"},
+            "serving/llama-0/engine",
+        ),
+    ],
+)
+def test_process_of_a_client(described, shown):
+    assert views.process(ClientStatus(1, 0, 0, "", "", "idle", 0, 0, **described)) == shown

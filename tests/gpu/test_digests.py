@@ -166,12 +166,12 @@ def test_kernels_are_the_compiled_ones():
 
 @pytest.mark.parametrize("kept", ["compute_75", None])
 def test_a_gpu_without_machine_code_gets_the_same_digests(pool, monkeypatch, caplog, kept):
-    """PTX, and without any image NVRTC, make kernels with the same digests; the second is logged."""
+    """PTX, and without any image CuPy, make kernels with the same digests; the second is logged."""
     stored = images.read(kernels.IMAGES)
     left = {name: image for name, image in stored.images.items() if name == kept}
     monkeypatch.setattr(images, "read", lambda _: images.Images(stored.source, stored.compiler, left))
     monkeypatch.setattr(kernels, "_loaded", {})
     made = CudaDigests()
-    assert kernels.kernels_of(Driver(), 0).image == (kept or "nvrtc")
+    assert kernels.kernels_of(Driver(), 0).image == (kept or "cupy")
     assert mismatches(made, pool, [(3, size) for size in EDGES + GROUPS]) == []
     assert ("compiling it" in caplog.text) == (kept is None)

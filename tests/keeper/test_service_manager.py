@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,18 @@ from support.service_manager import ServiceManager
 from support.stores import KeptStore
 from support.waiting import wait_until
 
+from shared_store.client.session import Session
+
 ONE = "a" * 64
 MODEL = [[1, 300_000], [2, 3 << 20]]
 UNIT = Path(__file__).resolve().parents[2] / "deploy" / "systemd" / "wooly.service"
+
+
+def restarts(code):
+    """Whether the unit starts the service again after an exit code (negative: a signal), as systemd.service(5) says."""
+    (policy,) = [line.removeprefix("Restart=") for line in UNIT.read_text().splitlines() if line.startswith("Restart=")]
+    clean = code == 0 or -code in {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE}
+    return {"always": True, "on-failure": not clean, "no": False}[policy]
 
 
 @pytest.fixture
@@ -108,6 +118,76 @@ def test_stored_fd_that_does_not_match_its_record(service, manager, actor):
     late = actor()
     assert late.publish(key=ONE, model=MODEL) == "granted"
     assert late.digests() == late.expected()
+
+
+def test_stop_means_stopped(service, manager, actor):
+    """`wooly stop` leaves nothing for the next start, and ends so that the unit's manager does not restart it."""
+    first = service()
+    publisher = actor()
+    publisher.publish(key=ONE, model=MODEL)
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
+    publisher.leave(key=ONE)
+    with Session.connect(first.directory, autostart=False) as session:
+        session.shutdown_store()
+    code = first.wait()
+    assert not restarts(code)
+    assert manager.stored == {}
+    assert {path.name for path in first.directory.iterdir()}.isdisjoint({"store.sock", "journal", "journal.new"})
+    publisher.kill()
+    again = service()  # whoever starts it gets an empty store
+    assert again.status().models == ()
+    assert again.status().totals.resident_bytes == 0
+
+
+def test_stop_while_the_manager_does_not_read(service, manager):
+    """It ends all the same, within a few seconds."""
+    first = service()
+    manager.pause()
+    with Session.connect(first.directory, autostart=False) as session:
+        session.shutdown_store()
+    assert not restarts(first.wait())
+    manager.resume()
+
+
+def test_restart_by_the_manager_loses_nothing(service, manager, actor):
+    """SIGTERM to keeper and store, as `systemctl restart` sends it: journal, socket and stored fds remain."""
+    first = service()
+    publisher = actor()
+    publisher.publish(key=ONE, model=MODEL)
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
+    publisher.kill()
+    for pid in (first.store_pid, first.pid):
+        os.kill(pid, signal.SIGTERM)
+    first.wait()
+    assert len(manager.stored) == 2
+    again = service()
+    late = actor()
+    assert late.open(key=ONE, publish=False) == "attached"
+    assert late.digests() == late.expected()
+    assert again.status().totals.resident_bytes > 0
+
+
+def test_a_killed_keeper_is_restarted(service):
+    """The unit counts a signal as a failure, as it does an exit code of an error."""
+    first = service()
+    first.kill_both()
+    assert restarts(first.wait())
+    assert restarts(1)
+
+
+def test_released_memory_is_confirmed_when_the_manager_has_closed_it(service, manager, actor):
+    """The manager has a descriptor, too. Until it has closed it, the bytes count as used."""
+    kept = service()
+    publisher = actor()
+    publisher.publish(key=ONE, model=MODEL)
+    wait_until(lambda: len(manager.stored) == 2, "the segment to be stored")
+    publisher.leave(key=ONE)
+    manager.pause()
+    publisher.remove(key=ONE)
+    assert [device.releasing_bytes for device in kept.status().devices] == [4 << 20]
+    manager.resume()
+    wait_until(lambda: kept.status().devices[0].releasing_bytes == 0, "the confirmation")
+    assert list(manager.stored) == ["listen"]
 
 
 def test_stores_do_not_inherit_the_variables(service, actor):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_store.base.layout import ALIGNMENT, GRANULARITY, round_up
 from shared_store.base.manifest import Blob
 from shared_store.store.space.compaction_plan import choose
-from shared_store.store.space.eviction import CachedModel, evict
+from shared_store.store.space.eviction import CachedModel, evict, evict_one
 from shared_store.store.state.compactions import Source
 from shared_store.store.state.segments import OccupiedSegment
 
@@ -56,21 +58,76 @@ def test_eviction_frees_enough_or_nothing(models, segments, needed):
 
 @given(MODELS, SEGMENTS, st.integers(1, 20))
 def test_eviction_is_in_order_of_least_recent_use(models, segments, needed):
-    """A model that is older than an evicted one and stays would have freed nothing in addition."""
+    """Those that were used before the most recently used one that is evicted would not free enough."""
     chosen = evict(models, segments, needed) or ()
     by_key = {one.key: one for one in models}
     assert list(chosen) == sorted(chosen, key=lambda key: (by_key[key].last_used, key))
-    for one in models:
-        if one.key not in chosen and one.evictable and any(by_key[key].last_used > one.last_used for key in chosen):
-            assert freed(segments, {*chosen, one.key}) == freed(segments, chosen)
+    if chosen:
+        last = (by_key[chosen[-1]].last_used, chosen[-1])
+        older = {one.key for one in models if one.evictable and (one.last_used, one.key) < last}
+        assert freed(segments, older) < needed
 
 
 @given(MODELS, SEGMENTS, st.integers(1, 20))
 def test_no_more_models_are_evicted_than_needed(models, segments, needed):
-    """Without the most recently used of them, too little would be freed."""
-    chosen = evict(models, segments, needed)
-    if chosen:
-        assert freed(segments, chosen[:-1]) < needed
+    """No proper subset of them would free enough."""
+    chosen = evict(models, segments, needed) or ()
+    for number in range(len(chosen)):
+        for fewer in itertools.combinations(chosen, number):
+            assert freed(segments, fewer) < needed
+
+
+@given(MODELS, SEGMENTS, st.integers(1, 20), st.integers(0, 20))
+def test_eviction_one_by_one_ends_with_enough_or_with_all(models, segments, nbytes, free):
+    """Where the free bytes are unknown: models are evicted until the allocation fits, in steps that free something."""
+    left, gone = list(segments), one_by_one(models, segments, nbytes, free)
+    may = {one.key for one in models if one.evictable}
+    assert set(gone) <= may
+    if freed(left, gone) + free < nbytes:
+        assert freed(left, gone) == freed(left, may)
+
+
+@given(
+    MODELS,
+    st.lists(
+        st.builds(OccupiedSegment, st.integers(1, 4), st.sampled_from(NAMES).map(lambda one: frozenset({one}))),
+        max_size=8,
+    ),
+    st.integers(1, 20),
+    st.integers(0, 20),
+)
+def test_eviction_one_by_one_takes_no_more_than_needed(models, segments, nbytes, free):
+    """If models share no segment: no proper subset would have been enough, although that was not known before."""
+    gone = one_by_one(models, segments, nbytes, free)
+    if freed(segments, gone) + free < nbytes:
+        return
+    for number in range(len(gone)):
+        for fewer in itertools.combinations(gone, number):
+            assert freed(segments, fewer) + free < nbytes
+
+
+def one_by_one(models, segments, nbytes, free):
+    """Evict until an allocation fits, as admission does where the free bytes are unknown; the evicted keys."""
+    gone, left = [], list(models)
+    while freed(segments, gone) + free < nbytes:
+        present = [
+            OccupiedSegment(one.nbytes, one.owners - set(gone)) for one in segments if not one.owners <= set(gone)
+        ]
+        chosen = evict_one(left, present, None if gone else nbytes)
+        if chosen is None:
+            break
+        assert freed(segments, [*gone, *chosen]) > freed(segments, gone)
+        gone += chosen
+        left = [one for one in left if one.key not in chosen]
+    return gone
+
+
+def test_one_model_that_is_surely_enough_is_preferred_in_order_of_last_use():
+    segments = [OccupiedSegment(nbytes, frozenset(name)) for nbytes, name in ((2, "a"), (8, "b"), (16, "c"))]
+    models = [CachedModel(name, use, 0, pinned=False) for name, use in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    assert evict_one(models, segments, 4) == ("b",)
+    assert evict_one(models, segments, 20) == ("c",)
+    assert evict_one(models, segments, None) == ("c",)
 
 
 def test_a_shared_segment_is_freed_with_its_last_owner():

@@ -24,6 +24,8 @@ class ServiceManager:
         self._path = str(path)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.bind(self._path)
+        self._reads = threading.Event()
+        self._reads.set()
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
@@ -36,7 +38,15 @@ class ServiceManager:
         fds = tuple(self.stored.values())
         return [sys.executable, __file__, ":".join(self.stored), ":".join(map(str, fds))], fds
 
+    def pause(self):
+        """Read nothing more after the next message, which waits unprocessed."""
+        self._reads.clear()
+
+    def resume(self):
+        self._reads.set()
+
     def close(self):
+        self.resume()
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
             sock.sendto(b"", self._path)
         self._thread.join()
@@ -49,6 +59,7 @@ class ServiceManager:
             data, fds, _, _ = socket.recv_fds(self._sock, 1 << 16, 16)
             if not data:
                 return
+            self._reads.wait()
             lines = data.decode().split("\n")
             values = dict(line.split("=", 1) for line in lines)
             if "FDSTORE" in values:

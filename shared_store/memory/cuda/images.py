@@ -24,7 +24,8 @@ ENTRIES: Final = (b"hash_groups", b"join_groups")
 TARGETS: Final = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_75")
 """Architectures that are compiled ahead: machine code (``sm_``), and PTX (``compute_``) for later GPUs."""
 
-_OPTIONS: Final = ("--std=c++17", f"-DTHREADS={THREADS}")
+OPTIONS: Final = ("--std=c++17", f"-DTHREADS={THREADS}")
+"""Options of the compiler, besides the target."""
 
 
 class Images(msgspec.Struct, frozen=True):
@@ -47,7 +48,7 @@ class Images(msgspec.Struct, frozen=True):
 
 def fingerprint(source: bytes) -> bytes:
     """Return a digest of a source and of the options that it is compiled with."""
-    return digest(source + b"\0" + " ".join((*_OPTIONS, *TARGETS)).encode())
+    return digest(source + b"\0" + " ".join((*OPTIONS, *TARGETS)).encode())
 
 
 def read(file: Path) -> Images:
@@ -101,7 +102,7 @@ def compile_source(source: bytes, target: str) -> bytes:
 
 def _compile(nvrtc: Any, source: bytes, target: str) -> bytes:
     program = _checked(nvrtc.nvrtcCreateProgram(source, b"blake3.cu", 0, [], []))
-    options = [option.encode() for option in (*_OPTIONS, f"--gpu-architecture={target}")]
+    options = [option.encode() for option in (*OPTIONS, f"--gpu-architecture={target}")]
     (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if failed:
         text = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))

@@ -1,0 +1,132 @@
+"""A keeper or store that reaches its limit of open files goes on, and does later what it could not do then."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from support.content import key
+from support.waiting import open_fds, process_state, wait_until
+
+MIB = 1 << 20
+MODELS = 30
+
+
+@contextlib.contextmanager
+def limited(pid, number):
+    """Limit a process to descriptors below a number; it keeps those that it has."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (number, limits[1]))
+    try:
+        yield
+    finally:
+        if process_state(pid):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture
+def many(kept, actor):
+    """A keeper that retains many segments of one reader each, and the reader."""
+    reader = actor()
+    for number in range(MODELS):
+        reader.publish(key=key(number), model=[[number, 1000]])
+    wait_until(lambda: kept.status().keeper.state == "ok", "the keeper")
+    return kept
+
+
+def restored(kept, pid):
+    """Wait for another store with all models; the keeper is the same process."""
+    wait_until(lambda: kept.status().store.pid != pid, "another store")
+    status = kept.status()
+    assert len(status.models) == MODELS
+    assert status.keeper.pid == kept.pid
+    assert status.totals.resident_bytes == MODELS * 2 * MIB
+
+
+def test_a_keeper_near_its_limit_restarts_the_store(many):
+    """Sending the state needs no further descriptor for each segment."""
+    with limited(many.pid, open_fds(many.pid) + 12):
+        restored(many, many.kill_store())
+
+
+def test_a_keeper_at_its_limit_restarts_the_store_later(many):
+    """It cannot start a process. It retains the models, logs the reason once, and tries until it can."""
+    with limited(many.pid, 3):
+        pid = many.kill_store()
+        wait_until(lambda: "cannot start a store: Too many open files" in many.log(), "the reason in the log")
+        assert process_state(many.pid) in {"S", "R"}
+    restored(many, pid)
+    assert many.log().count("cannot start a store") == 1
+
+
+def test_a_keeper_of_more_than_a_thousand_descriptors(start_kept, actor):
+    """Its descriptors of a store's process have numbers above those that select() can wait for."""
+    inherited = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        kept = start_kept(popen={"pass_fds": inherited})
+    finally:
+        for fd in inherited:
+            os.close(fd)
+    reader = actor()
+    reader.publish(key=key(1), model=[[1, 1000]])
+    pid = kept.kill_store()
+    wait_until(lambda: kept.status().store.pid != pid, "another store")
+    assert kept.status().keeper.pid == kept.pid
+
+
+def test_a_store_without_free_descriptors_gets_another_keeper_later(many):
+    """Each segment needs a descriptor for the new keeper. The status has the reason until there is one."""
+    client = many.client()
+    store = client.session.status().store.pid
+    with limited(store, 3):
+        os.kill(many.pid, signal.SIGKILL)
+        many.wait()
+        wait_until(lambda: "another cannot be started yet" in str(client.session.status().store.reasons), "the reason")
+        assert client.session.status().keeper.state == "gone"
+        assert client.session.status().store.state == "degraded"
+    wait_until(lambda: client.session.status().keeper.state == "ok", "another keeper")
+    assert not [one for one in client.session.status().store.reasons if "keeper" in one]
+    keeper = client.session.status().keeper.pid
+    assert keeper != many.pid
+    pid = many.kill_store()
+    wait_until(lambda: many.status().store.pid != pid, "another store")
+    assert len(many.status().models) == MODELS
+    assert many.status().keeper.pid == keeper
+
+
+def test_more_descriptors_than_may_be_on_the_way_are_sent_in_pieces():
+    """The kernel refuses them until the receiver has read some. Needs a process without CAP_SYS_RESOURCE."""
+    program = """
+        import os, resource, socket, sys
+        if os.getuid() == 0:
+            os.setgroups([]); os.setgid(65534); os.setuid(65533)
+        from shared_store.keeper.store_process import StoreProcess
+        from shared_store.protocol import keeper_messages, wire
+        from shared_store.runtime.fds import OwnedFd
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        ours, theirs = socket.socketpair()
+        store = StoreProcess(os.getpid(), OwnedFd(os.pidfd_open(os.getpid())), ours)
+        fd = os.open("/dev/null", os.O_RDONLY)
+        record = keeper_messages.SegmentRecord
+        store.send_state([keeper_messages.Hold(record(n, "cpu", 1)) for n in range(200)], lambda _: (fd,))
+        refused, received, decoder = 0, 0, wire.Decoder(wire.MAX_FROM_STORE)
+        while store.unsent or received < 200:
+            refused += bool(store.refused)
+            for frame in decoder.feed(*wire.receive(theirs)):
+                assert len(frame.fds) == 1
+                frame.fds.close()
+                received += 1
+            store.flush()
+        print(received, refused > 0)
+        store.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "200 True\n"), done.stderr
