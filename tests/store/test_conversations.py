@@ -94,7 +94,7 @@ class Peer:
                 self.published.add(request.key)
                 if late:
                     self.request(lambda n: messages.Abandon(n, request.key, "late"))
-            case (messages.Open() | messages.Commit()), messages.Attached():
+            case ((messages.Open() | messages.Commit()), messages.Attached()):
                 self.published.discard(request.key)
                 self.read.add(request.key)
                 if late:
