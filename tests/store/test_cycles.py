@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
 import socket
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,10 @@ from support import cycles
 from support.rawclient import RawClient
 from support.waiting import wait_until
 
-from shared_store.base.errors import ModelNotFoundError, TimedOutError, WoolyError
+from shared_store.base.errors import ConnectionLostError, ModelNotFoundError, TimedOutError, WoolyError
 from shared_store.client.session import Session
 from shared_store.protocol import messages
+from shared_store.store.asking import Asking
 
 KEY, OTHER = "a" * 64, "b" * 64
 
@@ -55,6 +59,26 @@ def converse(directory):
         garbage.sendall(b"\xff" * 100)
         with contextlib.suppress(OSError):
             garbage.recv(1000)
+
+
+def test_a_request_of_the_store_that_a_lost_client_did_not_answer():
+    """Its error refers to the frame that raised it, which does not refer to it."""
+
+    async def lose():
+        asking = Asking(lambda _: None, asyncio.Event())
+        task = asyncio.create_task(asking.ask(messages.SwapOut(0, "why"), 10.0, lambda _: None))
+        await asyncio.sleep(0)
+        asking.ended()
+        with contextlib.suppress(ConnectionLostError):
+            await task
+        del task  # the error refers to this frame, too
+        return weakref.ref(asking)
+
+    gc.disable()
+    try:
+        assert asyncio.run(lose())() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_of_an_ended_connection_waits_for_the_collector(start_store, directory, tmp_path):
