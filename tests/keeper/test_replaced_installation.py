@@ -31,17 +31,27 @@ DIGESTS = [blob(content(seed, nbytes)).digest.hex() for seed, nbytes in MODEL]
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE_LAYERS = "0b48ea0"
 """The last commit before the modules moved into layers. Most modules had other names."""
+PROTOCOL_1 = "e634cb3"
+"""The last commit whose clients and stores speak protocol 1 only."""
 
 
-def of_history(site):
+def of_history(commit, site):
     """Unpack the packages of an earlier commit."""
     archive = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", BEFORE_LAYERS, "shared_store"], capture_output=True, check=False
+        ["git", "-C", str(ROOT), "archive", commit, "shared_store"], capture_output=True, check=False
     )
     if archive.returncode != 0:
-        pytest.skip(f"the history has no commit {BEFORE_LAYERS}: {archive.stderr.decode().strip()}")
+        pytest.skip(f"the history has no commit {commit}: {archive.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
         files.extractall(site, filter="data")
+
+
+def before_layers(site):
+    of_history(BEFORE_LAYERS, site)
+
+
+def of_protocol_1(site):
+    of_history(PROTOCOL_1, site)
 
 
 def of_this_version(site):
@@ -132,7 +142,10 @@ def start_reader(directory, installation):
         one.kill()
 
 
-@pytest.fixture(params=[of_history, of_this_version], ids=["from before the layers", "from this version"])
+@pytest.fixture(
+    params=[before_layers, of_protocol_1, of_this_version],
+    ids=["from before the layers", "from protocol 1", "from this version"],
+)
 def running(request, directory, installation, actor, start_reader):
     """A keeper, store and reader of version 1.0.0, after version 2.0.0 was installed in the same place."""
     installation.install(request.param, "1.0.0")
@@ -212,3 +225,59 @@ def test_upgrade(running, installation, start_reader):
     os.kill(kept.status().store.pid, signal.SIGKILL)
     wait_until(lambda: kept.status().keeper.restarts == 1, "the next store")
     assert kept.status().store.version == "2.0.0"
+
+
+class Load:
+    """A process of an installed version that makes requests without a pause."""
+
+    def __init__(self, directory, installation):
+        program = Path(__file__).parents[1] / "support" / "installed_load.py"
+        self._process = subprocess.Popen(
+            [sys.executable, str(program), str(directory), ONE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            **installation.popen,
+        )
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def end(self):
+        """Stop it. Returns what it counted."""
+        said, _ = self._process.communicate(timeout=60)
+        return json.loads(said)
+
+    def kill(self):
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def start_load(directory, tmp_path):
+    """Return a function that starts a load of a version, each from a directory of its own."""
+    started = []
+
+    def start(unpack):
+        site = Installation(tmp_path / f"site {len(started)}", tmp_path)
+        site.install(unpack, "3.0.0")
+        started.append(Load(directory, site))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+def test_upgrade_under_load(running, installation, start_load, start_reader):
+    """Clients of protocol 1 and of this version go on over the upgrade, with each of the two stores."""
+    kept, reader = running
+    before = kept.status()
+    loads = [start_load(of_protocol_1), start_load(of_this_version), start_load(of_this_version)]
+    wait_until(lambda: kept.status().counters.attaches > before.counters.attaches + 60, "rounds with the old store")
+    client = kept.client()
+    client.session.upgrade_store(sys.executable, installation.python)
+    client.close()
+    wait_until(lambda: kept.status().counters.attaches > 60, "rounds with the new store")
+    said = [load.end() for load in loads]
+    assert [one["errors"] for one in said] == [[], [], []]
+    assert all(set(one["stores"]) == {before.store.pid, kept.status().store.pid} for one in said), said
+    wait_until(lambda: model(kept).readers == 1, "the loads to disconnect")
+    check_new_version(kept, reader, start_reader, before)
