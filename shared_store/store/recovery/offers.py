@@ -111,6 +111,8 @@ class Offers:
                         self._devices.put(number, device, FdSegment(fd.dup(), nbytes))
                         state.segments.take_back(number, device, nbytes)
                 state.readmit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
+                for number in state.segments.sweep(ids):  # the model uses other copies of all blobs in it
+                    self._devices.release(number)
                 self._signals.changed()
             finally:
                 self._arrivals.settled(key)

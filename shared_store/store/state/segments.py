@@ -287,9 +287,9 @@ class Segments:
             entry.live = 0
         return self._sweep(present)
 
-    def sweep(self) -> list[int]:
-        """Remove every segment without references."""
-        return self._sweep(self._entries)
+    def sweep(self, segments: Iterable[int] | None = None) -> list[int]:
+        """Remove every segment without references, or those of these segments."""
+        return self._sweep(self._entries if segments is None else segments)
 
     def _place(self, entry: SegmentEntry, blob: Blob, offset: int) -> None:
         self.blobs.add(entry.device, blob.digest, BlobEntry(blob.nbytes, entry.id, offset))
