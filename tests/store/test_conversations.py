@@ -63,7 +63,7 @@ class Peer:
 
     def pump(self, timeout_s=0.0):
         """Act on what has arrived. Returns whether anything had."""
-        if not readable(self.raw.sock, timeout_s) and not self.raw.channel._ready:
+        if not self.raw.channel._ready and not readable(self.raw.sock, timeout_s):
             return False
         frame = self.raw.channel.receive()
         with frame.fds:
@@ -134,17 +134,23 @@ class Conversations(RuleBasedStateMachine):
         self.join()
 
     def teardown(self):
-        for peer in list(self.peers):
-            self._lost(peer)
-            peer.raw.__exit__()
+        try:
+            for peer in self.peers:
+                self._lost(peer)
+                peer.raw.__exit__()
+            self.peers = []
+            self._nothing_is_left()
+        finally:
+            self.served.__exit__()
+            shutil.rmtree(self.directory)
+        wait_until(lambda: open_fds() <= self.before, "all descriptors to be closed")
+
+    def _nothing_is_left(self):
         state, waiters = self.served.parts.state, self.served.parts.waiters
-        self._until(lambda: self.served.call(lambda: not state.clients), "the sessions to end")
+        wait_until(lambda: self.served.call(lambda: not state.clients), "the sessions to end")
         assert self.served.call(waiters.all) == []
         assert self.served.call(lambda: [state.turns.holder(name) for name in TURNS]) == [None, None]
         assert all(not model.readers and model.publisher is None for model in self.served.call(state.models.all))
-        self.served.__exit__()
-        shutil.rmtree(self.directory)
-        wait_until(lambda: open_fds() <= self.before, "all descriptors to be closed")
 
     # Clients.
 
