@@ -64,7 +64,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
     of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
-    not confirmed to have closed, so that their memory may still be allocated. They are not resident.
+    not confirmed to have closed, so that their memory may still be allocated. They are not resident. ``host_bytes``:
+    bytes of host copies of the device's segments; they are resident bytes of ``cpu``.
     """
 
     id: str
@@ -74,6 +75,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     dead_bytes: int = 0
     padding_bytes: int = 0
     releasing_bytes: int = 0
+    host_bytes: int = 0
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -81,6 +83,10 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     ``unique_bytes``: bytes of blobs that no other committed model has. ``last_used``: Unix time in seconds at which a
     reader last attached or left; 0 before the first.
+
+    ``readers``: clients that map it. ``away``: readers that sleep. ``resident_bytes``, ``host_bytes`` and
+    ``disk_bytes``: bytes of its blobs on its device, in host copies, and in files alone. A blob may be resident and in
+    a host copy.
     """
 
     key: str
@@ -94,6 +100,10 @@ class ModelStatus(msgspec.Struct, frozen=True):
     readers: int
     pinned: bool
     last_used: float = 0.0
+    away: int = 0
+    resident_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class QuarantineStatus(msgspec.Struct, frozen=True):
@@ -125,9 +135,9 @@ class ClientStatus(msgspec.Struct, frozen=True):
     """One lease: a client, and a model that it publishes, reads or waits for; without a model, ``key`` is empty.
 
     ``mapped_bytes``: bytes of shared blobs that the client maps. ``private_bytes``: bytes of its private copies, as the
-    client reports them. ``pid`` is 0, and ``pid_known`` false, for a process of another PID namespace. From
-    ``workload`` to ``container`` the client describes itself. ``activity`` is None for a client without an activity
-    page, and where the page has no valid content.
+    client reports them. ``away``: a reader that sleeps and maps nothing. ``pid`` is 0, and ``pid_known`` false, for a
+    process of another PID namespace. From ``workload`` to ``container`` the client describes itself. ``activity`` is
+    None for a client without an activity page, and where the page has no valid content.
     """
 
     id: int
@@ -148,6 +158,7 @@ class ClientStatus(msgspec.Struct, frozen=True):
     pod: str = ""
     container: str = ""
     activity: ActivityStatus | None = None
+    away: bool = False
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -166,6 +177,9 @@ class Counters(msgspec.Struct, frozen=True):
     quarantines: int = 0
     unconfirmed_releases: int = 0
     permission_denials: int = 0
+    sleeps: int = 0
+    wakes: int = 0
+    returns: int = 0
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

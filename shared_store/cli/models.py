@@ -8,7 +8,8 @@ def command(*, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
     """List the models in the store.
 
     SIZE is the size of a model's tensors, UNIQUE the part that no other model shares, READERS the number of processes
-    that map it. A model without readers is evicted when memory is needed, unless it is PINNED.
+    that map it, AWAY the number of its readers that sleep. RESIDENT, HOST and DISK are its bytes on its device, in host
+    copies, and in files alone. A model without readers is evicted when memory is needed, unless it is PINNED.
 
     \b
     Examples:

@@ -29,8 +29,9 @@ def command(
     """Show the store's state, memory, models and clients.
 
     The line "shared" has the bytes that clients map, the bytes in memory, and the bytes saved by sharing. Columns: DEAD
-    is memory of removed tensors, which compaction frees; PADDING is unused space between tensors; UNIQUE is the part of
-    a model that no other model shares; MAPPED and PRIVATE are shared and private bytes of a client.
+    is memory of removed tensors, which compaction frees; PADDING is unused space between tensors; HOST COPIES are
+    copies in host memory for readers that sleep (AWAY); UNIQUE is the part of a model that no other model shares;
+    MAPPED and PRIVATE are shared and private bytes of a client.
 
     \b
     Examples:

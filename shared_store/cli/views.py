@@ -41,13 +41,14 @@ def _summary(status: Status) -> list[str]:
         f"catalog  {status.catalog.state}, {status.catalog.url}",
         f"shared   {mapped} mapped by clients, {resident} resident, {saved} saved",
         f"events   {published}, {counters.attaches} attaches, {counters.evictions} evictions, {failures}",
+        f"sleep    {counters.sleeps} sleeps, {counters.wakes} wakes, {counters.returns} returns to a device",
     ]
 
 
 def devices(rows: Sequence[DeviceStatus]) -> Table:
     """Format devices, one a row."""
     return table(
-        ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS", ">DEAD", ">PADDING"),
+        ("DEVICE", ">RESIDENT", ">LIMIT", ">SEGMENTS", ">DEAD", ">PADDING", ">HOST COPIES"),
         [
             (
                 row.id,
@@ -56,6 +57,7 @@ def devices(rows: Sequence[DeviceStatus]) -> Table:
                 str(row.segments),
                 size(row.dead_bytes),
                 size(row.padding_bytes),
+                size(row.host_bytes),
             )
             for row in rows
         ],
@@ -65,11 +67,16 @@ def devices(rows: Sequence[DeviceStatus]) -> Table:
 def models(rows: Sequence[ModelStatus]) -> Table:
     """Format models, one a row."""
     return table(
-        ("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE", ">READERS", "PINNED"),
+        (
+            *("KEY", "MODEL", "ENGINE", "DEVICE", "STATE", ">TENSORS", ">SIZE", ">UNIQUE"),
+            *(">RESIDENT", ">HOST", ">DISK", ">READERS", ">AWAY", "PINNED"),
+        ),
         [
             (
                 *(short_key(row.key), row.name, row.engine, row.device, row.state),
-                *(str(row.tensors), size(row.bytes), size(row.unique_bytes), str(row.readers)),
+                *(str(row.tensors), size(row.bytes), size(row.unique_bytes)),
+                *(size(row.resident_bytes), size(row.host_bytes), size(row.disk_bytes)),
+                *(str(row.readers), str(row.away)),
                 "yes" if row.pinned else "no",
             )
             for row in rows
@@ -94,7 +101,7 @@ def clients(rows: Sequence[ClientStatus], names: dict[str, str]) -> Table:
         (">PID", ">UID", "CLIENT", "ROLE", "MODEL", ">MAPPED", ">PRIVATE", "PRIO", "ACTIVITY"),
         [
             (
-                *(process(row), str(row.uid), row.name or "-", row.role),
+                *(process(row), str(row.uid), row.name or "-", "away" if row.away else row.role),
                 *(names.get(row.key) or short_key(row.key) or "-", size(row.mapped_bytes), size(row.private_bytes)),
                 *(f"P{row.priority}", activity(row.activity)),
             )

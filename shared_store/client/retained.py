@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import weakref
 
+import msgspec
+
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 
@@ -33,3 +35,15 @@ class RetainedModel:
         """
         found = self.attached
         return messages.Offer(number, key, found.manifest, found.places, found.segments, self.private_bytes, ticket)
+
+
+class RetainedHostCopies(RetainedModel):
+    """A model that this process sleeps with: its host copies take the place of its segments."""
+
+    def rejoin(self, number: int, key: str) -> messages.Rejoin:
+        """Return the request to be a reader that is away again."""
+        return msgspec.structs.replace(super().rejoin(number, key), away=True)
+
+    def offer(self, number: int, key: str, ticket: int) -> messages.Offer:
+        """Return the request that offers the host copies."""
+        return msgspec.structs.replace(super().offer(number, key, ticket), away=True)

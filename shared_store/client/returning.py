@@ -26,6 +26,10 @@ def returning(
             return messages.Abandon(next_id(), request.key, "the client stopped waiting before the grant")
         case messages.Open() | messages.Commit(), messages.Attached():
             return messages.Leave(next_id(), request.key)
+        case messages.CopyToHost() | messages.AddHostCopies(), messages.HostCopies():
+            return messages.ReleaseHostCopies(next_id(), request.key)
+        case messages.FillHostCopy(), messages.Filled():
+            return messages.ReleaseHostCopies(next_id(), request.key)
         case messages.Compact(), messages.Compacting() if ABANDON_COMPACTION in capabilities:
             return messages.AbandonCompaction(next_id(), reply.target.id)
     return None

@@ -24,14 +24,20 @@ from typing import Self, TypeVar
 from shared_store.activity.writer import ActivityWriter
 from shared_store.base import envs
 from shared_store.base.checkpoint import FileId
-from shared_store.base.errors import ConnectionLostError, ProtocolError, StoreUnavailableError, WoolyError
+from shared_store.base.errors import (
+    ConnectionLostError,
+    ModelNotFoundError,
+    ProtocolError,
+    StoreUnavailableError,
+    WoolyError,
+)
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
 from shared_store.base.text import one_line
 from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
-from shared_store.client.retained import RetainedModel
+from shared_store.client.retained import RetainedHostCopies, RetainedModel
 from shared_store.client.serving import Handler
 from shared_store.client.workload import describe
 from shared_store.protocol import messages
@@ -343,6 +349,81 @@ class Session:
         with contextlib.suppress(ConnectionLostError):  # the old store ends when the new one takes over
             self._call(messages.Upgrade(self._next(), python, environment), messages.Done, repeat=False)
         self._connection.reconnect(before)
+
+    # Readers that sleep. The store must support "residency".
+
+    def copy_to_host(self, key: str, timeout_s: float) -> tuple[messages.HostCopies, OwnedFds]:
+        """Ask for host copies of the segments of a model that this session reads.
+
+        Args:
+            key: the weight key.
+            timeout_s: seconds that another client may take to make copies of the same segments.
+
+        Returns:
+            The segments, and a descriptor of each host copy that exists. Those that are promised are to be made by
+            this process: :meth:`fill_host_copy`, then :meth:`add_host_copies`.
+
+        Raises:
+            ModelNotFoundError: this session does not read the model.
+            OutOfMemoryError: the copies do not fit under the limit of host memory.
+        """
+        request = messages.CopyToHost(self._next(), key)
+        return self._connection.call(request, messages.HostCopies, timeout_s, repeat=True)
+
+    def fill_host_copy(self, key: str, segment: int) -> OwnedFd:
+        """Have the promised host copy of a segment (by its id) allocated, and return its descriptor.
+
+        Raises:
+            OutOfMemoryError: host memory is full.
+        """
+        request = messages.FillHostCopy(self._next(), key, segment)
+        _, fds = self._connection.call(request, messages.Filled, COPY_TIMEOUT_S, repeat=False)
+        with fds:
+            if len(fds) != 1:
+                raise ProtocolError(f"the store answered FillHostCopy with {len(fds)} descriptors")
+            return fds.detach()[0]
+
+    def add_host_copies(self, key: str) -> tuple[messages.HostCopies, OwnedFds]:
+        """Have the promised host copies verified and added. Returns what :meth:`copy_to_host` does, without promises.
+
+        Raises:
+            DigestMismatchError: bytes do not match their digests. The copies were dropped.
+        """
+        request = messages.AddHostCopies(self._next(), key)
+        return self._connection.call(request, messages.HostCopies, COPY_TIMEOUT_S, repeat=False)
+
+    def retained_segments(self, key: str) -> tuple[tuple[messages.SegmentInfo, ...], OwnedFds]:
+        """Return the segments of a model that this session reads, with a new descriptor of each.
+
+        Raises:
+            ModelNotFoundError: this session does not read the model.
+        """
+        model = self._connection.retained.get(key)
+        if model is None:
+            raise ModelNotFoundError(f"this session does not read {key}")
+        return model.attached.segments, OwnedFds.duplicates(model.fds.filenos())
+
+    def go_away(self, manifest: Manifest, copies: messages.HostCopies, fds: OwnedFds) -> None:
+        """Sleep: be a reader of a model that maps nothing. A restarted store is offered the host copies.
+
+        Args:
+            manifest: the model's.
+            copies: the store's description of the host copies.
+            fds: their descriptors, borrowed.
+        """
+        segments = tuple(messages.SegmentInfo(segment.id, segment.nbytes) for segment in copies.segments)
+        attached = messages.Attached(0, encode(manifest), copies.places, segments)
+        before = self._connection.retained.get(manifest.key)
+        asleep = RetainedHostCopies(attached, fds)
+        asleep.private_bytes = before.private_bytes if before is not None else 0
+        # The descriptors of the device's memory are closed first, or it could not be released.
+        self._connection.retained[manifest.key] = asleep
+        del before
+        self._call(messages.GoAway(self._next(), manifest.key), messages.Done)
+
+    def release_host_copies(self, key: str) -> None:
+        """Need no host copies of a model any more."""
+        self._call(messages.ReleaseHostCopies(self._next(), key), messages.Done)
 
     # Inside.
 

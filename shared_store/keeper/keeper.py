@@ -207,7 +207,7 @@ class Keeper:
             if isinstance(message, keeper_messages.StateChange):
                 self._retained.apply(message, fds)
                 self._report_journal()
-                if isinstance(message, keeper_messages.Release) and message.confirm:
+                if isinstance(message, keeper_messages.Release | keeper_messages.Vacate) and message.confirm:
                     released.append(message.segment)
                 continue
             fds.close()

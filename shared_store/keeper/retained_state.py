@@ -52,7 +52,7 @@ class RetainedState:
             segment = self.state.segments[change.segment.id]
             if segment.fd is not None:
                 self._manager.store_fd(f"{SEGMENT}{segment.record.id}", segment.fd.fileno())
-        elif isinstance(change, keeper_messages.Release):
+        elif isinstance(change, keeper_messages.Release | keeper_messages.Vacate):
             self._manager.remove_fd(f"{SEGMENT}{change.segment}")
 
     def discard(self) -> None:

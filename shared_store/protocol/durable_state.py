@@ -46,6 +46,11 @@ class DurableState:
                 released = self.segments.pop(number, None)
                 if released is not None and released.fd is not None:
                     released.fd.close()
+            case keeper_messages.Vacate(number):
+                left = self.segments.get(number)
+                if left is not None and left.fd is not None:
+                    left.fd.close()
+                    left.fd = None
             case keeper_messages.NoteModel(model):
                 self.models[model.key] = model
             case keeper_messages.ForgetModel(key):
@@ -59,6 +64,7 @@ class DurableState:
         before = self.segments.get(segment.id)
         if before is not None and before.fd is not None:
             if fd is None:
+                before.record = segment
                 return
             before.fd.close()
         self.segments[segment.id] = RetainedSegment(segment, fd)

@@ -27,11 +27,15 @@ class KeeperMessage(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, array_like=True):
-    """A segment: its id, its device, and its size in bytes. Ids are never reused."""
+    """A segment: its id, its device, and its size in bytes. Ids are never reused.
+
+    ``host`` is the id of its host copy, which is a segment of its own; 0 without one.
+    """
 
     id: int
     device: str
     nbytes: int
+    host: int = 0
 
 
 class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -56,7 +60,11 @@ class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hold(KeeperMessage, frozen=True, tag="hold"):
-    """A segment of a committed model, with its fd. Without an fd, only the record is known, from a journal."""
+    """A segment of a committed model, with its fd, or its new record.
+
+    Without an fd where none was sent before, only the record is known: from a journal, or the segment is in a lower
+    tier.
+    """
 
     segment: SegmentRecord
 
@@ -65,6 +73,16 @@ class Release(KeeperMessage, frozen=True, tag="release"):
     """No committed model has blobs in this segment any more.
 
     ``confirm``: the store waits for :class:`Released`. Keepers of earlier versions send none.
+    """
+
+    segment: int
+    confirm: bool = False
+
+
+class Vacate(KeeperMessage, frozen=True, tag="vacate"):
+    """This segment left its device: its fd must be closed. Its record stays, and its host copy has the bytes.
+
+    ``confirm``: as in :class:`Release`.
     """
 
     segment: int
@@ -89,7 +107,7 @@ class NoteFiles(KeeperMessage, frozen=True, tag="note_files"):
     files: tuple[tuple[int, FileId, bytes], ...]
 
 
-StateChange = Hold | Release | NoteModel | ForgetModel | NoteFiles
+StateChange = Hold | Release | Vacate | NoteModel | ForgetModel | NoteFiles
 
 
 # From the keeper.

@@ -1,49 +1,47 @@
-"""The host copy: the blobs of a sleeping model in host memory, as a model of the device ``cpu``.
+"""Host copies: the blobs of a sleeping model in host memory, the source from which it wakes.
 
-All processes in which the model sleeps share one host copy. Its key is derived from the model's key and its blobs'
-digests. A segment in host memory is a file, so copies use the same code as saved models.
+A segment's host copy is a tier of it, see :mod:`shared_store.store.state.residency`: the store has at most one, which
+all sleeping readers of all models in the segment share. The first of them makes it. A segment in host memory is a file,
+so copies use the same code as saved models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final
 
-import msgspec
-
-from shared_store.base import manifest as manifests
-from shared_store.base.errors import DigestMismatchError
-from shared_store.base.keys import host_key
+from shared_store.base.errors import DigestMismatchError, WoolyError
+from shared_store.base.manifest import Manifest
+from shared_store.memory import Access, Mapping
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
-from shared_store.sleep.model import Model
+from shared_store.sleep.model import NO_STORE, Model, log
 from shared_store.transfer.copier import Piece, Progress, Span, copier_for, ignore_progress
 from shared_store.transfer.digest_check import wrong_copy
 from shared_store.transfer.files import OpenFile
 from shared_store.transfer.workers import Workers
 
-HOST: Final = "cpu"
 
+class HostCopy(ABC):
+    """An open host copy of a model, the source of its blobs. Closes its descriptors when closed or collected."""
 
-class HostCopy:
-    """An open host copy, the source of its blobs. Closes its descriptors when closed or collected."""
-
-    def __init__(self, key: str, attached: messages.Attached, fds: OwnedFds) -> None:
+    def __init__(self, manifest: Manifest, places: Sequence[messages.BlobPlace], fds: OwnedFds) -> None:
         """Take over the descriptors of the segments, also if this raises.
 
-        Raises:
-            ProtocolError: the manifest is malformed.
+        Args:
+            manifest: the model's.
+            places: the location of each blob, in the manifest's order.
+            fds: of the segments in host memory that ``places`` numbers.
         """
-        self.key = key
+        self.manifest = manifest
         with contextlib.ExitStack() as owned:
             owned.enter_context(fds)
-            self.manifest = manifests.decode(attached.manifest)
-            files = [owned.enter_context(OpenFile(self.manifest.name, fd)) for fd in fds.detach()]
+            self._files = [owned.enter_context(OpenFile(manifest.name, fd)) for fd in fds.detach()]
             self._locations = {
-                blob.digest: (files[place.segment], place.offset)
-                for blob, place in zip(self.manifest.blobs, attached.places, strict=True)
+                blob.digest: (self._files[place.segment], place.offset)
+                for blob, place in zip(manifest.blobs, places, strict=True)
             }
             self._close = weakref.finalize(self, owned.pop_all().close)
 
@@ -55,58 +53,96 @@ class HostCopy:
         """Return the error for a blob whose copy on the device has another digest."""
         return wrong_copy(digest, actual)
 
+    def duplicates(self) -> OwnedFds:
+        """Return a new descriptor of each segment."""
+        return OwnedFds.duplicates(file.fd.fileno() for file in self._files)
+
     def close(self) -> None:
         """Close the descriptors. Idempotent."""
         self._close()
 
+    @abstractmethod
+    def go_away(self, model: Model, private_bytes: int) -> None:
+        """Tell the store, if there is one, that this process sleeps with the model, which is unmapped.
 
-def open_host_copy(model: Model, spans: Sequence[Span], progress: Progress = ignore_progress) -> HostCopy:
-    """Attach to the host copy of a model, or make it. This process is a reader of it afterwards.
+        ``private_bytes``: bytes of the model that this process reports as private.
+        """
+
+    @abstractmethod
+    def leave(self, model: Model) -> None:
+        """Close the host copy, and tell the store that this process does not need it any more."""
+
+
+class SegmentCopies(HostCopy):
+    """The host copies of a model's segments."""
+
+    def __init__(self, manifest: Manifest, copies: messages.HostCopies, fds: OwnedFds) -> None:
+        """Take over the descriptors, also if this raises. ``copies``: the store's description of them."""
+        self._copies = copies
+        super().__init__(manifest, copies.places, fds)
+
+    def go_away(self, model: Model, private_bytes: int) -> None:  # noqa: D102 - documented by the interface
+        session, key = model.session, self.manifest.key
+        try:
+            with self.duplicates() as fds:
+                session.go_away(self.manifest, self._copies, fds)
+            session.report(key, private_bytes)
+        except NO_STORE as error:
+            log.debug("wooly: no store is told that %s sleeps: %s", key[:12], error)
+        except WoolyError as error:  # this process has the bytes, so it sleeps in any case
+            log.warning("wooly: the store cannot keep %s for this sleeping process: %s", self.manifest.name, error)
+            model.leave(key)
+
+    def leave(self, model: Model) -> None:  # noqa: D102 - documented by the interface
+        self.close()
+        try:
+            model.session.release_host_copies(self.manifest.key)
+        except NO_STORE as error:
+            log.debug("wooly: could not release host copies of %s: %s", self.manifest.key[:12], error)
+
+
+def copy_segments(model: Model, progress: Progress = ignore_progress) -> SegmentCopies:
+    """Return the host copies of a model's segments. Those that do not exist are made.
 
     Args:
-        model: the model, mapped on its device.
-        spans: address and size of each blob on the device, in the manifest's order.
+        model: the model, which this process reads.
         progress: called with bytes copied.
 
     Raises:
+        ModelNotFoundError: this process does not read the model, or the store withdrew it.
         OutOfMemoryError: host memory, or the store's limit for it, is too small.
-        DigestMismatchError: bytes on the device, or in an existing host copy, do not match the model's digests.
+        DigestMismatchError: bytes on the device do not match their digests.
         StoreUnavailableError: there is no store.
     """
-    key = host_key(model.manifest.key, (blob.digest for blob in model.manifest.blobs))
-    name = f"{model.manifest.name} (host copy)"
-    opened = model.open(key, HOST, name)
-    if opened is None:
-        manifest = msgspec.structs.replace(model.manifest, key=key, device=HOST, name=name)
-        with model.publication(key):
-            opened = _publish(model, manifest, spans, progress)
+    session, key = model.session, model.manifest.key
+    copies, fds = session.copy_to_host(key, model.timeout_s)
+    promised = [segment for segment in copies.segments if segment.promised]
     try:
-        host = HostCopy(key, *opened)
+        if promised:
+            fds.close()  # the answer to the last request has all of them
+            _fill(model, promised, progress)
+            copies, fds = session.add_host_copies(key)
+        return SegmentCopies(model.manifest, copies, fds)
     except BaseException:
-        model.leave(key)
+        fds.close()
+        if session.alive:
+            with contextlib.suppress(WoolyError):  # the first error is the one to report
+                session.release_host_copies(key)
         raise
-    if host.manifest.blobs != model.manifest.blobs:
-        host.close()
-        model.leave(key)
-        raise DigestMismatchError(f"the host copy of {model.manifest.name} has other blobs than the model")
-    return host
 
 
-def _publish(
-    model: Model, manifest: manifests.Manifest, spans: Sequence[Span], progress: Progress
-) -> tuple[messages.Attached, OwnedFds]:
-    """Copy the mapped blobs to host memory and publish them. The store checks the digests on commit."""
-    session = model.session
-    planned, fds = session.plan(manifest.key, manifest.blobs)
-    fds.close()  # existing segments are not needed: nothing is written to them
+def _fill(model: Model, promised: Sequence[messages.HostSegment], progress: Progress) -> None:
+    """Copy segments from their device to host memory, completely: they may have blobs of other models, too."""
+    session, backend, key = model.session, model.backend, model.manifest.key
     with contextlib.ExitStack() as opened:
-        files: dict[int, OpenFile] = {}
-        with copier_for(model.backend) as copier, Workers(copier, "save", progress) as workers:
-            for place, span in zip(planned.places, spans, strict=True):
-                if not place.new:
-                    continue
-                if place.segment not in files:
-                    fd = session.fill(manifest.key, planned.segments[place.segment].id)
-                    files[place.segment] = opened.enter_context(OpenFile("a segment in host memory", fd))
-                workers.put(Piece(files[place.segment], place.offset, *span))
-    return session.commit(manifest)
+        infos, fds = session.retained_segments(key)
+        opened.enter_context(fds)
+        source = dict(zip((info.id for info in infos), fds, strict=True))
+        with copier_for(backend) as copier, Workers(copier, "save", progress) as workers:
+            for segment in promised:
+                imported = backend.import_fd(source[segment.id].fileno(), segment.nbytes)
+                mapping = opened.enter_context(Mapping(backend, imported))
+                mapping.map(Access.READ)
+                fd = session.fill_host_copy(key, segment.id)
+                file = opened.enter_context(OpenFile("a segment in host memory", fd))
+                workers.put(Piece(file, 0, mapping.address, segment.nbytes))

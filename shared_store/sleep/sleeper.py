@@ -1,7 +1,7 @@
 """A model that leaves its device and returns to the same addresses.
 
-Asleep, the process uses no memory of the device for the model: its address ranges stay reserved, and it is a reader of
-the host copy instead of the model. The store drops the model from the device when it has no readers left.
+Asleep, the process uses no memory of the device for the model: its address ranges stay reserved, and it is a reader
+that is away. The model's segments leave the device when no reader of them is awake; their host copies stay.
 
 Awake again, every segment is at its former address: shared if possible, otherwise private, with a warning.
 
@@ -17,14 +17,15 @@ from collections.abc import Mapping as Map
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_store.base.errors import UnsupportedError
+from shared_store.base.errors import ModelNotFoundError, UnsupportedError
 from shared_store.base.manifest import Manifest
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd
-from shared_store.sleep.host_copy import HostCopy, open_host_copy
+from shared_store.sleep.copied_model import copy_model
+from shared_store.sleep.host_copy import HostCopy, copy_segments
 from shared_store.sleep.layout import ModelLayout
 from shared_store.sleep.model import NO_STORE, Model
 from shared_store.sleep.wake import private_segment, shared_segments
@@ -86,7 +87,9 @@ class Sleeper:
         return sum(self._model.layout.sizes)
 
     def prepare(self, progress: Progress = ignore_progress) -> None:
-        """Become a reader of the host copy, making it if there is none. The model stays awake. Idempotent.
+        """Obtain the host copies of the model's segments; those that do not exist are made. The model stays awake.
+
+        Idempotent.
 
         Raises:
             UnsupportedError: this process wrote to the model's pages, and would lose its changes.
@@ -103,10 +106,10 @@ class Sleeper:
                     f"{self._model.manifest.name} cannot sleep: this process wrote to {written} bytes of its shared "
                     "weights, and the changes would be lost"
                 )
-            self._host = open_host_copy(self._model, self._spans(), progress)
+            self._host = self._copy(progress)
 
     def stay_awake(self) -> None:
-        """Leave the host copy that :meth:`prepare` opened. Does nothing while the model sleeps."""
+        """Release the host copies that :meth:`prepare` opened. Does nothing while the model sleeps."""
         with self._lock:
             if not self.asleep:
                 self._leave_host_copy()
@@ -120,12 +123,10 @@ class Sleeper:
             if self.asleep:
                 return
             self.prepare(progress)
+            assert self._host is not None  # noqa: S101 - prepared above
             self.asleep = True
             self._unmap()
-            self._model.leave(self._model.manifest.key)
-            with contextlib.suppress(*NO_STORE):  # the report only serves the status
-                assert self._host is not None  # noqa: S101 - prepared above
-                self._session.report(self._host.key, self._private_bytes)
+            self._host.go_away(self._model, self._private_bytes)
 
     def wake(self, progress: Progress = ignore_progress) -> Woken:
         """Return to the device, at the former addresses. Idempotent.
@@ -158,7 +159,7 @@ class Sleeper:
                 self._map(found)
             except BaseException:
                 self._unmap()
-                model.leave(model.manifest.key)
+                host.go_away(model, self._private_bytes)
                 raise
         return private, reason
 
@@ -185,6 +186,15 @@ class Sleeper:
             )
         return woken
 
+    def _copy(self, progress: Progress) -> HostCopy:
+        """Return a host copy. A model of its own, where the store has no host copies of segments for this process."""
+        if self._session.supports(messages.RESIDENCY):
+            try:
+                return copy_segments(self._model, progress)
+            except ModelNotFoundError as error:
+                log.debug("wooly: the host copy of %s is a model of its own: %s", self._model.manifest.name, error)
+        return copy_model(self._model, self._spans(), progress)
+
     def _spans(self) -> list[Span]:
         """Return the address and size of each blob, in the manifest's order."""
         located = zip(self._model.layout.locations, self._model.manifest.blobs, strict=True)
@@ -209,5 +219,4 @@ class Sleeper:
     def _leave_host_copy(self) -> None:
         host, self._host = self._host, None
         if host is not None:
-            host.close()
-            self._model.leave(host.key)
+            host.leave(self._model)

@@ -30,6 +30,7 @@ from shared_store.store.models.attach import Attach
 from shared_store.store.models.open import Opening
 from shared_store.store.models.publish import Publishing
 from shared_store.store.models.quarantine import Quarantining
+from shared_store.store.models.residency import ResidencyRequests
 from shared_store.store.observe.latency import RequestTimes
 from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.grace import GracePeriod
@@ -39,6 +40,7 @@ from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
 from shared_store.store.space.compaction import Compactor
 from shared_store.store.space.compaction_requests import CompactionRequests
+from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.store_state import StoreState
@@ -77,15 +79,18 @@ class Parts:
         self.confirmations = Confirmations(self.state.segments.releases, self.state.counts)
         records = Records(self.state, self.devices)
         self.keeper = KeeperLink(records, self.signals, self.confirmations, inheritance, channel)
-        self.effects = Effects(self.devices, self.keeper, self.waiters)
+        self.departures = Departures(self.state, self.signals)
+        self.effects = Effects(self.devices, self.keeper, self.waiters, self.departures.left)
         self.evictor = Evictor(self.state, self.effects, self.signals)
         self.compactor = Compactor(self.state, self.devices, self.effects, self.signals)
         self.host_compaction = HostCompaction(self.devices, self.compactor)
         self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction, self.confirmations)
         self.arrivals = Arrivals()
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
-        self.offers = Offers(self.state, self.devices, self.keeper, self.signals, self.arrivals)
-        self.grace = GracePeriod(self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor)
+        self.offers = Offers(self.state, self.devices, self.effects, self.keeper, self.signals, self.arrivals)
+        self.grace = GracePeriod(
+            self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor, self.effects
+        )
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
         self.requests = Requests.of(self)
 
@@ -106,6 +111,7 @@ class Requests:
 
     opening: Opening
     publishing: Publishing
+    residency: ResidencyRequests
     quarantining: Quarantining
     administration: Administration
     compaction: CompactionRequests
@@ -123,7 +129,8 @@ class Requests:
         attach = Attach(state, devices, effects, signals)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
-            Publishing(state, devices, effects, signals, keeper, parts.admission, attach),
+            Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, attach),
+            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission),
             Quarantining(state, devices, effects, signals),
             Administration(state, effects, signals, keeper),
             CompactionRequests(state, devices, parts.compactor),
@@ -143,6 +150,11 @@ class Requests:
             messages.Fill: plain(self.publishing.fill),
             messages.Commit: plain(self.publishing.commit),
             messages.Abandon: plain(self.publishing.abandon),
+            messages.CopyToHost: plain(self.residency.copy_to_host),
+            messages.FillHostCopy: plain(self.residency.fill),
+            messages.AddHostCopies: plain(self.residency.add),
+            messages.GoAway: plain(self.residency.go_away),
+            messages.ReleaseHostCopies: plain(self.residency.release),
             messages.Quarantine: plain(self.quarantining.quarantine),
             messages.Remove: plain(self.administration.remove),
             messages.Pin: plain(self.administration.pin),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,6 +20,7 @@ class Signals:
     def __init__(self) -> None:
         self._on_change: list[Callable[[], None]] = []
         self._on_event: list[EventObserver] = []
+        self._next_change: asyncio.Event | None = None
 
     def observe(self, on_change: Callable[[], None] | None = None, on_event: EventObserver | None = None) -> None:
         """Subscribe to changes, to events, or to both."""
@@ -31,6 +33,15 @@ class Signals:
         """Signal that the state changed."""
         for observer in self._on_change:
             observer()
+        if self._next_change is not None:
+            self._next_change.set()
+            self._next_change = None
+
+    def next_change(self) -> asyncio.Event:
+        """Return an event that is set by the next change of the state."""
+        if self._next_change is None:
+            self._next_change = asyncio.Event()
+        return self._next_change
 
     def event(self, kind: str, **fields: str | int) -> None:
         """Signal an event; ``kind`` and the fields' names are those of the catalog's event stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
 from support.waiting import wait_until
 
-__all__ = ["checkpoint", "engine", "gpu", "module_runtime_dir", "runtime_dir", "vram_returned"]
+__all__ = ["checkpoint", "engine", "gpu", "gpu_of_torch", "module_runtime_dir", "runtime_dir", "vram_returned"]
 
 BESIDE_OTHERS: dict[str, Any] = {
     "enforce_eager": True,
@@ -28,6 +29,16 @@ def gpu() -> str:
     if not visible_gpus:
         pytest.skip("no NVIDIA GPU is visible")
     return next(iter(visible_gpus))
+
+
+@pytest.fixture(scope="session")
+def gpu_of_torch() -> str:
+    """Return the store's name of torch's first GPU. Another process finds it, for torch makes a context."""
+    pytest.importorskip("torch")
+    names = "from shared_store.torch.devices import store_device; import torch"
+    program = f"{names}; print(store_device(torch.device('cuda', 0)))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    return found.stdout.strip()
 
 
 def used_mib(device: str) -> int:

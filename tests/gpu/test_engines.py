@@ -24,9 +24,9 @@ ROLES: dict[str, dict[str, Any]] = {"stock": {}, "publisher": SHARING, "reader":
 
 
 @pytest.fixture(scope="module")
-def runs(gpu: str, module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
+def runs(gpu: str, gpu_of_torch: str, module_runtime_dir: Path, checkpoint: Any) -> dict[str, dict[str, Any]]:
     """Return the answers of stock vLLM, of a publisher and of a reader, by family."""
-    assert gpu.startswith("GPU-")
+    assert gpu_of_torch == gpu
     pytest.importorskip("vllm")
     paths = {family: checkpoint(family) for family in FAMILIES}
     answers: dict[str, dict[str, Any]] = {role: {} for role in ROLES}

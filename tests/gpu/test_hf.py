@@ -16,9 +16,9 @@ ON_GPU = "wooly:cuda:0"
 
 
 @pytest.fixture(scope="module")
-def store(gpu):
+def store(gpu, gpu_of_torch):
     """A running store."""
-    assert gpu.startswith("GPU-")
+    assert gpu_of_torch == gpu
     for name in ("transformers", "accelerate", "peft"):
         pytest.importorskip(name)
     yield from store_without_catalog()

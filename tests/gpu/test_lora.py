@@ -20,10 +20,10 @@ MORE_ROOM: dict[str, Any] = {**LORA, "max_loras": 3, "max_lora_rank": 16}
 
 @pytest.fixture(scope="module")
 def runs(
-    gpu: str, module_runtime_dir: Path, checkpoint: Any, tmp_path_factory: pytest.TempPathFactory
+    gpu: str, gpu_of_torch: str, module_runtime_dir: Path, checkpoint: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """Return the answers of stock vLLM, of a publisher, and of a reader with a larger limit of adapters."""
-    assert gpu.startswith("GPU-")
+    assert gpu_of_torch == gpu
     pytest.importorskip("vllm")
     base = checkpoint("llama")
     directory = tmp_path_factory.mktemp("adapters")

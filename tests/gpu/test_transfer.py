@@ -31,7 +31,7 @@ CONTENTS = [content(1, (9 << 20) + 12), content(2, 1000), content(3, 1), content
 @pytest.fixture
 def session(gpu, runtime_dir):
     """Connect to a private store; its catalog is unreachable."""
-    assert gpu
+    assert backend_for(gpu).ordinal == 0  # whose memory these tests read
     store = StoreProcess(runtime_dir, redis_url=f"unix://{runtime_dir}/away").start()
     with Session.connect(runtime_dir, autostart=False) as connected:
         yield connected

@@ -104,11 +104,11 @@ def test_more_descriptors_than_may_be_on_the_way_are_sent_in_pieces():
     """The kernel refuses them until the receiver has read some. Needs a process without CAP_SYS_RESOURCE."""
     program = """
         import os, resource, socket, sys
-        if os.getuid() == 0:
-            os.setgroups([]); os.setgid(65534); os.setuid(65533)
         from shared_store.keeper.store_process import StoreProcess
         from shared_store.protocol import keeper_messages, wire
         from shared_store.runtime.fds import OwnedFd
+        if os.getuid() == 0:
+            os.setuid(65533)
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
         ours, theirs = socket.socketpair()
         store = StoreProcess(os.getpid(), OwnedFd(os.pidfd_open(os.getpid())), ours)

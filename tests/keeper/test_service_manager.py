@@ -173,6 +173,7 @@ def test_a_killed_keeper_is_restarted(service):
     first.kill_both()
     assert restarts(first.wait())
     assert restarts(1)
+    service()
 
 
 def test_released_memory_is_confirmed_when_the_manager_has_closed_it(service, manager, actor):

@@ -14,7 +14,7 @@ from shared_store.base.manifest import encode
 from shared_store.memory import MemfdBackend
 from shared_store.protocol.messages import Attached, BlobPlace, SegmentInfo
 from shared_store.runtime.fds import OwnedFds
-from shared_store.sleep.host_copy import HostCopy
+from shared_store.sleep.copied_model import CopiedModel
 from shared_store.transfer.copier import copier_for
 from shared_store.transfer.fill import fill_segment
 
@@ -40,24 +40,24 @@ def attached(manifest, *places):
 
 def host_copy(data):
     """Return a host copy whose only blob has the bytes `data`."""
-    return HostCopy(key(1), attached(encode(MANIFEST), BlobPlace(0, 0)), OwnedFds([segment_fd(data)]))
+    return CopiedModel(key(1), attached(encode(MANIFEST), BlobPlace(0, 0)), OwnedFds([segment_fd(data)]))
 
 
 def test_malformed_manifest_closes_the_descriptors():
     before, fds = open_fds(), OwnedFds([segment_fd()])
     with pytest.raises(ProtocolError):
-        HostCopy(key(1), attached(b"not a manifest", BlobPlace(0, 0)), fds)
+        CopiedModel(key(1), attached(b"not a manifest", BlobPlace(0, 0)), fds)
     assert open_fds() == before
 
 
 def test_missing_location_closes_the_descriptors():
     before, fds = open_fds(), OwnedFds([segment_fd()])
     with pytest.raises(ValueError, match="zip"):
-        HostCopy(key(1), attached(encode(MANIFEST)), fds)
+        CopiedModel(key(1), attached(encode(MANIFEST)), fds)
     assert open_fds() == before
 
 
-@pytest.mark.parametrize("end", [HostCopy.close, lambda _: None], ids=["closed", "collected"])
+@pytest.mark.parametrize("end", [CopiedModel.close, lambda _: None], ids=["closed", "collected"])
 def test_the_end_of_a_host_copy_closes_the_descriptors(end):
     before = open_fds()
     host = host_copy(CONTENT)

@@ -7,7 +7,7 @@ from support.content import key
 from support.devices import DEVICE
 from support.waiting import open_fds, open_segments, wait_until
 
-from shared_store.base.errors import OutOfMemoryError, UnsupportedError
+from shared_store.base.errors import ModelInUseError, ModelNotFoundError, OutOfMemoryError, UnsupportedError
 from shared_store.base.keys import host_key, is_key
 from shared_store.base.manifest import Blob
 
@@ -25,6 +25,11 @@ def resident(store, device=DEVICE):
 def readers(store):
     """Return the number of readers of each model, by device and key."""
     return {(model.device, model.key): model.readers for model in store.status().models}
+
+
+def away(store):
+    """Return the number of readers of each model that sleep, by device and key."""
+    return {(model.device, model.key): model.away for model in store.status().models}
 
 
 def published(process, count=1, model=MODEL):
@@ -56,8 +61,10 @@ def test_one_engine_many_times(store, process):
         assert resident(store) == before
     assert len(set(seen)) == 1
     status = store.status()
-    assert status.counters.fallbacks == 0
-    assert [model.readers for model in status.models if model.device == DEVICE] == [1]
+    counters = status.counters
+    assert (counters.fallbacks, counters.evictions, counters.publishes) == (0, 0, 1)
+    assert (counters.sleeps, counters.wakes, counters.returns) == (20, 20, 20)
+    assert [(model.device, model.readers, model.away) for model in status.models] == [(DEVICE, 1, 0)]
 
 
 def test_waking_leaves_no_descriptors(process):
@@ -78,19 +85,24 @@ def test_one_of_two_sleeps(store, process):
     assert right(other)
     assert one.wake() == [before, 0]
     assert right(one)
-    assert store.status().counters.publishes == 2  # the model, and its host copy
+    counters = store.status().counters
+    assert (counters.publishes, counters.returns, counters.sleeps, counters.wakes) == (1, 0, 1, 1)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_both_sleep_and_wake_in_either_order(store, process, order):
-    """The device is empty while both sleep; they share one host copy, and the model when they wake."""
+    """The device is empty while both sleep; they share host copies, and the model when they wake."""
     engines = published(process, 2)
     before = resident(store)
     for engine in engines:
         engine.sleep()
     assert resident(store) == 0
-    host = [model for model in store.status().models if model.device == "cpu"]
-    assert [(model.readers, model.name) for model in host] == [(2, "model (host copy)")]
+    status = store.status()
+    (model,) = status.models
+    assert (model.readers, model.away, model.resident_bytes, model.host_bytes) == (0, 2, 0, model.bytes)
+    assert resident(store, "cpu") == before
+    assert [client.away for client in status.clients if client.key] == [True, True]
+    assert status.counters.evictions == 0
     for number in order:
         assert engines[number].wake() == [before, 0]
         assert resident(store) == before
@@ -99,17 +111,17 @@ def test_both_sleep_and_wake_in_either_order(store, process, order):
 
 
 def test_both_wake_at_once(store, process):
-    """One of them publishes; the other waits and attaches."""
+    """One of them fills the device; the other waits and attaches."""
     engines = published(process, 2)
     before = resident(store)
     for engine in engines:
         engine.sleep()
-    publishes = store.status().counters.publishes
     for engine in engines:
         engine.begin("wake")
     assert [engine.finish() for engine in engines] == [[before, 0]] * 2
     assert resident(store) == before
-    assert store.status().counters.publishes == publishes + 1
+    counters = store.status().counters
+    assert (counters.publishes, counters.returns, counters.wakes) == (1, 1, 2)
     assert all(right(engine) for engine in engines)
 
 
@@ -134,6 +146,15 @@ def test_a_pinned_model_stays_on_the_device(store, process):
     assert engine.wake() == [before, 0]
 
 
+def test_an_unpinned_model_leaves_the_device(store, process):
+    """Its only reader sleeps already."""
+    (engine,) = published(process)
+    engine.pin(key=KEY)
+    engine.sleep()
+    engine.pin(key=KEY, pinned=False)
+    assert resident(store) == 0
+
+
 def test_a_host_copy_without_readers_does_not_remove_the_model(store, process):
     """When all readers are awake and end, the model stays resident."""
     one, other = published(process, 2)
@@ -147,13 +168,17 @@ def test_a_host_copy_without_readers_does_not_remove_the_model(store, process):
 
 
 def test_a_new_engine_publishes_while_others_sleep(store, process):
-    """Its layout is the former one, so the sleeper shares the model when it wakes."""
+    """It fills the segments that left, so the sleeper shares the model when it wakes."""
     (engine,) = published(process)
     before = resident(store)
     engine.sleep()
     fresh = process("fresh")
     assert fresh.publish(key=KEY, model=MODEL) == "granted"
+    assert right(fresh)
+    assert resident(store) == before
+    assert (store.status().counters.publishes, store.status().counters.returns) == (1, 1)
     assert engine.wake() == [before, 0]
+    assert resident(store) == before
     assert right(engine)
 
 
@@ -166,9 +191,9 @@ def test_another_layout(store, process):
     engine.sleep()
     assert resident(store) < whole
     other.leave(key=key(2))
-    other.remove(key=key(2))
+    assert resident(store) == 0
     fresh = process("fresh")
-    assert fresh.publish(key=KEY, model=MODEL) == "granted"  # the third blob is now in the same segment as the others
+    assert fresh.publish(key=KEY, model=MODEL) == "granted"  # without the other's blob, so the third one moves
     shared, private = engine.wake()
     assert private > 0
     assert engine.addresses() == addresses
@@ -183,6 +208,31 @@ def test_another_layout(store, process):
     wait_until(lambda: resident(store) == 0, "the device to be empty")
     assert engine.wake()[1] == 0
     assert right(engine)
+    assert store.status().counters.evictions == 0
+
+
+def test_a_blob_that_moved_returns_to_host_memory(store, process):
+    """A publisher that ended moved it to a segment without a host copy: that segment leaves, and the model is whole."""
+    other = process("other")
+    other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
+    (engine,) = published(process)
+    before = resident(store)
+    engine.sleep()
+    other.leave(key=key(2))
+    fresh = process("fresh")
+    assert fresh.publish(key=KEY, model=MODEL) == "granted"
+    fresh.kill()
+    wait_until(lambda: resident(store) == 0, "the device to be empty")
+    assert {model.key: (model.resident_bytes, model.host_bytes == model.bytes) for model in store.status().models} == {
+        KEY: (0, True),
+        key(2): (0, True),
+    }
+    assert engine.wake()[1] == 0
+    assert right(engine)
+    assert resident(store) <= before
+    late = process("late")
+    assert late.open(key=KEY, publish=False) == "attached"
+    assert right(late)
 
 
 def test_a_blob_that_another_model_has(process):
@@ -214,6 +264,109 @@ def test_no_memory_for_the_host_copy(start, process_of):
     assert [(model.key, model.readers) for model in after] == [(model.key, model.readers) for model in before]
 
 
+def test_spare_host_copies_give_way(start, process_of):
+    """Host copies of models that are awake are dropped for others, without an eviction; those of sleepers stay."""
+    store = start(max_resident={"cpu": 120 * MIB})
+    engine = process_of()
+    engine.publish(key=KEY, model=MODEL)
+    engine.sleep()
+    engine.wake()
+    assert resident(store, "cpu") > 60 * MIB
+    client = store.client()
+    client.publish(key(3), [[8, 100 * MIB]])
+    assert resident(store, "cpu") == 100 * MIB
+    assert store.status().counters.evictions == 0
+    with pytest.raises(OutOfMemoryError):
+        engine.sleep()
+    client.leave(key(3))
+    engine.sleep()  # evicts the model without readers
+    assert store.status().counters.evictions == 1
+    assert client.open(key(3)) == "granted"
+    with pytest.raises(OutOfMemoryError):
+        client.plan(key(3), [[8, 100 * MIB]])
+    assert engine.wake()[1] == 0
+    assert right(engine)
+
+
+def test_an_idle_model_in_host_memory_is_evicted(start, process_of):
+    """When its last sleeper ends, its host copies are a cache like any other."""
+    store = start(max_resident={"cpu": 120 * MIB})
+    engine = process_of()
+    engine.publish(key=KEY, model=MODEL)
+    engine.sleep()
+    engine.kill()
+    wait_until(lambda: list(away(store).values()) == [0], "it to end")
+    assert resident(store, "cpu") > 60 * MIB
+    client = store.client()
+    client.publish(key(3), [[8, 100 * MIB]])
+    assert [model.key for model in store.status().models] == [key(3)]
+    assert store.status().counters.evictions == 1
+
+
+def test_both_fall_asleep_at_once(store, process):
+    """One of them makes the host copies, and the other waits for them."""
+    engines = published(process, 2, [*MODEL, [6, 100 * MIB]])
+    before = resident(store)
+    for engine in engines:
+        engine.begin("sleep")
+    for engine in engines:
+        engine.finish()
+    assert (resident(store), resident(store, "cpu")) == (0, before)
+    assert [engine.wake() for engine in engines] == [[before, 0]] * 2
+    assert all(right(engine) for engine in engines)
+
+
+def test_a_sleeping_model_is_not_removed(store, process):
+    """Its readers sleep, but need it; it can be removed when they have ended."""
+    (engine,) = published(process)
+    engine.sleep()
+    client = store.client()
+    with pytest.raises(ModelInUseError, match="1 of them asleep"):
+        client.remove(KEY)
+    engine.kill()
+    wait_until(lambda: list(away(store).values()) == [0], "it to end")
+    client.remove(KEY)
+    assert (resident(store), resident(store, "cpu")) == (0, 0)
+
+
+def test_models_that_share_a_segment(store, process):
+    """A segment leaves when the readers of all models in it are away, and returns with the blobs of all."""
+    one, other = process("one"), process("other")
+    one.publish(key=KEY, model=MODEL)
+    other.publish(key=key(2), model=[MODEL[0], [7, 5 * MIB]])
+    before = resident(store)
+    other.sleep()
+    assert resident(store) == before - 6 * MIB  # what `one` does not read
+    one.sleep()
+    assert resident(store) == 0
+    assert other.wake()[1] == 0
+    assert right(other)
+    assert one.wake()[1] == 0
+    assert right(one)
+    one.sleep()
+    other.sleep()
+    assert resident(store) == 0
+    assert one.wake()[1] == other.wake()[1] == 0
+    assert right(one)
+    assert right(other)
+
+
+def test_a_cached_model_follows_its_segment_to_host_memory(store, process):
+    """A model without readers shares a segment with one that sleeps: its next reader fills the device again."""
+    one, other = process("one"), process("other")
+    one.publish(key=KEY, model=MODEL)
+    other.publish(key=key(2), model=[MODEL[0], [7, 5 * MIB]])
+    other.leave(key=key(2))
+    one.sleep()
+    assert resident(store) == 6 * MIB
+    with pytest.raises(ModelNotFoundError, match="host memory only"):
+        other.open(key=key(2), publish=False)
+    assert other.publish(key=key(2), model=[MODEL[0], [7, 5 * MIB]]) == "granted"
+    assert right(other)
+    assert one.wake()[1] == 0
+    assert right(one)
+
+
 def test_no_memory_to_wake(start, process_of):
     """Waking raises and maps nothing. It succeeds once another model can be evicted."""
     store = start(max_resident={DEVICE: 80 * MIB})
@@ -243,9 +396,9 @@ def test_waking_after_prepare_leaves_the_host_copy(store, process):
     """A process that prepared to sleep and stayed awake is not a reader of the host copy any more."""
     (engine,) = published(process)
     engine.prepare()
-    assert [n for (device, _), n in readers(store).items() if device == "cpu"] == [1]
+    assert resident(store, "cpu") == resident(store)
     assert engine.wake() == [resident(store), 0]
-    assert [n for (device, _), n in readers(store).items() if device == "cpu"] == [0]
+    assert (readers(store), away(store)) == ({(DEVICE, KEY): 1}, {(DEVICE, KEY): 0})
 
 
 def test_wrong_bytes_on_the_device(store, process, directory):
@@ -260,7 +413,7 @@ def test_wrong_bytes_on_the_device(store, process, directory):
     with pytest.raises(DigestMismatchError):
         engine.sleep()
     assert engine.mapped() == 2
-    assert not [model for model in store.status().models if model.device == "cpu"]
+    assert resident(store, "cpu") == 0
 
 
 def test_an_impossible_preferred_layout(store):

@@ -15,6 +15,7 @@ from support.state_driver import DEVICES, INDEX, KEYS, MIB, MODELS, TURNS, State
 from shared_store.base.errors import ModelInUseError, ModelNotFoundError
 from shared_store.store.space.compaction_plan import choose
 from shared_store.store.state.clients import Client
+from shared_store.store.state.residency import Residency
 
 
 class StateMachine(StateDriver):
@@ -135,12 +136,17 @@ class StateMachine(StateDriver):
                 self._end_publication(name)
             self.around.waits.discard((name, number))
             self.around.reading.pop((name, number), None)
+            self.around.away.discard((name, number))
             self._carry_out(self.state.leave(self.state.clients[number], name))
             self._forget_unread()
 
     @rule(name=st.sampled_from(KEYS))
     def remove(self, name):
-        if name in self.models and not any(read[0] == name for read in self._reading_by_key()):
+        if (
+            name in self.models
+            and not any(read[0] == name for read in self._reading_by_key() | self._away())
+            and (name not in self.around.publishing)
+        ):
             self._remove(name)
             return
         with pytest.raises(ModelInUseError if self.state.models.get(name) else ModelNotFoundError):
@@ -149,11 +155,88 @@ class StateMachine(StateDriver):
     @rule(name=st.sampled_from(KEYS), pinned=st.booleans())
     def pin(self, name, pinned):
         if self.state.models.get(name):
-            self.state.models.pin(name, pinned=pinned)
+            if pinned:
+                self.state.models.pin(name, pinned=True)
+            else:
+                self._carry_out(self.state.unpin(name)[1])
 
     @rule(seconds=st.sampled_from([-3600.0, 60.0]))
     def clock_moves(self, seconds):
         self.now += seconds
+
+    # Sleep.
+
+    @precondition(lambda self: self._awake())
+    @rule(which=INDEX, upto=st.sampled_from(["promise", "fill", "add", "sleep", "sleep", "sleep"]))
+    def sleep(self, which, upto):
+        """Make host copies, and go away."""
+        name, number = self._pick(self._awake(), which)
+        if self._copy_to_host(name, number, upto=upto) and upto == "sleep":
+            self._sleep(name, number)
+
+    @rule(name=st.sampled_from(KEYS))
+    def all_sleep(self, name):
+        """All readers of a model."""
+        for which, (one, _) in list(enumerate(self._awake()))[::-1]:
+            if one == name:
+                self.sleep(which, "sleep")
+
+    @precondition(lambda self: self.around.away)
+    @rule(which=INDEX, upto=st.sampled_from(["open", "plan", "fill", "commit", "commit"]))
+    def wake(self, which, upto):
+        """Open, and publish the same blobs if the model is not resident."""
+        name, number = self._pick(sorted(self.around.away), which)
+        if number not in self._free():
+            return
+        self._open(number, name, publish=True)
+        if self.around.publishing.get(name) == number and name not in self.state.plans:
+            self._return(name, upto)
+
+    @precondition(lambda self: self._unplanned_returns())
+    @rule(which=INDEX)
+    def return_to_the_device(self, which):
+        self._return(self._pick(self._unplanned_returns(), which), "commit")
+
+    @rule(which=INDEX, name=st.sampled_from(KEYS), blobs=MODELS)
+    def publish_again(self, which, name, blobs):
+        """A new client publishes a model that is elsewhere, with the same blobs or with others."""
+        number = self._pick(self._free(), which)
+        if number and name in self.models and not self.state.resident(name) and name not in self.around.publishing:
+            self._open(number, name, publish=True)
+            self._plan(name, blobs if which % 2 else self.models[name])
+            self._fill(name)
+            self._commit(name)
+
+    def _return(self, name, upto):
+        if upto != "open":
+            self._plan(name, self.models[name])
+            if upto != "plan":
+                self._fill(name)
+            if upto == "commit":
+                self._commit(name)
+
+    @precondition(lambda self: self.around.leaving)
+    @rule(which=INDEX)
+    def release_is_acknowledged(self, which):
+        self._acknowledge(self._pick(sorted(self.around.leaving), which))
+
+    @rule(which=INDEX, name=st.sampled_from(KEYS))
+    def need_no_host_copies(self, which, name):
+        """A client that is awake, or makes them."""
+        number = self._pick(sorted(self.state.clients), which)
+        if number and (name, number) not in self.around.away:
+            self._carry_out(self.state.cancel_copying(name, number))
+            self._carry_out(self.state.let_go(name, number))
+
+    @rule(needed=st.sampled_from([1, 4 * MIB]))
+    def drop_spare_host_copies(self, needed):
+        self._carry_out(self.state.drop_spare_host_copies(needed))
+
+    def _awake(self):
+        return sorted(read for read in self.around.reading if read in self._reading_by_key())
+
+    def _unplanned_returns(self):
+        return [name for name in self._unplanned() if name in self.models]
 
     # Compaction and quarantine.
 
@@ -203,6 +286,9 @@ class StateMachine(StateDriver):
         assert {one.manifest.key for one in done.withdrawn} == set(hit)
         for name in [one for one, known in self.counted_on.items() if self._device(one) == device and inside & known]:
             del self.counted_on[name]
+        for name in hit:
+            self.counted_on.pop(name, None)
+            self.around.away = {read for read in self.around.away if read[0] != name}
         for token in [token for token in self.shared if self._device(token.partition("/")[0]) == device]:
             self.shared[token] -= inside
         for name in hit:
@@ -274,12 +360,14 @@ class StateMachine(StateDriver):
         assert {model.key: model.publisher for model in state.models.all() if model.publisher} == self.around.publishing
         assert self._queued() == self.around.waits
         assert self._reading_by_key() | self._reading_withdrawn() == self.around.reading.keys()
+        assert self._away() == self.around.away
         assert set(state.committed) == set(self.models)
         assert set(state.plans) == set(self.counted_on)
         assert {name: state.turns.holder(name) for name in TURNS if state.turns.holder(name)} == self.around.turns
 
     @invariant()
     def limits_are_kept(self):
+        assert self.state.segments.used("cpu") <= self.limit
         assert sum(entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu") <= self.limit
 
     @invariant()
@@ -287,6 +375,57 @@ class StateMachine(StateDriver):
         """Also while their blobs move, and after a quarantine."""
         for segments in self.around.reading.values():
             assert segments <= self.around.memory
+            assert not segments & self.state.segments.elsewhere
+
+    @invariant()
+    def segments_elsewhere_have_host_copies(self):
+        """No reader that is away is without bytes, and no host copy is without a segment."""
+        segments = self.state.segments
+        for entry in segments.all():
+            assert (entry.id in segments.elsewhere) == (entry.residency is not Residency.RESIDENT)
+            assert (entry.id in segments.copied) == (entry.host is not None)
+            if entry.residency is not Residency.RESIDENT:
+                assert entry.host is not None
+                assert entry.device != "cpu"
+            if entry.host is not None:
+                host = segments.at(entry.host)
+                assert (host.device, host.nbytes, host.host_of) == ("cpu", entry.nbytes, entry.id)
+                assert host.settled
+            if entry.host_of is not None:
+                assert segments.at(entry.host_of).host == entry.id
+        for name in {name for name, _ in self.around.away}:
+            assert name in self.models
+        assert set(segments.elsewhere) >= self.around.leaving
+
+    @invariant()
+    def what_sleepers_alone_use_is_not_on_the_device(self):
+        """Unless a model in the segment is pinned, is being published or compacted, or a reader is awake."""
+        state = self.state
+        for name in {name for name, _ in self.around.away}:
+            for segment in state.segments_of(name):
+                entry = state.segments.at(segment)
+                if entry.residency is Residency.RESIDENT and entry.settled and entry.host is not None:
+                    owners = {owner for owner in state.segments.owners(segment) if "/needed by " not in owner}
+                    models = {state.models.get(owner) for owner in owners}
+                    assert entry.device == "cpu" or any(
+                        model is None or model.awake or model.pinned or model.publisher for model in models
+                    )
+
+    @invariant()
+    def bytes_by_tier_are_exact(self):
+        for name, blobs in self.models.items():
+            places = [segment for segment, _ in self.state.locations_of(name)]
+            resident = sum(
+                blob.nbytes
+                for blob, segment in zip(blobs, places, strict=True)
+                if segment not in self.state.segments.elsewhere
+            )
+            host = sum(
+                blob.nbytes
+                for blob, segment in zip(blobs, places, strict=True)
+                if segment in self.state.segments.copied
+            )
+            assert self.state.tier_bytes(name) == (resident, host)
 
     @invariant()
     def the_keeper_knows_all_models_and_their_locations(self):
@@ -294,4 +433,4 @@ class StateMachine(StateDriver):
 
 
 TestState = StateMachine.TestCase
-TestState.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestState.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)

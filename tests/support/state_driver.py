@@ -15,7 +15,16 @@ from shared_store.base.manifest import Blob
 from shared_store.store.space.eviction import CachedModel, evict
 from shared_store.store.state import publish_plan as plan_module
 from shared_store.store.state.committed import Committed
-from shared_store.store.state.effects import Forgotten, HasTurn, MayPublish, MayRead, Refused, Released, Relocated
+from shared_store.store.state.effects import (
+    Forgotten,
+    HasTurn,
+    Left,
+    MayPublish,
+    MayRead,
+    Refused,
+    Released,
+    Relocated,
+)
 from shared_store.store.state.models import Asker, State
 from shared_store.store.state.store_state import StoreState
 
@@ -34,13 +43,15 @@ class Around:
     """The process around the state, as effects change it.
 
     `memory`: allocated segments; `waits`: (key, client) of queued opens; `reading` and `publishing`: answers to opens,
-    `reading` with the segments that the client maps; `turns`: holders; `kept`: locations of models, as the keeper has
-    them.
+    `reading` with the segments that the client maps; `away`: readers that sleep; `leaving`: segments whose release was
+    not acknowledged yet; `turns`: holders; `kept`: locations of models, as the keeper has them.
     """
 
     memory: set[int] = field(default_factory=set)
     waits: set[tuple[str, int]] = field(default_factory=set)
     reading: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    away: set[tuple[str, int]] = field(default_factory=set)
+    leaving: set[int] = field(default_factory=set)
     publishing: dict[str, int] = field(default_factory=dict)
     turns: dict[str, int] = field(default_factory=dict)
     kept: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
@@ -70,6 +81,7 @@ class StateDriver(RuleBasedStateMachine):
         for compaction in self.state.compactions.all():
             assert compaction.client is None  # those of clients ended with them
             self._carry_out(self.state.cancel(compaction))
+        self._acknowledge_all()
         assert self.state.segments.all() == self.state.models.all() == self.state.compactions.all() == []
         assert self.state.segments.blobs.all() == self.state.segments.blobs.references() == {}
         assert self.state.plans == self.state.committed == self.state.withdrawn == {}
@@ -81,6 +93,9 @@ class StateDriver(RuleBasedStateMachine):
                 case Released(segment):
                     assert not self.state.segments.has(segment)
                     self.around.memory.discard(segment)  # a promised segment has none
+                    self.around.leaving.discard(segment)
+                case Left(segment):
+                    self.around.leaving.add(segment)
                 case Forgotten(name):
                     del self.around.kept[name]
                 case Relocated(name):
@@ -90,6 +105,7 @@ class StateDriver(RuleBasedStateMachine):
                     self.around.publishing[name] = client
                 case MayRead(name, client):
                     self.around.waits.discard((name, client))  # the publisher does not wait
+                    self.around.away.discard((name, client))
                     self.around.reading[name, client] = set(self.state.segments_of(name))
                 case Refused(name, client, error):
                     assert isinstance(error, ModelNotFoundError)
@@ -103,6 +119,7 @@ class StateDriver(RuleBasedStateMachine):
             self._end_publication(name)
         self.around.waits = {wait for wait in self.around.waits if wait[1] != number}
         self.around.reading = {read: ids for read, ids in self.around.reading.items() if read[1] != number}
+        self.around.away = {read for read in self.around.away if read[1] != number}
         self.around.turns = {name: client for name, client in self.around.turns.items() if client != number}
         counted = self.state.counts.snapshot().aborted_publishes
         self._carry_out(self.state.lost(self.state.clients[number]))
@@ -111,15 +128,16 @@ class StateDriver(RuleBasedStateMachine):
 
     def _open(self, number, name, *, publish):
         model = self.state.models.get(name)
-        involved = {model.publisher, *model.readers} if model else set()
+        involved = {model.publisher, *model.awake} if model else set()
+        resident = self.state.resident(name)
         device = DEVICES[KEYS.index(name) % 2]
         self.around.waits.add((name, number))
         try:
-            outcomes = self.state.models.open(name, Asker(number, publish), name="m", engine="e", device=device)
+            outcomes = self.state.open(name, Asker(number, publish), name="m", engine="e", device=device)
         except ProtocolError:
             refused = number in involved
         except ModelNotFoundError:
-            refused = model is None and not publish
+            refused = not publish and (model is None or not resident)
         else:
             assert number not in involved
             self._carry_out(outcomes)
@@ -130,7 +148,13 @@ class StateDriver(RuleBasedStateMachine):
     def _plan(self, name, blobs):
         """Admit as the store does: evict by the policy, or leave everything as it was."""
         state, number = self.state, self.around.publishing[name]
-        before = {digest for (device, digest) in state.segments.blobs.all() if device == self._device(name)}
+        self._acknowledge_all()  # the handler waits for it
+        here = {
+            digest: entry
+            for (device, digest), entry in state.segments.blobs.all().items()
+            if device == self._device(name)
+        }
+        before = {digest for digest, entry in here.items() if entry.segment not in state.segments.elsewhere}
         draft = state.draft(name, number, blobs, None)
         state.segments.refer_known(draft)
         missing = state.segments.missing(draft.device, draft.nbytes)
@@ -148,7 +172,7 @@ class StateDriver(RuleBasedStateMachine):
                 self._remove(victim)
             assert state.segments.missing(draft.device, draft.nbytes) <= 0
         state.plans[name] = plan = state.segments.promise_plan(draft)
-        self.counted_on[name] = {blob.digest for blob in blobs} & before
+        self.counted_on[name] = {blob.digest for blob in blobs} & here.keys()
         new = [blob.digest for blob, location in zip(blobs, plan.locations, strict=True) if location.new]
         assert sorted(new) == sorted({blob.digest for blob in blobs} - before)
         assert set(plan.written) == set(plan.segments)
@@ -167,8 +191,50 @@ class StateDriver(RuleBasedStateMachine):
         del self.counted_on[name]
         self._carry_out(self.state.commit(name, number, Committed(b"", manifest)))
         self.models[name] = plan.blobs
+        assert self.state.resident(name)
         self.around.kept[name] = self.state.locations_of(name)  # the handler notes a committed model
         assert (name, number) in self.around.reading
+
+    def _acknowledge(self, segment):
+        self.around.leaving.remove(segment)
+        self.around.memory.discard(segment)  # one that was not filled has none
+        assert self.state.segments.released(segment)
+
+    def _acknowledge_all(self):
+        for segment in list(self.around.leaving):
+            self._acknowledge(segment)
+
+    def _copy_to_host(self, name, number, *, upto):
+        """Make the host copies of a model that a client reads, if the limit permits; return whether it has all."""
+        state = self.state
+        segments = state.segments_of(name)
+        if state.tiers.being_copied(segments):
+            return False
+        missing = state.tiers.without_host_copy(segments)
+        needed = sum(state.segments.at(segment).nbytes for segment in missing)
+        if state.segments.missing("cpu", needed) > 0:
+            self._carry_out(state.drop_spare_host_copies(needed))
+            missing = state.tiers.without_host_copy(segments)
+            needed = sum(state.segments.at(segment).nbytes for segment in missing)
+            if state.segments.missing("cpu", needed) > 0:
+                return False
+        state.tiers.need(name, number, segments)
+        if missing:
+            copying = state.tiers.begin_copying(name, number, missing)
+            if upto == "promise":
+                return False
+            for host in copying.copies.values():
+                self.around.memory.add(host)
+                state.segments.fill(host)
+            if upto == "fill":
+                return False
+            self._carry_out(state.end_copying(copying))
+        return True
+
+    def _sleep(self, name, number):
+        del self.around.reading[name, number]
+        self.around.away.add((name, number))
+        self._carry_out(self.state.go_away(self.state.clients[number], name))
 
     def _remove(self, name):
         del self.models[name]
@@ -188,7 +254,10 @@ class StateDriver(RuleBasedStateMachine):
         return {(model.key, waiter.client) for model in self.state.models.all() for waiter in model.waiters}
 
     def _reading_by_key(self):
-        return {(model.key, reader) for model in self.state.models.all() for reader in model.readers}
+        return {(model.key, reader) for model in self.state.models.all() for reader in model.awake}
+
+    def _away(self):
+        return {(model.key, reader) for model in self.state.models.all() for reader in model.away}
 
     def _reading_withdrawn(self):
         return {(model.key, reader) for model in self.state.models.withdrawn().values() for reader in model.readers}

@@ -50,6 +50,16 @@ from shared_store.protocol.messages.models import (
     Wanted,
 )
 from shared_store.protocol.messages.ordering import order_key
+from shared_store.protocol.messages.residency import (
+    RESIDENCY,
+    AddHostCopies,
+    CopyToHost,
+    FillHostCopy,
+    GoAway,
+    HostCopies,
+    HostSegment,
+    ReleaseHostCopies,
+)
 from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
 from shared_store.protocol.messages.session import (
     Acquire,
@@ -69,11 +79,13 @@ from shared_store.protocol.messages.workload import SwapOut
 
 __all__ = [
     "OLDEST",
+    "RESIDENCY",
     "VERSION",
     "Abandon",
     "AbandonCompaction",
     "Accepted",
     "Acquire",
+    "AddHostCopies",
     "Attached",
     "BlobPlace",
     "Cancel",
@@ -82,15 +94,20 @@ __all__ = [
     "Compact",
     "Compacted",
     "Compacting",
+    "CopyToHost",
     "Done",
     "Failed",
     "FileDigests",
     "Fill",
+    "FillHostCopy",
     "Filled",
     "GetActivityPage",
     "GetStatus",
+    "GoAway",
     "Granted",
     "Hello",
+    "HostCopies",
+    "HostSegment",
     "Leave",
     "Message",
     "Move",
@@ -105,6 +122,7 @@ __all__ = [
     "Quarantine",
     "RecallFiles",
     "Rejoin",
+    "ReleaseHostCopies",
     "RememberFiles",
     "Remove",
     "Reply",

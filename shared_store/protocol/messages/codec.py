@@ -27,6 +27,14 @@ from shared_store.protocol.messages.models import (
     ReportFallback,
     Wanted,
 )
+from shared_store.protocol.messages.residency import (
+    AddHostCopies,
+    CopyToHost,
+    FillHostCopy,
+    GoAway,
+    HostCopies,
+    ReleaseHostCopies,
+)
 from shared_store.protocol.messages.session import (
     Acquire,
     Done,
@@ -57,6 +65,11 @@ ClientMessage = (
     | Rejoin
     | Offer
     | Leave
+    | CopyToHost
+    | FillHostCopy
+    | AddHostCopies
+    | GoAway
+    | ReleaseHostCopies
     | Report
     | ReportFallback
     | GetStatus
@@ -85,6 +98,7 @@ StoreMessage = (
     | Planned
     | Filled
     | Attached
+    | HostCopies
     | Compacting
     | Switched
     | StatusReply

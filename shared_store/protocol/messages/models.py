@@ -100,12 +100,14 @@ class Rejoin(Request, frozen=True, tag="rejoin"):
     """Claim a model that the client has mapped since before a restart, in the segments with these ids.
 
     Answered by :class:`Done`, or by :class:`Wanted` when the store does not have the model there: the client may then
-    send an :class:`Offer`. In protocol 1 :class:`Failed` (``model_not_found``) takes the place of :class:`Wanted`.
+    send an :class:`Offer`. In protocol 1 :class:`Failed` (``model_not_found``) takes the place of :class:`Wanted`. With
+    ``away`` the client sleeps, and has host copies of the segments.
     """
 
     key: str
     segments: tuple[int, ...]
     private_bytes: int = 0
+    away: bool = False
 
 
 class Wanted(Reply, frozen=True, tag="wanted"):
@@ -119,7 +121,8 @@ class Offer(Request, frozen=True, tag="offer", omit_defaults=True):
 
     The only client message with fds. The store accepts them with the ``ticket`` of the :class:`Wanted` that answered a
     :class:`Rejoin` of the same key; in protocol 1, which has no tickets, right after it refused the :class:`Rejoin`.
-    Answered by :class:`Done`: the client reads the model.
+    Answered by :class:`Done`: the client reads the model. With ``away`` the client sleeps, and the fds are those of the
+    segments' host copies.
     """
 
     key: str
@@ -128,3 +131,4 @@ class Offer(Request, frozen=True, tag="offer", omit_defaults=True):
     segments: tuple[SegmentInfo, ...]
     private_bytes: int = 0
     ticket: int = 0
+    away: bool = False

@@ -52,5 +52,5 @@ class Sessions:
             log.warning("%s disconnected during a compaction of %s", client, compaction.device)
         read = [model.key for model in models if client.number in model.readers]
         self._effects.carry_out(state.lost(client))
-        self._evictor.evict_asleep(read)
+        self._evictor.drop_asleep(read)
         self._signals.changed()

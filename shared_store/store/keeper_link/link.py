@@ -70,7 +70,8 @@ class KeeperLink:
         self._child: subprocess.Popen[bytes] | None = None
         held = inheritance.held.segments if inheritance else {}
         self._sent = {number for number, found in held.items() if found.fd is not None}
-        self._lost_fds = set(held) - self._sent  # the keeper has their records, but could not retain descriptors
+        self._lost_fds = set(held) - self._sent  # the keeper has their records, but no descriptors
+        self._hosts = {number: found.record.host for number, found in held.items()}  # as the keeper knows them
         self._journal = ""
         self._gone = ""
         self._slow = ""
@@ -137,11 +138,30 @@ class KeeperLink:
         if self._channel is None:
             return
         record = self._records.model(key)
-        for number in record.segments - self._sent:
-            fds = OwnedFds([self._records.export(number)])
-            self._sent.add(number)
-            self._channel.send(keeper_messages.Hold(self._records.segment(number)), fds)
+        for number in record.segments:
+            self._hold(self._channel, number)
         self._channel.send(keeper_messages.NoteModel(record))
+
+    def _hold(self, channel: ControlChannel, number: int) -> None:
+        """Send a segment's record and descriptor, and its host copy, unless they were sent before."""
+        record = self._records.segment(number)
+        if record.host:
+            self._hold(channel, record.host)
+        with_fd = number not in self._sent and self._records.allocated(number)
+        if not with_fd and self._known(number) and self._hosts.get(number, 0) == record.host:
+            return
+        fds = OwnedFds([self._records.export(number)] if with_fd else [])
+        if with_fd:
+            self._sent.add(number)
+            self._lost_fds.discard(number)
+        elif number not in self._sent:
+            self._lost_fds.add(number)
+        self._hosts[number] = record.host
+        channel.send(keeper_messages.Hold(record), fds)
+
+    def _known(self, segment: int) -> bool:
+        """Whether the keeper has the segment's record."""
+        return segment in self._sent or segment in self._lost_fds
 
     def forget(self, key: str) -> None:
         """Report that a model is no longer committed."""
@@ -158,12 +178,25 @@ class KeeperLink:
             segment: its id.
             freed: device and size in bytes of the memory that the store had of it; None: it had none.
         """
-        if segment in self._sent or segment in self._lost_fds:
+        if self._known(segment):
             if segment in self._sent and freed is not None:
                 self._confirmations.begin(segment, *freed)
             self._sent.discard(segment)
             self._lost_fds.discard(segment)
+            self._hosts.pop(segment, None)
             self._send(keeper_messages.Release(segment, confirm=True))
+
+    def vacate(self, segment: int, freed: tuple[str, int] | None) -> None:
+        """Report that a segment left its device. The keeper keeps its record, and confirms that the memory is free.
+
+        Arguments as of :meth:`release`.
+        """
+        if segment in self._sent:
+            if freed is not None:
+                self._confirmations.begin(segment, *freed)
+            self._sent.discard(segment)
+            self._lost_fds.add(segment)
+            self._send(keeper_messages.Vacate(segment, confirm=True))
 
     async def flushed(self) -> None:
         """Wait until the keeper will receive everything that was sent, even if this process ends now."""
@@ -227,6 +260,7 @@ class KeeperLink:
         self._channel = None
         self._sent.clear()
         self._lost_fds.clear()
+        self._hosts.clear()
         self._gone = f"the keeper (pid {self._pid}) is gone"
         self._not_upgraded("the new keeper ended; the store's log says why")
         self._signals.event("keeper_lost", detail=self._gone)
@@ -287,7 +321,9 @@ class KeeperLink:
             held.close()
             self._not_replaced(error)
             return None
-        self._sent = set(held.segments)
+        self._sent = {number for number, found in held.segments.items() if found.fd is not None}
+        self._lost_fds = set(held.segments) - self._sent
+        self._hosts = {number: found.record.host for number, found in held.segments.items()}
         self._channel = ControlChannel(ours)
         self._channel.attend(self._hear, self._lost)
         return held, theirs

@@ -29,14 +29,20 @@ class Records:
     def segment(self, number: int) -> SegmentRecord:
         """Return the record of a segment."""
         entry = self._state.segments.at(number)
-        return SegmentRecord(number, entry.device, entry.nbytes)
+        return SegmentRecord(number, entry.device, entry.nbytes, entry.host or 0)
+
+    def allocated(self, number: int) -> bool:
+        """Whether a segment has memory of its device, which can be exported."""
+        return self._devices.memory(number) is not None
 
     def export(self, number: int) -> OwnedFd:
         """Return a new descriptor of a segment."""
         return self._devices.export(number)
 
     def holdings(self) -> DurableState:
-        """Return all records, with new descriptors of the segments that committed models are in. The caller closes it.
+        """Return all records, with new descriptors of the segments of committed models and of their host copies.
+
+        The caller closes it.
 
         Raises:
             MemoryBackendError: a descriptor cannot be duplicated.
@@ -45,7 +51,10 @@ class Records:
         held = DurableState(models=models, files=self._state.files.all())
         try:
             for number in {segment for model in models.values() for segment in model.segments}:
-                held.segments[number] = RetainedSegment(self.segment(number), self.export(number))
+                record = self.segment(number)
+                for one in filter(None, (number, record.host)):
+                    fd = self.export(one) if self.allocated(one) else None
+                    held.segments[one] = RetainedSegment(self.segment(one), fd)
         except BaseException:
             held.close()
             raise

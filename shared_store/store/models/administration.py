@@ -40,7 +40,11 @@ class Administration:
         Raises:
             ModelNotFoundError: no model has this prefix, or more than one.
         """
-        key = self._state.models.pin(request.key, pinned=request.pinned)
+        if request.pinned:
+            key = self._state.models.pin(request.key, pinned=True)
+        else:
+            key, effects = self._state.unpin(request.key)
+            self._effects.carry_out(effects)
         if key in self._state.committed:
             self._keeper.note(key)
         self._signals.event("pinned" if request.pinned else "unpinned", key=key)

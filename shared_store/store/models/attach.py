@@ -40,8 +40,12 @@ class Attach:
             self._effects.carry_out(self._state.leave(session.client, key))
             self._signals.changed()
             raise
-        self._state.counts.add("attaches")
-        self._signals.event("attached", key=key, pid=session.client.pid)
+        if self._state.woke(session.client.number, key):
+            name = self._state.committed[key].manifest.name
+            self._signals.event("model_woke", key=key, name=name, pid=session.client.pid)
+        else:
+            self._state.counts.add("attaches")
+            self._signals.event("attached", key=key, pid=session.client.pid)
         index = {segment: number for number, segment in enumerate(segments)}
         places = tuple(messages.BlobPlace(index[segment], offset) for segment, offset in locations)
         infos = tuple(messages.SegmentInfo(segment, self._state.segments.at(segment).nbytes) for segment in segments)

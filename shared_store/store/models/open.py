@@ -59,7 +59,7 @@ class Opening:
         session.pending.check()
         asker = Asker(session.client.number, request.publish)
         name, engine = one_line(request.name, MAX_NAME), one_line(request.engine, MAX_NAME)
-        outcomes = self._state.models.open(request.key, asker, name=name, engine=engine, device=request.device)
+        outcomes = self._state.open(request.key, asker, name=name, engine=engine, device=request.device)
         self._signals.changed()
         outcome = (
             outcomes[0]
@@ -90,7 +90,7 @@ class Opening:
     def _leave(self, client: Client, key: str) -> None:
         self._effects.carry_out(self._state.leave(client, key))
         self._waiters.left_model(key, client.number)
-        self._evictor.evict_asleep([key])
+        self._evictor.drop_asleep([key])
         self._signals.changed()
 
     def _publisher(self, key: str) -> Client | None:

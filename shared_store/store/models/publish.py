@@ -19,6 +19,7 @@ from shared_store.store.models.attach import Attach
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
+from shared_store.store.space.departures import Departures
 from shared_store.store.state.committed import Committed
 from shared_store.store.state.publish_plan import Draft, PublishPlan
 from shared_store.store.state.store_state import StoreState
@@ -39,6 +40,7 @@ class Publishing:
     _signals: Signals
     _keeper: KeeperLink
     _admission: Admission
+    _departures: Departures
     _attach: Attach
 
     async def plan(self, session: Session, request: messages.Plan) -> Answer:
@@ -57,6 +59,8 @@ class Publishing:
         if any(len(blob.digest) != SIZE or blob.nbytes < 0 for blob in request.blobs):
             raise ProtocolError("a plan with a malformed blob")
         preferred = _preferred(request)
+        present = state.segments.blobs.present(device, (blob.digest for blob in request.blobs))
+        await self._departures.ended({entry.segment for entry in present.values()})
         await self._admission.compact(device, state.draft(request.key, client, request.blobs, preferred).nbytes)
         draft = state.draft(request.key, client, request.blobs, preferred)  # the state may have changed meanwhile
         plan, fds = self._promise(request.key, draft)
@@ -145,9 +149,15 @@ class Publishing:
             raise DigestMismatchError(
                 f"bytes published as {blob.digest.hex()[:16]} are {found.hex()[:16]}: not accepted"
             )
+        returning = key in state.committed
         effects = state.commit(key, client.number, Committed(request.manifest, manifest))
-        log.info("published %s: %d tensors, %d bytes", manifest.name, len(manifest.tensors), manifest.nbytes)
-        self._signals.event("published", key=key, name=manifest.name, bytes=manifest.nbytes, pid=client.pid)
+        what = "returned" if returning else "published"
+        log.info("%s %s: %d tensors, %d bytes", what, manifest.name, len(manifest.tensors), manifest.nbytes)
+        if not returning:
+            self._signals.event("published", key=key, name=manifest.name, bytes=manifest.nbytes, pid=client.pid)
+        for segment in plan.returning:
+            nbytes = state.segments.at(segment).nbytes
+            self._signals.event("segment_returned", device=manifest.device, segment=segment, bytes=nbytes)
         self._effects.carry_out(effects)
         self._signals.changed()
         self._keeper.note(key)

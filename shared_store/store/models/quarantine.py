@@ -44,7 +44,10 @@ class Quarantining:
             raise ModelNotFoundError(f"no model with key {request.key}; `wooly models` lists them")
         device = known.manifest.device
         named = {blob.digest for blob in known.manifest.blobs}.intersection(request.digests)
-        suspects = self._state.segments.blobs.present(device, named)
+        present = self._state.segments.blobs.present(device, named)
+        # What is elsewhere was verified by the store when its host copy was made.
+        elsewhere = self._state.segments.elsewhere
+        suspects = {digest: entry for digest, entry in present.items() if entry.segment not in elsewhere}
         segments = {digest: entry.segment for digest, entry in suspects.items()}
         if (await self._devices.find(device)).host_readable:
             wrong = await asyncio.to_thread(self._devices.check(_by_segment(suspects)).wrong)

@@ -104,6 +104,12 @@ class StatusCollector(Collector):
             ("device",),
             [((device.id,), device.padding_bytes) for device in devices],
         )
+        yield _gauge(
+            "wooly_host_copy_bytes",
+            "Bytes of host copies of a device's segments. They are resident bytes of cpu.",
+            ("device",),
+            [((device.id,), device.host_bytes) for device in devices],
+        )
         quarantined = Counter[str]()
         for segment in self._status.quarantine:
             quarantined[segment.device] += segment.bytes
@@ -127,7 +133,30 @@ class StatusCollector(Collector):
         )
         labels = ("key", "name")
         yield _gauge(
-            "wooly_model_readers", "Readers of a model.", labels, [((one.key, one.name), one.readers) for one in models]
+            "wooly_model_readers",
+            "Readers that map a model.",
+            labels,
+            [((one.key, one.name), one.readers) for one in models],
+        )
+        yield _gauge(
+            "wooly_model_away_readers",
+            "Readers of a model that sleep.",
+            labels,
+            [((one.key, one.name), one.away) for one in models],
+        )
+        yield _gauge(
+            "wooly_model_tier_bytes",
+            "Bytes of a model's blobs by tier: on its device, in host copies, in files alone. A blob may be in two.",
+            (*labels, "tier"),
+            [
+                ((one.key, one.name, tier), nbytes)
+                for one in models
+                for tier, nbytes in (
+                    ("resident", one.resident_bytes),
+                    ("host", one.host_bytes),
+                    ("disk", one.disk_bytes),
+                )
+            ],
         )
         yield _gauge(
             "wooly_model_bytes",

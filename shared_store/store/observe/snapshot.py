@@ -48,7 +48,7 @@ class Snapshots:
         self._identity = identity
         self._pages = pages
         self._committed = BlobUnion()  # of all committed models
-        self._mapped = BlobUnion()  # of those that have readers
+        self._mapped = BlobUnion()  # of those that have readers that are awake
 
     async def catch_up(self) -> None:
         """Update the sums over blobs, in slices, until :meth:`take` has little left to update."""
@@ -101,6 +101,7 @@ class Snapshots:
                 segments.count(device),
                 *segments.unused(device),
                 releasing_bytes=segments.releases.nbytes(device),
+                host_bytes=segments.host_bytes(device),
             )
             for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
         )
@@ -112,6 +113,7 @@ class Snapshots:
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
+            resident, host = self._state.tier_bytes(model.key) if known else (0, 0)
             shown.append(
                 status.ModelStatus(
                     key=model.key,
@@ -122,9 +124,12 @@ class Snapshots:
                     tensors=len(known.manifest.tensors) if known else 0,
                     bytes=known.nbytes if known else 0,
                     unique_bytes=self._committed.unique_bytes(model.key),
-                    readers=len(model.readers),
+                    readers=len(model.awake),
+                    away=len(model.away),
                     pinned=model.pinned,
                     last_used=model.last_used,
+                    resident_bytes=resident,
+                    host_bytes=host,
                 )
             )
         return tuple(shown)
@@ -138,7 +143,8 @@ class Snapshots:
             client = state.clients.get(number)
             if client is None:
                 continue  # its connection ended; its leases end in the same step of the event loop
-            mapped = sizes[owner] if role == "reader" else 0
+            away = role == "reader" and self._away(number, owner)
+            mapped = sizes[owner] if role == "reader" and not away else 0
             key = owner.partition("/")[0]  # the owner is a key, or the token of a withdrawn model
             private = client.private_bytes.get(key, 0)
             shown.append(
@@ -154,9 +160,14 @@ class Snapshots:
                     pod=client.identity.pod,
                     container=client.identity.container,
                     activity=self._activity(number),
+                    away=away,
                 )
             )
         return tuple(shown)
+
+    def _away(self, client: int, owner: str) -> bool:
+        model = self._state.models.get(owner)
+        return model is not None and client in model.away
 
     def _activity(self, client: int) -> status.ActivityStatus | None:
         activity = self._pages.read(client)
@@ -185,7 +196,7 @@ class Snapshots:
 
     def _of_mapped(self) -> dict[str, tuple[str, Manifest]]:
         state = self._state
-        read = {model.key: state.committed[model.key].manifest for model in state.models.all() if model.readers}
+        read = {model.key: state.committed[model.key].manifest for model in state.models.all() if model.awake}
         once = {key: (manifest.device, manifest) for key, manifest in read.items()}
         return once | {token: (token, known.manifest) for token, known in state.withdrawn.items()}
 

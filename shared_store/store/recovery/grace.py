@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.offers import Offers
@@ -27,6 +28,7 @@ class GracePeriod:
     _arrivals: Arrivals
     _offers: Offers
     _evictor: Evictor
+    _effects: Effects
 
     def start(self) -> None:
         """End the period once its time is over."""
@@ -50,5 +52,6 @@ class GracePeriod:
         for number in grace.segments:
             if not self._state.segments.has(number):
                 self._keeper.release(number)
-        self._evictor.evict_asleep(list(self._state.committed))
+        self._effects.carry_out(self._state.leave_devices())
+        self._evictor.drop_asleep(list(self._state.committed))
         self._signals.changed()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from shared_store.base.errors import (
     DigestMismatchError,
@@ -26,12 +26,16 @@ from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd, OwnedFds, duplicate
 from shared_store.store.devices.devices import Devices
 from shared_store.store.devices.digest_check import Check, Part
+from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.offered import OfferedModel, check_memory
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
+from shared_store.store.state.residency import Residency
+from shared_store.store.state.segments import new_id
 from shared_store.store.state.store_state import StoreState
+from shared_store.store.state.tiers import HOST
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +44,17 @@ class Offers:
     """Models that clients bring back."""
 
     def __init__(
-        self, state: StoreState, devices: Devices, keeper: KeeperLink, signals: Signals, arrivals: Arrivals
+        self,
+        state: StoreState,
+        devices: Devices,
+        effects: Effects,
+        keeper: KeeperLink,
+        signals: Signals,
+        arrivals: Arrivals,
     ) -> None:
         self._state = state
         self._devices = devices
+        self._effects = effects
         self._keeper = keeper
         self._signals = signals
         self._arrivals = arrivals
@@ -54,12 +65,16 @@ class Offers:
         return {key for key, lock in self._locks.items() if lock.locked()}
 
     async def rejoin(self, session: Session, request: messages.Rejoin) -> Answer:
-        """Make a client a reader of a model that it has mapped since before this store started.
+        """Make a client a reader of a model that it has mapped since before this store started, or asleep.
 
         Raises:
-            ModelNotFoundError: the store does not have the model, or has it in other segments.
+            ModelNotFoundError: the store does not have the model, has it in other segments or not on its device, or has
+                no host copies for a client that sleeps.
         """
-        self._rejoin(session, request.key, set(request.segments), request.private_bytes)
+        if request.away:
+            self._rejoin_asleep(session, request.key, request.segments, request.private_bytes, whole=True)
+        else:
+            self._rejoin(session, request.key, set(request.segments), request.private_bytes)
         return Answer(messages.Done(request.id))
 
     async def offer(self, session: Session, request: messages.Offer, fds: OwnedFds) -> Answer:
@@ -82,10 +97,21 @@ class Offers:
 
     def _rejoin(self, session: Session, key: str, segments: set[int], private_bytes: int) -> None:
         state = self._state
-        if key not in state.committed or segments != set(state.segments_of(key)):
+        if key not in state.committed or segments != set(state.segments_of(key)) or not state.resident(key):
             raise ModelNotFoundError(f"the store does not have {key} in these segments")
         if not session.gone.is_set():
             state.read_again(session.client, key, private_bytes)
+            self._signals.changed()
+
+    def _rejoin_asleep(
+        self, session: Session, key: str, segments: Iterable[int], private_bytes: int, *, whole: bool
+    ) -> None:
+        """Make a client a reader that is away. ``whole``: only if all of the model has host copies."""
+        state = self._state
+        if key not in state.committed or (whole and state.tiers.without_host_copy(state.segments_of(key))):
+            raise ModelNotFoundError(f"the store does not have host copies of {key}")
+        if not session.gone.is_set():
+            self._effects.carry_out(state.sleep_again(session.client, key, private_bytes, segments))
             self._signals.changed()
 
     async def _take(self, session: Session, request: messages.Offer, fds: OwnedFds) -> None:
@@ -94,38 +120,80 @@ class Offers:
         offered.check_against(state.grace)
         ids = set(offered.segments)
         async with self._locks[key]:  # of several clients that offer a model, the first valid offer is taken
-            if key in state.committed:
-                try:
-                    self._rejoin(session, key, ids, request.private_bytes)
-                except ModelNotFoundError as error:
-                    raise OfferRefusedError(f"the store has {key} in other segments by now") from error
+            known = key in state.committed
+            if known and not request.away and state.resident(key):
+                self._rejoin_known(session, request, ids)
                 return
-            if state.models.get(key) is not None:
+            if not known and state.models.get(key) is not None:
                 raise OfferRefusedError(f"{key} is being published by another client")
-            self._arrivals.expect(key)  # opens wait for the result from here on
+            if not known:
+                self._arrivals.expect(key)  # opens wait for the result from here on
             try:
-                await self._verify(session, offered, dict(zip(offered.segments, fds, strict=True)))
-                for (number, nbytes), fd in zip(offered.segments.items(), fds, strict=True):
-                    if not state.segments.has(number):
-                        device = offered.manifest.device
-                        self._devices.put(number, device, FdSegment(fd.dup(), nbytes))
-                        state.segments.take_back(number, device, nbytes)
-                state.readmit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
-                for number in state.segments.sweep(ids):  # the model uses other copies of all blobs in it
-                    self._devices.release(number)
+                given = dict(zip(offered.segments, fds, strict=True))
+                await self._verify(session, offered, given, away=request.away)
+                self._take_memory(offered, given, away=request.away)
+                known = key in state.committed  # it may have been removed meanwhile
+                if not known:
+                    state.readmit(offered.data, offered.manifest, offered.locations, pinned=state.grace.pinned(key))
                 self._signals.changed()
             finally:
                 self._arrivals.settled(key)
             self._keeper.note(key)
             state.grace.extend()
-            self._signals.event("model_returned", key=key, pid=session.client.pid)
-            log.info("%s brought %s back", session.client, offered.manifest.name)
-            self._rejoin(session, key, set(state.segments_of(key)), request.private_bytes)
+            if not known:
+                self._signals.event("model_returned", key=key, pid=session.client.pid)
+                log.info("%s brought %s back", session.client, offered.manifest.name)
+            if request.away:
+                self._rejoin_asleep(session, key, ids, request.private_bytes, whole=False)
+            elif known:
+                self._rejoin_known(session, request, ids)
+            else:
+                self._rejoin(session, key, set(state.segments_of(key)), request.private_bytes)
+            self._effects.carry_out(state.sweep(ids))
         await self._keeper.flushed()
 
-    async def _verify(self, session: Session, offered: OfferedModel, fds: Mapping[int, OwnedFd]) -> None:
+    def _rejoin_known(self, session: Session, request: messages.Offer, ids: set[int]) -> None:
+        """Make a client a reader of a model that the store has. Raises :class:`OfferRefusedError`."""
+        try:
+            self._rejoin(session, request.key, ids, request.private_bytes)
+        except ModelNotFoundError as error:
+            raise OfferRefusedError(f"the store has {request.key} in other segments by now") from error
+
+    def _take_memory(self, offered: OfferedModel, given: Mapping[int, OwnedFd], *, away: bool) -> None:
+        """Take the verified memory that the store does not have: of the model's device, or host copies."""
+        segments, device = self._state.segments, offered.manifest.device
+        for number, nbytes in offered.segments.items():
+            memory = FdSegment(given[number].dup(), nbytes)
+            if away and device != HOST:
+                if not segments.has(number):
+                    segments.take_back_elsewhere(number, device, nbytes)
+                entry = segments.at(number)
+                if entry.host is None and not entry.quarantined:
+                    host = new_id()
+                    self._devices.put(host, HOST, memory)
+                    segments.take_back(host, HOST, nbytes)
+                    segments.add_host_copy(number, host)
+                    continue
+            elif not segments.has(number):
+                self._devices.put(number, device, memory)
+                segments.take_back(number, device, nbytes)
+                continue
+            elif segments.at(number).residency is Residency.HOST:
+                self._devices.put(number, device, memory)
+                segments.offered(number)
+                continue
+            memory.release()
+
+    async def _verify(self, session: Session, offered: OfferedModel, fds: Mapping[int, OwnedFd], *, away: bool) -> None:
         """Verify the offered segments; those that the store has are verified in place of the offered ones."""
         device, key = offered.manifest.device, offered.manifest.key
+        if away and device != HOST:
+            self._present(offered)
+            await self._devices.find(device)
+            given = {number: fd.fileno() for number, fd in fds.items()}
+            await asyncio.to_thread(_verify, await self._devices.find(HOST), offered, given)
+            self._present(offered)
+            return
         backend = await self._devices.find(device)
         if not backend.host_readable and session.client.uid not in {os.getuid(), 0}:
             raise PermissionDeniedError(f"memory of {device} cannot be checked, so only uid {os.getuid()} may offer it")
@@ -147,7 +215,8 @@ class Offers:
                 entry = self._state.segments.at(number)
                 if (entry.device, entry.nbytes, entry.writer) != (offered.manifest.device, nbytes, None):
                     raise OfferRefusedError(f"segment {number} is another segment in this store")
-                present.append(number)
+                if self._devices.memory(number) is not None:
+                    present.append(number)
         return tuple(present)
 
 

@@ -58,6 +58,11 @@ class Restore:
             if found.fd is not None:
                 self._take_segment(number, found.record.device, found.record.nbytes, OwnedFd(found.fd.detach()))
                 await pace.done(_SEGMENT)
+        for segment in records.values():
+            if segment.host and state.segments.has(segment.host):
+                if not state.segments.has(segment.id):
+                    state.segments.take_back_elsewhere(segment.id, segment.device, segment.nbytes)
+                state.segments.add_host_copy(segment.id, segment.host)
         for record in held.models.values():
             try:
                 model = OfferedModel.recorded(record, records)

@@ -22,6 +22,7 @@ from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.models import Model, State
 from shared_store.store.state.store_state import StoreState
+from shared_store.store.state.tiers import HOST
 
 MAX_NAMED: Final = 5
 """Most models that an error lists by name."""
@@ -129,6 +130,10 @@ class Admission:
         """Evict models to free ``needed`` bytes; return False, without evicting any, if that is not possible."""
         if self._state.grace.active:
             return False
+        if device == HOST:
+            before = self._state.segments.used(HOST)
+            self._evictor.drop_spare_host_copies(needed)
+            needed -= before - self._state.segments.used(HOST)
         return self._evict_all(evict(self._cached(device), self._state.segments.occupied(device), needed), reason)
 
     def _evict_for(self, device: str, nbytes: int, free: int | Unknown, *, first: bool) -> bool:
@@ -155,18 +160,22 @@ class Admission:
         return True
 
     def _cached(self, device: str) -> list[CachedModel]:
-        """Return the committed models of a device."""
+        """Return the committed models that have memory of a device."""
         return [
             CachedModel(model.key, model.last_used, len(model.readers), model.pinned)
             for model in self._state.models.all()
-            if model.state is State.COMMITTED and model.device == device
+            if model.state is State.COMMITTED and self._uses(device, model)
         ]
+
+    def _uses(self, device: str, model: Model) -> bool:
+        """Whether a model has memory of a device: of its own, or host copies that alone have its bytes."""
+        return model.device == device or (device == HOST and self._state.in_host_memory(model.key))
 
     def _blockers(self, device: str, key: str) -> str:
         """Return the models that cannot be evicted, and the next steps, for an error."""
         if self._state.grace.active:
             return "the store was just restarted and evicts nothing yet: try again in a few seconds"
-        models = [model for model in self._state.models.all() if model.device == device and model.key != key]
+        models = [model for model in self._state.models.all() if self._uses(device, model) and model.key != key]
         idle = [model for model in models if model.state is State.COMMITTED and not model.readers]
         kinds = {
             "in use": [model for model in models if model.readers],

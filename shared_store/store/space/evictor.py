@@ -32,7 +32,19 @@ class Evictor:
             self._signals.event("evicted", key=key, name=manifest.name, bytes=manifest.nbytes, reason=reason)
         self._signals.changed()
 
-    def evict_asleep(self, keys: Iterable[str]) -> None:
-        """Evict those of the models whose readers all sleep: they read the host copies."""
+    def drop_asleep(self, keys: Iterable[str]) -> None:
+        """Remove those of the models whose readers all sleep as clients of protocol 1 do. No eviction: they return."""
         for key in self._state.asleep(keys):
-            self.evict([key], "its readers sleep")
+            manifest = self._state.committed[key].manifest
+            _, effects = self._state.remove(key)
+            self._effects.carry_out(effects)
+            log.info("%s left %s: its readers sleep", manifest.name or key, manifest.device)
+            self._signals.event("removed", key=key)
+            self._signals.changed()
+
+    def drop_spare_host_copies(self, needed: int) -> None:
+        """Drop host copies that no client needs, to free ``needed`` bytes of host memory. No model is evicted."""
+        effects = self._state.drop_spare_host_copies(needed)
+        if effects:
+            self._effects.carry_out(effects)
+            self._signals.changed()

@@ -61,5 +61,12 @@ class Released:
     segment: int
 
 
+@dataclass(frozen=True)
+class Left:
+    """The segment with this id leaves its device: the memory there must be released, and the host copy stays."""
+
+    segment: int
+
+
 Answer = MayPublish | MayRead | Refused | HasTurn
-Effect = Answer | Forgotten | Relocated | Released
+Effect = Answer | Forgotten | Relocated | Released | Left

@@ -1,8 +1,12 @@
 """Publishers, waiters and readers of models: a transition table, and nothing but state.
 
-A model is absent, being published, or committed. When its bytes turn out wrong it is withdrawn: its key is free again,
-and the model exists under a token until its last reader has left. :data:`TRANSITIONS` lists every transition;
-:class:`Models` applies it and returns the effects.
+A model is absent, being published, or committed. A committed model whose bytes are not all on its device is published
+again by the next client that opens it: it is *returning* until then, and stays in the store if that fails. When its
+bytes turn out wrong it is withdrawn: its key is free again, and the model exists under a token until its last reader
+has left. :data:`TRANSITIONS` lists every transition; :class:`Models` applies it and returns the effects.
+
+A reader is awake, or *away*: it sleeps, maps nothing, and needs the model's bytes in any tier (see
+:mod:`shared_store.store.state.residency`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ class State(enum.Enum):
     ABSENT = "absent"
     PUBLISHING = "publishing"
     COMMITTED = "committed"
+    RETURNING = "returning"  # committed, and a client publishes it again because it is not on its device
     WITHDRAWN = "withdrawn"  # has no key any more, so no client can open it
 
 
@@ -32,8 +37,10 @@ class Event(enum.Enum):
     """Events in the life of a model."""
 
     OPEN = "open"
+    OPEN_ELSEWHERE = "open elsewhere"  # opened while its bytes are not all on its device
     COMMIT = "commit"
     ABORT = "abort"  # the publisher abandons the publication or disconnects
+    UNCLAIMED = "unclaimed"  # no waiter publishes in place of a publisher that aborted
     REMOVE = "remove"  # by a command, or evicted
     QUARANTINE = "quarantine"  # a segment with its blobs has wrong bytes
     LAST_LEFT = "last left"  # no reader is left
@@ -63,6 +70,12 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, Action]] = {
     (State.COMMITTED, Event.QUARANTINE): (State.WITHDRAWN, Action.WITHDRAW),
     (State.WITHDRAWN, Event.LAST_LEFT): (State.ABSENT, Action.DROP),
     (State.ABSENT, Event.RETURN): (State.COMMITTED, Action.KEEP),
+    (State.COMMITTED, Event.OPEN_ELSEWHERE): (State.RETURNING, Action.GRANT),
+    (State.RETURNING, Event.OPEN): (State.RETURNING, Action.WAIT),
+    (State.RETURNING, Event.COMMIT): (State.COMMITTED, Action.ADMIT),
+    (State.RETURNING, Event.ABORT): (State.RETURNING, Action.PASS_ON),
+    (State.RETURNING, Event.UNCLAIMED): (State.COMMITTED, Action.KEEP),
+    (State.RETURNING, Event.QUARANTINE): (State.WITHDRAWN, Action.WITHDRAW),
 }
 """Pairs that are not listed are refused."""
 
@@ -90,12 +103,22 @@ class Withdrawn:
     token: str
 
 
-Outcome = MayPublish | MayRead | Refused | Dropped | Withdrawn
+@dataclass(frozen=True)
+class Unplanned:
+    """The plan to publish ``key`` is void, and the model stays as it is."""
+
+    key: str
+
+
+Outcome = MayPublish | MayRead | Refused | Dropped | Withdrawn | Unplanned
 
 
 @dataclass
 class Model:
-    """One model's state. ``last_used``: Unix seconds at which a reader attached or left last."""
+    """One model's state.
+
+    ``readers`` includes those that are ``away``. ``last_used``: Unix seconds at which a reader attached or left last.
+    """
 
     key: str
     name: str
@@ -105,15 +128,19 @@ class Model:
     publisher: int | None = None
     waiters: deque[Asker] = field(default_factory=deque)
     readers: set[int] = field(default_factory=set)
+    away: set[int] = field(default_factory=set)
     pinned: bool = False
     last_used: float = 0.0
 
+    @property
+    def awake(self) -> set[int]:
+        """The readers that map it."""
+        return self.readers - self.away
+
     def involves(self, client: int) -> bool:
-        """Whether a client publishes the model, reads it or waits for it."""
+        """Whether a client publishes the model, reads it awake, or waits for it."""
         return (
-            client == self.publisher
-            or client in self.readers
-            or any(waiter.client == client for waiter in self.waiters)
+            client == self.publisher or client in self.awake or any(waiter.client == client for waiter in self.waiters)
         )
 
 
@@ -165,8 +192,13 @@ class Models:
             raise ModelNotFoundError(f"no model with key {prefix}; `wooly models` lists them")
         raise ModelNotFoundError(f"{len(found)} models have keys that begin with {prefix}; use a longer prefix")
 
-    def open(self, key: str, asker: Asker, *, name: str, engine: str, device: str) -> list[Outcome]:
-        """Open a model for a client: read it, publish it, or wait for its publisher."""
+    def open(
+        self, key: str, asker: Asker, *, name: str, engine: str, device: str, resident: bool = True
+    ) -> list[Outcome]:
+        """Open a model for a client: read it, publish it, or wait for its publisher. A reader that is away wakes.
+
+        ``resident``: all bytes of the model, if it is committed, are on its device.
+        """
         model = self._models.get(key) or Model(key, name, engine, device)
         if model.involves(asker.client):
             raise ProtocolError(f"client {asker.client} has asked for model {key} before")
@@ -174,7 +206,13 @@ class Models:
             raise ModelNotFoundError(
                 f"{name or key} is not in the store, and this client only attaches; start one that publishes it first"
             )
-        action = self._step(model, Event.OPEN)
+        elsewhere = model.state is State.COMMITTED and not resident
+        if elsewhere and not asker.publish:
+            raise ModelNotFoundError(
+                f"{name or key} is in host memory only, and this client only attaches; wake a reader, or start one "
+                "that publishes"
+            )
+        action = self._step(model, Event.OPEN_ELSEWHERE if elsewhere else Event.OPEN)
         self._models[key] = model
         self._by_client.add(asker.client, key)
         if action is Action.WAIT:
@@ -182,6 +220,7 @@ class Models:
             return []
         if action is Action.ATTACH:
             model.readers.add(asker.client)
+            model.away.discard(asker.client)
             self._use(model)
             return [MayRead(key, asker.client)]
         model.publisher = asker.client
@@ -206,6 +245,7 @@ class Models:
         model.publisher = None
         model.waiters.clear()
         model.readers.update(readers)
+        model.away.difference_update(readers)
         self._use(model)
         return [MayRead(key, reader) for reader in readers]
 
@@ -213,19 +253,24 @@ class Models:
         """End a publication without a commit; the next waiter that may publish does."""
         model = self.publishing(key, client)
         self._step(model, Event.ABORT)
+        returning = model.state is State.RETURNING
         model.publisher = None
         self._left(key, client)
-        effects: list[Outcome] = [Dropped(key)]
+        effects: list[Outcome] = [Unplanned(key) if returning else Dropped(key)]
         successor = next((waiter for waiter in model.waiters if waiter.publish), None)
         if successor is not None:
             model.waiters.remove(successor)
             model.publisher = successor.client
             return [*effects, MayPublish(key, successor.client)]
-        del self._models[key]
-        for waiter in model.waiters:
+        waiters, model.waiters = model.waiters, deque()
+        if returning:
+            self._step(model, Event.UNCLAIMED)
+        else:
+            del self._models[key]
+        for waiter in waiters:
             self._left(key, waiter.client)
         error = ModelNotFoundError(f"{model.name or key}: its publisher aborted, and no other client publishes it")
-        return [*effects, *(Refused(key, waiter.client, error) for waiter in model.waiters)]
+        return [*effects, *(Refused(key, waiter.client, error) for waiter in waiters)]
 
     def leave(self, key: str, client: int) -> list[Outcome]:
         """Remove a reader or waiter; abort the publication if it was the publisher.
@@ -239,16 +284,29 @@ class Models:
             for effect in self._leave_withdrawn(token, client)
         ]
         model = self._models.get(key)
-        if model is not None and model.publisher == client:
-            return effects + self.abort(key, client)
         if model is not None:
+            if model.publisher == client:
+                effects += self.abort(key, client)
             if client in model.readers:
                 model.readers.discard(client)
+                model.away.discard(client)
                 self._use(model)
             if model.waiters:
                 model.waiters = deque(waiter for waiter in model.waiters if waiter.client != client)
         self._left(key, client)
         return effects
+
+    def go_away(self, key: str, client: int) -> None:
+        """Record that a reader sleeps. Idempotent.
+
+        Raises:
+            ModelNotFoundError: the client does not read the model.
+        """
+        model = self._models.get(key)
+        if model is None or client not in model.readers:
+            raise ModelNotFoundError(f"client {client} does not read {key}")
+        model.away.add(client)
+        self._use(model)
 
     def lost(self, client: int) -> list[Outcome]:
         """Remove a client from all models, because its connection ended."""
@@ -273,8 +331,9 @@ class Models:
         """
         model = self.find(prefix)
         if model.state is not State.COMMITTED or model.readers:
+            asleep = f" ({len(model.away)} of them asleep)" if model.away else ""
             raise ModelInUseError(
-                f"{model.name or model.key} has {len(model.readers)} readers and is {model.state.value}; "
+                f"{model.name or model.key} has {len(model.readers)} readers{asleep} and is {model.state.value}; "
                 "stop them first (`wooly status` lists them)"
             )
         self._step(model, Event.REMOVE)
@@ -291,12 +350,23 @@ class Models:
         self._models[key] = model
 
     def withdraw(self, key: str) -> list[Outcome]:
-        """Free the key of a committed model that has wrong bytes; its readers keep their mappings."""
-        model = self._models[key]
+        """Free the key of a committed model that has wrong bytes; its readers keep their mappings.
+
+        Readers that are away are forgotten: they have copies with right bytes, and publish the model when they wake. A
+        client that was publishing it again publishes it anew.
+        """
+        model = self._models.pop(key)
+        if model.state is State.RETURNING:
+            anew = Model(key, model.name, model.engine, model.device, State.PUBLISHING, model.publisher, model.waiters)
+            model.publisher, model.waiters = None, deque()
+            self._models[key] = anew
         self._step(model, Event.QUARANTINE)
-        del self._models[key]
+        forgotten, model.away = model.away, set()
+        model.readers = model.readers - forgotten
         token = f"{key}/withdrawn {next(self._tokens)}"
         self._withdrawn[token] = model
+        for client in forgotten:
+            self._left(key, client)
         return [Withdrawn(key, token), *self._drop_unread(token)]
 
     def _leave_withdrawn(self, token: str, client: int) -> list[Outcome]:
@@ -313,6 +383,9 @@ class Models:
 
     def _left(self, key: str, client: int) -> None:
         """Update the index after a client left a model with this key; it may read a withdrawn one that had the key."""
+        model = self._models.get(key)
+        if model is not None and (client in model.readers or model.involves(client)):
+            return
         if not any(model.key == key and client in model.readers for model in self._withdrawn.values()):
             self._by_client.discard(client, key)
 

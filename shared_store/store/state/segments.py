@@ -5,6 +5,9 @@ by its publisher's token, from the moment at which a plan counts on the blob. A 
 blobs has a reference, none refers to it as a whole, and none writes it. Only committed blobs are shared: a publisher's
 segment is its own until the commit, and a quarantined segment is shared with no new reader.
 
+Where a segment's bytes are is its residency (:mod:`shared_store.store.state.residency`). Its host copy is a segment of
+host memory without blobs, which the segment refers to, and which is released with it.
+
 A segment id is a random number of 53 bits (exact in every JSON reader): no two segments have the same id, including
 segments of a store before or after this one.
 
@@ -22,6 +25,7 @@ from shared_store.store.state.blobs import BlobEntry, Blobs
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Draft, Location, PublishPlan
 from shared_store.store.state.releases import Releases
+from shared_store.store.state.residency import ON_DEVICE, TRANSITIONS, Action, Event, Residency
 
 
 @dataclass
@@ -30,13 +34,16 @@ class SegmentEntry:
 
     Attributes:
         writer: token of the publication or compaction that fills it.
-        allocated: False until its writer is ready to fill it.
+        allocated: whether it has memory of its device: False until its writer is ready to fill it, and in lower tiers.
         blobs: digests of the live blobs in it; ``live``: their bytes.
         placed: bytes of all blobs that were ever placed in it. The rest is padding; placed bytes that are not live are
             dead.
         references: owners that need it as a whole: compactions that copy from it; when it is quarantined, the models
             whose readers map it.
         quarantined: it has wrong bytes; none of its blobs is shared any more.
+        residency: where its bytes are.
+        host: id of its host copy.
+        host_of: id of the segment that it is the host copy of.
     """
 
     id: int
@@ -49,11 +56,22 @@ class SegmentEntry:
     placed: int = 0
     references: set[str] = field(default_factory=set)
     quarantined: bool = False
+    residency: Residency = Residency.RESIDENT
+    host: int | None = None
+    host_of: int | None = None
 
     @property
     def settled(self) -> bool:
-        """Whether it is allocated and its contents are committed."""
-        return self.allocated and self.writer is None
+        """Whether it is allocated and its contents are committed, and stays so."""
+        return self.allocated and self.writer is None and self.residency is Residency.RESIDENT
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The result of a commit: segments to release, and owners of blobs that have other locations now."""
+
+    released: list[int]
+    relocated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,10 @@ class Segments:
         self.releases = Releases()
         self._entries: dict[int, SegmentEntry] = {}
         self._owners = OwnerIndex[str, int]()  # of writers, and of references to whole segments
+        self.elsewhere: set[int] = set()
+        """Ids of the segments that are not resident."""
+        self.copied: set[int] = set()
+        """Ids of the segments that have host copies."""
 
     # Questions.
 
@@ -106,7 +128,8 @@ class Segments:
 
     def used(self, device: str) -> int:
         """Return the bytes that count for the device's limit: allocated, promised, and released but not yet free."""
-        return sum(entry.nbytes for entry in self.on(device)) + self.releases.nbytes(device)
+        entries = sum(entry.nbytes for entry in self.on(device) if entry.residency in ON_DEVICE)
+        return entries + self.releases.nbytes(device)
 
     def missing(self, device: str, needed: int) -> int:
         """Return how many of ``needed`` bytes exceed the device's limit once released memory is free; 0 or less: none.
@@ -121,11 +144,16 @@ class Segments:
         limit = self.limits.get(device)
         return limit is not None and self.used(device) > limit
 
+    def host_bytes(self, device: str) -> int:
+        """Return the bytes of host copies of a device's segments."""
+        entries = (self._entries[segment] for segment in self.copied)
+        return sum(entry.nbytes for entry in entries if entry.device == device)
+
     def unused(self, device: str) -> tuple[int, int]:
         """Return the dead bytes and the padding bytes of a device's settled segments."""
         dead = padding = 0
         for entry in self.on(device):
-            if entry.settled and not entry.quarantined:
+            if entry.settled and not entry.quarantined and entry.host_of is None:
                 dead += entry.placed - entry.live
                 padding += entry.nbytes - entry.placed
         return dead, padding
@@ -140,9 +168,9 @@ class Segments:
         return entry.references | self.blobs.owners_in(segment)
 
     def occupied(self, device: str) -> list[OccupiedSegment]:
-        """Return a device's settled segments with their owners."""
+        """Return a device's settled segments with their owners; a host copy has the owners of what it is a copy of."""
         return [
-            OccupiedSegment(entry.nbytes, frozenset(self.owners(entry.id)))
+            OccupiedSegment(entry.nbytes, frozenset(self.owners(entry.host_of or entry.id)))
             for entry in self.on(device)
             if entry.settled
         ]
@@ -175,17 +203,23 @@ class Segments:
         fresh = dict(zip(draft.sizes, draft.layout.placements, strict=True))
         for digest, spot in fresh.items():
             self._entries[ids[spot.segment]].placed += draft.sizes[digest]
-        unwritten = set(draft.sizes)
+        returning = tuple(draft.elsewhere.segments)
+        for segment in returning:
+            self.step(segment, Event.RETURN)
+            self._entries[segment].writer = draft.token
+            self._owners.add(draft.token, segment)
+        unwritten = draft.sizes.keys() | draft.elsewhere.places.keys()
         locations: list[Location] = []
         for blob in draft.blobs:
-            entry = self.blobs.get(draft.device, blob.digest)
-            if entry is not None:
-                locations.append(Location(entry.segment, entry.offset, new=False))
-            else:
+            if blob.digest in fresh:
                 spot = fresh[blob.digest]
-                locations.append(Location(ids[spot.segment], spot.offset, new=blob.digest in unwritten))
-                unwritten.discard(blob.digest)  # the publisher writes it once
-        return PublishPlan(draft.token, draft.blobs, tuple(locations), tuple(ids))
+                found = (ids[spot.segment], spot.offset)
+            else:
+                entry = self.blobs.at(draft.device, blob.digest)
+                found = (entry.segment, entry.offset)
+            locations.append(Location(*found, new=blob.digest in unwritten))
+            unwritten.discard(blob.digest)  # the publisher writes it once
+        return PublishPlan(draft.token, draft.blobs, tuple(locations), (*ids, *returning), returning)
 
     def promise(self, device: str, nbytes: int, writer: str) -> int:
         """Promise a segment to a writer; return its id."""
@@ -202,16 +236,27 @@ class Segments:
         """Whether all segments of a plan are allocated."""
         return all(self._entries[segment].allocated for segment in plan.segments)
 
-    def commit(self, key: str, plan: PublishPlan) -> list[int]:
-        """Share the blobs of a plan. If another model committed an equal blob meanwhile, both use that copy."""
+    def commit(self, key: str, plan: PublishPlan) -> Shared:
+        """Share the blobs of a plan. If another model committed an equal blob meanwhile, both use that copy.
+
+        A blob that is not on its device gets the plan's location.
+        """
+        for segment in plan.returning:
+            self.step(segment, Event.FILLED)
+        touched, relocated = set(plan.segments), set[str]()
         for blob, location in zip(plan.blobs, plan.locations, strict=True):
             entry = self._entries[location.segment]
-            if self.blobs.get(entry.device, blob.digest) is None:
+            found = self.blobs.get(entry.device, blob.digest)
+            if found is None:
                 self._place(entry, blob, location.offset)
+            elif location.new and found.segment in self.elsewhere:
+                touched.add(found.segment)
+                relocated |= found.references
+                self.move(blob.digest, location.segment, location.offset)
             self.blobs.replace(entry.device, blob.digest, plan.token, key)
         for segment in plan.segments:
             self.end_writing(segment)
-        return self._sweep(plan.segments)
+        return Shared(self._sweep(touched), frozenset(relocated - {plan.token, key}))
 
     def end_writing(self, segment: int) -> None:
         """Record that a segment's contents are committed."""
@@ -220,11 +265,69 @@ class Segments:
             self._owners.discard(entry.writer, segment)
             entry.writer = None
 
+    # Tiers.
+
+    def step(self, segment: int, event: Event) -> Action:
+        """Apply an event to a segment's residency; return the work that it requires."""
+        entry = self._entries[segment]
+        entry.residency, action = TRANSITIONS[entry.residency, event]
+        if entry.residency is Residency.RESIDENT:
+            self.elsewhere.discard(segment)
+        else:
+            self.elsewhere.add(segment)
+        return action
+
+    def released(self, segment: int) -> bool:
+        """Record that a leaving segment's device memory is released. False: there is no such segment any more."""
+        entry = self._entries.get(segment)
+        if entry is None or entry.residency is not Residency.LEAVING:
+            return False
+        self.step(segment, Event.RELEASED)
+        entry.allocated = False
+        return True
+
+    def fail_returning(self, owner: str) -> list[int]:
+        """End the returns of segments that an owner was filling; return their ids, to release their device memory."""
+        failed = [
+            segment
+            for segment in self._owners.of(owner)
+            if self._entries[segment].writer == owner and self._entries[segment].residency is Residency.RETURNING
+        ]
+        for segment in failed:
+            self.end_writing(segment)
+            self.step(segment, Event.FAILED)
+        return failed
+
+    def add_host_copy(self, segment: int, host: int) -> None:
+        """Make an allocated segment of host memory the host copy of a segment that has none."""
+        copy, entry = self._entries[host], self._entries[segment]
+        self.end_writing(host)
+        copy.host_of, entry.host = segment, host
+        self.copied.add(segment)
+        self.refer(host, _host_owner(segment))
+
+    def drop_host_copy(self, segment: int) -> list[int]:
+        """Remove the host copy of a resident segment."""
+        entry = self._entries[segment]
+        entry.host = None
+        self.copied.discard(segment)
+        return self.drop(_host_owner(segment))
+
     # A store before this one.
 
     def take_back(self, segment: int, device: str, nbytes: int) -> None:
         """Add a segment that a store before this one allocated. :meth:`adopt` adds its blobs."""
         self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, allocated=True)
+
+    def take_back_elsewhere(self, segment: int, device: str, nbytes: int) -> None:
+        """Add a segment that a store before this one had in host memory alone. :meth:`add_host_copy` must follow."""
+        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, residency=Residency.HOST)
+        self.elsewhere.add(segment)
+
+    def offered(self, segment: int) -> None:
+        """Record that a client gave back the device memory of a segment in host memory."""
+        self.step(segment, Event.OFFERED)
+        self._entries[segment].allocated = True
 
     def adopt(self, key: str, device: str, blobs: Sequence[Blob], locations: Sequence[tuple[int, int]]) -> None:
         """Add the blobs of a model that an earlier store committed, at locations (segment id, first byte).
@@ -288,7 +391,7 @@ class Segments:
         return self._sweep(present)
 
     def sweep(self, segments: Iterable[int] | None = None) -> list[int]:
-        """Remove every segment without references, or those of these segments."""
+        """Remove those of the segments without references; None: of all segments."""
         return self._sweep(self._entries if segments is None else segments)
 
     def _place(self, entry: SegmentEntry, blob: Blob, offset: int) -> None:
@@ -307,8 +410,17 @@ class Segments:
             entry = self._entries.get(segment)
             if entry is not None and not entry.blobs and not entry.references and entry.writer is None:
                 del self._entries[segment]
+                self.elsewhere.discard(segment)
+                self.copied.discard(segment)
                 released.append(segment)
+                if entry.host is not None:
+                    released += self.drop(_host_owner(segment))
         return released
+
+
+def _host_owner(segment: int) -> str:
+    """Return the owner of the reference to a segment's host copy."""
+    return f"segment {segment}"
 
 
 def new_id() -> int:

@@ -6,18 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from shared_store.base.errors import ModelNotFoundError
 from shared_store.base.layout import Layout
 from shared_store.base.manifest import Blob, Manifest
 from shared_store.store.state.clients import Client
 from shared_store.store.state.committed import Committed
 from shared_store.store.state.compactions import Compaction, Compactions
 from shared_store.store.state.counts import Counts
-from shared_store.store.state.effects import Effect, Forgotten, Released, Relocated
+from shared_store.store.state.effects import Effect, Forgotten, Left, Released, Relocated
 from shared_store.store.state.files import FileDigests
 from shared_store.store.state.grace import Grace
-from shared_store.store.state.models import Asker, Dropped, Models, Outcome, Withdrawn
+from shared_store.store.state.models import Asker, Dropped, Models, Outcome, State, Unplanned, Withdrawn
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
+from shared_store.store.state.residency import Residency
 from shared_store.store.state.segments import Segments
+from shared_store.store.state.tiers import HostCopying, Tiers, Use
 from shared_store.store.state.turns import Turns
 
 
@@ -48,6 +51,7 @@ class StoreState:
         """
         self.segments = Segments(limits)
         self.models = Models(clock)
+        self.tiers = Tiers(self.segments, self._use)
         self.compactions = Compactions(self.segments, self.models.unread)
         self.turns = Turns()
         self.grace = Grace(monotonic)
@@ -57,13 +61,16 @@ class StoreState:
         self.committed: dict[str, Committed] = {}
         self.withdrawn: dict[str, Committed] = {}  # by the tokens of `models`
         self.plans: dict[str, PublishPlan] = {}
+        self._asleep: set[tuple[int, str]] = set()
+        self._shares: dict[str, dict[int, int]] = {}
 
     # Publications.
 
     def draft(self, key: str, client: int, blobs: Sequence[Blob], preferred: Layout | None) -> Draft:
         """Lay out a publisher's new blobs; the state does not change. Raises as :func:`draft` does."""
         device = self.models.publishing(key, client).device
-        return draft(self.segments.blobs, device, f"{key}/{client}", blobs, preferred)
+        elsewhere = self.tiers.elsewhere(device, blobs, preferred)
+        return draft(self.segments.blobs, device, f"{key}/{client}", blobs, preferred, elsewhere)
 
     def drop_plan(self, key: str) -> list[Effect]:
         """Drop the plan of a publication, if it has one, and its promised segments."""
@@ -72,24 +79,64 @@ class StoreState:
 
     def drop(self, owner: str) -> list[Effect]:
         """Remove all references of an owner."""
-        return [Released(segment) for segment in self.segments.drop(owner)]
+        failed = self.segments.fail_returning(owner)
+        released = self.segments.drop(owner)
+        self.tiers.forget(released)
+        return [*map(Left, failed), *map(Released, released)]
 
     def commit(self, key: str, client: int, committed: Committed) -> list[Effect]:
         """Make a model visible whose bytes were verified. The publisher and all waiters read it."""
+        returning = self.models.publishing(key, client).state is State.RETURNING
         outcomes = self.models.commit(key, client)
         plan = self.plans.pop(key)
-        released = self.segments.commit(key, plan)
+        if returning:  # it may have other blobs than it had, if the publisher loaded it
+            self.segments.blobs.rename(key, f"{key}/former")
+        device = committed.manifest.device
+        before = self._elsewhere(device, plan)
+        shared = self.segments.commit(key, plan)
+        self.tiers.moved(device, self._moved(device, before))
+        self.tiers.may_leave(plan.returning)  # once no reader is awake again
         self.committed[key] = committed
-        self.counts.add("publishes")
-        return [*self._apply(outcomes), *(Released(segment) for segment in released)]
+        self.counts.add("returns" if returning else "publishes")
+        # The keeper must know the new locations before it releases the old segments.
+        relocated = sorted(shared.relocated & self.committed.keys()) + [key] * returning
+        effects = [*self._relocated(relocated), *self._apply(outcomes)]
+        self.tiers.forget(shared.released)
+        return [*effects, *map(Released, shared.released), *self.drop(f"{key}/former"), *self.leave_devices()]
+
+    def _elsewhere(self, device: str, plan: PublishPlan) -> dict[bytes, tuple[int, int]]:
+        """Return the locations (segment id, first byte) of those blobs of a plan that are not on their device."""
+        if not self.segments.elsewhere:
+            return {}
+        present = self.segments.blobs.present(device, (blob.digest for blob in plan.blobs))
+        return {
+            digest: (entry.segment, entry.offset)
+            for digest, entry in present.items()
+            if entry.segment in self.segments.elsewhere
+        }
+
+    def _moved(self, device: str, before: dict[bytes, tuple[int, int]]) -> dict[bytes, tuple[int, int]]:
+        """Return those of the locations that are no longer the blobs' own."""
+        present = self.segments.blobs.present(device, before)
+        return {digest: place for digest, place in before.items() if present[digest].segment != place[0]}
 
     def abort(self, key: str, client: int) -> list[Effect]:
         """End a publication without a commit."""
         outcomes = self.models.abort(key, client)
         self.counts.add("aborted_publishes")
-        return self._apply(outcomes)
+        return [*self._apply(outcomes), *self.leave_devices()]
 
     # Readers.
+
+    def open(self, key: str, asker: Asker, *, name: str, engine: str, device: str) -> list[Outcome]:
+        """Open a model for a client. Raises as :meth:`Models.open` does."""
+        return self.models.open(key, asker, name=name, engine=engine, device=device, resident=self.resident(key))
+
+    def resident(self, key: str) -> bool:
+        """Whether all segments of a model are on its device; True for one that is not committed."""
+        if not self.segments.elsewhere or key not in self.committed:
+            return True
+        return self.segments.elsewhere.isdisjoint(self.segments_of(key))
 
     def read_again(self, client: Client, key: str, private_bytes: int) -> None:
         """Make a client a reader of a committed model that it has read since before a restart."""
@@ -104,10 +151,24 @@ class StoreState:
         models = [*([] if model is None else [model]), *self.models.withdrawn().values()]
         return any(client.number in one.readers for one in models if one.key == key)
 
+    def sleep_again(self, client: Client, key: str, private_bytes: int, segments: Iterable[int]) -> list[Effect]:
+        """Make a client a reader that is away, and that has slept since before a restart.
+
+        ``segments``: whose host copies it has.
+        """
+        self.read_again(client, key, private_bytes)
+        self.models.go_away(key, client.number)
+        self._asleep.add((client.number, key))
+        self.tiers.need(key, client.number, segments)
+        self.tiers.may_leave(self.segments_of(key))
+        return self.leave_devices()
+
     def leave(self, client: Client, key: str) -> list[Effect]:
         """Remove a client from the readers, waiters or publishers of a model."""
         client.private_bytes.pop(key, None)
-        return self._apply(self.models.leave(key, client.number))
+        effects = self._apply(self.models.leave(key, client.number))
+        effects += self.cancel_copying(key, client.number)
+        return [*effects, *self.let_go(key, client.number), *self.leave_devices()]
 
     def lost(self, client: Client) -> list[Effect]:
         """Remove a client from everything, because its connection ended."""
@@ -119,7 +180,84 @@ class StoreState:
         effects += self._apply(self.models.lost(client.number))
         for compaction in self.compactions.by(client.number):
             effects += self.cancel(compaction)
+        for key in self.tiers.needed_by(client.number):
+            self._asleep.discard((client.number, key))
+        effects += map(Released, self.tiers.lost(client.number))
+        return [*effects, *self.leave_devices()]
+
+    # Readers that sleep.
+
+    def go_away(self, client: Client, key: str) -> list[Effect]:
+        """Record that a reader sleeps. Segments without readers that are awake leave their devices.
+
+        Raises:
+            ModelNotFoundError: the client does not read the model, or there are no host copies.
+        """
+        if not self.tiers.needs(key, client.number):  # it may have made them for a store before this one
+            if key not in self.committed or self.tiers.without_host_copy(self.segments_of(key)):
+                raise ModelNotFoundError(f"there are no host copies of {key}")
+            self.tiers.need(key, client.number, self.segments_of(key))
+        self.models.go_away(key, client.number)
+        if (client.number, key) not in self._asleep:
+            self._asleep.add((client.number, key))
+            self.counts.add("sleeps")
+        if key in self.committed:
+            self.tiers.may_leave(self.segments_of(key))
+        return self.leave_devices()
+
+    def let_go(self, key: str, client: int) -> list[Effect]:
+        """Record that a client needs no host copies of a model any more. Idempotent."""
+        self._asleep.discard((client, key))
+        return [*map(Released, self.tiers.let_go(key, client))]
+
+    def cancel_copying(self, key: str, client: int) -> list[Effect]:
+        """Drop the host copies that a client makes. Idempotent."""
+        return [*map(Released, self.tiers.cancel_copying(key, client))]
+
+    def end_copying(self, copying: HostCopying) -> list[Effect]:
+        """Add verified host copies to their segments."""
+        return [*map(Released, self.tiers.end_copying(copying)), *self.leave_devices()]
+
+    def woke(self, client: int, key: str) -> bool:
+        """Whether this attachment ends a client's sleep. Counts it."""
+        woke = (client, key) in self._asleep
+        if woke:
+            self._asleep.discard((client, key))
+            self.counts.add("wakes")
+        return woke
+
+    def leave_devices(self) -> list[Effect]:
+        """Move segments to lower tiers whose readers are all away; none during the grace period."""
+        if self.grace.active:
+            return []
+        left, emptied, relocated = self.tiers.leave()
+        moved = self._relocated(sorted(relocated & self.committed.keys()))
+        return [*moved, *map(Left, left), *map(Released, emptied)]
+
+    def drop_spare_host_copies(self, needed: int) -> list[Effect]:
+        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of host memory."""
+        effects: list[Effect] = []
+        for segment in self.tiers.spare(needed):
+            effects += map(Released, self.segments.drop_host_copy(segment))
+            self.tiers.forget([segment])
         return effects
+
+    def unpin(self, prefix: str) -> tuple[str, list[Effect]]:
+        """Unpin a model; return its key. Raises as :meth:`Models.pin` does."""
+        return self.models.pin(prefix, pinned=False), self.leave_devices()
+
+    def in_host_memory(self, key: str) -> bool:
+        """Whether a committed model has blobs in host memory alone."""
+        return key in self.committed and not self.resident(key)
+
+    def _use(self, owner: str) -> Use:
+        """Return how an owner of references needs a segment on its device."""
+        model = self.models.get(owner)
+        if model is None or model.state is not State.COMMITTED or model.pinned or model.awake:
+            return Use.AWAKE
+        return Use.AWAY if model.away else Use.IDLE
+
+    # The sleep of clients of protocol 1, which read a host copy that is a model of its own.
 
     def asleep(self, keys: Iterable[str]) -> list[str]:
         """Return those of the models that have no readers while their host copies have some: all their readers sleep.
@@ -153,6 +291,22 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
+    def tier_bytes(self, key: str) -> tuple[int, int]:
+        """Return the bytes of a committed model's blobs on its device, and those in host copies. A blob may be in both.
+
+        Takes time for the model's segments, not for its blobs, unless these moved.
+        """
+        segments, nbytes = self.segments, self.committed[key].nbytes
+        if not segments.elsewhere and not segments.copied:
+            return nbytes, 0
+        shares = self._shares.get(key)
+        if shares is None:
+            shares = self._shares[key] = {}
+            for (segment, _), blob in zip(self.locations_of(key), self.committed[key].manifest.blobs, strict=True):
+                shares[segment] = shares.get(segment, 0) + blob.nbytes
+        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
+        return nbytes - lower, sum(share for segment, share in shares.items() if segment in segments.copied)
+
     def readmit(
         self,
         data: bytes,
@@ -174,15 +328,15 @@ class StoreState:
         self.segments.adopt(manifest.key, manifest.device, manifest.blobs, locations)
         self.committed[manifest.key] = Committed(data, manifest)
 
-    def sweep(self) -> list[Effect]:
-        """Release every segment without references."""
-        return [Released(segment) for segment in self.segments.sweep()]
+    def sweep(self, segments: Iterable[int] | None = None) -> list[Effect]:
+        """Release those of the segments without references; None: of all segments."""
+        return [*map(Released, self.segments.sweep(segments))]
 
     # Compaction and quarantine.
 
     def cancel(self, compaction: Compaction) -> list[Effect]:
         """End a compaction without moving blobs. Idempotent."""
-        return [Released(segment) for segment in self.compactions.cancel(compaction)]
+        return [*map(Released, self.compactions.cancel(compaction)), *self.leave_devices()]
 
     def end_compaction(self, compaction: Compaction) -> tuple[int, int, list[Effect]]:
         """Move blobs to their verified copies; return bytes moved, bytes freed, and the effects."""
@@ -190,16 +344,18 @@ class StoreState:
         if done.freed:
             self.counts.add("compactions")
         # The keeper must know the new locations before it releases the old segments.
-        relocated = [Relocated(owner) for owner in sorted(done.owners) if owner in self.committed]
-        return done.moved, done.freed, [*relocated, *(Released(segment) for segment in done.released)]
+        relocated = self._relocated(owner for owner in sorted(done.owners) if owner in self.committed)
+        self.tiers.forget(done.released)
+        effects = [*relocated, *(Released(segment) for segment in done.released), *self.leave_devices()]
+        return done.moved, done.freed, effects
 
     def quarantine(self, segments: Iterable[int]) -> Quarantined:
-        """Stop sharing segments that have wrong bytes.
+        """Stop sharing segments that have wrong bytes on their device; the store verified what is in host memory.
 
         Models that have blobs there are withdrawn, and their readers keep their mappings. Publications that count on
         such blobs lose their plans.
         """
-        present = tuple(segment for segment in sorted(set(segments)) if self.segments.has(segment))
+        present = tuple(segment for segment in sorted(set(segments)) if self._on_device(segment))
         owners = set[str]().union(*(self.segments.owners(segment) for segment in present))
         effects: list[Effect] = []
         for key in [key for key, plan in self.plans.items() if plan.token in owners]:
@@ -207,13 +363,26 @@ class StoreState:
         withdrawn = []
         for key in [key for key in self.committed if key in owners]:
             withdrawn.append(self.committed[key])
+            effects += self.drop_plan(key)
             effects += self._apply(self.models.withdraw(key))
+            effects += map(Released, self.tiers.let_go_all(key))
         effects += [Released(segment) for segment in self.segments.condemn(present)]
         for _ in present:
             self.counts.add("quarantines")
-        return Quarantined(present, tuple(withdrawn), tuple(effects))
+        return Quarantined(present, tuple(withdrawn), (*effects, *self.leave_devices()))
+
+    def _on_device(self, segment: int) -> bool:
+        return self.segments.has(segment) and self.segments.at(segment).residency is Residency.RESIDENT
 
     # Outcomes of the transition table.
+
+    def _relocated(self, keys: Iterable[str]) -> list[Effect]:
+        """Record that blobs of committed models have other locations."""
+        effects: list[Effect] = []
+        for key in keys:
+            self._shares.pop(key, None)
+            effects.append(Relocated(key))
+        return effects
 
     def _apply(self, outcomes: Iterable[Outcome]) -> list[Effect]:
         """Apply outcomes to the other parts of the state; return their effects."""
@@ -222,14 +391,18 @@ class StoreState:
             match outcome:
                 case Dropped(key):
                     effects += self.drop_plan(key)
+                    self._shares.pop(key, None)
                     if self.committed.pop(key, None) is not None:
                         effects += [Forgotten(key), *self.drop(key)]
                     elif self.withdrawn.pop(key, None) is not None:
                         effects += self.drop(key)
                 case Withdrawn(key, token):
+                    self._shares.pop(key, None)
                     self.withdrawn[token] = self.committed.pop(key)
                     effects.append(Forgotten(key))
                     self.segments.rename(key, token)
+                case Unplanned(key):
+                    effects += self.drop_plan(key)
                 case _:
                     effects.append(outcome)
         return effects

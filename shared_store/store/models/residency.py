@@ -1,0 +1,201 @@
+"""Handlers for readers that sleep: host copies are made once for all users of a segment, and readers go away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from shared_store.base.errors import ConnectionLostError, DigestMismatchError, ModelNotFoundError, ProtocolError
+from shared_store.protocol import messages
+from shared_store.runtime.fds import OwnedFds
+from shared_store.store.devices.devices import Devices
+from shared_store.store.effects import Effects
+from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.space.admission import Admission
+from shared_store.store.state.store_state import StoreState
+from shared_store.store.state.tiers import HOST, HostCopying
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ResidencyRequests:
+    """Host copies, and readers that sleep."""
+
+    _state: StoreState
+    _devices: Devices
+    _effects: Effects
+    _signals: Signals
+    _keeper: KeeperLink
+    _admission: Admission
+
+    async def copy_to_host(self, session: Session, request: messages.CopyToHost) -> Answer:
+        """Answer with the host copies of a model, and promise those that do not exist.
+
+        Raises:
+            ModelNotFoundError: the client does not read the model.
+            OutOfMemoryError: host memory, or the store's limit for it, is too small.
+            ConnectionLostError: the client disconnected while it waited.
+            RequestCancelledError: the client cancelled the request while it waited.
+            MemoryBackendError: a descriptor cannot be duplicated.
+        """
+        state, key, client = self._state, request.key, session.client.number
+        await self._devices.find(HOST)
+        compacted = False
+        while True:
+            segments = self._segments(session, key)
+            if state.tiers.being_copied(segments):
+                await self._copies_end(session)
+                continue
+            missing = state.tiers.without_host_copy(segments)
+            needed = sum(state.segments.at(segment).nbytes for segment in missing)
+            if not missing or compacted:
+                break
+            await self._admission.compact(HOST, needed)
+            compacted = True
+        # From here on the client needs the copies, so that admission does not drop those that exist.
+        state.tiers.need(key, client, segments)
+        try:
+            if missing:
+                self._admission.admit(HOST, needed, key)
+                state.tiers.begin_copying(key, client, missing)
+            return self._answer(request.id, key)
+        except BaseException:
+            self._release(session, key)
+            raise
+
+    async def fill(self, session: Session, request: messages.FillHostCopy) -> Answer:
+        """Allocate a promised host copy; answer with its descriptor.
+
+        Raises:
+            ProtocolError: the copy is not promised to the client, or is allocated already.
+            OutOfMemoryError: host memory is too small.
+            ConnectionLostError: the copies were dropped meanwhile.
+            MemoryBackendError: the descriptor cannot be duplicated.
+        """
+        state = self._state
+        copying = state.tiers.copying(request.key, session.client.number)
+        host = copying.copies.get(request.segment)
+        if host is None or state.segments.at(host).allocated:
+            raise ProtocolError(f"no host copy of segment {request.segment} is to be allocated")
+        memory = await self._admission.allocate(HOST, state.segments.at(host).nbytes, request.key)
+        if not state.tiers.running(copying) or state.segments.at(host).allocated:
+            self._devices.backend(HOST).release(memory)
+            raise ConnectionLostError(f"the host copies of {request.key} were dropped")
+        self._devices.put(host, HOST, memory)
+        try:
+            fd = self._devices.export(host)
+        except BaseException:
+            self._devices.release(host)
+            raise
+        state.segments.fill(host)
+        self._signals.changed()
+        return Answer(messages.Filled(request.id), OwnedFds([fd]))
+
+    async def add(self, session: Session, request: messages.AddHostCopies) -> Answer:
+        """Seal and verify the promised host copies, and add them to their segments.
+
+        Raises:
+            ProtocolError: no copies were promised, or one is not filled.
+            DigestMismatchError: bytes do not match their digests. The copies are dropped.
+            MemoryBackendError: a copy is still mapped for writing.
+            ModelNotFoundError: the model was withdrawn meanwhile.
+        """
+        state, key = self._state, request.key
+        copying = state.tiers.copying(key, session.client.number)
+        if not all(state.segments.at(host).allocated for host in copying.copies.values()):
+            raise ProtocolError(f"not all promised host copies of {key} are filled")
+        self._devices.seal(copying.copies.values())
+        await self._verify(session, copying)
+        self._effects.carry_out(state.end_copying(copying))
+        self._signals.changed()
+        if state.tiers.without_host_copy(self._segments(session, key)):
+            raise ModelNotFoundError(f"segments of {key} were quarantined or replaced while they were copied")
+        log.info("%s made %d host copies of %s", session.client, len(copying.copies), key)
+        self._keeper.note(key)
+        self._signals.changed()
+        answer = self._answer(request.id, key)
+        await self._keeper.flushed()
+        return answer
+
+    async def go_away(self, session: Session, request: messages.GoAway) -> Answer:
+        """Record that a reader sleeps. Its model leaves the device when no other reader is awake.
+
+        Raises:
+            ModelNotFoundError: the client does not read the model, or has no host copies of it.
+        """
+        client, key = session.client, request.key
+        effects = self._state.go_away(client, key)
+        known = self._state.committed[key].manifest.name if key in self._state.committed else ""
+        self._signals.event("model_slept", key=key, name=known, pid=client.pid)
+        self._effects.carry_out(effects)
+        self._signals.changed()
+        return Answer(messages.Done(request.id))
+
+    async def release(self, session: Session, request: messages.ReleaseHostCopies) -> Answer:
+        """Record that a client needs no host copies of a model, and abort those that it makes."""
+        self._release(session, request.key)
+        return Answer(messages.Done(request.id))
+
+    def _release(self, session: Session, key: str) -> None:
+        client = session.client.number
+        self._effects.carry_out([*self._state.cancel_copying(key, client), *self._state.let_go(key, client)])
+        self._signals.changed()
+
+    async def _verify(self, session: Session, copying: HostCopying) -> None:
+        """Compare the copies with the digests of the blobs in their segments; drop them where they differ."""
+        state = self._state
+        contents = {
+            host: state.segments.contents(segment)
+            for segment, host in copying.copies.items()
+            if state.segments.has(segment)
+        }
+        wrong = await asyncio.to_thread(self._devices.check(contents).wrong)
+        if not state.tiers.running(copying):
+            raise ConnectionLostError(f"the host copies of {copying.key} were dropped")
+        if wrong:
+            self._release(session, copying.key)
+            blob, found = wrong[0]
+            raise DigestMismatchError(
+                f"the host copy of blob {blob.digest.hex()[:16]} is {found.hex()[:16]}: not accepted"
+            )
+
+    def _segments(self, session: Session, key: str) -> tuple[int, ...]:
+        """Return the segments of a model that a client reads. Raises :class:`ModelNotFoundError`."""
+        model = self._state.models.get(key)
+        if model is None or key not in self._state.committed or session.client.number not in model.awake:
+            raise ModelNotFoundError(f"{session.client} does not read {key}")
+        return self._state.segments_of(key)
+
+    def _answer(self, request: int, key: str) -> Answer:
+        """Describe a model's segments, with a descriptor of each host copy that is complete."""
+        state = self._state
+        locations = state.locations_of(key)
+        segments = tuple(dict.fromkeys(segment for segment, _ in locations))
+        index = {segment: number for number, segment in enumerate(segments)}
+        places = tuple(messages.BlobPlace(index[segment], offset) for segment, offset in locations)
+        promised = set(state.tiers.without_host_copy(segments))
+        fds = self._devices.export_all(state.tiers.host_of(one) for one in segments if one not in promised)
+        infos = tuple(
+            messages.HostSegment(segment, state.segments.at(segment).nbytes, segment in promised)
+            for segment in segments
+        )
+        return Answer(messages.HostCopies(request, places, infos), fds)
+
+    async def _copies_end(self, session: Session) -> None:
+        """Wait for a change: a client may end or drop copies. Raises :class:`ConnectionLostError` without a client."""
+        stopped = asyncio.Event()
+        events = (self._signals.next_change(), session.gone, stopped)
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            with session.pending.waiting(stopped.set):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        session.pending.check()
+        if session.gone.is_set():
+            raise ConnectionLostError("the client disconnected while it waited")
