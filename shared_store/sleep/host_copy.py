@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from shared_store.base.errors import DigestMismatchError, WoolyError
 from shared_store.base.manifest import Manifest
+from shared_store.client.mapping_phase import mapping_phase
 from shared_store.memory import Access, Mapping
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
@@ -138,11 +139,15 @@ def _fill(model: Model, promised: Sequence[messages.HostSegment], progress: Prog
         infos, fds = session.retained_segments(key)
         opened.enter_context(fds)
         source = dict(zip((info.id for info in infos), fds, strict=True))
+        mappings = opened.enter_context(contextlib.ExitStack())
         with copier_for(backend) as copier, Workers(copier, "save", progress) as workers:
             for segment in promised:
-                imported = backend.import_fd(source[segment.id].fileno(), segment.nbytes)
-                mapping = opened.enter_context(Mapping(backend, imported))
-                mapping.map(Access.READ)
+                with mapping_phase(session, backend):
+                    imported = backend.import_fd(source[segment.id].fileno(), segment.nbytes)
+                    mapping = mappings.enter_context(Mapping(backend, imported))
+                    mapping.map(Access.READ)
                 fd = session.fill_host_copy(key, segment.id)
                 file = opened.enter_context(OpenFile("a segment in host memory", fd))
                 workers.put(Piece(file, 0, mapping.address, segment.nbytes))
+        with mapping_phase(session, backend):
+            mappings.close()

@@ -70,7 +70,8 @@ def test_twenty_cycles(engine: Any, checkpoint: Any, tmp_path: Path, runtime_dir
         process.tell("stop")
         assert process.finish() == 0
     counters = status_of(runtime_dir).counters
-    assert counters.fallbacks == 0
+    assert (counters.fallbacks, counters.evictions, counters.publishes) == (0, 0, 1)
+    assert (counters.sleeps, counters.wakes, counters.returns) == (40, 40, 40)
     assert resident(runtime_dir, gpu) > 0  # resident without readers
 
 
@@ -94,6 +95,8 @@ def test_two_engines(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> N
 
     assert other.do("sleep 1").get("error") is None
     assert resident(runtime_dir, gpu) == 0
+    (model,) = status_of(runtime_dir).models
+    assert (model.readers, model.away, model.resident_bytes, model.host_bytes) == (0, 2, 0, model.bytes)
     freed = (weights + 2 * KV_BYTES) / 2**20
     wait_until(lambda: used_mib(gpu) <= awake - freed + TOLERATED_MIB, "VRAM of weights and KV caches to be free")
 
@@ -114,7 +117,7 @@ def test_two_engines(engine: Any, large: Path, runtime_dir: Path, gpu: str) -> N
         process.tell("stop")
         assert process.finish() == 0
     counters = status_of(runtime_dir).counters
-    assert counters.fallbacks == 0
+    assert (counters.fallbacks, counters.evictions) == (0, 0)
 
 
 @pytest.mark.usefixtures("vram_returned")
@@ -161,7 +164,7 @@ def test_sleeping_without_a_store_is_refused(engine: Any, checkpoint: Any, runti
     pytest.importorskip("vllm")
     process, right = awake(engine, checkpoint("llama"))
     stop_store(runtime_dir)
-    assert "this engine cannot sleep, and goes on" in process.do("sleep 1")["error"]
+    assert "this engine cannot sleep, and stays awake" in process.do("sleep 1")["error"]
     assert process.do("answer")["answers"] == right
     process.tell("stop")
     assert process.finish() == 0

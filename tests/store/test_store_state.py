@@ -174,6 +174,17 @@ class StateMachine(StateDriver):
         if self._copy_to_host(name, number, upto=upto) and upto == "sleep":
             self._sleep(name, number)
 
+    @precondition(lambda self: self.models)
+    @rule(which=INDEX, opener=INDEX)
+    def attach_and_sleep(self, which, opener):
+        """A client without the model."""
+        number, name = self._pick(self._free(), opener), self._pick(sorted(self.models), which)
+        if not number or not self.state.resident(name) or self.state.models.get(name).involves(number):
+            return
+        self._open(number, name, publish=True)
+        if (name, number) in self.around.reading and self._copy_to_host(name, number, upto="add"):
+            self._sleep(name, number)
+
     @rule(name=st.sampled_from(KEYS))
     def all_sleep(self, name):
         """All readers of a model."""
@@ -230,7 +241,7 @@ class StateMachine(StateDriver):
 
     @rule(needed=st.sampled_from([1, 4 * MIB]))
     def drop_spare_host_copies(self, needed):
-        self._carry_out(self.state.drop_spare_host_copies(needed))
+        self._carry_out(self.state.drop_spare_host_copies(needed)[1])
 
     def _awake(self):
         return sorted(read for read in self.around.reading if read in self._reading_by_key())
@@ -406,7 +417,7 @@ class StateMachine(StateDriver):
                 entry = state.segments.at(segment)
                 if entry.residency is Residency.RESIDENT and entry.settled and entry.host is not None:
                     owners = {owner for owner in state.segments.owners(segment) if "/needed by " not in owner}
-                    models = {state.models.get(owner) for owner in owners}
+                    models = [state.models.get(owner) for owner in owners]
                     assert entry.device == "cpu" or any(
                         model is None or model.awake or model.pinned or model.publisher for model in models
                     )
@@ -433,4 +444,4 @@ class StateMachine(StateDriver):
 
 
 TestState = StateMachine.TestCase
-TestState.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestState.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

@@ -213,7 +213,7 @@ class StateDriver(RuleBasedStateMachine):
         missing = state.tiers.without_host_copy(segments)
         needed = sum(state.segments.at(segment).nbytes for segment in missing)
         if state.segments.missing("cpu", needed) > 0:
-            self._carry_out(state.drop_spare_host_copies(needed))
+            self._carry_out(state.drop_spare_host_copies(needed)[1])
             missing = state.tiers.without_host_copy(segments)
             needed = sum(state.segments.at(segment).nbytes for segment in missing)
             if state.segments.missing("cpu", needed) > 0:

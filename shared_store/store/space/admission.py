@@ -131,9 +131,7 @@ class Admission:
         if self._state.grace.active:
             return False
         if device == HOST:
-            before = self._state.segments.used(HOST)
-            self._evictor.drop_spare_host_copies(needed)
-            needed -= before - self._state.segments.used(HOST)
+            needed -= self._evictor.drop_spare_host_copies(needed)
         return self._evict_all(evict(self._cached(device), self._state.segments.occupied(device), needed), reason)
 
     def _evict_for(self, device: str, nbytes: int, free: int | Unknown, *, first: bool) -> bool:

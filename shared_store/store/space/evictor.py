@@ -42,9 +42,13 @@ class Evictor:
             self._signals.event("removed", key=key)
             self._signals.changed()
 
-    def drop_spare_host_copies(self, needed: int) -> None:
-        """Drop host copies that no client needs, to free ``needed`` bytes of host memory. No model is evicted."""
-        effects = self._state.drop_spare_host_copies(needed)
+    def drop_spare_host_copies(self, needed: int) -> int:
+        """Drop host copies that no client needs, to free ``needed`` bytes of host memory; return the bytes freed.
+
+        No model is evicted.
+        """
+        freed, effects = self._state.drop_spare_host_copies(needed)
         if effects:
             self._effects.carry_out(effects)
             self._signals.changed()
+        return freed

@@ -234,13 +234,19 @@ class StoreState:
         moved = self._relocated(sorted(relocated & self.committed.keys()))
         return [*moved, *map(Left, left), *map(Released, emptied)]
 
-    def drop_spare_host_copies(self, needed: int) -> list[Effect]:
-        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of host memory."""
+    def drop_spare_host_copies(self, needed: int) -> tuple[int, list[Effect]]:
+        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of host memory.
+
+        Returns:
+            The bytes freed, and the effects.
+        """
         effects: list[Effect] = []
+        freed = 0
         for segment in self.tiers.spare(needed):
+            freed += self.segments.at(segment).nbytes
             effects += map(Released, self.segments.drop_host_copy(segment))
             self.tiers.forget([segment])
-        return effects
+        return freed, effects
 
     def unpin(self, prefix: str) -> tuple[str, list[Effect]]:
         """Unpin a model; return its key. Raises as :meth:`Models.pin` does."""
