@@ -56,7 +56,8 @@ class Asking:
             self._send(messages.Cancel(number))
             raise
         finally:
-            del self._asked[number]
+            # An error that is raised refers to this frame, and the answer to that error.
+            del self._asked[number], asked
         if isinstance(answer, messages.Failed):
             raise by_code(answer.code)(answer.message)
         return answer

@@ -127,8 +127,9 @@ class Connection:
         else:
             self._shut()
 
-    def drop_frames(self) -> None:
-        """Drop frames that were not received, and close their descriptors."""
+    def ended(self) -> None:
+        """Drop frames that were not received, and what they were passed to: the two would refer to each other."""
+        self._deliver = None
         while self._frames:
             self._frames.popleft().fds.close()
 

@@ -221,6 +221,7 @@ class Exchange:
 
     def _finish(self, running: _Running) -> None:
         """Forget a request that is answered."""
+        running.pending.answered()
         self._running.discard(running)
         self._bytes -= running.nbytes
         if self._by_id.get(running.request.id) is running:

@@ -121,7 +121,7 @@ class Server:
                 await exchange.ended()
                 self._sessions.end(exchange.session)
             self._connections.pop(connection.number, None)
-            connection.drop_frames()
+            connection.ended()
 
     async def _greet(self, connection: Connection) -> Exchange | None:
         """Receive and answer the greeting; return None if the connection ended before."""

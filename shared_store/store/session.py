@@ -46,10 +46,18 @@ class Pending:
         finally:
             self._stop = None
 
+    def answered(self) -> None:
+        """Drop the callback, which refers to the request, because it was answered."""
+        self._waits = _nothing
+
     def check(self) -> None:
         """Raise :class:`RequestCancelledError` if the request was cancelled."""
         if self.cancelled:
             raise cancelled()
+
+
+def _nothing() -> None:
+    """Follow a request that was answered."""
 
 
 def cancelled() -> RequestCancelledError:

@@ -118,6 +118,7 @@ def status():
             compactions=6,
             quarantines=8,
             permission_denials=9,
+            unconfirmed_releases=10,
         ),
         quarantine=(QuarantineStatus("cpu", 9, 2 << 20, ("c3" * 32,), 1),),
         requests=(RequestStatus("open", 6, 12.5, (1, 2, 0, 0, 0, 0, 2, 0, 0, 0, 1)),),

@@ -96,6 +96,7 @@ def test_metrics_equal_the_status(serve, status):
         ("wooly_compactions_total",): 6,
         ("wooly_quarantines_total",): 8,
         ("wooly_permission_denials_total",): 9,
+        ("wooly_unconfirmed_releases_total",): 10,
         ("wooly_keeper_up",): 1,
         ("wooly_store_restarts_total",): 3,
         **pauses("wooly_loop_callback_seconds", (0, 8, 8, 8, 8, 8, 8, 8, 9, 9, 9), 9, 0.5),

@@ -141,6 +141,21 @@ def test_offer_under_the_id_of_a_used_segment(kept, raw, segment):
     assert [model.key for model in kept.status().models] == [key(1)]
 
 
+def test_an_offered_segment_whose_blobs_the_store_has_is_not_retained(kept, raw, segment):
+    """Another model's copy serves both; the offered one is closed, not left without a reference."""
+    assert isinstance(offer(raw, [segment()]), messages.Done)
+    before = kept.status().totals.resident_bytes
+    with RawClient(kept.paths.socket) as other:
+        data = encode(manifest_of(key(2), [blob(DATA)]))
+        other.send(messages.Rejoin(1, key(2), (SEGMENT + 1,)))
+        infos = (messages.SegmentInfo(SEGMENT + 1, NBYTES),)
+        ticket = other.receive().ticket
+        other.send(messages.Offer(2, key(2), data, (messages.BlobPlace(0, 0),), infos, 0, ticket), [segment()])
+        assert other.receive() == messages.Done(2)
+        assert kept.status().totals.resident_bytes == before
+        assert {model.key: model.readers for model in kept.status().models} == {key(1): 1, key(2): 1}
+
+
 def test_fds_without_a_rejoin(raw, segment):
     """Unexpected fds end the connection."""
     data = encode(manifest_of(key(1), [blob(DATA)]))

@@ -63,7 +63,7 @@ class Peer:
 
     def pump(self, timeout_s=0.0):
         """Act on what has arrived. Returns whether anything had."""
-        if not readable(self.raw.sock, timeout_s) and not self.raw.channel._ready:
+        if not self.raw.channel._ready and not readable(self.raw.sock, timeout_s):
             return False
         frame = self.raw.channel.receive()
         with frame.fds:
@@ -131,20 +131,27 @@ class Conversations(RuleBasedStateMachine):
         self.served = ServedStore(self.directory, FakeBackend("cpu")).__enter__()
         self.peers = []
         self.futures: dict[tuple[int, int], Future] = {}
-        self.join()
+        for _ in range(3):
+            self.join()
 
     def teardown(self):
-        for peer in list(self.peers):
-            self._lost(peer)
-            peer.raw.__exit__()
+        try:
+            for peer in self.peers:
+                self._lost(peer)
+                peer.raw.__exit__()
+            self.peers = []
+            self._nothing_is_left()
+        finally:
+            self.served.__exit__()
+            shutil.rmtree(self.directory)
+        wait_until(lambda: open_fds() <= self.before, "all descriptors to be closed")
+
+    def _nothing_is_left(self):
         state, waiters = self.served.parts.state, self.served.parts.waiters
-        self._until(lambda: self.served.call(lambda: not state.clients), "the sessions to end")
+        wait_until(lambda: self.served.call(lambda: not state.clients), "the sessions to end")
         assert self.served.call(waiters.all) == []
         assert self.served.call(lambda: [state.turns.holder(name) for name in TURNS]) == [None, None]
         assert all(not model.readers and model.publisher is None for model in self.served.call(state.models.all))
-        self.served.__exit__()
-        shutil.rmtree(self.directory)
-        wait_until(lambda: open_fds() <= self.before, "all descriptors to be closed")
 
     # Clients.
 
@@ -154,7 +161,7 @@ class Conversations(RuleBasedStateMachine):
         raw = RawClient(self.served.paths.socket).__enter__()
         self.peers.append(Peer(raw, raw.welcome.client))
 
-    @precondition(lambda self: len(self.peers) > 1)
+    @precondition(lambda self: len(self.peers) > 2)
     @rule(which=WHICH, cut=st.integers(0, 20))
     def lose(self, which, cut):
         """A client disconnects, perhaps in the middle of a message."""
@@ -172,7 +179,22 @@ class Conversations(RuleBasedStateMachine):
 
     # Requests; several may be under way, also about the same thing.
 
-    @rule(which=WHICH, model=st.sampled_from(KEYS), publish=st.sampled_from([True, True, False]), early=st.booleans())
+    @rule(model=st.sampled_from(KEYS), publish=st.sampled_from([True, True, False]))
+    def all_open(self, model, publish):
+        for peer in self.peers:
+            peer.request(lambda n: messages.Open(n, model, "", "", "cpu", publish))
+
+    @rule(name=st.sampled_from(TURNS))
+    def all_acquire(self, name):
+        for peer in self.peers:
+            peer.request(lambda n: messages.Acquire(n, name))
+
+    @rule(
+        which=WHICH,
+        model=st.sampled_from(KEYS),
+        publish=st.sampled_from([True, True, False]),
+        early=st.sampled_from([False, False, True]),
+    )
     def open(self, which, model, publish, early):
         """`early`: the cancel follows at once."""
         peer = self._peer(which)
@@ -180,28 +202,28 @@ class Conversations(RuleBasedStateMachine):
         if early:
             peer.cancel(number)
 
-    @rule(which=WHICH, name=st.sampled_from(TURNS), early=st.booleans())
+    @rule(which=WHICH, name=st.sampled_from(TURNS), early=st.sampled_from([False, False, True]))
     def acquire(self, which, name, early):
         peer = self._peer(which)
         number = peer.request(lambda n: messages.Acquire(n, name))
         if early:
             peer.cancel(number)
 
-    @rule(which=WHICH, name=st.sampled_from(TURNS))
-    def give_turn(self, which, name):
-        self._peer(which).request(lambda n: messages.Yield(n, name))
-
-    @rule(which=WHICH, model=st.sampled_from(KEYS))
-    def leave(self, which, model):
-        self._peer(which).request(lambda n: messages.Leave(n, model))
-
-    @rule(which=WHICH, model=st.sampled_from(KEYS))
-    def abandon(self, which, model):
-        self._peer(which).request(lambda n: messages.Abandon(n, model, "test"))
-
-    @rule(which=WHICH, model=st.sampled_from(KEYS))
-    def remove(self, which, model):
-        self._peer(which).request(lambda n: messages.Remove(n, model))
+    @rule(
+        which=WHICH,
+        name=st.sampled_from(TURNS),
+        model=st.sampled_from(KEYS),
+        what=st.sampled_from(["yield", "leave", "leave", "abandon", "remove"]),
+    )
+    def give_back(self, which, name, model, what):
+        """Whether the client has it, waits for it, or neither."""
+        make = {
+            "yield": lambda n: messages.Yield(n, name),
+            "leave": lambda n: messages.Leave(n, model),
+            "abandon": lambda n: messages.Abandon(n, model, "test"),
+            "remove": lambda n: messages.Remove(n, model),
+        }
+        self._peer(which).request(make[what])
 
     @precondition(lambda self: any(peer.pending for peer in self.peers))
     @rule(which=WHICH, request=WHICH)

@@ -336,6 +336,14 @@ def fuzz(executions, seed):
     """Run a number of executions; return what they found."""
 
     async def run():
-        return await Fuzzer(seed).run(executions)
+        fuzzer = Fuzzer(seed)
+        try:
+            return await fuzzer.run(executions)
+        finally:
+            fuzzer.parts.devices.close()
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    finally:
+        while _SEGMENT:
+            os.close(_SEGMENT.pop())

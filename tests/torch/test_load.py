@@ -7,7 +7,9 @@ import gc
 import logging
 import os
 import time
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from support.torch_models import MIN_BYTES
@@ -16,6 +18,7 @@ from torch import nn
 
 from shared_store.base.errors import StoreUnavailableError, UnsupportedError
 from shared_store.client.identify import Checkpoint
+from shared_store.client.session import Session
 from shared_store.torch import fallback
 from shared_store.torch.bind import bind, measure
 from shared_store.torch.fallback import Fallback
@@ -175,6 +178,27 @@ def test_where_falling_back_is_not_allowed_the_error_is_raised(sessions, file, s
 def test_where_falling_back_is_not_allowed_a_missing_store_is_an_error(file, settings):
     with pytest.raises(StoreUnavailableError):
         load(Steps(file), settings(allowed=False))
+
+
+def test_a_malformed_manifest_closes_the_descriptors(file, settings, store, monkeypatch):
+    """The model is loaded the stock way, and no descriptor of its segments stays open."""
+    assert store.pid
+    publisher = load(Steps(file), settings())
+    opened, stock = [], Session.open
+
+    def open_with_malformed_manifest(self, *arguments, **options):
+        attached, fds = stock(self, *arguments, **options)
+        opened.extend(fds.filenos())
+        return msgspec.structs.replace(attached, manifest=b"malformed"), fds
+
+    monkeypatch.setattr(Session, "open", open_with_malformed_manifest)
+    steps = Steps(file)
+    assert right(load(steps, settings()))
+    assert steps.calls[-1] == "load_stock"
+    assert opened
+    numbers = {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+    assert not [fd for fd in opened if fd in numbers and "memfd:wooly" in str(Path(f"/proc/self/fd/{fd}").readlink())]
+    del publisher
 
 
 @pytest.mark.parametrize("attaching", [False, True])

@@ -56,10 +56,10 @@ async def _ask(session: Any) -> None:
 
 def _install() -> None:
     try:
-        from shared_store.store import exchange
+        from shared_store.store.exchange import Exchange
     except ImportError:  # protocol 1
         return
-    stock, asking = exchange.Exchange.begin, set()
+    stock, asking = Exchange.begin, set()
 
     def begin(self: Any) -> None:
         stock(self)
@@ -67,7 +67,7 @@ def _install() -> None:
         asking.add(task)  # the event loop has weak references only
         task.add_done_callback(asking.discard)
 
-    exchange.Exchange.begin = begin
+    Exchange.begin = begin  # type: ignore[method-assign]  # what this module is for
 
 
 if "shared_store.daemon" in sys.orig_argv:

@@ -131,6 +131,7 @@ class Publishing:
             MemoryBackendError: a segment is still mapped for writing.
         """
         state, key, client = self._state, request.key, session.client
+        state.models.publishing(key, client.number)  # nothing is decoded for another client
         # Every tensor is checked: of very many, in a thread.
         decode = manifests.decode
         large = len(request.manifest) >= LARGE_MANIFEST
