@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import pytest
+from support.client import Client
 from support.content import key
-from support.session_fixtures import directory, start_store, store
-from support.waiting import wait_until
+from support.devices import DEVICE
 
 from shared_store.base.errors import TimedOutError
-from shared_store.base.keys import host_key
 from shared_store.sleep.sleeper import Sleeper
-
-__all__ = ["directory", "start_store", "store"]
 
 MIB = 1 << 20
 MODEL = [[1, 3 * MIB], [2, 100]]
 
 
-def test_an_engine_whose_sleep_timed_out_sleeps_later(store):
-    """Another client is making the host copy, for longer than the engine waits."""
-    engine, other = store.client("engine"), store.client("other")
+@pytest.fixture
+def client(store, directory):
+    """Return a function that connects a client of the running store in this process. They end with the test."""
+    assert store.pid
+    made = []
+
+    def connect(name):
+        made.append(Client(directory, name, device=DEVICE))
+        return made[-1]
+
+    yield connect
+    for one in made:
+        one.unmap_all()
+        one.close()
+
+
+def test_an_engine_whose_sleep_timed_out_sleeps_later(store, client):
+    """Another client is making the host copies, for longer than the engine waits."""
+    engine, other = client("engine"), client("other")
     engine.publish(key(1), MODEL)
-    copy = host_key(key(1), [one.digest for one in engine.blobs])
-    assert other.open(copy) == "granted"
+    assert other.open(key(1), publish=False) == "attached"
+    copies, fds = other.session.copy_to_host(key(1), 10.0)
+    assert [segment.promised for segment in copies.segments] == [True]
+    fds.close()
     engine.sleeper = Sleeper(
         engine.session,
         engine.manifest,
@@ -35,9 +50,10 @@ def test_an_engine_whose_sleep_timed_out_sleeps_later(store):
     with pytest.raises(TimedOutError):
         engine.sleep()
     assert engine.digests() == engine.expected()
-    other.abandon(copy)
+    other.session.release_host_copies(key(1))
     engine.sleep()
     assert engine.mapped() == 0
+    assert [(model.readers, model.away) for model in store.status().models] == [(1, 1)]
     engine.wake()
     assert engine.digests() == engine.expected()
-    wait_until(lambda: [model.readers for model in engine.session.status().models if model.key == key(1)] == [1], "it")
+    assert [(model.readers, model.away) for model in store.status().models] == [(2, 0)]
