@@ -232,7 +232,10 @@ class StateDriver(RuleBasedStateMachine):
         return True
 
     def _sleep(self, name, number):
-        del self.around.reading[name, number]
+        if (name, number) in self._reading_withdrawn():
+            self.around.reading[name, number] = set()  # it reads an earlier model of this name, too
+        else:
+            del self.around.reading[name, number]
         self.around.away.add((name, number))
         self._carry_out(self.state.go_away(self.state.clients[number], name))
 

@@ -81,8 +81,9 @@ class StoreState:
         """Remove all references of an owner."""
         failed = self.segments.fail_returning(owner)
         released = self.segments.drop(owner)
+        released += self.segments.sweep(failed)  # all their blobs may have moved meanwhile
         self.tiers.forget(released)
-        return [*map(Left, failed), *map(Released, released)]
+        return [*(Left(segment) for segment in failed if self.segments.has(segment)), *map(Released, released)]
 
     def commit(self, key: str, client: int, committed: Committed) -> list[Effect]:
         """Make a model visible whose bytes were verified. The publisher and all waiters read it."""
