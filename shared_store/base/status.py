@@ -59,7 +59,7 @@ class CatalogStatus(msgspec.Struct, frozen=True):
     state: Literal["ok", "down"]
 
 
-class DeviceStatus(msgspec.Struct, frozen=True):
+class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     """Memory that the store has allocated on one device. ``id``: ``cpu`` or a GPU's UUID.
 
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
@@ -78,7 +78,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     host_bytes: int = 0
 
 
-class ModelStatus(msgspec.Struct, frozen=True):
+class ModelStatus(msgspec.Struct, frozen=True, gc=False):
     """One model.
 
     ``unique_bytes``: bytes of blobs that no other committed model has. ``last_used``: Unix time in seconds at which a
@@ -106,7 +106,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     disk_bytes: int = 0
 
 
-class QuarantineStatus(msgspec.Struct, frozen=True):
+class QuarantineStatus(msgspec.Struct, frozen=True, gc=False):
     """A segment with wrong bytes, which lives until its readers unmap it.
 
     ``models``: keys of the withdrawn models, which can be published again. ``readers``: number of clients that map it.
@@ -119,7 +119,7 @@ class QuarantineStatus(msgspec.Struct, frozen=True):
     readers: int
 
 
-class ActivityStatus(msgspec.Struct, frozen=True):
+class ActivityStatus(msgspec.Struct, frozen=True, gc=False):
     """Work of a client, as it writes it into its activity page.
 
     ``busy``: a step runs, or requests are left. ``idle_s``: seconds since its last step ended; None before the first.
@@ -131,7 +131,7 @@ class ActivityStatus(msgspec.Struct, frozen=True):
     waiting: int
 
 
-class ClientStatus(msgspec.Struct, frozen=True):
+class ClientStatus(msgspec.Struct, frozen=True, gc=False):
     """One lease: a client, and a model that it publishes, reads or waits for; without a model, ``key`` is empty.
 
     ``mapped_bytes``: bytes of shared blobs that the client maps. ``private_bytes``: bytes of its private copies, as the
@@ -182,7 +182,7 @@ class Counters(msgspec.Struct, frozen=True):
     returns: int = 0
 
 
-class RequestStatus(msgspec.Struct, frozen=True):
+class RequestStatus(msgspec.Struct, frozen=True, gc=False):
     """Requests of one kind that were answered since the store started. Waiting for other clients is included.
 
     ``classes``: number of requests by duration, one class for each of :data:`LATENCY_BOUNDS_S` (above the previous

@@ -28,6 +28,7 @@ class Client:
     def __init__(self, directory, name="", *, autostart=False, timeout_s=10.0, device="cpu"):
         self.backend = backend_for(device)
         self.sleeper = None
+        self.sleep_timeout_s = 60.0
         self.session = Session.connect(Path(directory), name=name, autostart=autostart, timeout_s=timeout_s)
         self.mappings = []
         self.promised = []
@@ -142,6 +143,19 @@ class Client:
         woken = self._sleeper().wake()
         return [woken.shared_bytes, woken.private_bytes]
 
+    def limit_sleep(self, timeout_s):
+        """Limit the seconds that :meth:`sleep` waits for others. Before the first sleep."""
+        self.sleep_timeout_s = timeout_s
+
+    def begin_host_copies(self, key):
+        """Ask for host copies, and do not make them. Returns how many are promised."""
+        copies, fds = self.session.copy_to_host(key, 10.0)
+        fds.close()
+        return sum(segment.promised for segment in copies.segments)
+
+    def release_host_copies(self, key):
+        self.session.release_host_copies(key)
+
     def mapped(self):
         """Return the number of mapped segments."""
         return sum(mapping.access is not None for mapping in self.mappings)
@@ -155,7 +169,7 @@ class Client:
                 self.segments,
                 list(enumerate(self.mappings)),
                 self.backend,
-                timeout_s=60.0,
+                timeout_s=self.sleep_timeout_s,
             )
         return self.sleeper
 

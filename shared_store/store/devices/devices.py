@@ -1,7 +1,7 @@
 """The backends of devices, and the memory of each allocated segment by its id.
 
 The state knows segments as numbers; this module connects the numbers to memory. Slow calls (:meth:`Devices.allocate`,
-:meth:`Devices.find`, :meth:`Check.wrong`) run in threads.
+:meth:`Devices.find`, :meth:`Devices.seal`, :meth:`Check.wrong`) run in threads.
 """
 
 from __future__ import annotations
@@ -124,12 +124,26 @@ class Devices:
         device, memory = self._memory[segment]
         return mapping_of(self.backend(device), memory)
 
-    def seal(self, segments: Iterable[int]) -> None:
-        """Make allocated segments immutable. Raises :class:`MemoryBackendError` while one is mapped for writing."""
-        for segment in segments:
-            if segment in self._memory:
-                device, memory = self._memory[segment]
-                self.backend(device).seal(memory)
+    async def seal(self, segments: Iterable[int]) -> None:
+        """Make allocated segments immutable, in a thread: the kernel visits each of their pages.
+
+        Segments may be released meanwhile.
+
+        Raises:
+            MemoryBackendError: one is mapped for writing.
+        """
+        with contextlib.ExitStack() as own:
+            memories: list[tuple[Backend, Segment]] = []
+            for segment in segments:
+                if segment in self._memory:
+                    device, memory = self._memory[segment]
+                    backend = self.backend(device)
+                    if backend.host_readable:  # elsewhere nothing is sealed
+                        with self.export(segment) as fd:
+                            memory = backend.import_fd(fd.fileno(), memory.nbytes)
+                        own.callback(backend.release, memory)
+                    memories.append((backend, memory))
+            await asyncio.to_thread(_seal, memories)
 
     def check(self, written: Mapping[int, Sequence[tuple[Blob, int]]]) -> Check:
         """Return a check of blobs at their first bytes, by segment, of those devices that the host can read.
@@ -150,6 +164,11 @@ class Devices:
             memory.release()
         else:
             self.backend(device).release(memory)
+
+
+def _seal(memories: Sequence[tuple[Backend, Segment]]) -> None:
+    for backend, memory in memories:
+        backend.seal(memory)
 
 
 def _drop(backend: Backend, done: asyncio.Future[Segment]) -> None:

@@ -137,7 +137,7 @@ class Publishing:
         large = len(request.manifest) >= LARGE_MANIFEST
         manifest = await asyncio.to_thread(decode, request.manifest) if large else decode(request.manifest)
         plan = self._ready(session, request, manifest)
-        self._devices.seal(plan.segments)
+        await self._devices.seal(plan.segments)
         wrong = await asyncio.to_thread(self._devices.check(plan.written).wrong)
         state.models.publishing(key, client.number)  # the publication may have ended meanwhile
         if state.plans.get(key) is not plan:

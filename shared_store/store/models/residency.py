@@ -108,7 +108,7 @@ class ResidencyRequests:
         copying = state.tiers.copying(key, session.client.number)
         if not all(state.segments.at(host).allocated for host in copying.copies.values()):
             raise ProtocolError(f"not all promised host copies of {key} are filled")
-        self._devices.seal(copying.copies.values())
+        await self._devices.seal(copying.copies.values())
         await self._verify(session, copying)
         self._effects.carry_out(state.end_copying(copying))
         self._signals.changed()

@@ -131,7 +131,7 @@ class Compactor:
             DigestMismatchError: a copy is wrong; the compaction was cancelled.
             MemoryBackendError: the new segment is still mapped for writing.
         """
-        self._devices.seal([compaction.segment])
+        await self._devices.seal([compaction.segment])
         check = self._devices.check({compaction.segment: compaction.copies})
         wrong = await asyncio.to_thread(check.wrong)
         if wrong:
