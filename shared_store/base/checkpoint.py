@@ -23,6 +23,7 @@ from shared_store.base.errors import CheckpointError
 SETTLED_S = 2.0
 """Age in seconds from which the next change of a file is sure to change its identity."""
 
+_MAX_THREADS = 4  # more read no faster from the page cache, and slow a load beside them
 _STEP = 8 << 20  # hashed while it is in the processor's cache, and few turns of the interpreter's lock
 _CONTEXT = "wooly 2026-11 checkpoint digest"
 
@@ -96,14 +97,14 @@ def hash_files(
 
     Args:
         paths: files to read.
-        threads: number of threads; by default one for each core, at most 8. They share the files, and divide a file
+        threads: number of threads; by default one for each core, at most 4. They share the files, and divide a file
             where there are more of them than files.
         progress: called from the hashing threads with the bytes done since the last call.
 
     Raises:
         CheckpointError: a file cannot be read, or changed while it was being read.
     """
-    workers = threads or min(8, os.cpu_count() or 1)
+    workers = threads or min(_MAX_THREADS, os.cpu_count() or 1)
     each = max(1, workers // max(1, len(paths)))
     with ThreadPoolExecutor(workers, thread_name_prefix="wooly-hash") as pool:
         return list(pool.map(lambda path: _hash_file(path, each, progress), paths))

