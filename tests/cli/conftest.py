@@ -82,7 +82,14 @@ def background(directory):  # noqa: ARG001 - sets the environment
 def status():
     """A status with two models, one of them being published, and a client in every role."""
     models = tuple(
-        ModelStatus(key * 32, name, "vllm", "cpu", state, 3, nbytes, nbytes // 2, readers, pinned=False)
+        ModelStatus(
+            *(key * 32, name, "vllm", "cpu", state, 3, nbytes, nbytes // 2, readers),
+            pinned=False,
+            away=readers // 2,
+            resident_bytes=nbytes // 4,
+            host_bytes=nbytes // 8,
+            disk_bytes=nbytes // 16,
+        )
         for key, name, state, nbytes, readers in (
             ("a1", "base", "committed", 3 << 30, 2),
             ("b2", 'odd "name"\\', "publishing", 0, 0),
@@ -104,7 +111,7 @@ def status():
         node=NodeStatus("host-1", "host", "/run/wooly"),
         store=StoreStatus(42, "1.2.3", 93784.5, "degraded", ("the catalog does not answer",)),
         catalog=CatalogStatus("redis://host:6379/0", "down"),
-        devices=(DeviceStatus("cpu", 4 << 30, 64 << 30, 5, 3 << 20, 2 << 20), DeviceStatus("GPU-1", 1 << 20, None, 1)),
+        devices=(DeviceStatus("cpu", 4 << 30, 64 << 30, 5, 3 << 20, 2 << 20, releasing_bytes=1 << 21, host_bytes=1 << 22), DeviceStatus("GPU-1", 1 << 20, None, 1)),
         models=models,
         clients=clients,
         totals=Totals((4 << 30) + (1 << 20), 6 << 30, 3 << 30),
@@ -119,6 +126,9 @@ def status():
             quarantines=8,
             permission_denials=9,
             unconfirmed_releases=10,
+            sleeps=11,
+            wakes=12,
+            returns=13,
         ),
         quarantine=(QuarantineStatus("cpu", 9, 2 << 20, ("c3" * 32,), 1),),
         requests=(RequestStatus("open", 6, 12.5, (1, 2, 0, 0, 0, 0, 2, 0, 0, 0, 1)),),

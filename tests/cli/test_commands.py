@@ -106,7 +106,8 @@ def test_status_table(wooly, actor):
     actor(name="second").publish(key=ONE, model=[[1, NBYTES]])
     shown = wooly("status").stdout
     lines = [line.split() for line in shown.splitlines()]
-    assert ["aaaaaaaaaaaa", "model", "test", "cpu", "committed", "1", "3.00", "MiB", "3.00", "MiB", "2", "no"] in lines
+    sizes = ["3.00", "MiB", "3.00", "MiB", "3.00", "MiB", "0", "B", "0", "B"]  # size, unique, resident, host, disk
+    assert ["aaaaaaaaaaaa", "model", "test", "cpu", "committed", "1", *sizes, "2", "0", "no"] in lines
     assert sum(line[2:5] == ["first", "reader", "model"] for line in lines) == 1
     assert sum(line[2:5] == ["second", "reader", "model"] for line in lines) == 1
     assert "idle" not in shown

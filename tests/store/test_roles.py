@@ -125,6 +125,8 @@ def test_every_request_of_an_administrator_is_checked_before_its_handler():
         *(messages.Rejoin, messages.Offer, messages.Report, messages.ReportFallback, messages.Quarantine),
         *(messages.Acquire, messages.Yield, messages.RecallFiles, messages.RememberFiles),
         *(messages.GetStatus, messages.GetActivityPage),
+        *(messages.CopyToHost, messages.FillHostCopy, messages.AddHostCopies),  # the sleep of a reader
+        *(messages.GoAway, messages.ReleaseHostCopies),
         *(messages.Compacted, messages.AbandonCompaction),  # of a compaction that the client may begin
     }
     requests = {cls for cls in get_args(messages.ClientMessage) if issubclass(cls, messages.Request)}

@@ -288,7 +288,6 @@ class Fuzzer:
         await asyncio.wait_for(connection.closed.wait(), 20)
         await asyncio.wait_for(exchange.ended(), 60)
         await asked
-        connection.drop_frames()
         connection._shut()
         self.parts.sessions.end(exchange.session)
         words = "".join(" " if one.isdigit() else one for one in connection.reason.partition(":")[0])
