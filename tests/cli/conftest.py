@@ -111,7 +111,10 @@ def status():
         node=NodeStatus("host-1", "host", "/run/wooly"),
         store=StoreStatus(42, "1.2.3", 93784.5, "degraded", ("the catalog does not answer",)),
         catalog=CatalogStatus("redis://host:6379/0", "down"),
-        devices=(DeviceStatus("cpu", 4 << 30, 64 << 30, 5, 3 << 20, 2 << 20, releasing_bytes=1 << 21, host_bytes=1 << 22), DeviceStatus("GPU-1", 1 << 20, None, 1)),
+        devices=(
+            DeviceStatus("cpu", 4 << 30, 64 << 30, 5, 3 << 20, 2 << 20, releasing_bytes=1 << 21, host_bytes=1 << 22),
+            DeviceStatus("GPU-1", 1 << 20, None, 1),
+        ),
         models=models,
         clients=clients,
         totals=Totals((4 << 30) + (1 << 20), 6 << 30, 3 << 30),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import shared_store
@@ -62,6 +65,10 @@ class Snapshots:
 
     def take(self, *, catalog_url: str, catalog_state: Literal["ok", "down"]) -> status.Status:
         """Return the snapshot for people, programs and metrics."""
+        with _without_collections():
+            return self._take(catalog_url, catalog_state)
+
+    def _take(self, catalog_url: str, catalog_state: Literal["ok", "down"]) -> status.Status:
         state, identity = self._state, self._identity
         clients, devices = self.clients(), self.devices()
         mapped = sum(client.mapped_bytes for client in clients)
@@ -209,3 +216,19 @@ class Snapshots:
             keys = tuple(sorted({model.key for model in models}))
             shown.append(status.QuarantineStatus(entry.device, entry.id, entry.nbytes, keys, len(readers)))
         return tuple(shown)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Start no garbage collection within the block.
+
+    A snapshot makes thousands of objects, none in a cycle. They are gone right after it, but would meanwhile start a
+    collection of all others.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
