@@ -5,9 +5,11 @@ The work is real: a thread that reads mapped memory. Where the order is wrong, t
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from support.hostmemory import peek, poke, run_child
@@ -19,6 +21,24 @@ from shared_store.memory.fake import FakeBackend
 from shared_store.memory.mapping import close_all, map_writable
 
 MIB = 1 << 20
+
+
+def segments_mapped():
+    """Return the address ranges of segments that this process maps."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {tuple(int(part, 16) for part in line.split()[0].split("-")) for line in lines if "memfd:wooly" in line}
+
+
+@pytest.fixture
+def left_mapped():
+    """Unmap what the test leaves mapped on purpose: other tests of this process count the mapped segments."""
+    before = segments_mapped()
+    yield
+    left = segments_mapped() - before
+    assert left
+    for start, end in left:
+        assert ctypes.CDLL(None).munmap(ctypes.c_void_p(start), ctypes.c_size_t(end - start)) == 0
+
 
 _WAYS = {
     "collected": "del mapping",
@@ -272,6 +292,7 @@ def test_the_collector_does_not_wait_for_a_thread_that_waits_for_a_device(backen
     wait_until(lambda: backend.allocated_bytes == 0, "the deferred memory to be unmapped")
 
 
+@pytest.mark.usefixtures("left_mapped")
 def test_a_range_that_cannot_be_unmapped_is_never_used_again(backend):
     """Its segment is released nevertheless, and the error is the caller's."""
     mapping = mapped(backend)
@@ -283,6 +304,7 @@ def test_a_range_that_cannot_be_unmapped_is_never_used_again(backend):
     assert mapping.address not in {backend.reserve(2 * MIB) for _ in range(50)}
 
 
+@pytest.mark.usefixtures("left_mapped")
 def test_a_deferred_range_that_cannot_be_unmapped_is_logged(backend, capture, caplog):
     mapping = mapped(backend)
     del mapping
@@ -327,6 +349,7 @@ def test_map_writable_waits_for_copies_that_are_in_flight(backend):
     backend.release(segment)
 
 
+@pytest.mark.usefixtures("left_mapped")
 def test_close_all_closes_the_rest_after_an_error(backend):
     mappings = [mapped(backend) for _ in range(3)]
     backend.faults.fail_at("unmap", 2)
