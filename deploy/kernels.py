@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,9 +28,36 @@ def main() -> None:
 
     source = SOURCE.read_bytes()
     version = ".".join(str(number) for number in nvrtc.nvrtcVersion()[1:])
-    compiled = {target: zlib.compress(images.compile_source(source, target), 9) for target in images.TARGETS}
+    compiled = {target: zlib.compress(compile_source(nvrtc, source, target), 9) for target in images.TARGETS}
     IMAGES.write_bytes(msgspec.msgpack.encode(images.Images(images.fingerprint(source), version, compiled)))
     print(f"{IMAGES}: {IMAGES.stat().st_size} bytes, NVRTC {version}: {', '.join(compiled)}")
+
+
+def compile_source(nvrtc: Any, source: bytes, target: str) -> bytes:
+    """Compile a source for a target. Raises :class:`RuntimeError` if NVRTC refuses it."""
+    program = checked(nvrtc.nvrtcCreateProgram(source, b"blake3.cu", 0, [], []))
+    options = [option.encode() for option in (*images.OPTIONS, f"--gpu-architecture={target}")]
+    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if failed:
+        text = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, text))  # NVRTC writes into the buffer, here and below
+        raise RuntimeError(f"cannot compile the digest kernel for {target}: {text.decode(errors='replace')}")
+    image: bytes
+    if target.startswith("sm_"):
+        image = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+        checked(nvrtc.nvrtcGetCUBIN(program, image))
+    else:
+        image = b" " * checked(nvrtc.nvrtcGetPTXSize(program))
+        checked(nvrtc.nvrtcGetPTX(program, image))
+    return image
+
+
+def checked(answer: tuple[Any, ...]) -> Any:
+    """Return the result of a call of NVRTC. Raises :class:`RuntimeError` for an error code."""
+    failed, *results = answer
+    if failed:
+        raise RuntimeError(f"NVRTC: {failed.name}")
+    return results[0] if results else None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Images of the digest kernels: how they are compiled with NVRTC, stored in one file, and chosen for a GPU.
+"""Images of the digest kernels, which ``deploy/kernels.py`` compiles: stored in one file, and chosen for a GPU.
 
-Needs no driver. NVRTC, of the package ``cuda-bindings`` and the library of CUDA's compiler, is needed only to compile.
+Needs no driver.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -81,45 +81,3 @@ def suitable(targets: Iterable[str], capability: tuple[int, int]) -> list[str]:
         if (major, minor) <= capability and (not code or major == capability[0]):
             found.append((code, major, minor, target))
     return [target for *_, target in sorted(found, reverse=True)]
-
-
-def compile_source(source: bytes, target: str) -> bytes:
-    """Compile a source for a target with NVRTC.
-
-    Raises:
-        MemoryBackendError: NVRTC is not installed, or refuses the source.
-    """
-    try:
-        from cuda.bindings import nvrtc
-
-        return _compile(nvrtc, source, target)
-    except (ImportError, RuntimeError) as error:  # the bindings raise RuntimeError without the library
-        raise MemoryBackendError(
-            f"the digest kernel for {target} must be compiled, and there is no NVRTC ({error}): install "
-            "nvidia-cuda-nvrtc, of the version of cuda-bindings"
-        ) from error
-
-
-def _compile(nvrtc: Any, source: bytes, target: str) -> bytes:
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"blake3.cu", 0, [], []))
-    options = [option.encode() for option in (*OPTIONS, f"--gpu-architecture={target}")]
-    (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if failed:
-        text = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, text))  # NVRTC writes into the buffer, here and below
-        raise MemoryBackendError(f"cannot compile the digest kernel for {target}: {text.decode(errors='replace')}")
-    if target.startswith("sm_"):
-        image: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    else:
-        image = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
-        _checked(nvrtc.nvrtcGetPTX(program, image))
-    return image
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """Return the result of a call of NVRTC. Raises :class:`MemoryBackendError` for an error code."""
-    failed, *results = answer
-    if failed:
-        raise MemoryBackendError(f"NVRTC: {failed.name}")
-    return results[0] if results else None
