@@ -122,6 +122,22 @@ class Session:
         """
         return await self.asks(request, within_s, heard)
 
+    async def first_of(self, *events: asyncio.Event) -> None:
+        """Wait until one of the events is set, or the client has disconnected.
+
+        Raises:
+            RequestCancelledError: the client cancelled its request.
+        """
+        stopped = asyncio.Event()
+        waits = [asyncio.ensure_future(event.wait()) for event in (*events, self.gone, stopped)]
+        try:
+            with self.pending.waiting(stopped.set):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self.pending.check()
+
     def require_admin(self, action: str) -> None:
         """Raise :class:`PermissionDeniedError` unless the client is an administrator. ``action``: after "may not"."""
         self.roles.require_admin(self.client, action)

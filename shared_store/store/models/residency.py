@@ -187,15 +187,6 @@ class ResidencyRequests:
 
     async def _copies_end(self, session: Session) -> None:
         """Wait for a change: a client may end or drop copies. Raises :class:`ConnectionLostError` without a client."""
-        stopped = asyncio.Event()
-        events = (self._signals.next_change(), session.gone, stopped)
-        waits = [asyncio.ensure_future(event.wait()) for event in events]
-        try:
-            with session.pending.waiting(stopped.set):
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        session.pending.check()
+        await session.first_of(self._signals.next_change())
         if session.gone.is_set():
             raise ConnectionLostError("the client disconnected while it waited")

@@ -30,14 +30,5 @@ class Arrivals:
             RequestCancelledError: the client cancelled its request.
         """
         expected = self._expected.get(key)
-        if expected is None:
-            return
-        stopped = asyncio.Event()
-        waits = [asyncio.ensure_future(event.wait()) for event in (expected, session.gone, stopped)]
-        try:
-            with session.pending.waiting(stopped.set):
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        session.pending.check()
+        if expected is not None:
+            await session.first_of(expected)
