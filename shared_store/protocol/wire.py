@@ -18,12 +18,10 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
+from shared_store.base.errors import MessageTooLargeError, ProtocolError
 from shared_store.runtime.fds import OwnedFd, OwnedFds
-
-_Fd = TypeVar("_Fd")
 
 HEADER = struct.Struct(">IH")
 FDS_AT_ONCE = 253
@@ -132,7 +130,7 @@ def receive(sock: socket.socket) -> tuple[bytes, OwnedFds]:
     return data, fds
 
 
-def _pieces(payload: bytes, fds: Sequence[_Fd]) -> list[tuple[memoryview, Sequence[_Fd]]]:
+def _pieces(payload: bytes, fds: Sequence[OwnedFd]) -> list[tuple[memoryview, Sequence[OwnedFd]]]:
     """Split a frame into the bytes of single ``sendmsg`` calls and the fds that go with the first byte of each."""
     data = memoryview(header(payload, len(fds)) + payload)
     groups = [fds[i : i + FDS_AT_ONCE] for i in range(0, len(fds), FDS_AT_ONCE)] or [fds[:0]]
@@ -249,53 +247,3 @@ class Outbox:
             self._chunks.popleft().fds.close()
         self._begun = False
         self.pending_bytes = self.pending_fds = 0
-
-
-class BlockingChannel:
-    """Frames over a blocking socket. One thread may send while another receives."""
-
-    def __init__(self, sock: socket.socket, *, limit: int = MAX_FROM_STORE) -> None:
-        """Take over a connected socket; accept payloads of at most ``limit`` bytes."""
-        self.sock = sock
-        self._decoder = Decoder(limit)
-        self._ready: deque[Frame] = deque()
-
-    def send(self, payload: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a frame. The fds are borrowed.
-
-        Raises:
-            ConnectionLostError: the store closed the connection, or did not accept the frame in time.
-        """
-        try:
-            for data, group in _pieces(payload, fds):
-                sent = self.sock.sendmsg([data], _ancillary(group)) if group else 0
-                if rest := data[sent:]:  # sending nothing fails, too, when the peer has gone after a whole message
-                    self.sock.sendall(rest)
-        except OSError as error:
-            raise ConnectionLostError(f"the store is gone: {error.strerror or error}") from error
-
-    def receive(self) -> Frame:
-        """Wait for the next frame.
-
-        Raises:
-            ConnectionLostError: the store closed the connection, or (``TimeoutError`` as cause) did not answer.
-            ProtocolError: the stream is not made of frames.
-        """
-        while not self._ready:
-            try:
-                data, fds = receive(self.sock)
-            except OSError as error:
-                raise ConnectionLostError(f"the store is gone: {error.strerror or error}") from error
-            if not data:
-                fds.close()
-                cut = " in the middle of a message" if self._decoder.in_frame else ""
-                raise ConnectionLostError(f"the store closed the connection{cut}")
-            self._ready.extend(self._decoder.feed(data, fds))
-        return self._ready.popleft()
-
-    def close(self) -> None:
-        """Close the socket, and the fds of frames that were not received."""
-        self.sock.close()
-        self._decoder.close()
-        while self._ready:
-            self._ready.popleft().fds.close()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.waiting import open_fds
 
 from shared_store.base.errors import ConnectionLostError, MessageTooLargeError, ProtocolError
+from shared_store.client.channel import Channel
 from shared_store.protocol import messages, wire
 from shared_store.runtime.fds import OwnedFds
 
@@ -161,7 +162,7 @@ def test_a_channel_reports_where_the_stream_ended():
     """Between messages, or within one."""
     for sent, said in ((b"", "closed the connection$"), (b"\0\0", "in the middle of a message$")):
         ours, theirs = socket.socketpair()
-        channel = wire.BlockingChannel(ours)
+        channel = Channel(ours)
         theirs.sendall(sent)
         theirs.close()
         with pytest.raises(ConnectionLostError, match=said):

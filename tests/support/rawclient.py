@@ -6,6 +6,8 @@ import array
 import itertools
 import socket
 
+from support.blocking import BlockingChannel
+
 from shared_store.base.errors import ConnectionLostError
 from shared_store.protocol import messages, wire
 
@@ -17,7 +19,7 @@ class RawClient:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout_s)
         self.sock.connect(str(path))
-        self.channel = wire.BlockingChannel(self.sock)
+        self.channel = BlockingChannel(self.sock)
         if greet:
             self.send(messages.Hello(protocol, "raw", "0"))
             self.welcome = self.receive()

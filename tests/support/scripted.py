@@ -6,9 +6,10 @@ import os
 import socket
 import threading
 
+from support.blocking import BlockingChannel
 from support.waiting import readable
 
-from shared_store.protocol import messages, wire
+from shared_store.protocol import messages
 from shared_store.runtime.paths import prepare
 
 
@@ -50,7 +51,7 @@ class Peer:
 
     def __init__(self, sock):
         sock.settimeout(10.0)
-        self.channel = wire.BlockingChannel(sock)
+        self.channel = BlockingChannel(sock)
 
     def send(self, message, fds=()):
         self.channel.send(messages.encode(message), fds)
