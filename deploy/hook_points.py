@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fingerprints of the names of an engine that wooly uses: what they are in the version that is installed here.
+"""Fingerprint the names of the installed engine that wooly uses.
 
     python deploy/hook_points.py wooly_hf transformers     JSON on stdout; run it with the Python of an environment
 

@@ -47,7 +47,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def ask(served: ServedStore, session: Session, rounds: int) -> dict[str, Any]:
-    """Ask a client again and again."""
+    """Time requests of the store to a client whose ``Open`` waits."""
     peer = served.call(lambda: served.parts.sessions.of(session.client))
     answered, accepted = [], []
 
@@ -64,7 +64,7 @@ def ask(served: ServedStore, session: Session, rounds: int) -> dict[str, Any]:
 
 
 def cancel(served: ServedStore, rounds: int) -> dict[str, Any]:
-    """Cancel an ``Open`` that waits again and again."""
+    """Time cancels of an ``Open`` that waits."""
     took = []
     with RawClient(served.paths.socket) as client:
         for number in range(1, rounds + 1):

@@ -6,8 +6,8 @@ does not hold the interpreter lock.
 
 While a graph is being captured, waiting would invalidate the capture. What is collected or closed meanwhile is
 *deferred*: it stays mapped, and is unmapped when the capture ends, or with the next mapping or unmapping. A thread
-retries as well, in case neither comes. :class:`Captures` is told of captures by the code that begins them; a backend
-may know of others.
+retries as well, in case neither comes. The code that begins a capture records it in :class:`Captures`; a backend may
+know of others.
 
 Relies on the caller that nothing *new* uses a range once it asks for its unmapping. A captured graph that is replayed
 after its tensors are gone is the owner's mistake, as with any memory.

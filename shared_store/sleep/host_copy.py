@@ -89,7 +89,7 @@ class SegmentCopies(HostCopy):
                 session.go_away(self.manifest, self._copies, fds)
             session.report(key, private_bytes)
         except NO_STORE as error:
-            log.debug("wooly: no store is told that %s sleeps: %s", key[:12], error)
+            log.debug("wooly: could not report to the store that %s sleeps: %s", key[:12], error)
         except WoolyError as error:  # this process has the bytes, so it sleeps in any case
             log.warning("wooly: the store cannot keep %s for this sleeping process: %s", self.manifest.name, error)
             model.leave(key)

@@ -128,7 +128,7 @@ class Connection:
             self._shut()
 
     def ended(self) -> None:
-        """Drop frames that were not received, and what they were passed to: the two would refer to each other."""
+        """Drop frames that were not received, and the callback that receives them, which refers to this object."""
         self._deliver = None
         while self._frames:
             self._frames.popleft().fds.close()

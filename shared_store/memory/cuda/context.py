@@ -7,7 +7,7 @@ Driver behaviour relied on:
   being captured, and invalidates the capture, whatever the thread and the mode of the capture. So ask first.
 * ``cuStreamIsCapturing`` of the legacy default stream returns ``CUDA_ERROR_STREAM_CAPTURE_IMPLICIT`` while a blocking
   stream of the context is being captured, and does not invalidate that. It says nothing of non-blocking streams, which
-  torch's are: :class:`shared_store.memory.unmapping.Captures` is told of torch's captures.
+  torch's are: torch's captures are recorded in :class:`shared_store.memory.unmapping.Captures`.
 * An error that is not about capturing means that the context is lost, and that nothing runs in it any more.
 * ``cuda-bindings`` release the interpreter lock during every call from version 12.9.1 on.
 
