@@ -10,6 +10,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from shared_store.base.workloads import WorkloadStatus
+
 SCHEMA: Final = "wooly.status/1"
 
 LATENCY_BOUNDS_S: Final = (0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 600.0)
@@ -66,6 +68,11 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
     not confirmed to have closed, so that their memory may still be allocated. They are not resident. ``host_bytes``:
     bytes of host copies of the device's segments; they are resident bytes of ``cpu``.
+
+    ``budget_bytes``: what all workloads may use together, private and shared. ``reserve_bytes``: kept free.
+    ``free_bytes``: could be granted now, beside the reserve. ``granted_bytes``: granted and not yet allocated.
+    ``foreign_bytes``: used by processes that are no workloads of this store. None where unknown. ``overcommit``: this
+    store grants the device's memory; else ``overcommit_refusal`` says why not.
     """
 
     id: str
@@ -76,6 +83,13 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     padding_bytes: int = 0
     releasing_bytes: int = 0
     host_bytes: int = 0
+    budget_bytes: int | None = None
+    reserve_bytes: int = 0
+    free_bytes: int | None = None
+    granted_bytes: int = 0
+    foreign_bytes: int | None = None
+    overcommit: bool = False
+    overcommit_refusal: str = ""
 
 
 class ModelStatus(msgspec.Struct, frozen=True, gc=False):
@@ -245,3 +259,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     keeper: KeeperStatus | None = None
     quarantine: tuple[QuarantineStatus, ...] = ()
     loop: LoopStatus | None = None
+    workloads: tuple[WorkloadStatus, ...] = ()

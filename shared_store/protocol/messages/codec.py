@@ -49,7 +49,19 @@ from shared_store.protocol.messages.session import (
     Welcome,
     Yield,
 )
-from shared_store.protocol.messages.workload import SwapOut
+from shared_store.protocol.messages.workload import (
+    ExplainWorkload,
+    Explanation,
+    Join,
+    Joined,
+    MoveWorkload,
+    ReportWorkload,
+    RoomTaken,
+    SetPriority,
+    SwapIn,
+    SwapOut,
+    TakeRoom,
+)
 
 ClientMessage = (
     Hello
@@ -72,6 +84,12 @@ ClientMessage = (
     | ReleaseHostCopies
     | Report
     | ReportFallback
+    | Join
+    | TakeRoom
+    | ReportWorkload
+    | MoveWorkload
+    | SetPriority
+    | ExplainWorkload
     | GetStatus
     | GetActivityPage
     | Remove
@@ -105,7 +123,11 @@ StoreMessage = (
     | Wanted
     | PageGranted
     | Push
+    | Joined
+    | RoomTaken
+    | Explanation
     | SwapOut
+    | SwapIn
     | Cancel
     | Progress
 )

@@ -41,6 +41,7 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
         namespace: in a Kubernetes pod, the pod's namespace.
         pod: the pod's name.
         container: the container's name.
+        member_of: the id of the workload whose process this is, the same in all of its processes; empty: none.
     """
 
     name: str = ""
@@ -51,6 +52,7 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
     namespace: str = ""
     pod: str = ""
     container: str = ""
+    member_of: str = ""
 
     def cleaned(self) -> Identity:
         """Return a copy whose texts are printable and of bounded length, with values in their ranges."""
@@ -63,6 +65,7 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
             one_line(self.namespace, _LABEL),
             one_line(self.pod, _SUBDOMAIN),
             one_line(self.container, _LABEL),
+            one_line(self.member_of, _LABEL),
         )
 
     @property

@@ -1,0 +1,69 @@
+"""The workloads of a store, as ``wooly workloads --json`` prints them. Fields may be added under the same schema name.
+
+All sizes are in bytes, all durations in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+SCHEMA: Final = "wooly.workloads/1"
+
+
+class WorkloadMemory(msgspec.Struct, frozen=True, gc=False):
+    """Bytes of a workload on one device (``cpu`` or a GPU's UUID).
+
+    ``private``: KV cache, graphs, adapters, activations, as the workload reports them. ``shared``: segments that it
+    maps. ``stays``: the part of ``private`` that a swap does not free. ``needs``: private bytes that it has when it is
+    resident.
+    """
+
+    device: str
+    private: int
+    shared: int
+    stays: int = 0
+    needs: int = 0
+
+
+class WorkloadStatus(msgspec.Struct, frozen=True, gc=False):
+    """One workload.
+
+    ``starting``: it waits for memory for its first time, or was granted it. ``swappable`` is false with a ``refusal``:
+    why it is never swapped out. ``blocked_by``: names of the workloads (or ``foreign processes``, ``reserve``) that
+    have the memory it waits for; empty if it does not wait. ``waits_s``: seconds that its oldest wait for memory
+    lasts; 0 without one. ``starved_s``: seconds that it waited so far in all.
+    """
+
+    name: str
+    kind: str
+    pid: int
+    uid: int
+    priority: int
+    state: str
+    memory: tuple[WorkloadMemory, ...] = ()
+    pid_known: bool = True
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    swappable: bool = True
+    refusal: str = ""
+    starting: bool = False
+    busy: bool = False
+    idle_s: float | None = None
+    running: int = 0
+    waiting: int = 0
+    blocked_by: tuple[str, ...] = ()
+    waits_s: float = 0.0
+    starved_s: float = 0.0
+    swaps: int = 0
+    refusals: int = 0
+    models: tuple[str, ...] = ()
+
+
+class Workloads(msgspec.Struct, frozen=True, kw_only=True):
+    """The workloads of a store at one moment."""
+
+    schema: Literal["wooly.workloads/1"] = SCHEMA
+    workloads: tuple[WorkloadStatus, ...]

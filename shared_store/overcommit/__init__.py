@@ -1,0 +1,1 @@
+"""The client's side of overcommit: one agent for each workload, which leaves its devices and returns on demand."""

@@ -1,0 +1,59 @@
+"""The interface between a workload's agent and the engine that it speaks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Private bytes of a workload by device.
+
+    Attributes:
+        private: on the device now.
+        stays: those of them that a swap does not free.
+        needs: on the device when it is resident.
+        moved: bytes that the last move copied between device and host.
+        steps: seconds of the last move, by step.
+    """
+
+    private: Mapping[str, int] = field(default_factory=dict)
+    stays: Mapping[str, int] = field(default_factory=dict)
+    needs: Mapping[str, int] = field(default_factory=dict)
+    moved: int = 0
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+
+class Mover(Protocol):
+    """Moves one workload. The agent calls one method at a time, from a thread of its own."""
+
+    def leave(self, *, active: bool, within_s: float, reached: Reached) -> Holdings:
+        """Stop at a step boundary, copy private memory to the host, and unmap it and shared weights.
+
+        Args:
+            active: also with requests running or waiting.
+            within_s: seconds until it must have declined or begun to leave; 0: no limit.
+            reached: called with ``leaving`` when all steps have ended and it begins to copy.
+
+        Raises:
+            DeclinedError: it goes on, and everything is in place.
+        """
+
+    def come_back(self) -> Holdings:
+        """Map and fill everything again, and let steps start. The memory was granted.
+
+        Raises:
+            OutOfMemoryError: the memory cannot be had. Everything that was mapped is unmapped again.
+        """
+
+    def holdings(self) -> Holdings:
+        """Return the bytes that it has now."""
+
+
+class Reached(Protocol):
+    """Hears of a step of a move."""
+
+    def __call__(self, step: str, /) -> None:
+        """Report the step."""
