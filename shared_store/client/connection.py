@@ -1,7 +1,7 @@
 """A connection to the store of a runtime directory that outlives the store.
 
-When the link is lost, a client that reads models, has turns or speaks for a workload reconnects in the background, and rejoins: see
-:func:`_rejoin`. A call that may be repeated is sent again to the new store; others raise
+When the link is lost, a client that reads models, has turns or speaks for a workload reconnects in the background, and
+rejoins: see :func:`_rejoin`. A call that may be repeated is sent again to the new store; others raise
 :class:`~shared_store.base.errors.ConnectionLostError`.
 
 Calls may come from any thread. A connection does not survive a fork: the child gets an error, and its copies of the

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared_store.base import envs
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.protocol.messages.identity import Identity
 
 
 def describe(
     kind: str = "other",
     gpus: Sequence[str] = (),
+    given: WorkloadSettings | None = None,
     *,
     name: str = "",
-    priority: int | None = None,
-    swap: bool | None = None,
     member_of: str = "",
 ) -> Identity:
     """Describe this process.
@@ -25,19 +25,19 @@ def describe(
     Args:
         kind: one of :data:`~shared_store.protocol.messages.identity.KINDS`.
         gpus: the store's names of the devices that it uses; those that are no GPUs are left out.
-        name: of the workload; empty: from the environment.
-        priority: 0 (highest) to 4; None: from the environment.
-        swap: whether its memory may be swapped out; None: from the environment.
-        member_of: the workload that this process belongs to; empty: from the environment.
+        given: settings of its workload that have precedence over the environment.
+        name: of its workload, where neither they nor the environment have one.
+        member_of: the id of its workload; empty: from the environment.
 
     Raises:
         ConfigError: a variable has an invalid value.
     """
+    settings = (given or WorkloadSettings()).completed()
     return Identity(
-        name or envs.WORKLOAD.get(),
+        settings.workload or name,
         kind,
-        envs.PRIORITY.get() if priority is None else priority,
-        envs.SWAP_FROM_VRAM.get() if swap is None else swap,
+        settings.priority,
+        settings.swap,
         tuple(gpus),
         envs.POD_NAMESPACE.get(),
         envs.POD_NAME.get(),

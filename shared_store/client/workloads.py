@@ -55,9 +55,7 @@ class Workloads:
         """
         self._check()
         request = messages.TakeRoom(self._connection.next_id(), workload, device_bytes(needs))
-        reply, fds = self._connection.call(
-            request, messages.RoomTaken, timeout_s, repeat=False, withdrawal=withdrawal
-        )
+        reply, fds = self._connection.call(request, messages.RoomTaken, timeout_s, repeat=False, withdrawal=withdrawal)
         fds.close()
         return reply
 
