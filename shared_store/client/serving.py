@@ -44,15 +44,28 @@ Handler = Callable[[S, StoreCall], str | None]
 """Carries a request out, and returns a detail for the answer. May raise :class:`DeclinedError`, with the reason."""
 
 
+Hearing = Callable[[str], None]
+"""Hears the detail of a push. Called in the reading thread: it must not block, or call the store."""
+
+
 class Handlers:
-    """The handlers of a session, by kind of request. They outlive connections."""
+    """The handlers of a session, by kind of request and push. They outlive connections."""
 
     def __init__(self) -> None:
         self._handlers: dict[type[messages.StoreRequest], Handler[Any]] = {}
+        self._hearing: dict[str, Hearing] = {}
 
     def add(self, kind: type[S], handler: Handler[S]) -> None:
         """Use a handler for all requests of a kind from here on."""
         self._handlers[kind] = handler
+
+    def hear(self, kind: str, hearing: Hearing) -> None:
+        """Call a function for all pushes of a kind from here on."""
+        self._hearing[kind] = hearing
+
+    def hearing(self, kind: str) -> Hearing | None:
+        """Return the function for pushes of a kind."""
+        return self._hearing.get(kind)
 
     def of(self, request: messages.StoreRequest) -> Handler[Any] | None:
         """Return the handler of a request."""
