@@ -7,7 +7,6 @@ through one buffer: each is complete before the next.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from shared_store.private.arena import Arena
 from shared_store.runtime import swap_files
 
 PIECE_BYTES: Final = 32 << 20
-"""Most bytes of one piece."""
+"""Most bytes of one piece, unless one row of memory is larger."""
 
 
 class Copy(ABC):
@@ -119,14 +118,15 @@ class FileCopy(Copy):
         """
         super().__init__()
         self._fd = swap_files.create(directory, nbytes)
-        self._buffer = mmap.mmap(-1, PIECE_BYTES)
-        self._buffer.madvise(mmap.MADV_DONTDUMP)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._buffer: mmap.mmap | None = None
         self._digests: list[bytes] = []
         self._offsets: list[int] = []
 
     def _piece(self, nbytes: int) -> memoryview:
-        return memoryview((ctypes.c_char * nbytes).from_address(self._address)).cast("B")
+        if self._buffer is None or len(self._buffer) < nbytes:
+            self._buffer = mmap.mmap(-1, max(nbytes, PIECE_BYTES))
+            self._buffer.madvise(mmap.MADV_DONTDUMP)
+        return memoryview(self._buffer)[:nbytes]
 
     def wrote(self) -> None:  # noqa: D102 - documented by the interface
         piece = self._piece(self._sizes[-1])
@@ -154,6 +154,5 @@ class FileCopy(Copy):
         return piece
 
     def close(self) -> None:  # noqa: D102 - documented by the interface
-        if not self._fd.closed:
-            self._fd.close()
-            self._buffer.close()
+        self._fd.close()
+        self._buffer = None
