@@ -56,6 +56,7 @@ class MemfdBackend(Backend):
 
     device = "cpu"
     host_readable = True
+    zeroed = True
     granularity = mmap.PAGESIZE
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface

@@ -21,9 +21,29 @@ and back::
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+
+from shared_store.base.errors import UnsupportedError
+from wooly_vllm import compat
+from wooly_vllm.residency.kv_cache import Allocating, blocks_of, check_views
 from wooly_vllm.residency.move import Mover
+from wooly_vllm.sharing_loader import sharing_loader
+
+
+def install() -> None:
+    """Give workers of this process these methods, and KV caches of wooly engines memory that can leave. Idempotent."""
+    (worker,) = compat.find("vllm.v1.worker.gpu_worker", "Worker")
+    if hasattr(worker, wooly_holdings.__name__):
+        return
+    worker.initialize_from_config = _allocating(worker.initialize_from_config)
+    worker.sleep = _discarding(worker.sleep)
+    worker.wake_up = _bringing(worker.wake_up)
+    for method in METHODS:
+        setattr(worker, method.__name__, method)
 
 
 def wooly_holdings(worker: Any) -> dict[str, Any]:
@@ -99,3 +119,72 @@ METHODS = (
     wooly_roll_back,
 )
 """What workers get, under the functions' names."""
+
+
+def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.initialize_from_config``, which allocates the KV cache."""
+
+    @functools.wraps(stock)
+    def initialize_from_config(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if sharing_loader(self.vllm_config) is None:
+            return stock(self, kv_cache_config, *args, **kwargs)
+        mover = Mover.attach(self, torch.device(self.device))
+        mover.refusal = _unsupported(self.vllm_config)
+        if mover.refusal:
+            return stock(self, kv_cache_config, *args, **kwargs)
+        with Allocating(mover.memory, kv_cache_config) as allocating:
+            result = stock(self, kv_cache_config, *args, **kwargs)
+        try:
+            blocks = blocks_of(kv_cache_config, allocating.allocated)
+            check_views(blocks, _views(self.vllm_config))
+            mover.set_blocks(blocks)
+        except UnsupportedError as error:
+            mover.refusal = str(error)
+        return result
+
+    return initialize_from_config
+
+
+def _unsupported(vllm_config: Any) -> str:
+    """Return why the KV cache of this configuration cannot leave, or ""."""
+    if getattr(vllm_config, "kv_transfer_config", None) is not None:
+        return "its KV cache has a connector, which other processes read"
+    return ""
+
+
+def _views(vllm_config: Any) -> Iterator[torch.Tensor]:
+    """Iterate over the tensors through which layers use the KV cache."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        yield from _tensors(getattr(layer, "kv_cache", None))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Iterable):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _discarding(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.sleep``, which discards the KV cache: its memory is not in vLLM's pool."""
+
+    @functools.wraps(stock)
+    def sleep(self: Any, level: int = 1) -> Any:
+        result = stock(self, level)
+        Mover.of(self).discard()
+        return result
+
+    return sleep
+
+
+def _bringing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.wake_up``: the KV cache is mapped before vLLM uses it."""
+
+    @functools.wraps(stock)
+    def wake_up(self: Any, tags: list[str] | None = None) -> Any:
+        if tags is None or "kv_cache" in tags:
+            Mover.of(self).bring_empty()
+        return stock(self, tags)
+
+    return wake_up
