@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,6 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.client.activity import attach_page
-from shared_store.client.joining import Joining, join
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
 from shared_store.client.serving import Handlers
@@ -65,7 +65,7 @@ class Connection:
         turns: names of the turns that this client has, in order.
         handlers: of requests of the store.
         activity: writes this client's activity page; None if it has none.
-        joining: the workload that this client speaks for; None if it speaks for none.
+        joining: joins the store of a new link as a workload; None if this client speaks for none.
     """
 
     def __init__(self, directory: Path, name: str, timeout_s: float, identity: Identity | None = None) -> None:
@@ -84,7 +84,7 @@ class Connection:
         self.retained: dict[str, RetainedModel] = {}
         self.turns: dict[str, None] = {}
         self.activity: ActivityWriter | None = None
-        self.joining: Joining | None = None
+        self.joining: Callable[[Link], None] | None = None
         self._directory = directory
         self._name = name
         self._identity = identity
@@ -270,7 +270,7 @@ class Connection:
         A store that was restarted by its keeper has the models. One that does not is offered their segments.
         """
         if self.joining is not None:  # first: what the store grants next counts on it
-            join(link, self.next_id(), self.joining)
+            self.joining(link)
         for name in list(self.turns):
             link.call(messages.Acquire(self.next_id(), name, wait=False), messages.Granted)[1].close()
         for key, model in list(self.retained.items()):

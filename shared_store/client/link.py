@@ -161,6 +161,10 @@ class Link:
             raise by_code(reply.code)(reply.message)
         raise ProtocolError(f"the store answered {type(request).__name__} with {type(reply).__name__}")
 
+    def post(self, request: messages.Request) -> None:
+        """Send a request whose answer is ignored. Does not block; without effect after the connection has ended."""
+        self._send(request)
+
     def _wait(
         self, request: messages.Request, answer: _Answer, until: float, timeout_s: float, withdrawal: Withdrawal | None
     ) -> _Result:
@@ -269,6 +273,8 @@ class Link:
                 with self._settled:
                     del self._late[message.id]
                     self._settled.notify_all()
+            elif isinstance(message, messages.Failed):
+                log.debug("wooly: the store refused a report: %s [%s]", message.message, message.code)
 
     def _return(self, request: messages.Request, reply: messages.Reply, fds: OwnedFds) -> None:
         """Return what the answer to a cancelled request grants. The answer to that is ignored."""

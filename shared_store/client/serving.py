@@ -28,8 +28,21 @@ class StoreCall:
 
     def __init__(self, request: messages.StoreRequest, send: Send) -> None:
         self.cancelled = threading.Event()
+        self._when_cancelled: Callable[[], None] | None = None
         self._id = request.id
         self._send = send
+
+    def when_cancelled(self, function: Callable[[], None]) -> None:
+        """Call a function once it is cancelled, in the reading thread: it must not wait for the store."""
+        self._when_cancelled = function
+        if self.cancelled.is_set():
+            function()
+
+    def cancel(self) -> None:
+        """Set :attr:`cancelled`."""
+        self.cancelled.set()
+        if (function := self._when_cancelled) is not None:
+            function()
 
     def accept(self) -> None:
         """Tell the store that the request is being carried out. Optional, and at once."""
@@ -103,12 +116,12 @@ class Serving:
     def cancelled(self, request: int) -> None:
         """The store does not wait for an answer any more."""
         if (call := self._calls.get(request)) is not None:
-            call.cancelled.set()
+            call.cancel()
 
     def ended(self) -> None:
         """The connection has ended."""
         for call in list(self._calls.values()):
-            call.cancelled.set()
+            call.cancel()
 
     def _carry_out(self, handler: Handler[Any], request: messages.StoreRequest, call: StoreCall) -> None:
         answer: messages.Message
