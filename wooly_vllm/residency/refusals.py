@@ -34,6 +34,8 @@ def _by_configuration(config: Any) -> Iterator[str]:
         yield "HiSparse has a part of its KV cache on the host"
     if parallel.data_parallel_size > 1 and getattr(config.model_config, "is_moe", True):
         yield "its data parallel ranks make every step together, as its experts are divided among them"
+    if getattr(parallel, "enable_fault_tolerance", False):
+        yield "its fault tolerance stops the loop of the engine, and starts it again, at any time"
     if getattr(parallel, "nnodes", 1) > 1:
         yield "it has workers on other nodes"
     if compat.device_of(config).type == "cuda" and not compat.swaps_on_gpus():

@@ -42,16 +42,14 @@ class EngineWorkload:
         self._mover = EngineMover()
         self._refusal = refusals.by_configuration(vllm_config)
         self.gate: Gate | None = None
-        options = loader.options
         self.agent = Agent(
             self._connect,
             self._mover,
             kind="vllm",
-            name=options.workload or str(vllm_config.model_config.served_model_name or vllm_config.model_config.model),
+            name=str(vllm_config.model_config.served_model_name or vllm_config.model_config.model),
             devices=needs.devices_of(vllm_config),
             refusal=self._refusal,
-            priority=options.priority,
-            swap=options.swap,
+            settings=loader.options.workload_settings,
         )
 
     def _connect(self, identity: Identity) -> Session:
