@@ -110,10 +110,10 @@ class FakeBackend(MemfdBackend):
                     total += int(fields[-1]) + 1 - self.tag
         return total
 
-    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+    def _allocate(self, nbytes: int, name: str) -> MemfdSegment:
         self.faults.passing("create")
         with self._lock:
-            segment = super().create(nbytes)  # refuses more than is available
+            segment = super()._allocate(nbytes, name)  # refuses more than is available
             lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, self.tag, nbytes, 0)  # a struct flock
             fcntl.fcntl(segment.fd.fileno(), fcntl.F_OFD_SETLK, lock)
         if not self.zeroed:

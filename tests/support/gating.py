@@ -95,7 +95,7 @@ class Gating:
         counts.append(self.core.scheduler.get_request_counts())
         self.engine.abort_request(["queued"])
         counts.append(self.core.scheduler.get_request_counts())
-        return {"counts": counts, **self.facts()}
+        return {"each": counts, **self.facts()}
 
     def reset(self) -> dict[str, Any]:
         """Reset the prefix cache."""
