@@ -18,7 +18,6 @@ from shared_store.store.state.effects import Effect, Forgotten, Left, Released, 
 from shared_store.store.state.files import FileDigests
 from shared_store.store.state.grace import Grace
 from shared_store.store.state.models import Asker, Dropped, Models, Outcome, State, Unplanned, Withdrawn
-from shared_store.store.state.overcommit_counts import OvercommitCounts
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
 from shared_store.store.state.residency import Residency
 from shared_store.store.state.segments import Segments
@@ -65,7 +64,6 @@ class StoreState:
         self.grace = Grace(monotonic)
         self.files = FileDigests()
         self.counts = Counts()
-        self.overcommit_counts = OvercommitCounts()
         self.clients: dict[int, Client] = {}
         self.committed: dict[str, Committed] = {}
         self.withdrawn: dict[str, Committed] = {}  # by the tokens of `models`
