@@ -1,4 +1,4 @@
-"""Commands of `engine.py` that move a whole engine in the process, by its own mover, and answer meanwhile.
+"""Commands of `engine.py` that move a whole engine in the process, by request of the store, and answer meanwhile.
 
 Each command takes one word of JSON and returns facts for the test.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shared_store.base.errors import WoolyError
+from shared_store.client.session import Session
 
 PROMPTS = [[7 + number, *range(10, 40 + 11 * (number % 4))] for number in range(4)]
 TOKENS = 40
@@ -31,6 +32,7 @@ class Gating:
         self.core = self.engine.engine_core.engine_core
         self.workload = workload_of(self.core)
         self.answers: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
         self.said: list[Any] = []
 
     def facts(self) -> dict[str, Any]:
@@ -69,23 +71,22 @@ class Gating:
             step += 1
             if step in swaps:
                 with _Forgetting(active=not restore):
-                    self.leave(active=True)
+                    self.leave()
                     self.engine.abort_request([str(number) for number in range(abort)])
-                    self.said.append(self.core.is_sleeping())
                     self._step()
-        return {"tokens": {name: self.answers[name] for name in sorted(self.answers)}, "said": self.said}
+        return {**self._answered(), "said": self.said}
 
-    def leave(self, *, active: bool = False) -> dict[str, Any]:
-        """Leave the device, as the agent's thread does."""
+    def leave(self) -> dict[str, Any]:
+        """Leave the device, by request of the store, while no step is made."""
+        assert self.workload is not None
+        name = self.workload.agent.name
 
-        def leave() -> Any:
-            assert self.workload is not None
-            return self.workload._mover.leave(active=active, within_s=5.0, reached=self.said.append)
+        def move() -> str:
+            with Session.connect(autostart=False) as session:
+                return session.workloads.move(name, out=True)
 
-        found, error = _in_a_thread(leave)
-        if error:
-            return {"declined": error}
-        self.said.append({"private": dict(found.private), "moved": found.moved, "steps": sorted(found.steps)})
+        _, error = _in_a_thread(move)
+        self.said.append(error or self.workload.agent.state.value)
         return {"said": self.said}
 
     def queue_and_abort(self) -> dict[str, Any]:
@@ -101,9 +102,50 @@ class Gating:
         """Reset the prefix cache."""
         return {"reset": self.core.reset_prefix_cache(), **self.facts()}
 
+    def rpc(self, method: str) -> dict[str, Any]:
+        """Call a method of the workers."""
+        return {"workers": len(self.core.collective_rpc(method))}
+
+    def pause_around_a_swap(self) -> dict[str, Any]:
+        """Pause with requests in the queue, leave, and look at it."""
+        assert self.core.reset_prefix_cache()
+        self.core.pause_scheduler(mode="keep", clear_cache=False)
+        paused = [self.core.is_scheduler_paused()]
+        for number, prompt in enumerate(PROMPTS):
+            self._add(str(number), prompt)
+        self.leave()
+        paused += [self.core.is_scheduler_paused(), self.core.is_sleeping()]
+        self.engine.step()
+        return {"paused": paused, **self.facts()}
+
+    def resume(self) -> dict[str, Any]:
+        """Go on after :meth:`pause_around_a_swap`."""
+        self.core.resume_scheduler()
+        while self.engine.has_unfinished_requests():
+            self._step()
+        return self._answered()
+
+    def decline(self) -> dict[str, Any]:
+        """Ask the engine to leave if it has nothing to do, while it has."""
+        assert self.workload is not None
+        mover = self.workload._mover
+        self._add("running", PROMPTS[0])
+        self._step()
+        _, error = _in_a_thread(lambda: mover.leave(active=False, within_s=5.0, reached=self.said.append))
+        self.engine.abort_request(["running"])
+        return {"declined": error}
+
+    def _answered(self) -> dict[str, Any]:
+        names = sorted(self.answers)
+        return {
+            "tokens": {name: self.answers[name] for name in names},
+            "cached": {name: self.cached[name] for name in names},
+        }
+
     def _step(self) -> None:
         for output in self.engine.step():
             self.answers[output.request_id] = list(output.outputs[0].token_ids)
+            self.cached[output.request_id] = output.num_cached_tokens or 0
 
     def _add(self, name: str, prompt: list[int]) -> None:
         from vllm import SamplingParams
