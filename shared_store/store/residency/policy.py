@@ -184,7 +184,7 @@ class _Decisions:
         return {device: nbytes for device, nbytes in reclaim.items() if nbytes}
 
     def _missing(self, request: MemoryRequest, gone: Collection[str], *, first: bool = False) -> dict[str, int]:
-        """Return the bytes by device that a request lacks once some workloads are away; ``first``: with none before it."""
+        """Return the bytes by device that a request lacks once workloads are away; ``first``: none is before it."""
         freed = self._freed(request, gone)
         missing: dict[str, int] = {}
         for device, nbytes in request.needs.items():
