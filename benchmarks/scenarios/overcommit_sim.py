@@ -17,7 +17,10 @@ stretch      mean of the duration of a request by its duration with the GPU to i
 swaps_min    moves out, for each GPU and minute.
 quick        share of returns within 10 s after the engine had left: thrash.
 working      share of time in which a GPU's engines work.
-settings     the same figures of ``wooly`` by least residence and turn, on the first ``--grid`` GPUs.
+
+``mixed`` has workloads of all priorities, ``all_p0`` P0s alone; ``raw.parts`` the figures of ``mixed`` by the number of
+workloads and by kind of requests; ``raw.settings`` those of ``wooly`` by least residence and turn, of the
+first ``--grid`` GPUs.
 """
 
 from __future__ import annotations
@@ -117,21 +120,25 @@ def figures(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
 
 
 def compare(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    """Return each policy's figures: of all GPUs, by number of workloads, by kind of requests, and of P0s alone."""
-    found: dict[str, Any] = {}
-    for policy in POLICIES:
-        own = [one for one in outcomes if one.case.policy == policy]
-        mixed = [one for one in own if not one.all_p0]
-        found[policy] = {
-            **figures(mixed, seconds),
-            "workloads": {f"{n}": figures([one for one in mixed if one.count == n], seconds) for n in COUNTS},
-            **{
-                kind: figures([one for one in mixed if one.kind == kind], seconds)
-                for kind in ("bursty", "heavy_tailed")
-            },
-            "all_p0": figures([one for one in own if one.all_p0], seconds),
+    """Return each policy's figures: of GPUs with all priorities, of those with P0s alone, and parts of the former."""
+    mixed: dict[str, list[Outcome]] = {policy: [] for policy in POLICIES}
+    p0: dict[str, list[Outcome]] = {policy: [] for policy in POLICIES}
+    for outcome in outcomes:
+        (p0 if outcome.all_p0 else mixed)[outcome.case.policy].append(outcome)
+    parts: dict[str, dict[str, list[Outcome]]] = {
+        policy: {
+            **{f"{count} workloads": [one for one in own if one.count == count] for count in COUNTS},
+            **{kind: [one for one in own if one.kind == kind] for kind in ("bursty", "heavy_tailed")},
         }
-    return found
+        for policy, own in mixed.items()
+    }
+    return {
+        "mixed": {policy: figures(own, seconds) for policy, own in mixed.items()},
+        "all_p0": {policy: figures(own, seconds) for policy, own in p0.items()},
+        "raw": {
+            policy: {name: figures(part, seconds) for name, part in named.items()} for policy, named in parts.items()
+        },
+    }
 
 
 def main() -> None:
@@ -156,12 +163,16 @@ def main() -> None:
     with multiprocessing.Pool(arguments.jobs) as pool:
         outcomes = pool.map(run, fleet, chunksize=20)
         by_settings = {name: pool.map(run, cases, chunksize=20) for name, cases in grid.items()}
+    found = compare(outcomes, arguments.seconds)
+    settings = {
+        name: figures([one for one in part if not one.all_p0], arguments.seconds) for name, part in by_settings.items()
+    }
     result = {
         "versions": {**wooly(), **host(), **stamp()},
         "gpus": arguments.gpus,
         "seconds": arguments.seconds,
-        "policies": compare(outcomes, arguments.seconds),
-        "raw": {"settings": {name: figures(found, arguments.seconds) for name, found in by_settings.items()}},
+        **found,
+        "raw": {"parts": found["raw"], "settings": settings},
     }
     write(arguments.out, result)
     print(json.dumps(result, indent=1))
