@@ -92,4 +92,6 @@ class Holder:
         return self.holdings()
 
     def holdings(self):
-        return Holdings({"cpu": self.held + STAYS}, {"cpu": STAYS}, {"cpu": self.nbytes + STAYS}, self.nbytes, {"copy": 0.1})
+        return Holdings(
+            {"cpu": self.held + STAYS}, {"cpu": STAYS}, {"cpu": self.nbytes + STAYS}, self.nbytes, {"copy": 0.1}
+        )
