@@ -130,7 +130,8 @@ def test_the_name_stays_when_workloads_join_in_another_order(played, agents):
     assert hello.identity.name == "chat-2"
 
 
-def test_without_a_store_it_returns_by_itself(played, swapped, impatient, caplog):
+@pytest.mark.usefixtures("impatient")
+def test_without_a_store_it_returns_by_itself(played, swapped, caplog):
     agent, holder = swapped()
     played.close()
     agent.wanted()
@@ -142,14 +143,16 @@ def test_without_a_store_it_returns_by_itself(played, swapped, impatient, caplog
     assert (join.state, join.private) == ("resident", (messages.DeviceBytes("cpu", NBYTES + STAYS),))
 
 
-def test_without_work_it_stays_away(played, swapped, impatient):
+@pytest.mark.usefixtures("impatient")
+def test_without_work_it_stays_away(played, swapped):
     agent, holder = swapped()
     played.close()
     agent._moves._thread.join(1.0)
     assert (agent.state, holder.held) == (WorkloadState.SWAPPED, 0)
 
 
-def test_without_room_beside_the_reserve_it_says_what_it_waits_for(played, swapped, impatient, monkeypatch, caplog):
+@pytest.mark.usefixtures("impatient")
+def test_without_room_beside_the_reserve_it_says_what_it_waits_for(played, swapped, monkeypatch, caplog):
     monkeypatch.setenv("WOOLY_VRAM_RESERVE", "4096TiB")
     agent, holder = swapped()
     played.close()
@@ -162,7 +165,8 @@ def test_without_room_beside_the_reserve_it_says_what_it_waits_for(played, swapp
     assert holder.intact()
 
 
-def test_only_one_process_at_a_time_returns_by_itself(played, swapped, impatient, caplog):
+@pytest.mark.usefixtures("impatient")
+def test_only_one_process_at_a_time_returns_by_itself(played, swapped, caplog):
     agent, holder = swapped()
     lock = device_lock.try_lock("cpu", device_lock.RETURNS)
     played.close()
@@ -174,7 +178,8 @@ def test_only_one_process_at_a_time_returns_by_itself(played, swapped, impatient
     assert holder.intact()
 
 
-def test_a_return_by_itself_that_fails_is_tried_again(played, swapped, impatient):
+@pytest.mark.usefixtures("impatient")
+def test_a_return_by_itself_that_fails_is_tried_again(played, swapped):
     agent, holder = swapped()
     holder.failures = [OutOfMemoryError("full"), StoreUnavailableError("the weights are with the store")]
     played.close()
@@ -182,7 +187,8 @@ def test_a_return_by_itself_that_fails_is_tried_again(played, swapped, impatient
     assert holder.intact()
 
 
-def test_a_store_that_comes_back_while_it_waits_alone_is_asked_at_once(played, swapped, impatient, monkeypatch, caplog):
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_comes_back_while_it_waits_alone_is_asked_at_once(played, swapped, monkeypatch, caplog):
     monkeypatch.setenv("WOOLY_VRAM_RESERVE", "4096TiB")
     monkeypatch.setattr(moves, "ALONE_EVERY_S", 3600.0)
     agent, holder = swapped()
@@ -198,7 +204,8 @@ def test_a_store_that_comes_back_while_it_waits_alone_is_asked_at_once(played, s
     assert holder.intact()
 
 
-def test_a_store_of_an_earlier_version_is_no_store_for_it(played, swapped, impatient):
+@pytest.mark.usefixtures("impatient")
+def test_a_store_of_an_earlier_version_is_no_store_for_it(played, swapped):
     agent, holder = swapped()
     played.close()
     played.open()
@@ -207,7 +214,8 @@ def test_a_store_of_an_earlier_version_is_no_store_for_it(played, swapped, impat
     assert holder.intact()
 
 
-def test_a_start_without_a_store_goes_on(played, agents, impatient, caplog):
+@pytest.mark.usefixtures("impatient")
+def test_a_start_without_a_store_goes_on(played, agents, caplog):
     agent, holder = agents()
     played.joins(agent.join)
     played.close()
@@ -221,7 +229,7 @@ def test_a_start_without_a_store_goes_on(played, agents, impatient, caplog):
     assert agent.wanted()
 
 
-def test_unknown_free_memory_is_no_free_memory(monkeypatch):
+def test_unknown_free_memory_is_no_free_memory():
     """On a machine without a GPU, nothing is known of one."""
     with alone.memory({"GPU-00000000-0000-0000-0000-000000000000": 1}) as blocked:
         assert "is unknown" in blocked
