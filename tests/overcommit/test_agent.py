@@ -278,7 +278,7 @@ def test_a_start_that_gets_no_memory_says_who_has_it(played, agents):
     assert explain.name == "engine"
     played.peer.send(messages.Explanation(explain.id, ("chat has 5 GiB", "swap it out")))
     assert played.next(messages.Cancel).id == wait.id
-    with pytest.raises(TimedOutError, match=r"no memory was free within 0 s. chat has 5 GiB; swap it out"):
+    with pytest.raises(TimedOutError, match=r"no memory was free within 0 s\. chat has 5 GiB; swap it out"):
         waits()
     assert reasons == ["chat has 5 GiB"]
     played.reported("swapped")
@@ -300,7 +300,7 @@ def test_a_return_in_time_or_a_reason(played, swapped):
     played.next(messages.TakeRoom)
     explain = played.next(messages.ExplainWorkload)
     played.peer.send(messages.Explanation(explain.id, ("chat has it",)))
-    with pytest.raises(TimedOutError, match="could not return to its devices in time. chat has it"):
+    with pytest.raises(TimedOutError, match=r"could not return to its devices in time\. chat has it"):
         returns()
     played.next(messages.Cancel)
 

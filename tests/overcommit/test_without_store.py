@@ -114,6 +114,7 @@ def test_the_next_store_learns_of_a_start(played, agents):
     waits()
     join = restart(played)
     assert (join.state, join.starting) == ("returning", True)
+    assert join.needs == (messages.DeviceBytes("cpu", NBYTES),)
     holder.allocate()
     agent.joined_resident()
     played.reported("resident")
@@ -126,8 +127,8 @@ def test_the_name_stays_when_workloads_join_in_another_order(played, agents):
     played.joins(agent.join, name="chat-2")
     played.close()
     played.open()
-    hello, _ = played.joins(name="chat-2")
-    assert hello.identity.name == "chat-2"
+    _, join = played.joins(name="chat-2")
+    assert join.name == "chat-2"
 
 
 @pytest.mark.usefixtures("impatient")
