@@ -278,6 +278,11 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
         self._take(workload, report)
+        if report.state is WorkloadState.RETURNING:  # the store before granted what it still needs
+            needs = {
+                device: max(0, nbytes - workload.private.get(device, 0)) for device, nbytes in workload.needs.items()
+            }
+            workload.grant = Grant(needs, dict(workload.private))
         self._workloads[number] = workload
         return workload
 
