@@ -73,6 +73,10 @@ class Backend(ABC):
             MemoryBackendError: this process has no free descriptor, or the driver refuses.
         """
 
+    def export_writable(self, segment: Segment) -> OwnedFd:
+        """Export a descriptor to the process that fills the segment. Raises as :meth:`export` does."""
+        return self.export(segment)
+
     @abstractmethod
     def import_fd(self, fd: int, nbytes: int) -> Segment:
         """Import a segment from a descriptor. The descriptor is borrowed: the segment duplicates it.

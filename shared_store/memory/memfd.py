@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment
@@ -41,6 +42,14 @@ _libc.mmap.argtypes = [
     ctypes.c_longlong,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def is_memory_file(fd: int) -> bool:
+    """Whether a descriptor is that of a memfd, of any process."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink()).startswith("/memfd:")
+    except OSError:
+        return False
 
 
 class MemfdSegment(Segment):

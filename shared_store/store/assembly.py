@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from shared_store.base.status import Status
-from shared_store.memory import Backend, backend_for
+from shared_store.memory import Backend, SwapFiles, backend_for
 from shared_store.protocol import messages
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.clients.activity import ActivityRequests
@@ -27,6 +27,7 @@ from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.keeper_link.records import Records
 from shared_store.store.models.administration import Administration
 from shared_store.store.models.attach import Attach
+from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.models.open import Opening
 from shared_store.store.models.publish import Publishing
 from shared_store.store.models.quarantine import Quarantining
@@ -43,6 +44,7 @@ from shared_store.store.space.compaction_requests import CompactionRequests
 from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
+from shared_store.store.state.residency import FILES
 from shared_store.store.state.store_state import StoreState
 from shared_store.store.waiting import Waiters
 
@@ -63,7 +65,8 @@ class Parts:
         """Make the parts.
 
         Args:
-            backends: memory backends by device; others are looked up when a client names their devices.
+            backends: memory backends by device; others are looked up when a client names their devices. Files are
+                swapped to the default directory unless they have one here.
             limits: most bytes of segments by device.
             inheritance: settings, descriptors and state that the store started with.
             channel: to the keeper; None: there is none.
@@ -71,7 +74,7 @@ class Parts:
             clock: returns Unix seconds.
         """
         self.state = StoreState(limits, clock)
-        self.devices = Devices(backends, find_backend)
+        self.devices = Devices({FILES: SwapFiles(), **backends}, find_backend)
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
@@ -127,10 +130,11 @@ class Requests:
         state, devices, effects, signals = parts.state, parts.devices, parts.effects, parts.signals
         keeper, waiters, evictor = parts.keeper, parts.waiters, parts.evictor
         attach = Attach(state, devices, effects, signals)
+        file_copies = FileCopies(state, devices, parts.admission)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
             Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, attach),
-            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission),
+            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission, file_copies),
             Quarantining(state, devices, effects, signals),
             Administration(state, effects, signals, keeper),
             CompactionRequests(state, devices, parts.compactor),
