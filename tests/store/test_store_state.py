@@ -382,9 +382,9 @@ class StateMachine(StateDriver):
     @invariant()
     def limits_are_kept(self):
         assert self.state.segments.used("cpu") <= self.limit
-        assert sum(entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu" and entry.allocated) <= (
-            self.limit
-        )
+        assert sum(
+            entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu" and entry.allocated
+        ) <= (self.limit)
 
     @invariant()
     def segments_of_readers_exist(self):

@@ -191,7 +191,7 @@ class VllmSteps:
                 "wooly: %s: %.1f MiB that could be shared became private after binding", self.name, lost / 2**20
             )
         activity.may_report_through(shared.session)
-        shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
+        shared_models.add(model, self._sleeper(shared, found))
         if self._request.device.type == "cuda":
             refused_writes.install()
         return dataclasses.replace(found, tensors=meant.tensors)
