@@ -34,6 +34,7 @@ from shared_store.base.errors import (
 from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.base.status import Status
 from shared_store.base.text import one_line
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
@@ -70,6 +71,7 @@ class Session:
         timeout_s: float = 10.0,
         kind: str = "other",
         gpus: Sequence[str] = (),
+        workload: WorkloadSettings | None = None,
     ) -> Session:
         """Connect to this user's store, and start one if none answers.
 
@@ -80,6 +82,7 @@ class Session:
             timeout_s: seconds for the store to start and to greet.
             kind: of this client, see :mod:`shared_store.protocol.messages.identity`.
             gpus: the store's names of the devices that this process uses.
+            workload: settings of the workload of this process; None: as the environment says.
 
         Raises:
             ConfigError: an environment variable has an invalid value.
@@ -89,7 +92,7 @@ class Session:
         """
         directory = runtime_dir or envs.RUNTIME_DIR.get()
         start = envs.AUTOSTART.get() if autostart is None else autostart
-        identity = describe(kind, gpus)
+        identity = describe(kind, gpus, workload)
         name = one_line(name, MAX_NAME)  # a greeting has at most 4 KiB
         try:
             return cls(directory, name, timeout_s, identity)

@@ -8,24 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared_store.base import envs
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.protocol.messages.identity import Identity
 
 
-def describe(kind: str = "other", gpus: Sequence[str] = ()) -> Identity:
+def describe(kind: str = "other", gpus: Sequence[str] = (), given: WorkloadSettings | None = None) -> Identity:
     """Describe this process.
 
     Args:
         kind: one of :data:`~shared_store.protocol.messages.identity.KINDS`.
         gpus: the store's names of the devices that it uses; those that are no GPUs are left out.
+        given: settings of its workload that have precedence over the environment.
 
     Raises:
         ConfigError: a variable has an invalid value.
     """
+    settings = (given or WorkloadSettings()).completed()
     return Identity(
-        envs.WORKLOAD.get(),
+        settings.workload,
         kind,
-        envs.PRIORITY.get(),
-        envs.SWAP_FROM_VRAM.get(),
+        settings.priority,
+        settings.swap,
         tuple(gpus),
         envs.POD_NAMESPACE.get(),
         envs.POD_NAME.get(),

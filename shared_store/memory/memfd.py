@@ -65,14 +65,22 @@ class MemfdBackend(Backend):
 
     device = "cpu"
     host_readable = True
+    zeroed = True
     granularity = mmap.PAGESIZE
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+        return self._allocate(nbytes, "wooly")
+
+    def create_private(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+        return self._allocate(nbytes, "private (wooly)")
+
+    def _allocate(self, nbytes: int, name: str) -> MemfdSegment:
+        """Allocate memory under a name, which the kernel shows in the lists of mappings and descriptors."""
         free = self._available()
         if nbytes > free:
             raise self._out_of_memory(nbytes, free)
         try:
-            fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
             raise refused("cannot create a memfd", error) from error
         try:

@@ -171,7 +171,7 @@ def test_no_space_in_the_directory(store, process):
     (engine,) = published(process)
     before = resource.prlimit(store.store_pid, resource.RLIMIT_FSIZE)
     resource.prlimit(store.store_pid, resource.RLIMIT_FSIZE, (MIB, before[1]))
-    with pytest.raises(OutOfMemoryError, match="swap directory.*WOOLY_SWAP_DIR"):
+    with pytest.raises(OutOfMemoryError, match=r"swap directory.*WOOLY_SWAP_DIR"):
         engine.sleep()
     assert engine.mapped() == 2
     assert right(engine)
