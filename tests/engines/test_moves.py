@@ -78,6 +78,8 @@ def test_running_requests_end_with_the_same_tokens(move: Move, undisturbed: list
         assert one["resident_away"] == one["left"]["private"] == 0
         assert one["left"]["moved"] == one["filled"]["moved"] > 0
         assert (one["left"]["error"], one["created"], one["filled"]["lost"]) == ("", "", "")
+        assert one["weights_away"]["disk"] > one["weights_away"]["resident"] == 0
+        assert one["weights_away"]["away"] == 1
         assert one["more_descriptors"] == 0
 
 

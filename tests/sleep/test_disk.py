@@ -92,9 +92,10 @@ def test_memory_is_released_and_returns_many_times(store, process, swap_dir):
 
 
 def test_files_have_no_name_and_only_their_owner_opens_them(store, process, swap_dir):
-    """Nothing is left in the directory when all processes have ended."""
+    """Processes that read them cannot write to them."""
     (engine,) = published(process)
     engine.sleep()
+    assert files_of(store.store_pid, swap_dir)
     assert list(swap_dir.iterdir()) == []
     (one, *_), pid = files_of(engine.pid, swap_dir), engine.pid
     found = Path(f"/proc/{pid}/fd/{one}").stat()
