@@ -42,8 +42,6 @@ _STAMPED_BY_KERNEL: Final = {
     _CEPH: "ceph",
 }
 
-_IN_MEMORY: Final = frozenset({0x01021994, 0x858458F6})  # tmpfs, ramfs
-
 _KNOWN_OTHERS: Final = {
     0x65735546: "FUSE",
     0x01021997: "9p",
@@ -84,15 +82,6 @@ def has_server(path: Path) -> bool:
         OSError: the file cannot be examined.
     """
     return type_of(path) in {_NFS, _CEPH}
-
-
-def in_memory(path: Path) -> bool:
-    """Return True on a file system whose files are in memory.
-
-    Raises:
-        OSError: the file cannot be examined.
-    """
-    return type_of(path) in _IN_MEMORY
 
 
 def type_of(path: Path) -> int:

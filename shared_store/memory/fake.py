@@ -42,6 +42,11 @@ class Faults:
         with self._lock:
             self._planned.setdefault(call, set()).add(self._calls[call] + nth)
 
+    def clear(self) -> None:
+        """Forget the faults that were planned and have not happened."""
+        with self._lock:
+            self._planned.clear()
+
     def passing(self, call: str) -> None:
         """Count a call. Raises :class:`MemoryBackendError` if it is planned to fail."""
         with self._lock:

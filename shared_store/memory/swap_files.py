@@ -1,8 +1,7 @@
 """Segments in files of the swap directory: the lowest tier, for host copies that do not lie in host memory.
 
-A file has no name (``O_TMPFILE``) and mode 0600: it ends with its last descriptor, and only the store's user and root
-can open it. On a file system without such files it is created under a random name, which is removed at once.
-Descriptors for other processes are read-only, except that of a client that fills the file.
+Files are those of :mod:`shared_store.runtime.swap_files`. Descriptors for other processes are read-only, except that of
+a client that fills the file.
 
 Does not promise that bytes stay as they were written: a file cannot be sealed. Who reads a host copy back compares its
 digests.
@@ -12,20 +11,17 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from pathlib import Path
 
-from shared_store.base.errors import ConfigError, MemoryBackendError, OutOfMemoryError
+from shared_store.base.errors import ConfigError, DiskError, MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Segment
 from shared_store.memory.descriptors import duplicate, refused
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment, is_memory_file
+from shared_store.runtime import swap_files
 from shared_store.runtime.fds import OwnedFd
-from shared_store.runtime.swap_directory import swap_directory
 
-_MODE = 0o600
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_NAMELESS_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
 class SwapFiles(MemfdBackend):
@@ -43,23 +39,15 @@ class SwapFiles(MemfdBackend):
         Raises:
             OutOfMemoryError: the file system has too little space.
             ConfigError: no directory can be used.
-            MemoryBackendError: the file system refuses the file.
+            DiskError: the file system refuses the file.
         """
-        directory = swap_directory(self._configured)
+        directory = swap_files.directory(self._configured)
         try:
-            fd = _new_file(directory)
-        except OSError as error:
-            raise refused(f"cannot create a file in the swap directory {directory}", error) from error
-        try:
-            os.posix_fallocate(fd.fileno(), 0, nbytes)
-        except OSError as error:
-            fd.close()
-            if error.errno in _FULL:
-                raise self._full(directory, nbytes) from error
-            raise MemoryBackendError(
-                f"cannot allocate {nbytes} bytes in the swap directory {directory}: {error.strerror}"
-            ) from error
-        return MemfdSegment(fd, nbytes)
+            return MemfdSegment(swap_files.create(directory, nbytes), nbytes)
+        except DiskError as error:
+            if isinstance(cause := error.__cause__, OSError) and cause.errno in _FULL:
+                raise OutOfMemoryError(str(error)) from error
+            raise
 
     def export(self, segment: Segment) -> OwnedFd:
         """Export a descriptor that is read-only, even where other processes write."""
@@ -93,39 +81,6 @@ class SwapFiles(MemfdBackend):
     def free_bytes(self) -> int:
         """Return the bytes that the file system has left for this user; 0 without a directory."""
         try:
-            return _free(swap_directory(self._configured))
-        except (ConfigError, OSError):
+            return swap_files.free_bytes(swap_files.directory(self._configured))
+        except (ConfigError, DiskError):
             return 0
-
-    def _full(self, directory: Path, nbytes: int) -> OutOfMemoryError:
-        try:
-            free = f"{_free(directory)} bytes are free"
-        except OSError as error:
-            free = f"its free space is unknown ({error.strerror})"
-        return OutOfMemoryError(
-            f"cannot allocate {nbytes} bytes in the swap directory {directory}: {free}; free disk space, or set "
-            "WOOLY_SWAP_DIR to a larger disk"
-        )
-
-
-def _new_file(directory: Path) -> OwnedFd:
-    """Create a file without a name. Raises :class:`OSError`."""
-    try:
-        # With O_EXCL nobody can give it a name.
-        return OwnedFd(os.open(directory, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, _MODE))
-    except OSError as error:
-        if error.errno not in _NO_NAMELESS_FILES or not directory.is_dir():
-            raise
-    path = directory / f".wooly-{secrets.token_hex(16)}"
-    fd = OwnedFd(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, _MODE))
-    try:
-        path.unlink()
-    except OSError:
-        fd.close()
-        raise
-    return fd
-
-
-def _free(directory: Path) -> int:
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize

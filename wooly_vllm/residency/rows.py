@@ -9,7 +9,7 @@ rows are too small for a copy each. Everything runs on the current stream, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -83,7 +83,7 @@ def restore(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
 def nonzero(rows: Rows) -> list[int]:
     """Return the numbers of the rows that have a byte other than zero."""
     table = rows.table()
-    parts = [part.ne(0).any(dim=1) for part in table.split(max(1, PIECE_BYTES // rows.nbytes))]
+    parts = [part.ne(0).any(dim=1) for part in _parts(table, max(1, PIECE_BYTES // rows.nbytes))]
     return [int(number) for number in torch.nonzero(torch.cat(parts)).flatten().tolist()]
 
 
@@ -116,9 +116,13 @@ def _restore_table(table: torch.Tensor, numbers: torch.Tensor, copy: Copy, buffe
                 buffer.wait()
 
 
-def _slices(table: torch.Tensor, numbers: torch.Tensor) -> Iterable[torch.Tensor]:
+def _slices(table: torch.Tensor, numbers: torch.Tensor) -> Iterator[torch.Tensor]:
     """Split row numbers so that a slice has at most :data:`PIECE_BYTES`."""
-    return numbers.split(max(1, PIECE_BYTES // _row_bytes(table)))
+    return _parts(numbers, max(1, PIECE_BYTES // _row_bytes(table)))
+
+
+def _parts(tensor: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (tensor[first : first + size] for first in range(0, tensor.shape[0], size))
 
 
 def _row_bytes(table: torch.Tensor) -> int:
