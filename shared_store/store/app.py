@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
-from shared_store.memory import MemfdBackend, SwapFiles, backend_for
+from shared_store.memory import MemfdBackend, backend_for
 from shared_store.protocol.durable_state import DurableState
 from shared_store.runtime import log_lines
 from shared_store.runtime.claim import claim, listen
@@ -32,7 +32,6 @@ from shared_store.store.observe.loop_times import LoopTimes, TimedLoop
 from shared_store.store.observe.snapshot import Snapshots
 from shared_store.store.server import Server
 from shared_store.store.space.idle_compaction import IdleCompaction
-from shared_store.store.state.residency import FILES, HOST
 
 if TYPE_CHECKING:
     from shared_store.store.observe.endpoint import Endpoint
@@ -104,12 +103,7 @@ async def _serve(
     access = await asyncio.to_thread(AccessRules.of, options)  # may ask a slow user database
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
-    parts = Parts(
-        {HOST: MemfdBackend(), FILES: SwapFiles(options.swap_dir)},
-        options.max_resident,
-        inheritance=inheritance,
-        channel=channel,
-    )
+    parts = Parts({"cpu": MemfdBackend()}, options.max_resident, inheritance=inheritance, channel=channel)
     for device in set(options.max_resident) - set(parts.devices.backends):
         parts.devices.add(backend_for(device))
     identity = identify(paths.directory, paths.node_id)
@@ -159,7 +153,7 @@ async def _serve(
         for part in (endpoint, catalog, embedded):
             if part is not None:
                 await asyncio.to_thread(part.stop)
-        parts.devices.close()
+        await parts.close()
 
 
 def _start_own(server: EmbeddedServer) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shared_store.base.errors import ModelNotFoundError
 from shared_store.base.layout import Layout
 from shared_store.base.manifest import Blob, Manifest
+from shared_store.store.state.accounts import Accounts, MemoryRules
 from shared_store.store.state.clients import Client
 from shared_store.store.state.committed import Committed
 from shared_store.store.state.compactions import Compaction, Compactions
@@ -22,6 +23,7 @@ from shared_store.store.state.residency import FILES, HOST, Residency
 from shared_store.store.state.segments import Segments
 from shared_store.store.state.tiers import HostCopying, Tiers, Use
 from shared_store.store.state.turns import Turns
+from shared_store.store.state.workloads import Workloads
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class StoreState:
         limits: Mapping[str, int],
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        rules: MemoryRules | None = None,
     ) -> None:
         """Begin empty.
 
@@ -48,8 +51,12 @@ class StoreState:
             limits: most bytes of segments by device; no entry: no limit.
             clock: returns Unix seconds.
             monotonic: returns monotonic seconds.
+            rules: settings of overcommit.
         """
+        rules = rules or MemoryRules()
         self.segments = Segments(limits)
+        self.workloads = Workloads(rules.max_priority, monotonic)
+        self.accounts = Accounts(self.segments, self.workloads, rules.budgets, rules.reserve)
         self.models = Models(clock)
         self.tiers = Tiers(self.segments, self._use)
         self.compactions = Compactions(self.segments, self.models.unread)
@@ -75,7 +82,10 @@ class StoreState:
     def drop_plan(self, key: str) -> list[Effect]:
         """Drop the plan of a publication, if it has one, and its promised segments."""
         plan = self.plans.pop(key, None)
-        return [] if plan is None else self.drop(plan.token)
+        if plan is None:
+            return []
+        self.workloads.unpublished(plan.token)
+        return self.drop(plan.token)
 
     def drop(self, owner: str) -> list[Effect]:
         """Remove all references of an owner."""
@@ -174,6 +184,7 @@ class StoreState:
     def lost(self, client: Client) -> list[Effect]:
         """Remove a client from everything, because its connection ended."""
         self.clients.pop(client.number, None)
+        self.workloads.lost(client.number)
         for model in self.models.of(client.number):
             if model.publisher == client.number:
                 self.counts.add("aborted_publishes")
@@ -312,15 +323,20 @@ class StoreState:
         segments, nbytes = self.segments, self.committed[key].nbytes
         if not segments.elsewhere and not segments.copied:
             return nbytes, 0, 0
+        shares = self.shares(key)
+        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
+        copied = sum(share for segment, share in shares.items() if segment in segments.copied)
+        filed = sum(share for segment, share in shares.items() if segment in segments.filed)
+        return nbytes - lower, copied - filed, filed
+
+    def shares(self, key: str) -> Mapping[int, int]:
+        """Return the bytes that a committed model's blobs have in each of their segments, by the segments' ids."""
         shares = self._shares.get(key)
         if shares is None:
             shares = self._shares[key] = {}
             for (segment, _), blob in zip(self.locations_of(key), self.committed[key].manifest.blobs, strict=True):
                 shares[segment] = shares.get(segment, 0) + blob.nbytes
-        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
-        copied = sum(share for segment, share in shares.items() if segment in segments.copied)
-        filed = sum(share for segment, share in shares.items() if segment in segments.filed)
-        return nbytes - lower, copied - filed, filed
+        return shares
 
     def readmit(
         self,
