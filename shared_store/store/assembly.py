@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_store.base.status import Status
-from shared_store.memory import Backend, backend_for
+from shared_store.memory import Backend, SwapFiles, backend_for
 from shared_store.protocol import messages
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
@@ -31,6 +31,7 @@ from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.keeper_link.records import Records
 from shared_store.store.models.administration import Administration
 from shared_store.store.models.attach import Attach
+from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.models.open import Opening
 from shared_store.store.models.publish import Publishing
 from shared_store.store.models.quarantine import Quarantining
@@ -56,6 +57,7 @@ from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.accounts import MemoryRules
+from shared_store.store.state.residency import FILES
 from shared_store.store.state.store_state import StoreState
 from shared_store.store.waiting import Waiters
 
@@ -88,7 +90,7 @@ class Parts:
         options = options or (inheritance.options if inheritance else ServeOptions(Path()))
         rules = MemoryRules(options.budget, options.reserve, options.max_priority)
         self.state = StoreState(limits, clock, rules=rules)
-        self.devices = Devices(backends, find_backend)
+        self.devices = Devices({FILES: SwapFiles(options.swap_dir), **backends}, find_backend)
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
@@ -167,12 +169,13 @@ class Requests:
         state, devices, effects, signals = parts.state, parts.devices, parts.effects, parts.signals
         keeper, waiters, evictor = parts.keeper, parts.waiters, parts.evictor
         attach = Attach(state, devices, effects, signals)
+        file_copies = FileCopies(state, devices, parts.admission)
         publishers = Publishers(state, parts.authority, parts.swapper)
         explanations = Explanations(state, parts.view, parts.statuses)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
             Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, publishers, attach),
-            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission),
+            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission, file_copies),
             Quarantining(state, devices, effects, signals),
             Administration(state, effects, signals, keeper),
             CompactionRequests(state, devices, parts.compactor),
