@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 REJOIN_S: Final = 5.0
 """Seconds that workloads have to join a restarted store. They retry at least once a second."""
 
+PAUSE_S: Final = 0.005
+"""Seconds between two decisions, however often the state changes."""
+
 LOOK_S: Final = 0.2
 """Seconds between two decisions while somebody waits."""
 
@@ -178,6 +181,8 @@ class Swapper:
             while self._again:
                 self._again = False
                 at = await self._decide()
+                if self._again:
+                    await asyncio.sleep(PAUSE_S)
             self._set_timer(at)
         except Exception:
             log.exception("internal error in a decision about memory; deciding again in %g s", KEEP_S)
