@@ -67,7 +67,7 @@ class ResidencyRequests:
             await self._admission.compact(HOST, needed)
             compacted = True
         # From here on the client needs the copies, so that admission does not drop those that exist.
-        state.tiers.need(key, client, segments)
+        self._effects.carry_out(state.need(key, client, segments))
         try:
             if missing:
                 self._admission.admit(device, needed, key)

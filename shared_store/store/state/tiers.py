@@ -113,17 +113,21 @@ class Tiers:
 
     # Clients that need host copies.
 
-    def need(self, key: str, client: int, segments: Iterable[int]) -> None:
-        """Record that a client needs the host copies of these segments of a model. Replaces what it needed before."""
+    def need(self, key: str, client: int, segments: Iterable[int]) -> list[int]:
+        """Record that a client needs the host copies of these segments of a model.
+
+        Replaces what it needed before. Returns the segments to release.
+        """
         present = [segment for segment in segments if self._segments.has(segment)]
         for segment in present:
             self._segments.refer(segment, f"{_owner(key, client)}/next")
-        self._segments.drop(_owner(key, client))
+        released = self._segments.drop(_owner(key, client))
         for segment in present:
             self._segments.refer(segment, _owner(key, client))
-        self._segments.drop(f"{_owner(key, client)}/next")
+        self._segments.drop(f"{_owner(key, client)}/next")  # releases nothing: the reference above has all of them
         self._users.add(key, client)
         self._keys.setdefault(client, set()).add(key)
+        return self._forget(released)
 
     def needs(self, key: str, client: int) -> bool:
         """Whether a client needs the host copies of a model."""
