@@ -71,6 +71,13 @@ class Tiers:
         assert host is not None  # noqa: S101 - the callers asked `without_host_copy`
         return host
 
+    def copy_bytes(self, device: str) -> int:
+        """Return the bytes of host copies on a device, with those that are being made."""
+        promised = [host for one in self._copying.values() for host in one.copies.values()]
+        entries = [self._segments.at(host) for host in promised]
+        making = sum(entry.nbytes for entry in entries if entry.device == device)
+        return making + self._segments.copied_bytes(device)
+
     def begin_copying(self, key: str, client: int, segments: Sequence[int], device: str = HOST) -> HostCopying:
         """Promise host copies of segments that have none. ``device``: host memory, or files."""
         token = f"{key}/copies of {client}"
