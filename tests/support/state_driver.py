@@ -219,7 +219,7 @@ class StateDriver(RuleBasedStateMachine):
             needed = sum(state.segments.at(segment).nbytes for segment in missing)
             if state.segments.missing(device, needed) > 0:
                 device = "disk"  # host memory is short
-        state.tiers.need(name, number, segments)
+        self._carry_out(state.need(name, number, segments))
         if missing:
             copying = state.tiers.begin_copying(name, number, missing, device)
             if upto == "promise":

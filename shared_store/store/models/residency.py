@@ -10,7 +10,15 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from shared_store.base.errors import ConnectionLostError, DigestMismatchError, ModelNotFoundError, ProtocolError
+from shared_store.base.errors import (
+    ConfigError,
+    ConnectionLostError,
+    DigestMismatchError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    ProtocolError,
+)
+from shared_store.memory import Segment
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 from shared_store.store.devices.devices import Devices
@@ -20,6 +28,7 @@ from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
+from shared_store.store.space.host_budget import HostBudget
 from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
 from shared_store.store.state.tiers import HostCopying
@@ -37,6 +46,7 @@ class ResidencyRequests:
     _signals: Signals
     _keeper: KeeperLink
     _admission: Admission
+    _budget: HostBudget
     _file_copies: FileCopies
 
     async def copy_to_host(self, session: Session, request: messages.CopyToHost) -> Answer:
@@ -53,7 +63,7 @@ class ResidencyRequests:
         """
         state, key, client = self._state, request.key, session.client.number
         await self._devices.find(HOST)
-        compacted = False
+        compacted, tier = request.ahead, FILES
         while True:
             segments = self._segments(session, key)
             if state.tiers.being_copied(segments):
@@ -61,18 +71,24 @@ class ResidencyRequests:
                 continue
             missing = state.tiers.without_host_copy(segments)
             needed = sum(state.segments.at(segment).nbytes for segment in missing)
-            device = FILES if state.committed[key].manifest.device == HOST else HOST
-            if not missing or compacted or device == FILES:
+            device = state.committed[key].manifest.device
+            if not missing or compacted or device == HOST:
                 break
             await self._admission.compact(HOST, needed)
             compacted = True
+        if missing and request.ahead:
+            tier = await self._budget.tier_ahead(device, needed)
+            segments = self._segments(session, key)
+            if state.tiers.without_host_copy(segments) != missing or state.tiers.being_copied(segments):
+                raise OutOfMemoryError(f"the segments of {key} changed: ask again")
         # From here on the client needs the copies, so that admission does not drop those that exist.
-        state.tiers.need(key, client, segments)
+        self._effects.carry_out(state.need(key, client, segments))
         try:
             if missing:
-                self._admission.admit(device, needed, key)
-                copying = state.tiers.begin_copying(key, client, missing, device)
-                if device == FILES:
+                if not request.ahead:
+                    tier = self._budget.tier(device, needed, key)
+                copying = state.tiers.begin_copying(key, client, missing, tier)
+                if device == HOST:
                     await self._file_copies.make(copying)
                     return await self._added(session, copying, request.id)
             return self._answer(request.id, key)
@@ -94,9 +110,9 @@ class ResidencyRequests:
         host = copying.copies.get(request.segment)
         if host is None or state.segments.at(host).allocated:
             raise ProtocolError(f"no host copy of segment {request.segment} is to be allocated")
-        device = state.segments.at(host).device
-        memory = await self._admission.allocate(device, state.segments.at(host).nbytes, request.key)
-        if not state.tiers.running(copying) or state.segments.at(host).allocated:
+        device, memory = await self._allocate(host, request.key)
+        entry = state.segments.at(host) if state.tiers.running(copying) else None
+        if entry is None or entry.allocated or entry.device != device:
             self._devices.backend(device).release(memory)
             raise ConnectionLostError(f"the host copies of {request.key} were dropped")
         self._devices.put(host, device, memory)
@@ -108,6 +124,28 @@ class ResidencyRequests:
         state.segments.fill(host)
         self._signals.changed()
         return Answer(messages.Filled(request.id), OwnedFds([fd]))
+
+    async def _allocate(self, host: int, key: str) -> tuple[str, Segment]:
+        """Allocate a promised host copy, as a file if host memory turns out to be full; return its device, too.
+
+        Raises as :meth:`fill` does.
+        """
+        state = self._state
+        entry = state.segments.at(host)
+        if entry.device == HOST:
+            try:
+                return HOST, await self._admission.allocate(HOST, entry.nbytes, key)
+            except OutOfMemoryError:
+                if not state.segments.has(host):
+                    raise
+            state.segments.move_promise(host, FILES)
+        try:
+            return FILES, await self._admission.allocate(FILES, entry.nbytes, key)
+        except (OutOfMemoryError, ConfigError) as error:
+            raise OutOfMemoryError(
+                f"no host memory for a host copy of {entry.nbytes} bytes within WOOLY_HOST_BUDGET and the limit of "
+                f"{HOST}, and no file: {error}"
+            ) from error
 
     async def add(self, session: Session, request: messages.AddHostCopies) -> Answer:
         """Seal and verify the promised host copies, and add them to their segments.

@@ -248,6 +248,10 @@ class Segments:
         self._owners.add(writer, segment)
         return segment
 
+    def move_promise(self, segment: int, device: str) -> None:
+        """Promise a segment that is not allocated, and has no blobs, on another device."""
+        self._entries[segment].device = device
+
     def fill(self, segment: int) -> None:
         """Record that a promised segment is allocated."""
         self._entries[segment].allocated = True

@@ -170,9 +170,9 @@ class StoreState:
         self.read_again(client, key, private_bytes)
         self.models.go_away(key, client.number)
         self._asleep.add((client.number, key))
-        self.tiers.need(key, client.number, segments)
+        effects = self.need(key, client.number, segments)
         self.tiers.may_leave(self.segments_of(key))
-        return self.leave_devices()
+        return [*effects, *self.leave_devices()]
 
     def leave(self, client: Client, key: str) -> list[Effect]:
         """Remove a client from the readers, waiters or publishers of a model."""
@@ -205,17 +205,22 @@ class StoreState:
         Raises:
             ModelNotFoundError: the client does not read the model, or there are no host copies.
         """
+        effects: list[Effect] = []
         if not self.tiers.needs(key, client.number):  # it may have made them for a store before this one
             if key not in self.committed or self.tiers.without_host_copy(self.segments_of(key)):
                 raise ModelNotFoundError(f"there are no host copies of {key}")
-            self.tiers.need(key, client.number, self.segments_of(key))
+            effects = self.need(key, client.number, self.segments_of(key))
         self.models.go_away(key, client.number)
         if (client.number, key) not in self._asleep:
             self._asleep.add((client.number, key))
             self.counts.add("sleeps")
         if key in self.committed:
             self.tiers.may_leave(self.segments_of(key))
-        return self.leave_devices()
+        return [*effects, *self.leave_devices()]
+
+    def need(self, key: str, client: int, segments: Iterable[int]) -> list[Effect]:
+        """Record that a client needs the host copies of these segments of a model, in place of what it needed."""
+        return [*map(Released, self.tiers.need(key, client, segments))]
 
     def let_go(self, key: str, client: int) -> list[Effect]:
         """Record that a client needs no host copies of a model any more. Idempotent."""

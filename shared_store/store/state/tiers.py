@@ -71,6 +71,13 @@ class Tiers:
         assert host is not None  # noqa: S101 - the callers asked `without_host_copy`
         return host
 
+    def copy_bytes(self, device: str) -> int:
+        """Return the bytes of host copies on a device, with those that are being made."""
+        promised = [host for one in self._copying.values() for host in one.copies.values()]
+        entries = [self._segments.at(host) for host in promised]
+        making = sum(entry.nbytes for entry in entries if entry.device == device)
+        return making + self._segments.copied_bytes(device)
+
     def begin_copying(self, key: str, client: int, segments: Sequence[int], device: str = HOST) -> HostCopying:
         """Promise host copies of segments that have none. ``device``: host memory, or files."""
         token = f"{key}/copies of {client}"
@@ -113,17 +120,21 @@ class Tiers:
 
     # Clients that need host copies.
 
-    def need(self, key: str, client: int, segments: Iterable[int]) -> None:
-        """Record that a client needs the host copies of these segments of a model. Replaces what it needed before."""
+    def need(self, key: str, client: int, segments: Iterable[int]) -> list[int]:
+        """Record that a client needs the host copies of these segments of a model.
+
+        Replaces what it needed before. Returns the segments to release.
+        """
         present = [segment for segment in segments if self._segments.has(segment)]
         for segment in present:
             self._segments.refer(segment, f"{_owner(key, client)}/next")
-        self._segments.drop(_owner(key, client))
+        released = self._segments.drop(_owner(key, client))
         for segment in present:
             self._segments.refer(segment, _owner(key, client))
-        self._segments.drop(f"{_owner(key, client)}/next")
+        self._segments.drop(f"{_owner(key, client)}/next")  # releases nothing: the reference above has all of them
         self._users.add(key, client)
         self._keys.setdefault(client, set()).add(key)
+        return self._forget(released)
 
     def needs(self, key: str, client: int) -> bool:
         """Whether a client needs the host copies of a model."""
