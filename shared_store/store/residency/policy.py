@@ -254,7 +254,7 @@ class _Decisions:
             return best
         worst = max(one.kind for one in best)
         by_name = {one.name: one for one in candidates if one.kind <= worst}
-        for readers in {segment.readers for segment in self.snapshot.segments.values() if not segment.held}:
+        for readers in dict.fromkeys(one.readers for one in self.snapshot.segments.values() if not one.held):
             group = readers - self.leaving
             if not group or len(group) >= len(best) or not group <= by_name.keys():
                 continue

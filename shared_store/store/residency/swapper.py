@@ -278,11 +278,9 @@ class Swapper:
     def _explain(self, waiting: Waiting, blocked_by: tuple[str, ...], text: str) -> None:
         """Record why somebody waits, and push it if it has changed."""
         wait = waiting.wait
-        first = not wait.text
-        if blocked_by != wait.blocked_by or first:
+        if blocked_by != wait.blocked_by or not wait.text:
             wait.blocked_by = blocked_by
             waiting.session.push(PUSH, text)
-        if first:
             name = self._view.name(wait)
             log.info("%s waits for memory: %s", name, text)
             self._signals.event("memory_waits", name=name, reason=text)
