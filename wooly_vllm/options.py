@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from shared_store.base.errors import ConfigError
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.torch.load import SHARE_MIN_BYTES, TIMEOUT_S
 
 CHECKPOINT_FORMATS = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "fastsafetensors")
@@ -31,6 +32,9 @@ class Options:
         runtime_dir: the store's directory; None is the default of ``WOOLY_RUNTIME_DIR``.
         timeout_s: seconds to wait for another process that loads the same model.
         share_min_bytes: smaller tensors are copied into the process, because engines write to small ones.
+        swap: whether this engine may be swapped out for others; None: ``WOOLYAI_SWAP_FROM_VRAM``.
+        priority: of this engine, 0 (highest) to 4; None: ``WOOLY_PRIORITY``.
+        workload: name of this engine in the status; None: ``WOOLY_WORKLOAD``.
         unproven: also share models with layer methods for which no comparison with stock vLLM has passed; for making
             that comparison.
     """
@@ -43,11 +47,19 @@ class Options:
     timeout_s: float = TIMEOUT_S
     share_min_bytes: int = SHARE_MIN_BYTES
     unproven: bool = False
+    swap: bool | None = None
+    priority: int | None = None
+    workload: str | None = None
 
     @property
     def falls_back(self) -> bool:
         """True if a model that cannot be shared is loaded the stock way."""
         return self.fallback and self.mode == "auto"
+
+    @property
+    def workload_settings(self) -> WorkloadSettings:
+        """The keys that describe the workload."""
+        return WorkloadSettings(self.workload, self.priority, self.swap)
 
 
 def parse(extra: Mapping[str, Any] | str | None) -> Options:
@@ -79,6 +91,10 @@ def parse(extra: Mapping[str, Any] | str | None) -> Options:
             f"timeout_s must be above 0 and at most {threading.TIMEOUT_MAX:.0f}, share_min_bytes at least 1; "
             f"they are {options.timeout_s} and {options.share_min_bytes}"
         )
+    try:
+        _ = options.workload_settings  # checks the values
+    except ConfigError as error:
+        raise ConfigError(f"--model-loader-extra-config: {error}") from error
     return options
 
 

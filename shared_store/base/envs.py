@@ -1,7 +1,8 @@
 """The environment variables of wooly: a registry of all of them.
 
 A test compares ``docs/environment.md`` with it. Values are read on every access, never at import, so that they may be
-set after wooly was imported.
+set after wooly was imported. A variable that the environment does not have is looked up in the configuration files
+(:mod:`~shared_store.base.config_file`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from shared_store.base import config_file
+from shared_store.base.durations import parse_duration
 from shared_store.base.errors import ConfigError
 from shared_store.base.sizes import parse_size
 
@@ -20,22 +23,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One variable: its name, meaning and default, and the parser of its text."""
+    """One variable: its name, meaning and default, and the parser of its text.
+
+    Attributes:
+        aliases: other names, which count where the name is not set.
+        in_files: whether configuration files may set it.
+    """
 
     name: str
     meaning: str
     default: str
     parse: Callable[[str], T]
+    aliases: tuple[str, ...] = ()
+    in_files: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, and the aliases in order of precedence."""
+        return self.name, *self.aliases
 
     def get(self) -> T:
-        """Return the current value. Raises :class:`ConfigError`, which names the variable, for an invalid text."""
-        text = os.environ.get(self.name)
-        if text is None or text == "":
-            text = self.default
+        """Return the current value: the environment's, a configuration file's, or the default.
+
+        Raises:
+            ConfigError: the text is invalid. The message names the variable, the file if one set it, and the valid
+                values.
+        """
+        name, text, file = self.given() or (self.name, self.default, None)
         try:
             return self.parse(text)
         except ValueError as error:
-            raise ConfigError(f"{self.name}={text!r}: {error}") from error
+            place = "" if file is None else f" in {file}"
+            raise ConfigError(f"{name}={text!r}{place}: {error}") from error
+
+    def given(self) -> tuple[str, str, Path | None] | None:
+        """Return the name, text and configuration file (None: the environment) of the value, or None if it is unset.
+
+        Raises:
+            ConfigError: a configuration file cannot be read.
+        """
+        for name in self.names:
+            if os.environ.get(name):
+                return name, os.environ[name], None
+        return config_file.lookup(self.names) if self.in_files else None
 
 
 def _runtime_dir(text: str) -> Path:
@@ -50,7 +80,7 @@ def _flag(text: str) -> bool:
         return True
     if text.lower() in {"0", "false", "no", "off"}:
         return False
-    raise ValueError("use 1 or 0")
+    raise ValueError("use 1 or 0, or true or false")
 
 
 def _log_level(text: str) -> str:
@@ -78,7 +108,7 @@ def _uids(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-def _optional_directory(text: str) -> Path | None:
+def _optional_path(text: str) -> Path | None:
     return Path(text).expanduser().absolute() if text else None
 
 
@@ -91,6 +121,24 @@ def _size(text: str) -> int:
     if nbytes is None:
         raise ValueError("use a size such as 200GiB")
     return nbytes
+
+
+def _amount(text: str) -> int:
+    nbytes = 0 if text.strip() == "0" else parse_size(text)
+    if nbytes is None:
+        raise ValueError("use a size such as 2GiB, or 0")
+    return nbytes
+
+
+def _optional_amount(text: str) -> int | None:
+    return _amount(text) if text else None
+
+
+def _duration(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds is None:
+        raise ValueError("use a duration such as 300s, 30m or 2h")
+    return seconds
 
 
 def _when_to_verify(text: str) -> bool:
@@ -157,7 +205,7 @@ CACHE_DIR: Variable[Path | None] = Variable(
     "Directory of the cache. Published models are saved there in the background, and restored from there instead of "
     "from a checkpoint. Unset: no cache.",
     "",
-    _optional_directory,
+    _optional_path,
 )
 CACHE_MAX_BYTES: Variable[int] = Variable(
     "WOOLY_CACHE_MAX_BYTES",
@@ -166,20 +214,99 @@ CACHE_MAX_BYTES: Variable[int] = Variable(
     "100GiB",
     _size,
 )
+CLIENT_CONFIG: Variable[Path | None] = Variable(
+    config_file.CLIENT_CONFIG,
+    "File of `KEY=VALUE` lines with variables of this table. It has precedence over `~/.config/wooly/config`.",
+    "",
+    _optional_path,
+    in_files=False,
+)
 WORKLOAD: Variable[str] = Variable(
     "WOOLY_WORKLOAD",
-    "Name of the workload that this process belongs to, for the status. Unset: the name of the model or command.",
+    "Name of the workload that this process belongs to. The store makes it unique on the node with a suffix. Unset: "
+    "the name of the model or command.",
     "",
     str,
 )
 PRIORITY: Variable[int] = Variable(
-    "WOOLYAI_PRIO", "Priority of this process's workload, from 0 (highest) to 4.", "0", _priority
+    "WOOLY_PRIORITY",
+    "Priority of this process's workload, from 0 (highest) to 4. `WOOLYAI_PRIO` and `PRIO` are read where it is unset.",
+    "0",
+    _priority,
+    aliases=("WOOLYAI_PRIO", "PRIO"),
 )
 SWAP_FROM_VRAM: Variable[bool] = Variable(
     "WOOLYAI_SWAP_FROM_VRAM",
-    "1: memory of this process may be swapped out for other workloads. 0: never.",
+    "1 or true: this process's workload may be swapped out for others. 0 or false: never.",
     "1",
     _flag,
+)
+MEMBER_OF: Variable[str] = Variable(
+    "WOOLY_MEMBER_OF",
+    "Id of the workload that this worker process belongs to. Set by wooly for the processes of an engine; not for "
+    "users.",
+    "",
+    str,
+    in_files=False,
+)
+VRAM_RESERVE: Variable[int | None] = Variable(
+    "WOOLY_VRAM_RESERVE",
+    "Memory that the store keeps free on each device, such as `2GiB`. Unset: `2GiB` on a GPU, `256MiB` on `cpu`.",
+    "",
+    _optional_amount,
+)
+IDLE_AFTER: Variable[float] = Variable(
+    "WOOLY_IDLE_AFTER",
+    "Time without work after which a workload may be swapped out for any other that needs its memory.",
+    "300s",
+    _duration,
+)
+MIN_RESIDENT: Variable[float] = Variable(
+    "WOOLY_MIN_RESIDENT",
+    "Time for which a workload stays after it returned, although it has nothing to do; never less than four times "
+    "the measured cost of its swap. A P0 workload does not wait for it.",
+    "2s",
+    _duration,
+)
+TURN: Variable[float] = Variable(
+    "WOOLY_TURN",
+    "Time for which a workload with work stays after it returned, while others of its priority wait; never less than "
+    "ten times the measured cost of its swap.",
+    "5s",
+    _duration,
+)
+DEEP_AFTER: Variable[float] = Variable(
+    "WOOLY_DEEP_AFTER",
+    "Time without work after which the driver takes a swapped workload off its GPU (`checkpointed`); 0: never.",
+    "30m",
+    _duration,
+)
+HOST_BUDGET: Variable[int | None] = Variable(
+    "WOOLY_HOST_BUDGET",
+    "Host memory for copies of swapped workloads and shared weights, such as `64GiB`. Unset: half of the host memory "
+    "that is free when the store starts.",
+    "",
+    _optional_amount,
+)
+SWAP_DIR: Variable[Path | None] = Variable(
+    "WOOLY_SWAP_DIR",
+    "Directory for copies that do not lie in host memory: all of swapped workloads on `cpu`, and some of others when "
+    "the host budget is used. Unset: `/var/tmp`, unless that is on tmpfs.",
+    "",
+    _optional_path,
+)
+LOCK_DIR: Variable[Path] = Variable(
+    "WOOLY_LOCK_DIR",
+    "Directory of the locks that let one store of a node grant a GPU's memory. All users and containers that share a "
+    "GPU must see the same directory.",
+    "/dev/shm",  # noqa: S108 - files there are opened without following links, and only locked
+    lambda text: Path(text).expanduser().absolute(),
+)
+START_TIMEOUT: Variable[float] = Variable(
+    "WOOLY_START_TIMEOUT",
+    "Longest time for which a start waits for memory. vLLM gives up at 600 seconds.",
+    "540s",
+    _duration,
 )
 POD_NAMESPACE: Variable[str] = Variable(
     "WOOLY_POD_NAMESPACE",
@@ -221,9 +348,20 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     CACHE_DIR,
     CACHE_MAX_BYTES,
     TRUSTED_DIRECTORIES,
+    CLIENT_CONFIG,
     WORKLOAD,
     PRIORITY,
     SWAP_FROM_VRAM,
+    MEMBER_OF,
+    VRAM_RESERVE,
+    IDLE_AFTER,
+    MIN_RESIDENT,
+    TURN,
+    DEEP_AFTER,
+    HOST_BUDGET,
+    SWAP_DIR,
+    LOCK_DIR,
+    START_TIMEOUT,
     POD_NAMESPACE,
     POD_NAME,
     CONTAINER_NAME,

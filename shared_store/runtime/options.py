@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from shared_store.base import envs
+
+GPU_RESERVE_BYTES: Final = 2 << 30
+CPU_RESERVE_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class ServeOptions:
         admin_uids: user ids other than the store's own and root's that may connect and administer.
         log_level: lowest severity that is logged.
         watchdog_s: seconds without a sign of life after which the keeper restarts the store; 0 disables.
+        budget: bytes that all workloads may use together on a device, private and shared; default: its physical memory.
+        vram_reserve: bytes that stay free on each device; None is :meth:`reserve`'s default.
+        idle_after_s: seconds without work after which a workload may be swapped out for any other.
+        min_resident_s: seconds for which a workload without work stays after its return.
+        turn_s: seconds for which a workload with work stays after its return, while others of its priority wait.
+        deep_after_s: seconds without work after which a swapped workload is checkpointed; 0: never.
+        host_budget: bytes of host memory for copies of what left; None: half of what is free when the store starts.
+        swap_dir: directory for copies that do not lie in host memory; None is the default of ``WOOLY_SWAP_DIR``.
+        max_priority: the highest priority (the lowest number) that a user id may claim; others may claim any.
+        start_timeout_s: seconds for which a start waits for memory.
     """
 
     runtime_dir: Path
@@ -42,6 +56,22 @@ class ServeOptions:
     watchdog_s: float = 30.0
     admin_group: str | None = None
     admin_uids: tuple[int, ...] = ()
+    budget: Mapping[str, int] = field(default_factory=dict)
+    vram_reserve: int | None = None
+    idle_after_s: float = 300.0
+    min_resident_s: float = 2.0
+    turn_s: float = 5.0
+    deep_after_s: float = 1800.0
+    host_budget: int | None = None
+    swap_dir: Path | None = None
+    max_priority: Mapping[int, int] = field(default_factory=dict)
+    start_timeout_s: float = 540.0
+
+    def reserve(self, device: str) -> int:
+        """Return the bytes that stay free on a device (``cpu`` or a GPU's UUID)."""
+        if self.vram_reserve is not None:
+            return self.vram_reserve
+        return CPU_RESERVE_BYTES if device == "cpu" else GPU_RESERVE_BYTES
 
     @staticmethod
     def from_json(text: str) -> ServeOptions:
@@ -78,4 +108,12 @@ class ServeOptions:
             log_level=envs.LOG_LEVEL.get(),
             admin_uids=envs.ADMIN_UIDS.get(),
             admin_group=envs.ADMIN_GROUP.get(),
+            vram_reserve=envs.VRAM_RESERVE.get(),
+            idle_after_s=envs.IDLE_AFTER.get(),
+            min_resident_s=envs.MIN_RESIDENT.get(),
+            turn_s=envs.TURN.get(),
+            deep_after_s=envs.DEEP_AFTER.get(),
+            host_budget=envs.HOST_BUDGET.get(),
+            swap_dir=envs.SWAP_DIR.get(),
+            start_timeout_s=envs.START_TIMEOUT.get(),
         )

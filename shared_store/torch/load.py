@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from shared_store.base import envs
 from shared_store.base import manifest as manifests
 from shared_store.base.errors import WoolyError
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.disk.cache import available
@@ -53,6 +54,7 @@ class Settings:
         restore_from: a directory of ``wooly save`` to restore the model from; None looks in the cache.
         min_bytes: smaller tensors are copied instead of mapped.
         devices: the store's names of the devices that this process uses, for the status.
+        workload: settings of the workload of this process.
     """
 
     engine: str
@@ -64,6 +66,7 @@ class Settings:
     restore_from: Path | None = None
     min_bytes: int = SHARE_MIN_BYTES
     devices: tuple[str, ...] = ()
+    workload: WorkloadSettings = field(default_factory=WorkloadSettings)
 
     @property
     def named(self) -> str:
@@ -77,7 +80,13 @@ class Settings:
 
     def connect(self, name: str) -> Session:
         """Connect to the store, for a model. Raises as :meth:`Session.connect` does."""
-        return Session.connect(self.runtime_dir, name=f"{self.engine} {name}", kind=self.engine, gpus=self.devices)
+        return Session.connect(
+            self.runtime_dir,
+            name=f"{self.engine} {name}",
+            kind=self.engine,
+            gpus=self.devices,
+            workload=self.workload,
+        )
 
 
 def load(steps: LoadSteps[R], settings: Settings) -> R:

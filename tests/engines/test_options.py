@@ -20,6 +20,9 @@ VALID = {
     "timeout_s": 12.5,
     "share_min_bytes": 1,
     "unproven": True,
+    "swap": False,
+    "priority": 3,
+    "workload": "chat",
 }
 PATHS = ("restore_from", "runtime_dir")
 
@@ -80,6 +83,13 @@ def test_an_unknown_key_lists_the_valid_ones():
         {"share_min_bytes": 0},
         {"share_min_bytes": 1.5},
         {"share_min_bytes": True},
+        {"swap": "no"},
+        {"swap": 0},
+        {"priority": 5},
+        {"priority": -1},
+        {"priority": True},
+        {"priority": "high"},
+        {"workload": 3},
     ],
     ids=str,
 )

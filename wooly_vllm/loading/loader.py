@@ -109,6 +109,7 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
             restore_from=options.restore_from,
             min_bytes=options.share_min_bytes,
             devices=devices,
+            workload=options.workload_settings,
         )
 
     def _inner(self) -> InnerLoader:

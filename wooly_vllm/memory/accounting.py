@@ -151,7 +151,9 @@ def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
     if not gpus:
         return turn
     try:
-        session = turn.enter_context(Session.connect(options.runtime_dir, name="vllm, starting", kind="vllm"))
+        session = turn.enter_context(
+            Session.connect(options.runtime_dir, name="vllm, starting", kind="vllm", workload=options.workload_settings)
+        )
         for name in sorted(store_device(compat.gpu_of(rank)) for rank in gpus):
             turn.enter_context(session.turn(f"start:{name}", options.timeout_s))
     except WoolyError as error:
