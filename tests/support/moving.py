@@ -37,9 +37,7 @@ class Moving:
 
     def facts(self) -> dict[str, Any]:
         """Return what the worker has, and where its KV cache is."""
-        from wooly_vllm.residency.move import Mover
-
-        mover = Mover.of(self._worker())
+        mover = self._mover()
         runner = self._worker().model_runner
         return {
             **self._rpc("wooly_holdings"),
@@ -56,12 +54,21 @@ class Moving:
         *,
         fresh: bool = True,
         prompts: list[list[int]] | None = None,
+        copies: int = 1,
         **how: Any,
     ) -> dict[str, Any]:
-        """Answer prompts in one batch, and move at these steps. ``fresh``: without cached prefixes."""
+        """Answer prompts in one batch, and move at these steps.
+
+        Args:
+            moves: numbers of steps.
+            fresh: without cached prefixes.
+            prompts: other prompts.
+            copies: how often each is asked.
+            how: arguments of :meth:`move`.
+        """
         if fresh:
             assert self.core.reset_prefix_cache()
-        for number, prompt in enumerate(prompts or PROMPTS):
+        for number, prompt in enumerate((prompts or PROMPTS) * copies):
             self._add(str(number), prompt)
         step = 0
         while self.engine.has_unfinished_requests():
@@ -80,6 +87,21 @@ class Moving:
         """Move while nothing runs."""
         self.move(**how)
         return self.moves[0]
+
+    def leave(self) -> dict[str, Any]:
+        """Leave while nothing runs, and stay away."""
+        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
+        assert not self._rpc("wooly_save", [])
+        left: dict[str, Any] = self._rpc("wooly_leave")
+        self.core.reset_prefix_cache()
+        return left
+
+    def come_back(self) -> dict[str, Any]:
+        """Return after :meth:`leave`."""
+        assert not self._rpc("wooly_create")
+        filled: dict[str, Any] = self._rpc("wooly_fill")
+        self.scheduler.set_pause_state(self.pause.UNPAUSED)
+        return filled
 
     def move(
         self,
@@ -124,10 +146,11 @@ class Moving:
             facts["swap_files"] = len(_swap_files())
             if corrupt:
                 self._corrupt()
-            with _Poisoned(active=poison):
-                facts["refusals"] = [self._refused_return() for _ in range(refused_returns)]
-                facts["created"] = self._rpc("wooly_create")
-                facts["filled"] = self._rpc("wooly_fill")
+            facts["refusals"] = [self._refused_return() for _ in range(refused_returns)]
+            facts["created"] = self._rpc("wooly_create")
+            if poison:
+                self._poison()
+            facts["filled"] = self._rpc("wooly_fill")
             if facts["filled"]["lost"]:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
                 blocks.drop_all(self.pool)
@@ -141,6 +164,13 @@ class Moving:
         assert self._resident() == 0
         return reason
 
+    def _poison(self) -> None:
+        """Fill the memory that returned with ones, as another process's memory might be."""
+        mover = self._mover()
+        mover.memory.backend.zeroed = False
+        for table in (*mover._blocks, *mover._others):
+            table.memory.fill_(0xFF)
+
     def _corrupt(self) -> None:
         (path,) = _swap_files()
         with path.open("r+b", buffering=0) as file:
@@ -150,12 +180,18 @@ class Moving:
             file.write(bytes([byte[0] ^ 1]))
 
     def _resident(self) -> int:
-        """Return the bytes of the worker's ranges that have pages, by the kernel (``smaps``)."""
+        """Return the bytes of the worker's ranges that have memory: on a CPU by the kernel (``smaps``)."""
         from support.mapped import resident_bytes
 
+        memory = self._mover().memory
+        if memory.backend.ordinal is not None:
+            return memory.mapped_bytes
+        return sum(resident_bytes(it.address, it.nbytes) for it in memory._ranges)
+
+    def _mover(self) -> Any:
         from wooly_vllm.residency.move import Mover
 
-        return sum(resident_bytes(it.address, it.nbytes) for it in Mover.of(self._worker()).memory._ranges)
+        return Mover.of(self._worker())
 
     def _worker(self) -> Any:
         return self.core.model_executor.driver_worker.worker
@@ -174,35 +210,6 @@ class Moving:
         for output in outputs:
             self.answers[output.request_id] = list(output.outputs[0].token_ids)
             self.cached[output.request_id] = output.num_cached_tokens or 0
-
-
-class _Poisoned:
-    """Within the block, new memory of the CPU's backend is full of ones, and the backend says that it may be."""
-
-    def __init__(self, *, active: bool) -> None:
-        self.active = active
-
-    def __enter__(self) -> None:
-        import mmap
-
-        from shared_store.memory import MemfdBackend
-
-        def create_private(backend: MemfdBackend, nbytes: int) -> Any:
-            segment = backend.create(nbytes)
-            with mmap.mmap(segment.fd.fileno(), nbytes) as memory:
-                memory.write(b"\xff" * nbytes)
-            return segment
-
-        if self.active:
-            MemfdBackend.zeroed = False
-            MemfdBackend.create_private = create_private  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        from shared_store.memory import MemfdBackend
-
-        if self.active:
-            MemfdBackend.zeroed = True
-            del MemfdBackend.create_private
 
 
 class _file_limit:  # noqa: N801 - reads as a function
