@@ -92,6 +92,7 @@ class Mover:
             "stays": private if self.refusal else self._outside.stays(),
             "needs": needs,
             "block_bytes": self.block_bytes,
+            "host_bytes": self._space.host_bytes,
             "copy_room": max(0, self._space.room() - self._other_bytes()),
             "refusal": self.refusal,
         }
@@ -188,6 +189,23 @@ class Mover:
                 sleeper.sleep()
             self.memory.go_away()
             self._outside.reclaim()
+
+    def get_ready(self) -> None:
+        """Get memory for copies in the background, once the worker has started."""
+        if not self.refusal:
+            self._space.get_ahead(self.memory.nbytes)
+
+    def pin(self) -> None:
+        """See :func:`~.worker.wooly_pin`."""
+        self._space.pin()
+
+    def unpin(self) -> str:
+        """See :func:`~.worker.wooly_unpin`."""
+        try:
+            self._space.unpin()
+        except WoolyError as error:
+            return _text(error)
+        return ""
 
     def discard(self) -> None:
         """Unmap private memory for vLLM's own sleep, which discards KV caches: other contents are kept.
