@@ -8,7 +8,10 @@ import pytest
 
 from wooly_vllm.residency import blocks
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what vLLM imports
+]
 
 
 @pytest.fixture
