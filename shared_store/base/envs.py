@@ -299,6 +299,13 @@ SWAP_DIR: Variable[Path | None] = Variable(
     "",
     _optional_path,
 )
+LOCK_DIR: Variable[Path] = Variable(
+    "WOOLY_LOCK_DIR",
+    "Directory of the locks that let one store of a node grant a GPU's memory. All users and containers that share a "
+    "GPU must see the same directory.",
+    "/dev/shm",  # noqa: S108 - files there are opened without following links, and only locked
+    lambda text: Path(text).expanduser().absolute(),
+)
 START_TIMEOUT: Variable[float] = Variable(
     "WOOLY_START_TIMEOUT",
     "Longest time for which a start waits for memory. vLLM gives up at 600 seconds.",
@@ -357,6 +364,7 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     DEEP_AFTER,
     HOST_BUDGET,
     SWAP_DIR,
+    LOCK_DIR,
     START_TIMEOUT,
     POD_NAMESPACE,
     POD_NAME,

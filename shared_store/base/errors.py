@@ -157,6 +157,13 @@ class ModelInUseError(WoolyError):
     exit_code = 10
 
 
+class WorkloadNotFoundError(WoolyError):
+    """The store has no workload with this name, or this client speaks for none."""
+
+    code = "workload_not_found"
+    exit_code = 23
+
+
 class NotPublisherError(ProtocolError):
     """A client tried to plan, fill or commit a model without being its publisher."""
 

@@ -97,6 +97,8 @@ def test_running_requests_end_with_the_same_tokens(move: Move, undisturbed: list
     for one in found["moves"]:
         assert one["running"] >= 8
         assert_moved(one)
+        assert one["weights_away"]["disk"] > one["weights_away"]["resident"] == 0
+        assert one["weights_away"]["away"] == 1
 
 
 def test_control_without_saved_blocks_differs(move: Move, undisturbed: list[list[int]]) -> None:

@@ -143,6 +143,7 @@ class Moving:
             facts["resident"] = self._resident()
             facts["left"] = self._rpc("wooly_leave")
             facts["resident_away"] = self._resident()
+            facts["weights_away"] = _weights()
             facts["swap_files"] = len(_swap_files())
             if corrupt:
                 self._corrupt()
@@ -232,7 +233,30 @@ def _descriptors() -> int:
 
 
 def _swap_files() -> list[Path]:
-    """Return the paths, under ``/proc``, of this process's open files in the swap directory."""
+    """Return the paths, under ``/proc``, of files in the swap directory that this process writes."""
     directory = os.environ["WOOLY_SWAP_DIR"]
     open_files = Path("/proc/self/fd").iterdir()
-    return [path for path in open_files if path.is_symlink() and str(path.readlink()).startswith(directory)]
+    return [
+        path
+        for path in open_files
+        if path.is_symlink() and str(path.readlink()).startswith(directory) and _writes(path)
+    ]
+
+
+def _writes(path: Path) -> bool:
+    """Whether a descriptor may write: those of weights only read."""
+    flags = Path(f"/proc/self/fdinfo/{path.name}").read_text().split("flags:")[1].split()[0]
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _weights() -> dict[str, int]:
+    """Return what the store has of shared weights in host memory and in files, and the readers that are away."""
+    from shared_store.client.session import Session
+
+    with Session.connect(autostart=False) as session:
+        models = session.status().models
+    return {
+        "resident": sum(model.resident_bytes for model in models),
+        "disk": sum(model.disk_bytes for model in models),
+        "away": sum(model.away for model in models),
+    }

@@ -21,6 +21,7 @@ from shared_store.store.observe.loop_times import LoopTimes
 from shared_store.store.pace import Pace
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
+from shared_store.store.state.residency import FILES
 from shared_store.store.state.store_state import StoreState
 
 Role = Literal["publisher", "reader", "waiting", "idle"]
@@ -109,8 +110,10 @@ class Snapshots:
                 *segments.unused(device),
                 releasing_bytes=segments.releases.nbytes(device),
                 host_bytes=segments.host_bytes(device),
+                disk_bytes=segments.disk_bytes(device),
             )
             for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
+            if device != FILES
         )
 
     def models(self) -> tuple[status.ModelStatus, ...]:
@@ -120,7 +123,7 @@ class Snapshots:
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
-            resident, host = self._state.tier_bytes(model.key) if known else (0, 0)
+            resident, host, disk = self._state.tier_bytes(model.key) if known else (0, 0, 0)
             shown.append(
                 status.ModelStatus(
                     key=model.key,
@@ -137,6 +140,7 @@ class Snapshots:
                     last_used=model.last_used,
                     resident_bytes=resident,
                     host_bytes=host,
+                    disk_bytes=disk,
                 )
             )
         return tuple(shown)

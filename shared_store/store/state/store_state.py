@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shared_store.base.errors import ModelNotFoundError
 from shared_store.base.layout import Layout
 from shared_store.base.manifest import Blob, Manifest
+from shared_store.store.state.accounts import Accounts, MemoryRules
 from shared_store.store.state.clients import Client
 from shared_store.store.state.committed import Committed
 from shared_store.store.state.compactions import Compaction, Compactions
@@ -18,10 +19,11 @@ from shared_store.store.state.files import FileDigests
 from shared_store.store.state.grace import Grace
 from shared_store.store.state.models import Asker, Dropped, Models, Outcome, State, Unplanned, Withdrawn
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
-from shared_store.store.state.residency import Residency
+from shared_store.store.state.residency import FILES, HOST, Residency
 from shared_store.store.state.segments import Segments
 from shared_store.store.state.tiers import HostCopying, Tiers, Use
 from shared_store.store.state.turns import Turns
+from shared_store.store.state.workloads import Workloads
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class StoreState:
         limits: Mapping[str, int],
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        rules: MemoryRules | None = None,
     ) -> None:
         """Begin empty.
 
@@ -48,8 +51,12 @@ class StoreState:
             limits: most bytes of segments by device; no entry: no limit.
             clock: returns Unix seconds.
             monotonic: returns monotonic seconds.
+            rules: settings of overcommit.
         """
+        rules = rules or MemoryRules()
         self.segments = Segments(limits)
+        self.workloads = Workloads(rules.max_priority, monotonic)
+        self.accounts = Accounts(self.segments, self.workloads, rules.budgets, rules.reserve)
         self.models = Models(clock)
         self.tiers = Tiers(self.segments, self._use)
         self.compactions = Compactions(self.segments, self.models.unread)
@@ -75,7 +82,10 @@ class StoreState:
     def drop_plan(self, key: str) -> list[Effect]:
         """Drop the plan of a publication, if it has one, and its promised segments."""
         plan = self.plans.pop(key, None)
-        return [] if plan is None else self.drop(plan.token)
+        if plan is None:
+            return []
+        self.workloads.unpublished(plan.token)
+        return self.drop(plan.token)
 
     def drop(self, owner: str) -> list[Effect]:
         """Remove all references of an owner."""
@@ -174,6 +184,7 @@ class StoreState:
     def lost(self, client: Client) -> list[Effect]:
         """Remove a client from everything, because its connection ended."""
         self.clients.pop(client.number, None)
+        self.workloads.lost(client.number)
         for model in self.models.of(client.number):
             if model.publisher == client.number:
                 self.counts.add("aborted_publishes")
@@ -235,15 +246,15 @@ class StoreState:
         moved = self._relocated(sorted(relocated & self.committed.keys()))
         return [*moved, *map(Left, left), *map(Released, emptied)]
 
-    def drop_spare_host_copies(self, needed: int) -> tuple[int, list[Effect]]:
-        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of host memory.
+    def drop_spare_host_copies(self, needed: int, device: str = HOST) -> tuple[int, list[Effect]]:
+        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of a device.
 
         Returns:
             The bytes freed, and the effects.
         """
         effects: list[Effect] = []
         freed = 0
-        for segment in self.tiers.spare(needed):
+        for segment in self.tiers.spare(needed, device):
             freed += self.segments.at(segment).nbytes
             effects += map(Released, self.segments.drop_host_copy(segment))
             self.tiers.forget([segment])
@@ -253,9 +264,13 @@ class StoreState:
         """Unpin a model; return its key. Raises as :meth:`Models.pin` does."""
         return self.models.pin(prefix, pinned=False), self.leave_devices()
 
-    def in_host_memory(self, key: str) -> bool:
-        """Whether a committed model has blobs in host memory alone."""
-        return key in self.committed and not self.resident(key)
+    def in_lower_tier(self, key: str, device: str) -> bool:
+        """Whether a committed model has blobs in host copies of a device alone, ``cpu`` or files."""
+        if key not in self.committed or self.resident(key):
+            return False
+        segments = self.segments
+        left = segments.elsewhere.intersection(self.segments_of(key))
+        return any((segment in segments.filed) is (device == FILES) for segment in left)
 
     def _use(self, owner: str) -> Use:
         """Return how an owner of references needs a segment on its device."""
@@ -298,21 +313,30 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
-    def tier_bytes(self, key: str) -> tuple[int, int]:
-        """Return the bytes of a committed model's blobs on its device, and those in host copies. A blob may be in both.
+    def tier_bytes(self, key: str) -> tuple[int, int, int]:
+        """Return the bytes of a committed model's blobs on its device, in host memory, and in files.
+
+        The last two are those of host copies: a blob may be on its device too.
 
         Takes time for the model's segments, not for its blobs, unless these moved.
         """
         segments, nbytes = self.segments, self.committed[key].nbytes
         if not segments.elsewhere and not segments.copied:
-            return nbytes, 0
+            return nbytes, 0, 0
+        shares = self.shares(key)
+        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
+        copied = sum(share for segment, share in shares.items() if segment in segments.copied)
+        filed = sum(share for segment, share in shares.items() if segment in segments.filed)
+        return nbytes - lower, copied - filed, filed
+
+    def shares(self, key: str) -> Mapping[int, int]:
+        """Return the bytes that a committed model's blobs have in each of their segments, by the segments' ids."""
         shares = self._shares.get(key)
         if shares is None:
             shares = self._shares[key] = {}
             for (segment, _), blob in zip(self.locations_of(key), self.committed[key].manifest.blobs, strict=True):
                 shares[segment] = shares.get(segment, 0) + blob.nbytes
-        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
-        return nbytes - lower, sum(share for segment, share in shares.items() if segment in segments.copied)
+        return shares
 
     def readmit(
         self,
@@ -357,7 +381,7 @@ class StoreState:
         return done.moved, done.freed, effects
 
     def quarantine(self, segments: Iterable[int]) -> Quarantined:
-        """Stop sharing segments that have wrong bytes on their device; the store verified what is in host memory.
+        """Stop sharing segments that have wrong bytes on their device; the store verified what is in lower tiers.
 
         Models that have blobs there are withdrawn, and their readers keep their mappings. Publications that count on
         such blobs lose their plans.
