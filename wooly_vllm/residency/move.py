@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -21,6 +22,7 @@ from shared_store.base.errors import DigestMismatchError, DiskError, WoolyError
 from shared_store.memory import Backend
 from shared_store.private.copies import Copy
 from shared_store.private.ranges import PrivateMemory
+from shared_store.sleep.sleeper import Sleeper
 from wooly_vllm.residency import rows as tables
 from wooly_vllm.residency import shared_models
 from wooly_vllm.residency.host_space import HostSpace
@@ -36,8 +38,9 @@ NO_MEMORY_OF_OURS: Final = "its KV cache is not in memory that wooly can release
 class Mover:
     """Moves the memory of one worker."""
 
-    def __init__(self, device: torch.device, backend: Backend) -> None:
+    def __init__(self, worker: Any, device: torch.device, backend: Backend) -> None:
         """Begin resident, without private memory."""
+        self._worker = weakref.ref(worker)
         self.memory = PrivateMemory(backend, phase_of(backend))
         self.refusal = ""
         """Why this worker cannot leave."""
@@ -66,7 +69,7 @@ class Mover:
         """Make the mover of a worker on a device. Raises :class:`UnknownDeviceError`."""
         from shared_store.torch.devices import backend_of
 
-        made = cls(device, backend_of(device))
+        made = cls(worker, device, backend_of(device))
         setattr(worker, _ATTRIBUTE, made)
         return made
 
@@ -102,7 +105,7 @@ class Mover:
         if self.refusal or self._away:
             return self.refusal
         try:
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.prepare()
             self._space.prepare(blocks * self.block_bytes + self._other_bytes())
         except (WoolyError, OSError, RuntimeError) as error:  # of the kernel, or of torch
@@ -132,7 +135,7 @@ class Mover:
         slept = []
         try:
             with self._timed("weights"):
-                for sleeper in shared_models.sleepers():
+                for sleeper in self._sleepers():
                     sleeper.sleep()
                     slept.append(sleeper)
             with self._timed("unmap"):
@@ -153,7 +156,7 @@ class Mover:
         """See :func:`~.worker.wooly_stay`."""
         if not self._away:
             self._drop_copies()
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.stay_awake()
 
     def create(self) -> str:
@@ -165,7 +168,7 @@ class Mover:
             with self._timed("map"):
                 self.memory.come_back()
             with self._timed("weights"):
-                for sleeper in shared_models.sleepers():
+                for sleeper in self._sleepers():
                     sleeper.wake()
         except (WoolyError, OSError, RuntimeError) as error:
             self.roll_back()
@@ -185,7 +188,7 @@ class Mover:
     def roll_back(self) -> None:
         """See :func:`~.worker.wooly_roll_back`."""
         if self._away:
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.sleep()
             self.memory.go_away()
             self._outside.reclaim()
@@ -270,6 +273,10 @@ class Mover:
     def _zero(self) -> None:
         if not self.memory.backend.zeroed:
             tables.zero([*self._blocks, *self._others])
+
+    def _sleepers(self) -> list[Sleeper]:
+        """Return the sleepers of the worker's shared models."""
+        return shared_models.sleepers(self._worker())
 
     def _private(self) -> int:
         return self._outside.now() + self.memory.mapped_bytes
