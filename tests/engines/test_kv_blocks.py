@@ -28,7 +28,10 @@ def cached(pool: Any, count: int) -> list[Any]:
     taken: list[Any] = pool.get_new_blocks(count)
     for block in taken:
         key = make_block_hash_with_group_id(BlockHash(f"hash {block.block_id}".encode()), 0)
-        block.block_hash = key
+        if hasattr(block, "set_block_hash"):  # 0.32 and later
+            block.set_block_hash(key, num_tokens=16)
+        else:
+            block.block_hash = key
         pool.cached_block_hash_to_block.insert(key, block)
     return taken
 

@@ -23,8 +23,8 @@ RUNNERS = [pytest.param("0", id="V1"), pytest.param("1", id="V2", marks=V2)]
 BLOCK = 32
 """Tokens of a KV block, so that a request has several."""
 SETTINGS: dict[str, Any] = {"block_size": BLOCK, "enable_prefix_caching": True, "max_num_seqs": 4}
-FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "jamba", "mamba2")
-"""A sliding window, MLA, experts, sinks, a hybrid, and states only."""
+FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "mamba2")
+"""A sliding window, MLA, experts, sinks, and states only. Hybrids that vLLM runs on a CPU are not among the models."""
 PREFIX = [[*range(100, 100 + 3 * BLOCK), 5]]
 """A prompt of three whole blocks and one token."""
 

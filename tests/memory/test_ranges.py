@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.hostmemory import peek, poke, run_child
+from support.mapped import flags_at
 from support.waiting import open_fds
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
+from shared_store.memory import MemfdBackend
 from shared_store.memory.fake import FakeBackend
 from shared_store.memory.unmapping import captures
 from shared_store.private.ranges import PrivateMemory
@@ -92,6 +94,17 @@ def test_ranges_use_no_descriptors(memory):
     memory.come_back()
     assert open_fds() == before
     assert found.mapped
+
+
+def test_host_memory_of_ranges_is_left_out_of_core_dumps():
+    """After a return too: a KV cache on a CPU has prompts and answers."""
+    memory = PrivateMemory(MemfdBackend(), part_bytes=PART)
+    found = memory.allocate(2 * PART)
+    for _ in range(2):
+        assert "dd" in flags_at(found.address)
+        assert "dd" in flags_at(found.address + found.nbytes - 1)
+        memory.go_away()
+        memory.come_back()
 
 
 def test_a_range_that_nothing_refers_to_is_freed(memory):

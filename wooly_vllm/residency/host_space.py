@@ -55,8 +55,13 @@ class HostSpace:
         self._ready().unpin()
 
     def room(self) -> int:
-        """Return the most bytes that a copy may have now."""
-        return max(self._host_room(), self._disk_room())
+        """Return the bytes that a copy should have at most: a budget, else half of what is left, for others need some.
+
+        A copy of what must be kept may be larger, and one on a GPU goes to disk if it is too large for host memory.
+        """
+        if self._on_disk:
+            return self._disk_room() // 2
+        return self._host_room() if envs.HOST_BUDGET.get() is not None else self._host_room() // 2
 
     def prepare(self, nbytes: int) -> None:
         """Make sure that a copy of ``nbytes`` bytes fits, and get memory for it ahead.

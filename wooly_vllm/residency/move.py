@@ -107,7 +107,8 @@ class Mover:
         try:
             for sleeper in self._sleepers():
                 sleeper.prepare()
-            self._space.prepare(blocks * self.block_bytes + self._other_bytes())
+            others = sum(len(numbers) * table.nbytes for table, numbers in self._pages())
+            self._space.prepare(blocks * self.block_bytes + others)
         except (WoolyError, OSError, RuntimeError) as error:  # of the kernel, or of torch
             return _text(error)
         return ""
@@ -193,6 +194,10 @@ class Mover:
             self.memory.go_away()
             self._outside.reclaim()
 
+    def reclaim(self) -> None:
+        """Return memory that torch caches to the device."""
+        self._outside.reclaim()
+
     def get_ready(self) -> None:
         """Get memory for copies in the background, once the worker has started."""
         if not self.refusal:
@@ -236,17 +241,20 @@ class Mover:
         """Copy blocks and other private memory to the host."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        pages = [tables.nonzero(table) for table in self._others]
-        nbytes = sum(len(numbers) * table.nbytes for table, numbers in zip(self._others, pages, strict=True))
+        pages = self._pages()
+        nbytes = sum(len(numbers) * table.nbytes for table, numbers in pages)
         with contextlib.ExitStack() as failed:
-            copy = failed.enter_context(
-                contextlib.closing(self._space.copy(nbytes + len(block_ids) * self.block_bytes))
-            )
-            for table, numbers in zip(self._others, pages, strict=True):
+            copy = self._space.copy(nbytes + len(block_ids) * self.block_bytes)
+            failed.callback(copy.close)
+            for table, numbers in pages:
                 tables.save([table], numbers, copy)
             tables.save(self._blocks, block_ids, copy)
             failed.pop_all()
         return _Copies(copy, pages, tuple(block_ids))
+
+    def _pages(self) -> list[tuple[Rows, list[int]]]:
+        """Return the other tables, each with the numbers of its rows that are not zero."""
+        return [(table, tables.nonzero(table)) for table in self._others]
 
     def _fill_memory(self) -> str:
         """Zero private memory and copy its contents back. Returns why KV blocks are lost, or "".
@@ -261,7 +269,7 @@ class Mover:
             return "nothing was saved"
         with self._timed("copy"):
             copies.copy.rewind()
-            for table, numbers in zip(self._others, copies.pages, strict=True):
+            for table, numbers in copies.pages:
                 tables.restore([table], numbers, copies.copy)
             try:
                 tables.restore(self._blocks, copies.block_ids, copies.copy)
@@ -306,7 +314,7 @@ class Mover:
 class _Copies:
     """What a worker saved: the copy, the pages of each other table, and the KV blocks."""
 
-    def __init__(self, copy: Copy, pages: Sequence[Sequence[int]], block_ids: tuple[int, ...]) -> None:
+    def __init__(self, copy: Copy, pages: Sequence[tuple[Rows, list[int]]], block_ids: tuple[int, ...]) -> None:
         self.copy = copy
         self.pages = pages
         self.block_ids = block_ids

@@ -29,7 +29,7 @@ import torch
 
 from shared_store.base.errors import UnsupportedError
 from wooly_vllm import compat
-from wooly_vllm.residency import adapters
+from wooly_vllm.residency import adapters, workspaces
 from wooly_vllm.residency.kv_cache import Allocating, blocks_of, check_views
 from wooly_vllm.residency.move import Mover
 from wooly_vllm.sharing_loader import sharing_loader
@@ -149,6 +149,8 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, kv_cache_config, *args, **kwargs)
         if self.vllm_config.lora_config is not None:
             mover.set_others(adapters.move_in(compat.models_of(self), mover.memory))
+        workspaces.move_in(mover.memory)
+        mover.reclaim()
         with Allocating(mover.memory, kv_cache_config) as allocating:
             result = stock(self, kv_cache_config, *args, **kwargs)
         try:
