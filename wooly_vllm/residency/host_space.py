@@ -94,10 +94,10 @@ class HostSpace:
         return FileCopy(swap_files.directory(), nbytes)
 
     def free(self) -> None:
-        """Return host memory that is not worth keeping for the next copy."""
+        """Free host memory that is not worth keeping for the next copy."""
+        keep = max(AHEAD_BYTES, host_room() // 8)
         limit = envs.HOST_BUDGET.get()
-        if limit is not None:
-            self._ready().shrink(limit)
+        self._ready().shrink(keep if limit is None else min(keep, limit))
 
     def _ready(self) -> Arena:
         """Return the arena once no thread makes it larger."""

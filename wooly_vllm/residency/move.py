@@ -239,8 +239,7 @@ class Mover:
 
     def _copied(self, block_ids: Sequence[int]) -> _Copies:
         """Copy blocks and other private memory to the host."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._synchronize()
         pages = self._pages()
         nbytes = sum(len(numbers) * table.nbytes for table, numbers in pages)
         with contextlib.ExitStack() as failed:
@@ -266,6 +265,7 @@ class Mover:
             self._zero()
         copies = self._copies
         if copies is None:
+            self._synchronize()
             return "nothing was saved"
         with self._timed("copy"):
             copies.copy.rewind()
@@ -276,7 +276,14 @@ class Mover:
             except (DigestMismatchError, DiskError) as error:
                 tables.zero(self._blocks)
                 return _text(error)
+            finally:
+                self._synchronize()  # steps may run on another stream
         return ""
+
+    def _synchronize(self) -> None:
+        """Wait for everything that this process started on the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _zero(self) -> None:
         if not self.memory.backend.zeroed:
