@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Moving:
         self.answers: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}
         self.moves: list[dict[str, Any]] = []
+        self._move: Callable[..., None] = self.move
 
     def facts(self) -> dict[str, Any]:
         """Return what the worker has, and where its KV cache is."""
@@ -75,7 +77,7 @@ class Moving:
             self._take(self.engine.step())
             step += 1
             if step in moves:
-                self.move(**how)
+                self._move(**how)
         numbers = sorted(self.answers, key=int)
         return {
             "tokens": [self.answers[number] for number in numbers],
@@ -125,9 +127,7 @@ class Moving:
         """
         from wooly_vllm.residency import blocks
 
-        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
-        while self.core.batch_queue:
-            self._take(self.engine.step())
+        self._drain()
         kept = blocks.choose(self.pool, most)
         facts: dict[str, Any] = {"kept": len(kept.ids), "running": kept.running, "dropped": len(kept.dropped)}
         self.moves.append(facts)
@@ -157,6 +157,52 @@ class Moving:
                 blocks.drop_all(self.pool)
         facts["more_descriptors"] = _descriptors() - before
         self.scheduler.set_pause_state(self.pause.UNPAUSED)
+
+    def ranks(self, moves: tuple[int, ...] = (), *, refuse: str = "") -> dict[str, Any]:
+        """Answer as :meth:`answer` does, and move all workers of a tensor parallel engine at these steps.
+
+        Args:
+            moves: numbers of steps.
+            refuse: the second worker may write no file while workers ``save``, or gets no memory when they ``create``.
+        """
+        self._move = lambda: self._move_ranks(refuse)
+        return self.answer(moves)
+
+    def _move_ranks(self, refuse: str) -> None:
+        from wooly_vllm.residency import blocks
+
+        self._drain()
+        facts: dict[str, Any] = {}
+        self.moves.append(facts)
+        kept = blocks.choose(self.pool, 1 << 30)
+        facts["saved"] = self._refusing(refuse == "save", "wooly_save", kept.ids)
+        if any(facts["saved"]):
+            self.core.collective_rpc("wooly_stay")
+        else:
+            facts["left"] = self.core.collective_rpc("wooly_leave")
+            facts["created"] = self._refusing(refuse == "create", "wooly_create")
+            if any(facts["created"]):
+                self.core.collective_rpc("wooly_roll_back")
+                facts["rolled_back"] = [it["private"] for it in self.core.collective_rpc("wooly_holdings")]
+                facts["created"] = self.core.collective_rpc("wooly_create")
+            facts["filled"] = self.core.collective_rpc("wooly_fill")
+        self.scheduler.set_pause_state(self.pause.UNPAUSED)
+
+    def _refusing(self, refuse: bool, method: str, *args: Any) -> list[Any]:
+        """Call a method of all workers. ``refuse``: the second can make no file meanwhile."""
+        if not refuse:
+            return list(self.core.collective_rpc(method, args=args))
+        pid = self.core.model_executor.workers[1].proc.pid
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        try:
+            return list(self.core.collective_rpc(method, args=args))
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+    def _drain(self) -> None:
+        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
+        while self.core.batch_queue:
+            self._take(self.engine.step())
 
     def _refused_return(self) -> str:
         """Return with a limit that refuses the memory; return the reason."""
