@@ -67,6 +67,8 @@ class Workloads:
             timeout_s: seconds to wait.
             withdrawal: ends the wait before.
 
+        A grant may cross a wait that ends early: the next :meth:`report` ends it.
+
         Raises:
             TimedOutError: there was no memory in time.
             RequestCancelledError: it was withdrawn.
@@ -111,6 +113,8 @@ class Workloads:
                 log.warning("wooly: the store does not list this workload: %s [%s]", error, error.code)
             else:
                 fds.close()
+        if answer is not None:
+            self._connection.rename(answer.name)  # so that it has the same name in the next store
         self._joined = None if answer is None else link
         declared.joined(answer)
 

@@ -80,7 +80,6 @@ class RoomTaken(Reply, frozen=True, tag="room_taken"):
 class ReportWorkload(Request, frozen=True, tag="report_workload", omit_defaults=True):
     """Report a workload's state and memory, as in :class:`Join`, after each change. Answered by ``Done``.
 
-    With an empty ``private``, the bytes of the last report still hold; a device without any has 0.
     ``moved``: bytes that the change copied between device and host. ``steps``: how long its parts took.
     """
 
