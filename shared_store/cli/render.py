@@ -4,22 +4,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
+from shared_store.base.sizes import format_size
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 KEY_SHOWN: Final = 12
 """Digits of a key in tables: enough to identify a model, also in commands that accept a prefix."""
 
 
 def size(nbytes: int) -> str:
     """Format bytes as ``1.5 GiB``, with three significant digits."""
-    value, unit = float(nbytes), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    digits = 0 if unit == 0 or value >= 100 else 1 if value >= 10 else 2
-    return f"{value:.{digits}f} {_UNITS[unit]}"
+    return format_size(nbytes)
 
 
 def duration(seconds: float) -> str:

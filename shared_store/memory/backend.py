@@ -129,3 +129,7 @@ class Backend(ABC):
     @abstractmethod
     def free_bytes(self) -> int | Unknown:
         """Estimate the bytes that could be allocated now."""
+
+    def total_bytes(self) -> int | Unknown:
+        """Return the device's whole memory, whoever uses it."""
+        return Unknown("this backend does not tell it")

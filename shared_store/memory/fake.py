@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError
-from shared_store.memory.backend import Access, Segment
+from shared_store.memory.backend import Access, Segment, Unknown
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment
 from shared_store.runtime.fds import OwnedFd
 
@@ -140,6 +140,11 @@ class FakeBackend(MemfdBackend):
         if not segment.released:
             self.calls.append("release")
         super().release(segment)
+
+    def total_bytes(self) -> int | Unknown:
+        """Return the capacity, or host memory if that is less."""
+        total = super().total_bytes()
+        return total if isinstance(total, Unknown) else min(self.capacity, total)
 
     def _available(self) -> int:
         """Return the bytes left of the capacity, and of host memory."""

@@ -17,8 +17,8 @@ import mmap
 import os
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
-from shared_store.memory.backend import Access, Backend, Segment
-from shared_store.memory.cgroup import group_free, machine_free
+from shared_store.memory.backend import Access, Backend, Segment, Unknown
+from shared_store.memory.cgroup import group_free, machine_free, machine_total
 from shared_store.memory.descriptors import duplicate, refused
 from shared_store.memory.pagemap import written_bytes
 from shared_store.runtime.fds import OwnedFd
@@ -129,6 +129,10 @@ class MemfdBackend(Backend):
     def free_bytes(self) -> int:
         """Estimate what the machine and this process's control group have left, less a headroom of 256 MiB."""
         return self._available()
+
+    def total_bytes(self) -> int | Unknown:
+        """Return the memory of the machine."""
+        return machine_total()
 
     def _available(self) -> int:
         return max(0, min(machine_free(), group_free()) - _HEADROOM)

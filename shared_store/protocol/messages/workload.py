@@ -39,7 +39,8 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     ``workload``: the id that its clients have in ``Identity.member_of``. ``state``: a
     :class:`~shared_store.base.workload_states.WorkloadState`. ``private``: bytes that it has on each of its devices
     now; ``stays``: those of them that a swap does not free; ``needs``: bytes that it has when it is resident.
-    ``refusal``: why it must never be swapped out; empty if it may be.
+    ``refusal``: why it must never be swapped out; empty if it may be. ``name``: that it has had in a store before this
+    one; empty: that of the client's identity.
     """
 
     workload: str
@@ -49,6 +50,7 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     needs: tuple[DeviceBytes, ...] = ()
     refusal: str = ""
     starting: bool = False
+    name: str = ""
 
 
 class Joined(Reply, frozen=True, tag="joined"):

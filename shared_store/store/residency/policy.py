@@ -2,209 +2,358 @@
 
 :func:`decide` is a pure function of a snapshot, settings and a clock. It does no I/O and keeps nothing between calls.
 The store runs it after every event and at :attr:`Decision.wake_at`; the simulator in ``benchmarks`` runs the same code.
+A workload that begins or ends work is an event, too.
 
-Sizes are in bytes, times in seconds of one monotonic clock. Devices are ``cpu`` or a GPU's UUID.
+Requests are served in the order of priority, then arrival. A grant is never partial. Memory is free, or freed by the
+eviction of models that no client reads, or else workloads leave for it, never more than needed:
+
+* only those that may be swapped, are resident, and did not decline a moment ago;
+* with less priority than the request: at once;
+* with nothing running or waiting: when their least residence is over, which a P0 does not wait for in a P0;
+* busy, with the priority of the request, P0 excepted: when their turn is over;
+* no P0 while the others would do. Then idle before busy, the busy ones of lowest priority first, those that were idle
+  for much longer first, and among comparable ones the one that was taken from longest ago.
+
+A request that will be served as time passes, or once workloads that leave are away, keeps its place: later requests get
+nothing that it needs. One that waits for an end of work is passed by others, but never by a start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from shared_store.base.workload_states import WorkloadState
+from shared_store.store.residency.snapshot import (
+    Decision,
+    DeviceMemory,
+    Grant,
+    MemoryRequest,
+    SegmentView,
+    Settings,
+    Snapshot,
+    Victim,
+    Wait,
+    WorkloadView,
+)
+from shared_store.store.residency.waits import explain
 
-NEVER = float("-inf")
-"""A time before all others."""
+__all__ = (
+    "Decision",
+    "DeviceMemory",
+    "Grant",
+    "MemoryRequest",
+    "SegmentView",
+    "Settings",
+    "Snapshot",
+    "Victim",
+    "Wait",
+    "WorkloadView",
+    "decide",
+)
 
+MIN_RESIDENT_SWAPS = 4
+"""A least residence is never below so many times the cost of a swap."""
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Times of a node.
+TURN_SWAPS = 10
+"""A turn is never below so many times the cost of a swap."""
 
-    Attributes:
-        idle_after_s: without work for so long, a workload may be taken from for the reserve, too.
-        min_resident_s: a workload with nothing to do keeps its memory for so long after it returned, and for
-            ``MIN_RESIDENT_SWAPS`` times its swap cost at least.
-        turn_s: an active workload keeps its memory for so long while others of equal priority wait, and for
-            ``TURN_SWAPS`` times its swap cost at least.
-    """
-
-    idle_after_s: float = 300.0
-    min_resident_s: float = 2.0
-    turn_s: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Memory of a device.
-
-    Attributes:
-        free: what may be granted now: after the reserve and the unused part of grants. Negative if the reserve is used.
-        reclaimable: what the eviction of models that no client reads would add to ``free``.
-        budget: what all workloads may use together, the reserve included. Only for texts.
-        reserve: kept free. Only for texts.
-        foreign: used by processes that are not the store's. Only for texts.
-    """
-
-    free: int
-    reclaimable: int = 0
-    budget: int = 0
-    reserve: int = 0
-    foreign: int = 0
+BAND = 4
+"""Idle times within this factor are comparable."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkloadView:
-    """A workload that joined.
-
-    Attributes:
-        name: unique.
-        priority: 0 (highest) to 4.
-        state: where its memory is.
-        leaves: private bytes that a swap frees, by device. Without what stays.
-        swappable: it may be swapped out.
-        refusal: why not. Only for texts.
-        running: requests with memory of their own in it, or any other sign of work.
-        waiting: requests in its queue. A workload that returned for a request has it here until it runs.
-        idle_since: when it last had a request running or waiting. Not read while it has any.
-        resident_since: when it last became resident.
-        swap_s: measured cost of moving it out and in.
-        taken_at: when it was last chosen as a victim; ``NEVER`` if it was not.
-        asked: it was asked to leave, and has not declined. As good as ``draining``.
-        declined_until: it declined, and is not asked again before.
-    """
-
-    name: str
-    priority: int
-    state: WorkloadState
-    leaves: Mapping[str, int] = field(default_factory=dict)
-    swappable: bool = True
-    refusal: str = ""
-    running: int = 0
-    waiting: int = 0
-    idle_since: float = NEVER
-    resident_since: float = NEVER
-    swap_s: float = 0.0
-    taken_at: float = NEVER
-    asked: bool = False
-    declined_until: float = NEVER
+def decide(snapshot: Snapshot, settings: Settings, now: float) -> Decision:
+    """Decide which requests are granted memory, and which workloads leave for the others."""
+    decisions = _Decisions(snapshot, settings, now)
+    for request in sorted(snapshot.requests, key=lambda one: (one.priority, one.since, one.name)):
+        decisions.serve(request)
+    reclaim = decisions.keep_reserve()
+    return Decision(
+        tuple(decisions.grants), tuple(decisions.victims), tuple(decisions.waits), decisions.wake_at, reclaim
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentView:
-    """A shared segment on its device.
-
-    Attributes:
-        device: where it is.
-        nbytes: its size.
-        readers: workloads that map it, or were granted memory and will map it. Without those that are away.
-        held: it stays anyway: clients that are no workloads map it, it is being written, or it is pinned.
-    """
-
-    device: str
-    nbytes: int
-    readers: frozenset[str] = frozenset()
-    held: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryRequest:
-    """A wait for memory.
-
-    Attributes:
-        name: the workload that waits, or another client.
-        priority: 0 (highest) to 4.
-        needs: bytes that it must be granted, all at once, by device: private, and shared segments that it maps and that
-            are not on the device.
-        maps: segments on a device that it maps. They are not freed for it.
-        since: when it began to wait.
-        start: the workload starts. It never passes another request.
-    """
-
-    name: str
-    priority: int
-    needs: Mapping[str, int]
-    maps: frozenset[int] = frozenset()
-    since: float = 0.0
-    start: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A node at one moment. ``workloads`` has their names as keys, ``segments`` the segments' ids."""
-
-    devices: Mapping[str, DeviceMemory]
-    workloads: Mapping[str, WorkloadView]
-    segments: Mapping[int, SegmentView] = field(default_factory=dict)
-    requests: tuple[MemoryRequest, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Memory for a request, in full.
-
-    Attributes:
-        name: of the request.
-        reclaim: bytes that the eviction of unread models must free first, by device.
-    """
-
-    name: str
-    reclaim: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Victim:
-    """A workload to swap out.
+class _Candidate:
+    """A workload that may leave for a request.
 
     Attributes:
         name: of the workload.
-        for_request: name of the request that it leaves for; empty if it leaves for the reserve.
-        active: it leaves although it has requests. If not, it declines if one arrived meanwhile.
+        at: from when on; infinity: after its return.
+        active: also with requests.
+        kind: P0, then busy, then of higher priority.
+        band: logarithm of the time that it was idle.
+        taken_at: when it was last taken from.
+        since: idle, or resident, since.
         reason: for people.
     """
 
     name: str
-    for_request: str
+    at: float
     active: bool
+    kind: tuple[bool, bool, int]
+    band: int
+    taken_at: float
+    since: float
     reason: str
 
+    @property
+    def order(self) -> tuple[tuple[bool, bool, int], int, float, float, str]:
+        """The least of these is taken from first."""
+        return self.kind, -self.band, self.taken_at, self.since, self.name
 
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Why a request goes on waiting.
-
-    Attributes:
-        name: of the request.
-        blocked_by: names of workloads that have the memory, or that are served first; ``foreign processes`` and
-            ``reserve`` too.
-        text: for people: what is missing, who has it, what would help.
-    """
-
-    name: str
-    blocked_by: tuple[str, ...]
-    text: str
+    def wronged_by(self, other: _Candidate) -> bool:
+        """Whether it must not be taken from while this other one would do."""
+        if other.kind[0] != self.kind[0]:
+            return self.kind[0]
+        return (other.kind, other.band) == (self.kind, self.band) and other.taken_at < self.taken_at
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to do now.
+@dataclass(slots=True)
+class _Decisions:
+    """Decisions on one snapshot.
 
     Attributes:
-        grants: give memory to these, in this order.
-        victims: ask these to leave.
-        waits: every request that was not granted.
-        wake_at: decide again then, even if nothing happens before; None: only after an event.
+        taken: bytes by device that requests before the present one were granted, or keep their place for.
+        wanted: segments that those requests map.
+        leaving: workloads on their way out.
+        kept: requests that keep their place.
+        passed: requests that do not.
     """
 
-    grants: tuple[Grant, ...] = ()
-    victims: tuple[Victim, ...] = ()
-    waits: tuple[Wait, ...] = ()
+    snapshot: Snapshot
+    settings: Settings
+    now: float
+    taken: dict[str, int] = field(default_factory=dict)
+    wanted: set[int] = field(default_factory=set)
+    leaving: set[str] = field(default_factory=set)
+    kept: list[MemoryRequest] = field(default_factory=list)
+    passed: list[MemoryRequest] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
+    victims: list[Victim] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
     wake_at: float | None = None
 
+    def __post_init__(self) -> None:
+        self.leaving.update(one.name for one in self.snapshot.workloads.values() if _leaves(one))
 
-def decide(snapshot: Snapshot, settings: Settings, now: float) -> Decision:
-    """Decide which requests are granted memory, and which workloads leave for the others.
+    def serve(self, request: MemoryRequest) -> None:
+        """Grant a request, or choose workloads that leave for it, or let it wait."""
+        ahead = [one.name for one in self.passed if request.start and _meet(one, request)]
+        if ahead:
+            self._wait(request, ahead, ())
+            self.passed.append(request)
+            return
+        if not self._missing(request, ()):
+            reclaim = self._take(request)
+            self.grants.append(Grant(request.name, reclaim))
+            return
+        candidates = sorted(self._candidates(request), key=_order)
+        if self._missing(request, self.leaving):
+            chosen = self._choose(request, [one for one in candidates if one.at <= self.now])
+            if not chosen and not self._wake(request, candidates):
+                self._wait(request, [], candidates)
+                self.passed.append(request)
+                return
+            self.leaving.update(one.name for one in chosen)
+            self.victims.extend(Victim(one.name, request.name, one.active, one.reason) for one in chosen)
+        self._wait(request, [one.name for one in self.kept if _meet(one, request)], candidates)
+        self._take(request)
+        self.kept.append(request)
 
-    Requests are served in the order of priority, then arrival.
-    """
-    raise NotImplementedError
+    def keep_reserve(self) -> dict[str, int]:
+        """Choose idle workloads that leave where the reserve is used; return the bytes to evict before, by device."""
+        used = {device: 0 for device, memory in self.snapshot.devices.items() if memory.free < 0}
+        reclaim = {
+            device: min(-self.snapshot.devices[device].free, self.snapshot.devices[device].reclaimable)
+            for device in used
+        }
+        request = MemoryRequest("", 0, used)
+        self.taken.clear()
+        if self._missing(request, self.leaving):
+            candidates = sorted(self._candidates(request), key=_order)
+            ready = [one for one in candidates if one.at <= self.now]
+            chosen = self._choose(request, ready) or [one for one in ready if self._frees(one, used)]
+            self.leaving.update(one.name for one in chosen)
+            self.victims.extend(Victim(one.name, "", one.active, one.reason) for one in chosen)
+            if not chosen:
+                self._wake_at(min((one.at for one in candidates), default=math.inf))
+        return {device: nbytes for device, nbytes in reclaim.items() if nbytes}
+
+    def _missing(self, request: MemoryRequest, gone: Collection[str]) -> dict[str, int]:
+        """Return the bytes by device that a request lacks once some workloads are away."""
+        freed = self._freed(request, gone)
+        missing: dict[str, int] = {}
+        for device, nbytes in request.needs.items():
+            memory = self.snapshot.devices.get(device, DeviceMemory(0))
+            there = memory.free + memory.reclaimable - self.taken.get(device, 0) + freed.get(device, 0)
+            if there < nbytes and (nbytes or not request.name):
+                missing[device] = nbytes - there
+        return missing
+
+    def _freed(self, request: MemoryRequest, gone: Collection[str]) -> dict[str, int]:
+        """Return the bytes by device that workloads free together: their own, and segments that only they read."""
+        freed: dict[str, int] = {}
+        if not gone:
+            return freed
+        for name in gone:
+            for device, nbytes in self.snapshot.workloads[name].leaves.items():
+                freed[device] = freed.get(device, 0) + nbytes
+        for number, segment in self.snapshot.segments.items():
+            if number in request.maps or number in self.wanted or segment.held or not segment.readers:
+                continue
+            if all(name in gone for name in segment.readers):
+                freed[segment.device] = freed.get(segment.device, 0) + segment.nbytes
+        return freed
+
+    def _frees(self, candidate: _Candidate, devices: Collection[str]) -> bool:
+        workload = self.snapshot.workloads[candidate.name]
+        return any(workload.leaves.get(device) for device in devices)
+
+    def _take(self, request: MemoryRequest) -> dict[str, int]:
+        """Count the needs of a request as used; return the bytes that eviction must free for them, by device."""
+        self.wanted |= request.maps
+        reclaim: dict[str, int] = {}
+        for device, nbytes in request.needs.items():
+            free = self.snapshot.devices[device].free if device in self.snapshot.devices else 0
+            before = self.taken.get(device, 0)
+            self.taken[device] = before + nbytes
+            evicted = max(0, before + nbytes - free) - max(0, before - free)
+            if evicted:
+                reclaim[device] = evicted
+        return reclaim
+
+    def _candidates(self, request: MemoryRequest) -> Iterator[_Candidate]:
+        for workload in self.snapshot.workloads.values():
+            if workload.name == request.name or workload.name in self.leaving:
+                continue
+            found = _candidate(workload, request, self.settings, self.now)
+            if found is not None:
+                yield found
+
+    def _choose(self, request: MemoryRequest, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Return the candidates that leave for a request, in order; none if all together would not do.
+
+        Those first in order that suffice, less those that are not needed beside the others. A set of candidates that
+        free a shared segment together is preferred if it is smaller, and takes from nobody in place of another.
+        """
+        best = self._least(request, candidates)
+        if len(best) < 2:
+            return best
+        worst = max(one.kind for one in best)
+        by_name = {one.name: one for one in candidates if one.kind <= worst}
+        for readers in {segment.readers for segment in self.snapshot.segments.values() if not segment.held}:
+            group = readers - self.leaving
+            if not group or len(group) >= len(best) or not group <= by_name.keys():
+                continue
+            others = [one for one in by_name.values() if one.name not in group]
+            found = self._least(request, sorted((by_name[name] for name in group), key=_order) + others)
+            if found and len(found) < len(best) and self._fair(request, found, candidates):
+                best = found
+        return sorted(best, key=_order)
+
+    def _least(self, request: MemoryRequest, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Return the first candidates that suffice, less those that are not needed; the last are spared first."""
+        chosen: list[_Candidate] = []
+        enough = False
+        for candidate in candidates:
+            chosen.append(candidate)
+            enough = self._suffice(request, chosen)
+            if enough:
+                break
+        if not enough:
+            return []
+        for candidate in reversed(chosen[:-1]):
+            fewer = [one for one in chosen if one is not candidate]
+            if self._suffice(request, fewer):
+                chosen = fewer
+        return chosen
+
+    def _suffice(self, request: MemoryRequest, chosen: Sequence[_Candidate]) -> bool:
+        return not self._missing(request, {*self.leaving, *(one.name for one in chosen)})
+
+    def _fair(self, request: MemoryRequest, chosen: Sequence[_Candidate], candidates: Sequence[_Candidate]) -> bool:
+        """Whether no candidate is chosen in whose place a comparable one, taken from longer ago, would do."""
+        return not any(
+            one.wronged_by(other) and self._suffice(request, [other, *(kept for kept in chosen if kept is not one)])
+            for one in chosen
+            for other in candidates
+            if other not in chosen
+        )
+
+    def _wake(self, request: MemoryRequest, candidates: Sequence[_Candidate]) -> bool:
+        """Whether a request is served as time passes, or after returns; if so, wake then."""
+        for at in sorted({one.at for one in candidates}):
+            if self._suffice(request, [one for one in candidates if one.at <= at]):
+                self._wake_at(at)
+                return True
+        return False
+
+    def _wake_at(self, at: float) -> None:
+        if self.now < at < math.inf:
+            self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    def _wait(self, request: MemoryRequest, ahead: Sequence[str], candidates: Sequence[_Candidate]) -> None:
+        self.waits.append(
+            explain(
+                request,
+                self.snapshot,
+                self.now,
+                missing=self._missing(request, ()),
+                ahead=ahead,
+                leaving=self.leaving,
+                times={one.name: one.at for one in candidates},
+            )
+        )
+
+
+def _candidate(workload: WorkloadView, request: MemoryRequest, settings: Settings, now: float) -> _Candidate | None:
+    """Return from when on a workload may be taken from for a request; None: not as time passes."""
+    if not workload.swappable or workload.state not in (WorkloadState.RESIDENT, WorkloadState.RETURNING):
+        return None
+    busy = workload.running > 0 or workload.waiting > 0
+    turn = max(settings.turn_s, TURN_SWAPS * workload.swap_s)
+    turn_over = workload.resident_since + turn
+    stay_over = workload.resident_since + max(settings.min_resident_s, MIN_RESIDENT_SWAPS * workload.swap_s)
+    idle_s = now - workload.idle_since
+    takes_turns = workload.priority == request.priority > 0
+    active = bool(request.name) and (workload.priority > request.priority or (takes_turns and turn_over <= now))
+    if busy and not request.name:
+        return None
+    if not request.name:
+        at, reason = workload.idle_since + settings.idle_after_s, f"idle for {idle_s:.0f} s; the reserve is used"
+    elif workload.priority > request.priority:
+        at, reason = now, f"{request.name} has a higher priority"
+    elif busy and takes_turns:
+        at, reason = turn_over, f"its turn of {turn:.1f} s is over; {request.name} waits"
+    elif busy:
+        return None
+    else:
+        at = now if not workload.priority and not request.priority else stay_over
+        reason = f"idle for {idle_s:.1f} s; {request.name} waits"
+    returns = workload.state is WorkloadState.RETURNING
+    idle = max(1.0, min(idle_s, settings.idle_after_s))
+    return _Candidate(
+        workload.name,
+        math.inf if returns else max(at, workload.declined_until),
+        active,
+        (not workload.priority, busy, -workload.priority if busy else 0),
+        0 if busy else int(math.log(idle, BAND)),
+        workload.taken_at,
+        workload.resident_since if busy else workload.idle_since,
+        reason,
+    )
+
+
+def _order(candidate: _Candidate) -> tuple[tuple[bool, bool, int], int, float, float, str]:
+    return candidate.order
+
+
+def _leaves(workload: WorkloadView) -> bool:
+    return workload.asked or workload.state in (WorkloadState.DRAINING, WorkloadState.LEAVING)
+
+
+def _meet(one: MemoryRequest, other: MemoryRequest) -> bool:
+    """Whether two requests need memory of the same device."""
+    return any(one.needs[device] and other.needs.get(device) for device in one.needs)

@@ -69,6 +69,10 @@ class Admission:
                 f"{self._blockers(device, key)}, or raise --max-resident"
             )
 
+    def evict(self, device: str, nbytes: int) -> bool:
+        """Evict models to free bytes that a workload needs; False, without evicting any, if that is not possible."""
+        return self._evict(device, nbytes, "memory for a workload")
+
     async def allocate(self, device: str, nbytes: int, key: str, wanted: Callable[[], bool] = lambda: True) -> Segment:
         """Allocate memory for a segment of the model ``key``; compact and evict if the device is full.
 

@@ -25,6 +25,10 @@ GOING: Final = frozenset({WorkloadState.DRAINING, WorkloadState.LEAVING})
 """States between ``resident`` and ``swapped``."""
 
 
+STILL: Final = frozenset({WorkloadState.RESIDENT, WorkloadState.DRAINING})
+"""States in which a workload has not begun to leave."""
+
+
 @dataclass(frozen=True)
 class Report:
     """The state and memory of a workload, as its speaker reports them.
@@ -179,6 +183,8 @@ class Workloads:
         self._workloads: dict[str, Workload] = {}
         self.waits: list[Wait] = []
         """In order of arrival."""
+        self.refusals: dict[str, int] = {}
+        """Refusals to leave since the store started, by the code of the error."""
         self.reserved: list[Wait] = []
         """Waits of publishers that were granted, until their segments are promised."""
 
@@ -335,6 +341,12 @@ class Workloads:
         workload.grant = Grant(dict(nbytes), dict(workload.private))
         workload.state, workload.since = WorkloadState.RETURNING, self._now()
 
+    def end_grant(self, workload: Workload) -> None:
+        """Take back what a workload was granted and did not use: it asks anew. Idempotent."""
+        if workload.grant is not None:
+            workload.grant = None
+            workload.state, workload.since = WorkloadState.SWAPPED, self._now()
+
     def published(self, client: Client, token: str, device: str, nbytes: int) -> None:
         """Record that a client plans to fill segments: they use the grant of its workload, if there is one."""
         workload = self.of(client)
@@ -351,10 +363,11 @@ class Workloads:
         """Record that a workload is asked to leave for others."""
         workload.asked, workload.taken_at = True, self._now()
 
-    def declined(self, workload: Workload, spared_s: float) -> None:
+    def declined(self, workload: Workload, code: str, spared_s: float) -> None:
         """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds."""
         workload.asked = False
         workload.refusals += 1
+        self.refusals[code] = self.refusals.get(code, 0) + 1
         workload.spared_until = self._now() + spared_s
 
     def _take(self, workload: Workload, report: Report) -> None:
