@@ -1,4 +1,4 @@
-"""Arguments of ``from_pretrained`` that describe the workload: ``wooly_workload``, ``wooly_priority``, ``wooly_swap``."""
+"""Arguments of ``from_pretrained`` about the workload: ``wooly_workload``, ``wooly_priority``, ``wooly_swap``."""
 
 from __future__ import annotations
 

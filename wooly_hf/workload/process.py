@@ -156,7 +156,7 @@ class Workload:
         """Measure and report the private bytes of a model again, which its user may have changed."""
         if model in self._private:
             self._private[model] = (self._private[model][0], stats(model).private_bytes)
-            self._agent.report(self._mover.holdings())
+            self._agent.changed(self._mover.holdings())
 
     def refuse(self, reason: str) -> None:
         """Stay from here on. Only the first reason counts."""
