@@ -40,8 +40,8 @@ def install() -> None:
 
 def guard(model: nn.Module, workload: Workload) -> None:
     """Have all uses of a model enter the gate of its workload."""
-    model.register_forward_pre_hook(_Before(workload), prepend=True)  # type: ignore[arg-type]  # returns None
-    model.register_forward_hook(_After(workload), always_call=True)  # type: ignore[arg-type]  # returns None
+    model.register_forward_pre_hook(_Before(workload), prepend=True)
+    model.register_forward_hook(_After(workload), always_call=True)
     for cls in type(model).__mro__:
         if "generate" in vars(cls):
             _wrap(cls, "generate")
@@ -84,13 +84,19 @@ def _using(model: Any) -> AbstractContextManager[None]:
     return contextlib.nullcontext() if workload is None else workload.gate.using()
 
 
+def _outside_of_compiled_code(hook: Callable[..., None]) -> Callable[..., None]:
+    """Let torch's compiler run a hook as it is, and what it calls."""
+    wrapped: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's
+    return wrapped
+
+
 class _Before:
     """The hook before a call of the model."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
 
-    @torch.compiler.disable
+    @_outside_of_compiled_code
     def __call__(self, module: nn.Module, _args: Any) -> None:
         self._workload.gate.enter(id(module), _frame_of_call())
 
@@ -104,7 +110,7 @@ class _After:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
 
-    @torch.compiler.disable
+    @_outside_of_compiled_code
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         self._workload.gate.leave(id(module))
         if not self._workload.refusal and _requires_grad(output):

@@ -30,20 +30,26 @@ IsShared = Callable[[torch.Tensor], bool]
 
 
 class WeakStorage:
-    """A storage that is not kept alive."""
+    """A storage that is not kept alive.
+
+    Attributes:
+        number: identifies it among those that are alive.
+    """
+
+    _free = staticmethod(torch.UntypedStorage._free_weak_ref)  # also at the end of the process
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         """Refer to a storage."""
-        self.number: int = storage._cdata
-        self._weak: int = storage._weak_ref()  # type: ignore[no-untyped-call]  # torch's
+        self.number = int(storage._cdata)
+        self._weak: Any = storage._weak_ref()
 
     def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self._weak)  # type: ignore[no-untyped-call]  # torch's
+        self._free(self._weak)  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def alive(self) -> bool:
         """Whether a tensor has this storage."""
-        return not torch.UntypedStorage._expired(self._weak)  # type: ignore[no-untyped-call]  # torch's
+        return not torch.UntypedStorage._expired(self._weak)
 
     @property
     def uses(self) -> int:
@@ -52,12 +58,13 @@ class WeakStorage:
 
 
 class _Counts(NamedTuple):
-    """References to one shared tensor."""
+    """References to one tensor: of Python and of torch; and to its storage."""
 
     tensor: torch.Tensor
     occurrences: int
     python: int
     torch: int
+    storage: int
 
 
 def references_elsewhere(
@@ -78,21 +85,20 @@ def references_elsewhere(
 
 
 def _elsewhere(registers: Collection[AbsentTensors], is_shared: IsShared, storages: Collection[WeakStorage]) -> str:
-    of_register, of_tensor = _usual()
-    if any(number > of_register for number in _counts_of_registers(registers)):
+    usual = _usual()
+    if any(number > usual.register for number in _counts_of_registers(registers)):
         return "a view of a module's parameters or buffers"
     counts = _counts(registers, is_shared)
-    tensors = Counter(found.tensor.untyped_storage()._cdata for found in counts)
     for found in counts:
-        usual = of_tensor.python + (of_tensor.python_again * (found.occurrences - 1))
-        if found.python > usual or found.torch > of_tensor.torch:
+        python = usual.python + usual.python_again * (found.occurrences - 1)
+        if found.python > python or found.torch > usual.torch or found.storage > usual.storage:
             return _described(found.tensor, registers, counts)
-    del counts
+    tensors = Counter(found.tensor.untyped_storage()._cdata for found in counts)
     for storage in storages:
         if storage.alive:
             if storage.number not in tensors:
                 return "a part that the model does not have any more"
-            if storage.uses > tensors[storage.number]:
+            if storage.uses > tensors[storage.number] + usual.storage_uses:
                 return "another tensor over the same memory, such as a view, a state dict or a NumPy array"
     return ""
 
@@ -112,18 +118,31 @@ def _counts(registers: Collection[AbsentTensors], is_shared: IsShared) -> list[_
                     tensors.append(tensor)
                 occurrences[id(tensor)] += 1
         tensor = None
-    return [_Counts(one, occurrences[id(one)], sys.getrefcount(one), one._use_count()) for one in tensors]
+    return [
+        _Counts(one, occurrences[id(one)], sys.getrefcount(one), _uses(one), sys.getrefcount(one.untyped_storage()))
+        for one in tensors
+    ]
+
+
+def _uses(tensor: Any) -> int:
+    """Return the references of C++ code to a tensor, and of its Python object."""
+    return int(tensor._use_count())
 
 
 class _Usual(NamedTuple):
+    """References to a register, to a tensor that occurs once or once more, and to a storage without its tensors."""
+
+    register: int
     python: int
     python_again: int
     torch: int
+    storage: int
+    storage_uses: int
 
 
 @functools.cache
-def _usual() -> tuple[int, _Usual]:
-    """Return the counts for a register, and for a tensor, to which nothing else refers."""
+def _usual() -> _Usual:
+    """Return the counts where nothing refers to a tensor but registers."""
 
     def probe(*names: str) -> list[AbsentTensors]:
         one = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
@@ -131,7 +150,9 @@ def _usual() -> tuple[int, _Usual]:
 
     once = _counts(probe("a"), lambda _: True)[0]
     twice = _counts(probe("a", "b"), lambda _: True)[0]
-    return _counts_of_registers(probe("a"))[0], _Usual(once.python, twice.python - once.python, once.torch)
+    (register,) = _counts_of_registers(probe("a"))
+    uses = WeakStorage(once.tensor.untyped_storage()).uses
+    return _Usual(register, once.python, twice.python - once.python, once.torch, once.storage, uses - 1)
 
 
 def _described(tensor: torch.Tensor, registers: Collection[AbsentTensors], counts: list[_Counts]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class SharedModel:
         device: torch's name of its device.
     """
 
-    def __init__(self, shared: Shared[object], device: torch.device, private_bytes: int) -> None:
+    def __init__(self, shared: Shared[Any], device: torch.device, private_bytes: int) -> None:
         """Describe a model that was attached or published.
 
         Args:
