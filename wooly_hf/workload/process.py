@@ -21,6 +21,7 @@ from shared_store.activity.writer import ActivityWriter
 from shared_store.base import envs
 from shared_store.base.errors import ConfigError, TimedOutError, UnsupportedError, WoolyError
 from shared_store.base.workload_settings import WorkloadSettings
+from shared_store.base.workload_states import WorkloadState
 from shared_store.client.session import Session
 from shared_store.overcommit.agent import Agent, connect
 from shared_store.protocol.messages.identity import Identity
@@ -80,6 +81,11 @@ class Workload:
     def name(self) -> str:
         """Its name, unique in the store."""
         return self._agent.name
+
+    @property
+    def state(self) -> WorkloadState:
+        """Where its memory is."""
+        return self._agent.state
 
     @property
     def alive(self) -> bool:
