@@ -116,7 +116,7 @@ class Departing:
     def _refused(self, workload: Workload, error: WoolyError) -> None:
         """Count a refusal, and spare the workload for a while."""
         text = one_line(str(error), MAX_REASON)
-        self._state.workloads.declined(workload, SPARED_S.get(error.code, SPARED_OTHERWISE_S), error.code)
+        self._state.workloads.declined(workload, error.code, SPARED_S.get(error.code, SPARED_OTHERWISE_S))
         if isinstance(error, UnsupportedError):
             workload.refusal = text
         log.warning("%s did not leave: %s [%s]", workload.name, text, error.code)

@@ -373,11 +373,8 @@ class Workloads:
         """Record that a workload is asked to leave for others."""
         workload.asked, workload.taken_at = True, self._now()
 
-    def declined(self, workload: Workload, spared_s: float, code: str = "declined") -> None:
-        """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds.
-
-        ``code``: of the error, for the counts.
-        """
+    def declined(self, workload: Workload, code: str, spared_s: float) -> None:
+        """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds."""
         self.counts.refused(code)
         workload.asked = False
         workload.refusals += 1
