@@ -185,8 +185,6 @@ class Workloads:
         self.counts = OvercommitCounts()
         self.waits: list[Wait] = []
         """In order of arrival."""
-        self.refusals: dict[str, int] = {}
-        """Refusals to leave since the store started, by the code of the error."""
         self.reserved: list[Wait] = []
         """Waits of publishers that were granted, until their segments are promised."""
 
@@ -380,7 +378,6 @@ class Workloads:
         self.counts.refused(code)
         workload.asked = False
         workload.refusals += 1
-        self.refusals[code] = self.refusals.get(code, 0) + 1
         workload.spared_until = self._now() + spared_s
 
     def _take(self, workload: Workload, report: Report) -> None:
