@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "pushes": ("benchmarks.scenarios.pushes", "requests of the store while a client waits, and cancels"),
     "fuzz": ("benchmarks.scenarios.fuzz", "damaged conversations of the protocol, with descriptors"),
+    "overcommit_sim": ("benchmarks.scenarios.overcommit_sim", "the overcommit policy on a simulated fleet"),
     "canary": ("benchmarks.scenarios.canary", "writes to weights after loading, for all random models"),
     "soak": ("benchmarks.soak.command", "clients that die at random, then an exact count"),
     "parity": ("benchmarks.parity.command", "stock vLLM, publisher and reader compared; writes docs/parity.md"),

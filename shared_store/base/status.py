@@ -67,7 +67,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
     of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
     not confirmed to have closed, so that their memory may still be allocated. They are not resident. ``host_bytes``:
-    bytes of host copies of the device's segments; they are resident bytes of ``cpu``.
+    bytes of host copies of the device's segments; they are resident bytes of ``cpu``. ``disk_bytes``: bytes of those
+    that are files of the swap directory.
 
     ``budget_bytes``: what all workloads may use together, private and shared. ``reserve_bytes``: kept free.
     ``free_bytes``: could be granted now, beside the reserve. ``granted_bytes``: granted and not yet allocated.
@@ -83,6 +84,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     padding_bytes: int = 0
     releasing_bytes: int = 0
     host_bytes: int = 0
+    disk_bytes: int = 0
     budget_bytes: int | None = None
     reserve_bytes: int = 0
     free_bytes: int | None = None
@@ -235,6 +237,48 @@ class LoopStatus(msgspec.Struct, frozen=True):
     longest_cpu_s: float = 0.0
 
 
+class DurationStatus(msgspec.Struct, frozen=True, gc=False):
+    """Durations of one kind since the store started.
+
+    ``name``: a step of a swap, or a priority (``0`` to ``4``). ``classes``: number of durations, one class for each of
+    :data:`LATENCY_BOUNDS_S` (above the previous bound, up to this one), and one for longer ones.
+    """
+
+    name: str
+    count: int
+    total_s: float
+    classes: tuple[int, ...]
+
+
+class SwapStatus(msgspec.Struct, frozen=True, gc=False):
+    """Swaps in one direction since the store started. ``bytes``: copied between devices and the host."""
+
+    direction: Literal["out", "in"]
+    count: int
+    bytes: int
+
+
+class RefusalStatus(msgspec.Struct, frozen=True, gc=False):
+    """Requests to leave that were refused since the store started. ``reason``: the code of an error."""
+
+    reason: str
+    count: int
+
+
+class OvercommitStatus(msgspec.Struct, frozen=True):
+    """Overcommit since the store started.
+
+    ``steps``: how long the parts of swaps took. ``waits``: how long workloads waited for memory until they were granted
+    it or gave up, by priority. ``waiting``: number of workloads that wait now, by priority (P0 first).
+    """
+
+    swaps: tuple[SwapStatus, ...] = ()
+    steps: tuple[DurationStatus, ...] = ()
+    waits: tuple[DurationStatus, ...] = ()
+    waiting: tuple[int, ...] = (0, 0, 0, 0, 0)
+    refusals: tuple[RefusalStatus, ...] = ()
+
+
 class Totals(msgspec.Struct, frozen=True):
     """Sums. ``saved_bytes``: bytes that readers map, minus one copy of every distinct blob of these."""
 
@@ -260,3 +304,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     quarantine: tuple[QuarantineStatus, ...] = ()
     loop: LoopStatus | None = None
     workloads: tuple[WorkloadStatus, ...] = ()
+    overcommit: OvercommitStatus = OvercommitStatus()

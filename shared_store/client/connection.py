@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
 import shared_store
 from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import (
@@ -150,11 +148,6 @@ class Connection:
                     raise
                 self._check()
             self._reconnect(link, min(GREETING_TIMEOUT_S, max(1.0, deadline - time.monotonic())))
-
-    def rename(self, name: str) -> None:
-        """Describe this process to later stores as one of a workload of this name."""
-        if self._identity is not None:
-            self._identity = msgspec.structs.replace(self._identity, name=name)
 
     def reconnect(self, lost: Link) -> None:
         """Replace a link that has ended. Raises as the constructor does."""

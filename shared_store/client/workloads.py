@@ -113,8 +113,6 @@ class Workloads:
                 log.warning("wooly: the store does not list this workload: %s [%s]", error, error.code)
             else:
                 fds.close()
-        if answer is not None:
-            self._connection.rename(answer.name)  # so that it has the same name in the next store
         self._joined = None if answer is None else link
         declared.joined(answer)
 

@@ -54,6 +54,9 @@ class Backend(ABC):
     """True if work may use mapped memory after the call that started it has returned, as kernels of a GPU do. Such
     memory is unmapped by :mod:`shared_store.memory.unmapping` only, and processes map it one at a time."""
 
+    zeroed: bool
+    """True if memory is zero when it is allocated. Otherwise it may have any bytes."""
+
     granularity: int
     """Segment sizes, reservations and their addresses are multiples of this number of bytes."""
 
@@ -65,6 +68,10 @@ class Backend(ABC):
             OutOfMemoryError: the device has too little free memory. The message has the bytes requested and free.
         """
 
+    def create_private(self, nbytes: int) -> Segment:
+        """Allocate physical memory that is never exported, as :meth:`create` does."""
+        return self.create(nbytes)
+
     @abstractmethod
     def export(self, segment: Segment) -> OwnedFd:
         """Export a descriptor of the segment, close-on-exec and valid in any process.
@@ -72,6 +79,10 @@ class Backend(ABC):
         Raises:
             MemoryBackendError: this process has no free descriptor, or the driver refuses.
         """
+
+    def export_writable(self, segment: Segment) -> OwnedFd:
+        """Export a descriptor to the process that fills the segment. Raises as :meth:`export` does."""
+        return self.export(segment)
 
     @abstractmethod
     def import_fd(self, fd: int, nbytes: int) -> Segment:

@@ -14,6 +14,7 @@ Work in flight is real, too: threads that use mapped memory, and fault if it is 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import secrets
 import struct
@@ -41,6 +42,11 @@ class Faults:
         with self._lock:
             self._planned.setdefault(call, set()).add(self._calls[call] + nth)
 
+    def clear(self) -> None:
+        """Forget the faults that were planned and have not happened."""
+        with self._lock:
+            self._planned.clear()
+
     def passing(self, call: str) -> None:
         """Count a call. Raises :class:`MemoryBackendError` if it is planned to fail."""
         with self._lock:
@@ -57,6 +63,7 @@ class FakeBackend(MemfdBackend):
         capacity: bytes of its memory.
         seals: without them, published memory can still be written, as a GPU's can.
         tag: identifies the device's memory; processes that pass the same one share a device. Default: a new device.
+        zeroed: without it, memory is full of ones when it is allocated.
     """
 
     def __init__(
@@ -66,8 +73,10 @@ class FakeBackend(MemfdBackend):
         *,
         seals: bool = True,
         tag: int | None = None,
+        zeroed: bool = True,
     ) -> None:
         self.device = device
+        self.zeroed = zeroed
         self.seals = seals
         self.capacity = capacity
         self.tag = 1 + secrets.randbelow(1 << 61) if tag is None else tag
@@ -106,12 +115,15 @@ class FakeBackend(MemfdBackend):
                     total += int(fields[-1]) + 1 - self.tag
         return total
 
-    def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+    def _allocate(self, nbytes: int, name: str) -> MemfdSegment:
         self.faults.passing("create")
         with self._lock:
-            segment = super().create(nbytes)  # refuses more than is available
+            segment = super()._allocate(nbytes, name)  # refuses more than is available
             lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, self.tag, nbytes, 0)  # a struct flock
             fcntl.fcntl(segment.fd.fileno(), fcntl.F_OFD_SETLK, lock)
+        if not self.zeroed:
+            with mmap.mmap(segment.fd.fileno(), nbytes) as memory:
+                memory.write(b"\xff" * nbytes)
         return segment
 
     def export(self, segment: Segment) -> OwnedFd:  # noqa: D102 - documented by the interface

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError, OutOfMemoryError
 from shared_store.memory.backend import Access, Backend, Segment, Unknown
@@ -43,6 +44,14 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
+def is_memory_file(fd: int) -> bool:
+    """Whether a descriptor is that of a memfd, of any process."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink()).startswith("/memfd:")
+    except OSError:
+        return False
+
+
 class MemfdSegment(Segment):
     """A memfd, owned by the segment."""
 
@@ -56,14 +65,22 @@ class MemfdBackend(Backend):
 
     device = "cpu"
     host_readable = True
+    zeroed = True
     granularity = mmap.PAGESIZE
 
     def create(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+        return self._allocate(nbytes, "wooly")
+
+    def create_private(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
+        return self._allocate(nbytes, "private (wooly)")
+
+    def _allocate(self, nbytes: int, name: str) -> MemfdSegment:
+        """Allocate memory under a name, which the kernel shows in the lists of mappings and descriptors."""
         free = self._available()
         if nbytes > free:
             raise self._out_of_memory(nbytes, free)
         try:
-            fd = OwnedFd(os.memfd_create("wooly", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            fd = OwnedFd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         except OSError as error:
             raise refused("cannot create a memfd", error) from error
         try:

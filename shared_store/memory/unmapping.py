@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -90,6 +90,7 @@ class Unmapping:
         mapped: True if memory is mapped there.
         segment: released with it, if there is one.
         pid: the process that reserved it. A driver does not survive a fork, and a child has no mapping of a device.
+        parts: address and size of each mapping in it, if they are not one mapping of all of it.
     """
 
     backend: Backend
@@ -98,6 +99,7 @@ class Unmapping:
     mapped: bool
     segment: Segment | None
     pid: int
+    parts: Sequence[tuple[int, int]] = ()
 
     def finish(self, *, wait: bool) -> bool:
         """Wait for the device, unmap, free the range, release the segment.
@@ -111,8 +113,8 @@ class Unmapping:
         if self.backend.asynchronous and self.pid != os.getpid():
             return True
         if self.mapped:
-            with _settled(self.backend, wait=wait) as settled:
-                if not settled:
+            with _settled(self.backend, wait=wait) as done:
+                if not done:
                     return False
                 self._unmap()
         self._free()
@@ -120,7 +122,8 @@ class Unmapping:
 
     def _unmap(self) -> None:
         try:
-            self.backend.unmap(self.address, self.nbytes)
+            for part in self.parts or ((self.address, self.nbytes),):
+                self.backend.unmap(*part)
         except BaseException:
             self._release()  # the range stays mapped and reserved, so that nothing else gets it
             raise
@@ -142,12 +145,23 @@ def unmap(backend: Backend, address: int, nbytes: int) -> None:
     Raises:
         MemoryBackendError: a graph is being captured, or the device refuses. The range is still mapped.
     """
-    with _settled(backend) as settled:
-        if not settled:
+    with settled(backend):
+        backend.unmap(address, nbytes)
+
+
+@contextlib.contextmanager
+def settled(backend: Backend) -> Iterator[None]:
+    """Wait until nothing uses the device's memory. In the block mapped ranges may be unmapped.
+
+    Raises:
+        MemoryBackendError: a graph is being captured.
+    """
+    with _settled(backend) as done:
+        if not done:
             raise MemoryBackendError(
                 f"cannot unmap memory of {backend.device} while a CUDA graph is being captured; end the capture first"
             )
-        backend.unmap(address, nbytes)
+        yield
     unmap_deferred()
 
 

@@ -190,6 +190,8 @@ class Agent:
             if not (grows or (record.state in AWAY and (record.starting or record.asleep))):
                 raise DeclinedError(f"this workload is {record.state.value}: it has to return first")
             record.growing = grows
+            if record.starting:
+                record.expect(needs)
         self._progress = progress
         limit = _Limit(timeout_s, self.explain)
         try:

@@ -90,6 +90,12 @@ class Record:
             self._settle(holdings)
         self.changed.notify_all()
 
+    def expect(self, needs: Mapping[str, int]) -> None:
+        """Expect a start to allocate bytes on each device: another store than the one that grants them counts them."""
+        private = self.holdings.private
+        total = {device: private.get(device, 0) + nbytes for device, nbytes in needs.items()}
+        self.holdings = replace(self.holdings, needs=total)
+
     def missing(self) -> Mapping[str, int]:
         """Return the private bytes that a return allocates on each device."""
         private, needs = self.holdings.private, self.holdings.needs
@@ -121,8 +127,9 @@ class Record:
         """Return the present state as a request to join."""
         with self.changed:
             private, stays, needs = self._bytes()
+            name = self.name if self.listed is not None else ""  # the one of the store before
             self._said = messages.Join(
-                number, self.workload, self.state.value, private, stays, needs, self.refusal, self.starting
+                number, self.workload, self.state.value, private, stays, needs, self.refusal, self.starting, name
             )
             return self._said
 

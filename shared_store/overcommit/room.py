@@ -22,11 +22,10 @@ _LONGEST_S: Final = 86400.0
 class Room:
     """The waits of one workload, one at a time."""
 
-    def __init__(self, record: Record, session: Session, alone_after_s: float = ALONE_AFTER_S) -> None:
+    def __init__(self, record: Record, session: Session) -> None:
         """Wait over a session that has joined, or will."""
         self._record = record
         self._session = session
-        self._alone_after_s = alone_after_s
         self._one = threading.Lock()
         self._lost_since: float | None = None
 
@@ -72,7 +71,7 @@ class Room:
         with record.changed:
             if self._lost_since is None:
                 self._lost_since = time.monotonic()
-            alone_at = self._lost_since + self._alone_after_s
+            alone_at = self._lost_since + ALONE_AFTER_S
             while record.joins == joins or not record.listed:
                 now = time.monotonic()
                 if withdrawal.withdrawn:

@@ -1,1 +1,1 @@
-"""Private memory that leaves its device and returns to the same addresses: ranges, and copies of them on the host."""
+"""Memory of one process that can leave its device and return at the same addresses, and copies of it meanwhile."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared_store.base.status import Status
-from shared_store.memory import Backend, backend_for
+from shared_store.memory import Backend, SwapFiles, Unknown, backend_for
 from shared_store.protocol import messages
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
@@ -31,6 +31,7 @@ from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.keeper_link.records import Records
 from shared_store.store.models.administration import Administration
 from shared_store.store.models.attach import Attach
+from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.models.open import Opening
 from shared_store.store.models.publish import Publishing
 from shared_store.store.models.quarantine import Quarantining
@@ -54,8 +55,10 @@ from shared_store.store.space.compaction import Compactor
 from shared_store.store.space.compaction_requests import CompactionRequests
 from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
+from shared_store.store.space.host_budget import HostBudget
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.accounts import MemoryRules
+from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
 from shared_store.store.waiting import Waiters
 
@@ -88,7 +91,7 @@ class Parts:
         options = options or (inheritance.options if inheritance else ServeOptions(Path()))
         rules = MemoryRules(options.budget, options.reserve, options.max_priority)
         self.state = StoreState(limits, clock, rules=rules)
-        self.devices = Devices(backends, find_backend)
+        self.devices = Devices({FILES: SwapFiles(options.swap_dir), **backends}, find_backend)
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
@@ -102,6 +105,8 @@ class Parts:
         self.compactor = Compactor(self.state, self.devices, self.effects, self.signals)
         self.host_compaction = HostCompaction(self.devices, self.compactor)
         self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction, self.confirmations)
+        budget = options.host_budget if options.host_budget is not None else _half_of_free(backends, inheritance)
+        self.host_budget = HostBudget(self.state, self.devices, self.admission, self.evictor, budget)
         self.arrivals = Arrivals()
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
         self.offers = Offers(self.state, self.devices, self.effects, self.keeper, self.signals, self.arrivals)
@@ -123,6 +128,7 @@ class Parts:
             confirmed=self.confirmations.wait,
             settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
         )
+        self.confirmations.observe(self.swapper.changed)
         if inheritance is not None and (inheritance.restarts or inheritance.held.models):
             self.swapper.hold()
         self.requests = Requests.of(self)
@@ -167,12 +173,15 @@ class Requests:
         state, devices, effects, signals = parts.state, parts.devices, parts.effects, parts.signals
         keeper, waiters, evictor = parts.keeper, parts.waiters, parts.evictor
         attach = Attach(state, devices, effects, signals)
+        file_copies = FileCopies(state, devices, parts.admission)
         publishers = Publishers(state, parts.authority, parts.swapper)
         explanations = Explanations(state, parts.view, parts.statuses)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
             Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, publishers, attach),
-            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission),
+            ResidencyRequests(
+                state, devices, effects, signals, keeper, parts.admission, parts.host_budget, file_copies
+            ),
             Quarantining(state, devices, effects, signals),
             Administration(state, effects, signals, keeper),
             CompactionRequests(state, devices, parts.compactor),
@@ -224,3 +233,14 @@ class Requests:
             messages.Shutdown: plain(process.shut_down),
             messages.Upgrade: plain(process.upgrade),
         }
+
+
+def _half_of_free(backends: Mapping[str, Backend], inheritance: Inheritance | None) -> int | None:
+    """Return half of the host memory that is free without the host copies of an earlier store; None: unknown."""
+    if HOST not in backends or isinstance(free := backends[HOST].free_bytes(), Unknown):
+        return None
+    held = inheritance.held.segments if inheritance else {}
+    copies = {found.record.host for found in held.values()}
+    return (
+        free + sum(held[one].record.nbytes for one in copies if one in held and held[one].record.device == HOST)
+    ) // 2

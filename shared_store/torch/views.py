@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from shared_store.base.manifest import TensorEntry
-from shared_store.memory import Mapping
 
 
-def storage_of(mapping: Mapping) -> torch.UntypedStorage:
+class MappedMemory(Protocol):
+    """Addresses with memory behind them: a :class:`~shared_store.memory.Mapping`, or a range of private memory."""
+
+    address: int
+    nbytes: int
+    ordinal: int | None
+
+
+def storage_of(mapping: MappedMemory) -> torch.UntypedStorage:
     """Return a storage of all bytes of a mapping, which must be mapped. Its slices keep the mapping alive too."""
     if mapping.ordinal is not None:
         device = torch.device("cuda", mapping.ordinal)
@@ -48,7 +55,7 @@ class _CudaBytes:
     because torch accepts nothing else; the access of the mapping is unchanged.
     """
 
-    def __init__(self, mapping: Mapping) -> None:
+    def __init__(self, mapping: MappedMemory) -> None:
         self.mapping = mapping
         self.__cuda_array_interface__ = {
             "data": (mapping.address, False),

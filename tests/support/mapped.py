@@ -29,6 +29,19 @@ def segment_ranges(pid: int | str = "self") -> list[SegmentRange]:
     return found
 
 
+def resident_bytes(address: int, nbytes: int) -> int:
+    """Return the bytes of an address range of this process that have pages (`Rss` of its mappings)."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        head, *rest = line.split()
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            inside = address <= start and end <= address + nbytes
+        elif inside and head == "Rss:":
+            total += int(rest[0]) * 1024
+    return total
+
+
 def segment_bytes(pid: int) -> int:
     """Return the bytes of all segments in host memory that a process has descriptors of."""
     found: dict[int, int] = {}

@@ -28,7 +28,7 @@ from wooly_vllm.loading import identity, methods, rehearsal, state
 from wooly_vllm.loading.inner_loader import InnerLoader
 from wooly_vllm.memory import refused_writes
 from wooly_vllm.options import Options
-from wooly_vllm.residency import activity, shared_models, sleep
+from wooly_vllm.residency import activity, phase, shared_models, sleep, worker
 
 LOST_TOLERATED = 0.01
 """Fraction of the mapped bytes that may become private after binding without a warning."""
@@ -93,6 +93,7 @@ class VllmSteps:
     def prepare(self) -> None:
         """Hook the workers' sleep, and check the engine's settings and device."""
         sleep.install_in_workers()
+        worker.install()
         self._request.check_supported()
         backend_of(self._request.device)
 
@@ -191,7 +192,8 @@ class VllmSteps:
                 "wooly: %s: %.1f MiB that could be shared became private after binding", self.name, lost / 2**20
             )
         activity.may_report_through(shared.session)
-        shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
+        phase.use(shared.session)
+        shared_models.add(model, self._sleeper(shared, found))
         if self._request.device.type == "cuda":
             refused_writes.install()
         return dataclasses.replace(found, tensors=meant.tensors)

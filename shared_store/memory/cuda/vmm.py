@@ -48,6 +48,7 @@ class CudaBackend(Backend):
 
     host_readable = False
     asynchronous = True
+    zeroed = False
 
     def __init__(self, device: str) -> None:
         """Find a GPU by its UUID (``GPU-...``), among those that ``CUDA_VISIBLE_DEVICES`` shows.
@@ -65,16 +66,21 @@ class CudaBackend(Backend):
         self._driver = Driver()
         types = self._driver.bindings
         self._fd_type = types.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-        self._properties = types.CUmemAllocationProp()
-        self._properties.type = types.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        self._properties.requestedHandleTypes = self._fd_type
-        self._properties.location = self._location()
+        self._properties = self._allocation(self._fd_type)
+        self._private_properties = self._allocation(types.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_NONE)
         recommended = types.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
         self.granularity = int(self._driver.call("cuMemGetAllocationGranularity", self._properties, recommended))
 
     def create(self, nbytes: int) -> CudaSegment:  # noqa: D102 - documented by the interface
+        return self._create(nbytes, self._properties)
+
+    def create_private(self, nbytes: int) -> CudaSegment:
+        """Allocate memory without a handle type: the driver's checkpoint saves it, and not what can be exported."""
+        return self._create(nbytes, self._private_properties)
+
+    def _create(self, nbytes: int, properties: Any) -> CudaSegment:
         try:
-            handle = self._driver.call("cuMemCreate", nbytes, self._properties, 0)
+            handle = self._driver.call("cuMemCreate", nbytes, properties, 0)
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"cannot allocate a segment of {nbytes} bytes on {self.device}: {self.free_bytes()} bytes are free, "
@@ -158,6 +164,14 @@ class CudaBackend(Backend):
         """Return the memory of the GPU, from NVML."""
         found = nvml.memory(self.device)
         return found if isinstance(found, Unknown) else found.total
+
+    def _allocation(self, handle_type: Any) -> Any:
+        types = self._driver.bindings
+        properties = types.CUmemAllocationProp()
+        properties.type = types.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.requestedHandleTypes = handle_type
+        properties.location = self._location()
+        return properties
 
     def _location(self) -> Any:
         types = self._driver.bindings

@@ -21,8 +21,8 @@ from shared_store.store.space.eviction import CachedModel, evict, evict_one
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_compaction import HostCompaction
 from shared_store.store.state.models import Model, State
+from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
-from shared_store.store.state.tiers import HOST
 
 MAX_NAMED: Final = 5
 """Most models that an error lists by name."""
@@ -134,8 +134,8 @@ class Admission:
         """Evict models to free ``needed`` bytes; return False, without evicting any, if that is not possible."""
         if self._state.grace.active:
             return False
-        if device == HOST:
-            needed -= self._evictor.drop_spare_host_copies(needed)
+        if device in {HOST, FILES}:
+            needed -= self._evictor.drop_spare_host_copies(needed, device)
         return self._evict_all(evict(self._cached(device), self._state.segments.occupied(device), needed), reason)
 
     def _evict_for(self, device: str, nbytes: int, free: int | Unknown, *, first: bool) -> bool:
@@ -171,7 +171,7 @@ class Admission:
 
     def _uses(self, device: str, model: Model) -> bool:
         """Whether a model has memory of a device: of its own, or host copies that alone have its bytes."""
-        return model.device == device or (device == HOST and self._state.in_host_memory(model.key))
+        return model.device == device or (device in {HOST, FILES} and self._state.in_lower_tier(model.key, device))
 
     def _blockers(self, device: str, key: str) -> str:
         """Return the models that cannot be evicted, and the next steps, for an error."""
