@@ -73,7 +73,7 @@ class ResidencyRequests:
         Raises:
             ProtocolError: the copy is not promised to the client, or is allocated already.
             OutOfMemoryError: host memory is too small.
-            ConnectionLostError: the copies were dropped meanwhile.
+            ConnectionLostError: the copies were dropped meanwhile, or the client disconnected while it waited.
             MemoryBackendError: the descriptor cannot be duplicated.
         """
         state = self._state
@@ -81,7 +81,7 @@ class ResidencyRequests:
         host = copying.copies.get(request.segment)
         if host is None or state.segments.at(host).allocated:
             raise ProtocolError(f"no host copy of segment {request.segment} is to be allocated")
-        memory = await self._admission.allocate(HOST, state.segments.at(host).nbytes, request.key)
+        memory = await self._admission.allocate(HOST, state.segments.at(host).nbytes, request.key, session.gone)
         if not state.tiers.running(copying) or state.segments.at(host).allocated:
             self._devices.backend(HOST).release(memory)
             raise ConnectionLostError(f"the host copies of {request.key} were dropped")
