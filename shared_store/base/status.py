@@ -67,7 +67,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     ``dead_bytes``: bytes of blobs that are no longer referenced. ``padding_bytes``: bytes between blobs and at the ends
     of segments, whose sizes are multiples of 2 MiB. ``releasing_bytes``: bytes of released segments that the keeper has
     not confirmed to have closed, so that their memory may still be allocated. They are not resident. ``host_bytes``:
-    bytes of host copies of the device's segments; they are resident bytes of ``cpu``.
+    bytes of host copies of the device's segments; they are resident bytes of ``cpu``. ``disk_bytes``: bytes of those
+    that are files of the swap directory.
 
     ``budget_bytes``: what all workloads may use together, private and shared. ``reserve_bytes``: kept free.
     ``free_bytes``: could be granted now, beside the reserve. ``granted_bytes``: granted and not yet allocated.
@@ -83,6 +84,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, gc=False):
     padding_bytes: int = 0
     releasing_bytes: int = 0
     host_bytes: int = 0
+    disk_bytes: int = 0
     budget_bytes: int | None = None
     reserve_bytes: int = 0
     free_bytes: int | None = None

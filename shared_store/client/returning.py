@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.protocol.messages.capabilities import ABANDON_COMPACTION
 
@@ -31,8 +30,6 @@ def returning(
             return messages.ReleaseHostCopies(next_id(), request.key)
         case messages.FillHostCopy(), messages.Filled():
             return messages.ReleaseHostCopies(next_id(), request.key)
-        case messages.TakeRoom(), messages.RoomTaken():
-            return messages.ReportWorkload(next_id(), request.workload, WorkloadState.SWAPPED.value)
         case messages.Compact(), messages.Compacting() if ABANDON_COMPACTION in capabilities:
             return messages.AbandonCompaction(next_id(), reply.target.id)
     return None

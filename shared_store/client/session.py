@@ -369,12 +369,13 @@ class Session:
 
     # Readers that sleep. The store must support "residency".
 
-    def copy_to_host(self, key: str, timeout_s: float) -> tuple[messages.HostCopies, OwnedFds]:
+    def copy_to_host(self, key: str, timeout_s: float, *, ahead: bool = False) -> tuple[messages.HostCopies, OwnedFds]:
         """Ask for host copies of the segments of a model that this session reads.
 
         Args:
             key: the weight key.
-            timeout_s: seconds that another client may take to make copies of the same segments.
+            timeout_s: seconds that another client, or the store, may take to make copies of the same segments.
+            ahead: only if they fit without taking anything from others. The store must support "workloads".
 
         Returns:
             The segments, and a descriptor of each host copy that exists. Those that are promised are to be made by
@@ -384,7 +385,7 @@ class Session:
             ModelNotFoundError: this session does not read the model.
             OutOfMemoryError: the copies do not fit under the limit of host memory.
         """
-        request = messages.CopyToHost(self._next(), key)
+        request = messages.CopyToHost(self._next(), key, ahead)
         return self._connection.call(request, messages.HostCopies, timeout_s, repeat=True)
 
     def fill_host_copy(self, key: str, segment: int) -> OwnedFd:

@@ -67,6 +67,8 @@ class Workloads:
             timeout_s: seconds to wait.
             withdrawal: ends the wait before.
 
+        A grant may cross a wait that ends early: the next :meth:`report` ends it.
+
         Raises:
             TimedOutError: there was no memory in time.
             RequestCancelledError: it was withdrawn.

@@ -80,6 +80,10 @@ class Backend(ABC):
             MemoryBackendError: this process has no free descriptor, or the driver refuses.
         """
 
+    def export_writable(self, segment: Segment) -> OwnedFd:
+        """Export a descriptor to the process that fills the segment. Raises as :meth:`export` does."""
+        return self.export(segment)
+
     @abstractmethod
     def import_fd(self, fd: int, nbytes: int) -> Segment:
         """Import a segment from a descriptor. The descriptor is borrowed: the segment duplicates it.
@@ -136,3 +140,7 @@ class Backend(ABC):
     @abstractmethod
     def free_bytes(self) -> int | Unknown:
         """Estimate the bytes that could be allocated now."""
+
+    def total_bytes(self) -> int | Unknown:
+        """Return the device's whole memory, whoever uses it."""
+        return Unknown("this backend does not tell it")

@@ -38,6 +38,11 @@ def machine_free() -> int:
     return _field(Path("/proc/meminfo"), "MemAvailable:") * 1024
 
 
+def machine_total() -> int:
+    """Return the bytes of the machine's memory."""
+    return _field(Path("/proc/meminfo"), "MemTotal:") * 1024
+
+
 def group_free() -> int:
     """Return the bytes left under the tightest limit of this process's control groups, else :data:`UNLIMITED`."""
     try:

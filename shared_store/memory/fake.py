@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared_store.base.errors import MemoryBackendError
-from shared_store.memory.backend import Access, Segment
+from shared_store.memory.backend import Access, Segment, Unknown
 from shared_store.memory.memfd import MemfdBackend, MemfdSegment
 from shared_store.runtime.fds import OwnedFd
 
@@ -41,6 +41,11 @@ class Faults:
         """Make the ``nth`` call (1 is the next) of a backend method raise :class:`MemoryBackendError`."""
         with self._lock:
             self._planned.setdefault(call, set()).add(self._calls[call] + nth)
+
+    def clear(self) -> None:
+        """Forget the faults that were planned and have not happened."""
+        with self._lock:
+            self._planned.clear()
 
     def passing(self, call: str) -> None:
         """Count a call. Raises :class:`MemoryBackendError` if it is planned to fail."""
@@ -147,6 +152,11 @@ class FakeBackend(MemfdBackend):
         if not segment.released:
             self.calls.append("release")
         super().release(segment)
+
+    def total_bytes(self) -> int | Unknown:
+        """Return the capacity, or host memory if that is less."""
+        total = super().total_bytes()
+        return total if isinstance(total, Unknown) else min(self.capacity, total)
 
     def _available(self) -> int:
         """Return the bytes left of the capacity, and of host memory."""

@@ -152,11 +152,10 @@ class PrivateMemory:
             MemoryBackendError: a graph is being captured, or the device refuses. Some memory may be gone:
                 :meth:`come_back` maps it again.
         """
-        with self._lock:
+        with self._lock, self._phase(), unmappings.settled(self.backend):
             self.away = True
-            with self._phase(), unmappings.settled(self.backend):
-                for it in self._all():
-                    it.unmap()
+            for it in self._all():
+                it.unmap()
 
     def come_back(self) -> None:
         """Give every range memory again. Idempotent.

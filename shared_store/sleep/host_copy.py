@@ -102,12 +102,13 @@ class SegmentCopies(HostCopy):
             log.debug("wooly: could not release host copies of %s: %s", self.manifest.key[:12], error)
 
 
-def copy_segments(model: Model, progress: Progress = ignore_progress) -> SegmentCopies:
+def copy_segments(model: Model, progress: Progress = ignore_progress, *, ahead: bool = False) -> SegmentCopies:
     """Return the host copies of a model's segments. Those that do not exist are made.
 
     Args:
         model: the model, which this process reads.
         progress: called with bytes copied.
+        ahead: only if the copies fit without taking anything from others.
 
     Raises:
         ModelNotFoundError: this process does not read the model, or the store withdrew it.
@@ -116,7 +117,7 @@ def copy_segments(model: Model, progress: Progress = ignore_progress) -> Segment
         StoreUnavailableError: there is no store.
     """
     session, key = model.session, model.manifest.key
-    copies, fds = session.copy_to_host(key, model.timeout_s)
+    copies, fds = session.copy_to_host(key, model.timeout_s, ahead=ahead)
     promised = [segment for segment in copies.segments if segment.promised]
     try:
         if promised:

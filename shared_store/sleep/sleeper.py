@@ -17,7 +17,7 @@ from collections.abc import Mapping as Map
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_store.base.errors import ModelNotFoundError, UnsupportedError
+from shared_store.base.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedError
 from shared_store.base.manifest import Manifest
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
@@ -107,6 +107,32 @@ class Sleeper:
                     "weights, and the changes would be lost"
                 )
             self._host = self._copy(progress)
+
+    def copy_ahead(self, progress: Progress = ignore_progress) -> bool:
+        """Have host copies made before they are needed, so that the first departure copies no weights.
+
+        The model stays awake, and nobody needs the copies: the store drops them when it needs their memory. Kernels may
+        use the model meanwhile.
+
+        Returns:
+            False if the store is of an earlier version, or the copies do not fit beside what others have.
+
+        Raises:
+            DigestMismatchError: the bytes on the device do not match their digests.
+            StoreUnavailableError: there is no store.
+        """
+        with self._lock:
+            if self.asleep or self._host is not None:
+                return True
+            if not self._session.supports(messages.WORKLOADS):
+                return False
+            try:
+                host = copy_segments(self._model, progress, ahead=True)
+            except (OutOfMemoryError, ConfigError, ModelNotFoundError) as error:
+                log.debug("wooly: no host copies of %s ahead: %s", self._model.manifest.name, error)
+                return False
+            host.leave(self._model)
+            return True
 
     def stay_awake(self) -> None:
         """Release the host copies that :meth:`prepare` opened. Does nothing while the model sleeps."""

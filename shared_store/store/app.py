@@ -153,7 +153,7 @@ async def _serve(
         for part in (endpoint, catalog, embedded):
             if part is not None:
                 await asyncio.to_thread(part.stop)
-        parts.devices.close()
+        await parts.close()
 
 
 def _start_own(server: EmbeddedServer) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from shared_store.base.status import Status
-from shared_store.memory import Backend, backend_for
+from shared_store.memory import Backend, SwapFiles, Unknown, backend_for
 from shared_store.protocol import messages
+from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.clients.activity import ActivityRequests
 from shared_store.store.clients.files import FileRequests
@@ -17,6 +19,8 @@ from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
 from shared_store.store.clients.sessions import Sessions
 from shared_store.store.clients.turns import TurnRequests
+from shared_store.store.clients.workload_commands import WorkloadCommands
+from shared_store.store.clients.workloads import WorkloadRequests
 from shared_store.store.devices.devices import Devices
 from shared_store.store.dispatch import Dispatch, Table, plain
 from shared_store.store.effects import Effects
@@ -27,22 +31,34 @@ from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.keeper_link.records import Records
 from shared_store.store.models.administration import Administration
 from shared_store.store.models.attach import Attach
+from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.models.open import Opening
 from shared_store.store.models.publish import Publishing
 from shared_store.store.models.quarantine import Quarantining
 from shared_store.store.models.residency import ResidencyRequests
 from shared_store.store.observe.latency import RequestTimes
+from shared_store.store.observe.workloads import WorkloadStatuses
 from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.grace import GracePeriod
 from shared_store.store.recovery.offers import Offers
 from shared_store.store.recovery.restore import Restore
+from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.departing import Departing
+from shared_store.store.residency.explanation import Explanations
+from shared_store.store.residency.node_view import NodeView
+from shared_store.store.residency.policy import Settings
+from shared_store.store.residency.publishers import Publishers
+from shared_store.store.residency.swapper import Swapper
 from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
 from shared_store.store.space.compaction import Compactor
 from shared_store.store.space.compaction_requests import CompactionRequests
 from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
+from shared_store.store.space.host_budget import HostBudget
 from shared_store.store.space.host_compaction import HostCompaction
+from shared_store.store.state.accounts import MemoryRules
+from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
 from shared_store.store.waiting import Waiters
 
@@ -55,6 +71,7 @@ class Parts:
         backends: Mapping[str, Backend],
         limits: Mapping[str, int],
         *,
+        options: ServeOptions | None = None,
         inheritance: Inheritance | None = None,
         channel: ControlChannel | None = None,
         find_backend: Callable[[str], Backend] = backend_for,
@@ -65,13 +82,16 @@ class Parts:
         Args:
             backends: memory backends by device; others are looked up when a client names their devices.
             limits: most bytes of segments by device.
+            options: settings of overcommit; None: the inheritance's, or the defaults.
             inheritance: settings, descriptors and state that the store started with.
             channel: to the keeper; None: there is none.
             find_backend: looks up a device's backend.
             clock: returns Unix seconds.
         """
-        self.state = StoreState(limits, clock)
-        self.devices = Devices(backends, find_backend)
+        options = options or (inheritance.options if inheritance else ServeOptions(Path()))
+        rules = MemoryRules(options.budget, options.reserve, options.max_priority)
+        self.state = StoreState(limits, clock, rules=rules)
+        self.devices = Devices({FILES: SwapFiles(options.swap_dir), **backends}, find_backend)
         self.signals = Signals()
         self.waiters = Waiters()
         self.times = RequestTimes()
@@ -85,6 +105,8 @@ class Parts:
         self.compactor = Compactor(self.state, self.devices, self.effects, self.signals)
         self.host_compaction = HostCompaction(self.devices, self.compactor)
         self.admission = Admission(self.state, self.devices, self.evictor, self.host_compaction, self.confirmations)
+        budget = options.host_budget if options.host_budget is not None else _half_of_free(backends, inheritance)
+        self.host_budget = HostBudget(self.state, self.devices, self.admission, self.evictor, budget)
         self.arrivals = Arrivals()
         self.restore = Restore(self.state, self.devices, self.keeper, self.effects, self.signals, self.arrivals)
         self.offers = Offers(self.state, self.devices, self.effects, self.keeper, self.signals, self.arrivals)
@@ -92,7 +114,29 @@ class Parts:
             self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor, self.effects
         )
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
+        self.statuses = WorkloadStatuses(self.state, self.pages)
+        self.view = NodeView(self.state, self.statuses)
+        self.authority = Authority(self.state, self.devices, self.signals)
+        self.departing = Departing(self.state, self.signals, self.sessions.of)
+        self.swapper = Swapper(
+            self.state,
+            self.view,
+            self.authority,
+            self.departing,
+            self.signals,
+            evict=self.admission.evict,
+            confirmed=self.confirmations.wait,
+            settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
+        )
+        self.confirmations.observe(self.swapper.changed)
+        if inheritance is not None and (inheritance.restarts or inheritance.held.models):
+            self.swapper.hold()
         self.requests = Requests.of(self)
+
+    async def close(self) -> None:
+        """End all work, and release all memory. Clients are gone already."""
+        await self.swapper.stop()
+        self.devices.close()
 
     def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
         """Return the dispatch of all requests.
@@ -120,6 +164,8 @@ class Requests:
     files: FileRequests
     reports: Reports
     activity: ActivityRequests
+    workloads: WorkloadRequests
+    commands: WorkloadCommands
 
     @staticmethod
     def of(parts: Parts) -> Requests:
@@ -127,10 +173,15 @@ class Requests:
         state, devices, effects, signals = parts.state, parts.devices, parts.effects, parts.signals
         keeper, waiters, evictor = parts.keeper, parts.waiters, parts.evictor
         attach = Attach(state, devices, effects, signals)
+        file_copies = FileCopies(state, devices, parts.admission)
+        publishers = Publishers(state, parts.authority, parts.swapper)
+        explanations = Explanations(state, parts.view, parts.statuses)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
-            Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, attach),
-            ResidencyRequests(state, devices, effects, signals, keeper, parts.admission),
+            Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, publishers, attach),
+            ResidencyRequests(
+                state, devices, effects, signals, keeper, parts.admission, parts.host_budget, file_copies
+            ),
             Quarantining(state, devices, effects, signals),
             Administration(state, effects, signals, keeper),
             CompactionRequests(state, devices, parts.compactor),
@@ -139,6 +190,8 @@ class Requests:
             FileRequests(state, keeper),
             Reports(state, signals),
             ActivityRequests(parts.pages),
+            WorkloadRequests(state, signals, parts.authority, parts.swapper),
+            WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
         )
 
     def table(self, process: ProcessRequests) -> Table:
@@ -170,7 +223,24 @@ class Requests:
             messages.Report: plain(self.reports.report),
             messages.ReportFallback: plain(self.reports.report_fallback),
             messages.GetActivityPage: plain(self.activity.get_page),
+            messages.Join: plain(self.workloads.join),
+            messages.TakeRoom: plain(self.workloads.take_room),
+            messages.ReportWorkload: plain(self.workloads.report),
+            messages.MoveWorkload: plain(self.commands.move),
+            messages.SetPriority: plain(self.commands.set_priority),
+            messages.ExplainWorkload: plain(self.commands.explain),
             messages.GetStatus: plain(process.get_status),
             messages.Shutdown: plain(process.shut_down),
             messages.Upgrade: plain(process.upgrade),
         }
+
+
+def _half_of_free(backends: Mapping[str, Backend], inheritance: Inheritance | None) -> int | None:
+    """Return half of the host memory that is free without the host copies of an earlier store; None: unknown."""
+    if HOST not in backends or isinstance(free := backends[HOST].free_bytes(), Unknown):
+        return None
+    held = inheritance.held.segments if inheritance else {}
+    copies = {found.record.host for found in held.values()}
+    return (
+        free + sum(held[one].record.nbytes for one in copies if one in held and held[one].record.device == HOST)
+    ) // 2

@@ -239,9 +239,12 @@ class StateMachine(StateDriver):
             self._carry_out(self.state.cancel_copying(name, number))
             self._carry_out(self.state.let_go(name, number))
 
-    @rule(needed=st.sampled_from([1, 4 * MIB]))
-    def drop_spare_host_copies(self, needed):
-        self._carry_out(self.state.drop_spare_host_copies(needed)[1])
+    @rule(needed=st.sampled_from([1, 4 * MIB]), device=st.sampled_from(["cpu", "disk"]))
+    def drop_spare_host_copies(self, needed, device):
+        before = self.state.segments.used(device)
+        freed, effects = self.state.drop_spare_host_copies(needed, device)
+        self._carry_out(effects)
+        assert self.state.segments.used(device) == before - freed
 
     def _awake(self):
         return sorted(read for read in self.around.reading if read in self._reading_by_key())
@@ -379,7 +382,9 @@ class StateMachine(StateDriver):
     @invariant()
     def limits_are_kept(self):
         assert self.state.segments.used("cpu") <= self.limit
-        assert sum(entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu") <= self.limit
+        assert sum(
+            entry.nbytes for entry in self.state.segments.all() if entry.device == "cpu" and entry.allocated
+        ) <= (self.limit)
 
     @invariant()
     def segments_of_readers_exist(self):
@@ -397,11 +402,17 @@ class StateMachine(StateDriver):
             assert (entry.id in segments.copied) == (entry.host is not None)
             if entry.residency is not Residency.RESIDENT:
                 assert entry.host is not None
-                assert entry.device != "cpu"
+                assert entry.device != "disk"
             if entry.host is not None:
                 host = segments.at(entry.host)
-                assert (host.device, host.nbytes, host.host_of) == ("cpu", entry.nbytes, entry.id)
+                assert (host.nbytes, host.host_of) == (entry.nbytes, entry.id)
+                assert host.device in ("cpu", "disk")
+                assert host.device != entry.device
+                assert (entry.id in segments.filed) == (host.device == "disk")
                 assert host.settled
+                assert not host.blobs
+                below = Residency.DISK if host.device == "disk" else Residency.HOST
+                assert entry.residency in {Residency.RESIDENT, Residency.LEAVING, Residency.RETURNING, below}
             if entry.host_of is not None:
                 assert segments.at(entry.host_of).host == entry.id
         for name in {name for name, _ in self.around.away}:
@@ -418,9 +429,7 @@ class StateMachine(StateDriver):
                 if entry.residency is Residency.RESIDENT and entry.settled and entry.host is not None:
                     owners = {owner for owner in state.segments.owners(segment) if "/needed by " not in owner}
                     models = [state.models.get(owner) for owner in owners]
-                    assert entry.device == "cpu" or any(
-                        model is None or model.awake or model.pinned or model.publisher for model in models
-                    )
+                    assert any(model is None or model.awake or model.pinned or model.publisher for model in models)
 
     @invariant()
     def bytes_by_tier_are_exact(self):
@@ -431,12 +440,12 @@ class StateMachine(StateDriver):
                 for blob, segment in zip(blobs, places, strict=True)
                 if segment not in self.state.segments.elsewhere
             )
-            host = sum(
-                blob.nbytes
-                for blob, segment in zip(blobs, places, strict=True)
-                if segment in self.state.segments.copied
-            )
-            assert self.state.tier_bytes(name) == (resident, host)
+            hosts = [self.state.segments.at(segment).host for segment in places]
+            below = {"cpu": 0, "disk": 0}
+            for blob, host in zip(blobs, hosts, strict=True):
+                if host is not None:
+                    below[self.state.segments.at(host).device] += blob.nbytes
+            assert self.state.tier_bytes(name) == (resident, below["cpu"], below["disk"])
 
     @invariant()
     def the_keeper_knows_all_models_and_their_locations(self):

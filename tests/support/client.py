@@ -138,6 +138,10 @@ class Client:
         """Read the host copy, awake."""
         self._sleeper().prepare()
 
+    def copy_ahead(self):
+        """Have host copies made ahead. Returns whether they exist."""
+        return self._sleeper().copy_ahead()
+
     def wake(self):
         """Wake. Returns shared and private bytes."""
         woken = self._sleeper().wake()

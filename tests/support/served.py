@@ -22,12 +22,16 @@ from shared_store.store.server import Server
 
 
 class ServedStore:
-    """Serves a store over a backend until the `with` block ends. `events`: kind and fields of each event, in order."""
+    """Serves a store over a backend, with `options` of `ServeOptions`, until the `with` block ends.
 
-    def __init__(self, directory, backend, limit=None):
+    `events`: kind and fields of each event, in order.
+    """
+
+    def __init__(self, directory, backend, limit=None, **options):
         self.paths = prepare(Path(directory))
         self.backend = backend
         self.events = []
+        self._options = ServeOptions(self.paths.directory, **options)
         self._limits = {} if limit is None else {backend.device: limit}
         self._clients = []
         self._ready = threading.Event()
@@ -48,9 +52,9 @@ class ServedStore:
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self.parts = parts = Parts({self.backend.device: self.backend}, self._limits)
+        self.parts = parts = Parts({self.backend.device: self.backend}, self._limits, options=self._options)
         parts.signals.observe(on_event=lambda kind, **fields: self.events.append((kind, fields)))
-        options = ServeOptions(self.paths.directory)
+        options = self._options
         identity = identify(self.paths.directory, self.paths.node_id)
         snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), identity, parts.pages)
 
@@ -65,7 +69,7 @@ class ServedStore:
         self._ready.set()
         await self._stopping.wait()
         await server.stop()
-        parts.devices.close()
+        await parts.close()
 
     def client(self, name=""):
         """A client in this process, closed at the end of the block."""

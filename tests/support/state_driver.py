@@ -212,15 +212,16 @@ class StateDriver(RuleBasedStateMachine):
             return False
         missing = state.tiers.without_host_copy(segments)
         needed = sum(state.segments.at(segment).nbytes for segment in missing)
-        if state.segments.missing("cpu", needed) > 0:
+        device = "disk" if self._device(name) == "cpu" else "cpu"
+        if state.segments.missing(device, needed) > 0:
             self._carry_out(state.drop_spare_host_copies(needed)[1])
             missing = state.tiers.without_host_copy(segments)
             needed = sum(state.segments.at(segment).nbytes for segment in missing)
-            if state.segments.missing("cpu", needed) > 0:
-                return False
-        state.tiers.need(name, number, segments)
+            if state.segments.missing(device, needed) > 0:
+                device = "disk"  # host memory is short
+        self._carry_out(state.need(name, number, segments))
         if missing:
-            copying = state.tiers.begin_copying(name, number, missing)
+            copying = state.tiers.begin_copying(name, number, missing, device)
             if upto == "promise":
                 return False
             for host in copying.copies.values():

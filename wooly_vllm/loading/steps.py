@@ -193,7 +193,7 @@ class VllmSteps:
             )
         activity.may_report_through(shared.session)
         phase.use(shared.session)
-        shared_models.add(model, self._sleeper(shared, found) if self._may_sleep else None)
+        shared_models.add(model, self._sleeper(shared, found))
         if self._request.device.type == "cuda":
             refused_writes.install()
         return dataclasses.replace(found, tensors=meant.tensors)

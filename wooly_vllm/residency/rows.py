@@ -9,7 +9,7 @@ rows are too small for a copy each. Everything runs on the current stream, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -56,12 +56,13 @@ def save(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
         OutOfMemoryError: host memory ends, or the device has none for a buffer.
         DiskError: the copy is a file, and the disk is full.
     """
-    numbers = torch.tensor(list(ids), dtype=torch.int64)
-    if not numbers.numel():
+    numbers = list(ids)
+    if not numbers or not rows:
         return
     with _Buffer(rows[0].memory.device) as buffer:
+        there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         for table in rows:
-            _save_table(table.table(), numbers.to(table.memory.device), copy, buffer)
+            _save_table(table.table(), there, copy, buffer)
         buffer.wait()
 
 
@@ -71,19 +72,20 @@ def restore(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
     Raises:
         DigestMismatchError, DiskError: as :meth:`Copy.next`. Some rows may have been written.
     """
-    numbers = torch.tensor(list(ids), dtype=torch.int64)
-    if not numbers.numel():
+    numbers = list(ids)
+    if not numbers or not rows:
         return
     with _Buffer(rows[0].memory.device) as buffer:
+        there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         for table in rows:
-            _restore_table(table.table(), numbers.to(table.memory.device), copy, buffer)
+            _restore_table(table.table(), there, copy, buffer)
         buffer.wait()
 
 
 def nonzero(rows: Rows) -> list[int]:
     """Return the numbers of the rows that have a byte other than zero."""
     table = rows.table()
-    parts = [part.ne(0).any(dim=1) for part in table.split(max(1, PIECE_BYTES // rows.nbytes))]
+    parts = [part.ne(0).any(dim=1) for part in _parts(table, max(1, PIECE_BYTES // rows.nbytes))]
     return [int(number) for number in torch.nonzero(torch.cat(parts)).flatten().tolist()]
 
 
@@ -116,9 +118,13 @@ def _restore_table(table: torch.Tensor, numbers: torch.Tensor, copy: Copy, buffe
                 buffer.wait()
 
 
-def _slices(table: torch.Tensor, numbers: torch.Tensor) -> Iterable[torch.Tensor]:
+def _slices(table: torch.Tensor, numbers: torch.Tensor) -> Iterator[torch.Tensor]:
     """Split row numbers so that a slice has at most :data:`PIECE_BYTES`."""
-    return numbers.split(max(1, PIECE_BYTES // _row_bytes(table)))
+    return _parts(numbers, max(1, PIECE_BYTES // _row_bytes(table)))
+
+
+def _parts(tensor: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    return (tensor[first : first + size] for first in range(0, tensor.shape[0], size))
 
 
 def _row_bytes(table: torch.Tensor) -> int:

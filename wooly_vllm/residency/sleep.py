@@ -58,19 +58,19 @@ def _refusal(worker: Any, level: int) -> str:
     return ""
 
 
-def _stay_awake(_worker: Any) -> None:
+def _stay_awake(worker: Any) -> None:
     """Release the host copies that were prepared."""
-    for sleeper in shared_models.sleepers():
+    for sleeper in shared_models.sleepers(worker):
         sleeper.stay_awake()
 
 
 def _prepare(worker: Any, level: int) -> None:
     if level > 1:
         shared_models.refuse_writes(
-            [*shared_models.models_that_sleep(), *compat.models_of(worker)],
+            [*shared_models.models_that_sleep(worker), *compat.models_of(worker)],
             "discarded (sleep level 2), only offloaded (sleep level 1)",
         )
-    for sleeper in shared_models.sleepers():
+    for sleeper in shared_models.sleepers(worker):
         sleeper.prepare()
 
 
@@ -100,16 +100,16 @@ def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException:
             _stay_awake(self)
             raise
-        if not shared_models.sleepers():
+        if not shared_models.sleepers(self):
             return stock(self, level)
         torch.cuda.synchronize()  # no kernel may use memory that is about to be unmapped
         try:
-            for sleeper in shared_models.sleepers():
+            for sleeper in shared_models.sleepers(self):
                 sleeper.sleep()
                 compat.logger().info("wooly: unmapped %.1f MiB of shared weights for sleep", sleeper.nbytes / 2**20)
             return stock(self, level)
         except BaseException:
-            for sleeper in shared_models.sleepers():
+            for sleeper in shared_models.sleepers(self):
                 sleeper.wake()
             raise
 
@@ -122,7 +122,7 @@ def _waking(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def wake_up(self: Any, tags: list[str] | None = None) -> Any:
         if tags is None or "weights" in tags:
-            for sleeper in [sleeper for sleeper in shared_models.sleepers() if sleeper.asleep]:
+            for sleeper in [sleeper for sleeper in shared_models.sleepers(self) if sleeper.asleep]:
                 woken = sleeper.wake()
                 compat.logger().info(
                     "wooly: mapped weights again, %.1f MiB shared, %.1f MiB private",

@@ -160,6 +160,11 @@ class CudaBackend(Backend):
         """Return the free memory of the GPU, from NVML: asking CUDA would need a context."""
         return nvml.free_bytes(self.device)
 
+    def total_bytes(self) -> int | Unknown:
+        """Return the memory of the GPU, from NVML."""
+        found = nvml.memory(self.device)
+        return found if isinstance(found, Unknown) else found.total
+
     def _allocation(self, handle_type: Any) -> Any:
         types = self._driver.bindings
         properties = types.CUmemAllocationProp()

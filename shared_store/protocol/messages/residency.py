@@ -27,13 +27,15 @@ class HostSegment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     promised: bool = False
 
 
-class CopyToHost(Request, frozen=True, tag="copy_to_host"):
+class CopyToHost(Request, frozen=True, tag="copy_to_host", omit_defaults=True):
     """Request host copies of the segments of a model that this client reads. Answered by :class:`HostCopies`.
 
-    While another client makes copies of the same segments, the reply waits.
+    While another client makes copies of the same segments, the reply waits. ``ahead``: the client does not leave now.
+    The request fails (``out_of_memory``) unless the copies fit without taking anything from others.
     """
 
     key: str
+    ahead: bool = False
 
 
 class HostCopies(Reply, frozen=True, tag="host_copies"):
@@ -47,7 +49,9 @@ class HostCopies(Reply, frozen=True, tag="host_copies"):
 
 
 class FillHostCopy(Request, frozen=True, tag="fill_host_copy"):
-    """Allocate a promised host copy. Answered by ``Filled``, with the fd, to be written and not to be kept mapped.
+    """Allocate a promised host copy, in host memory or as a file. Answered by ``Filled``, with the fd.
+
+    The fd is to be written, and not to be kept mapped.
 
     All bytes of the ``segment`` (its id) are to be written, at the same offsets.
     """

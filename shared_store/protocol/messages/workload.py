@@ -39,7 +39,8 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     ``workload``: the id that its clients have in ``Identity.member_of``. ``state``: a
     :class:`~shared_store.base.workload_states.WorkloadState`. ``private``: bytes that it has on each of its devices
     now; ``stays``: those of them that a swap does not free; ``needs``: bytes that it has when it is resident.
-    ``refusal``: why it must never be swapped out; empty if it may be.
+    ``refusal``: why it must never be swapped out; empty if it may be. ``name``: that it has had in a store before this
+    one; empty: that of the client's identity.
     """
 
     workload: str
@@ -49,6 +50,7 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     needs: tuple[DeviceBytes, ...] = ()
     refusal: str = ""
     starting: bool = False
+    name: str = ""
 
 
 class Joined(Reply, frozen=True, tag="joined"):
@@ -80,7 +82,6 @@ class RoomTaken(Reply, frozen=True, tag="room_taken"):
 class ReportWorkload(Request, frozen=True, tag="report_workload", omit_defaults=True):
     """Report a workload's state and memory, as in :class:`Join`, after each change. Answered by ``Done``.
 
-    With an empty ``private``, the bytes of the last report still hold; a device without any has 0.
     ``moved``: bytes that the change copied between device and host. ``steps``: how long its parts took.
     """
 

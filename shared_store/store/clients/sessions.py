@@ -50,6 +50,9 @@ class Sessions:
                 self._signals.event("publish_aborted", key=model.key, name=model.name, pid=client.pid)
         for compaction in state.compactions.by(client.number):
             log.warning("%s disconnected during a compaction of %s", client, compaction.device)
+        for workload in state.workloads.spoken_for(client.number):
+            log.info("workload %s is gone: %s disconnected", workload.name, client)
+            self._signals.event("workload_left", name=workload.name, state=workload.state.value)
         read = [model.key for model in models if client.number in model.readers]
         self._effects.carry_out(state.lost(client))
         self._evictor.drop_asleep(read)

@@ -17,6 +17,7 @@ from shared_store.memory import Backend, FdSegment, Segment, Unknown, backend_fo
 from shared_store.memory import Mapping as MemoryMapping
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.store.devices.digest_check import Check, mapping_of
+from shared_store.store.state.residency import FILES
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ class Devices:
         self._unknown: set[tuple[str, str]] = set()
 
     async def find(self, device: str) -> Backend:
-        """Return the backend of a device; look it up in a thread if it is new.
+        """Return the backend of a device that a client names; look it up in a thread if it is new.
 
         Raises:
             UnknownDeviceError: there is no such device on this node.
         """
+        if device == FILES:
+            raise UnknownDeviceError(f"{device!r} is a tier, not a device of models")
         if device not in self.backends:
             backend = await asyncio.to_thread(self._find_backend, device)
             self.backends.setdefault(backend.device, backend)
@@ -103,12 +106,13 @@ class Devices:
         for segment in list(self._memory):
             self.release(segment)
 
-    def export(self, segment: int) -> OwnedFd:
-        """Return a new descriptor of an allocated segment."""
+    def export(self, segment: int, *, writable: bool = False) -> OwnedFd:
+        """Return a new descriptor of an allocated segment. ``writable``: for the client that fills it."""
         device, memory = self._memory[segment]
         if isinstance(memory, FdSegment):  # from the keeper; its device's driver may not have started
             return memory.export()
-        return self.backend(device).export(memory)
+        backend = self.backend(device)
+        return backend.export_writable(memory) if writable else backend.export(memory)
 
     def export_all(self, segments: Iterable[int]) -> OwnedFds:
         """Return a new descriptor of each allocated segment, in order."""

@@ -16,6 +16,7 @@ from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.models.attach import Attach
+from shared_store.store.residency.publishers import Publishers
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
@@ -41,6 +42,7 @@ class Publishing:
     _keeper: KeeperLink
     _admission: Admission
     _departures: Departures
+    _publishers: Publishers
     _attach: Attach
 
     async def plan(self, session: Session, request: messages.Plan) -> Answer:
@@ -49,7 +51,10 @@ class Publishing:
         Raises:
             NotPublisherError: the client does not publish the model.
             ProtocolError: the model has a plan, or this one is malformed.
-            OutOfMemoryError: the plan exceeds the device's limit, and eviction cannot free enough.
+            OutOfMemoryError: the plan exceeds the device's limit, and eviction cannot free enough; or its budget, and
+                workloads did not leave in time.
+            RequestCancelledError: the client cancelled the request while it waited for memory.
+            ConnectionLostError: the client disconnected while it waited for memory.
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         state, client = self._state, session.client.number
@@ -61,10 +66,17 @@ class Publishing:
         preferred = _preferred(request)
         present = state.segments.blobs.present(device, (blob.digest for blob in request.blobs))
         await self._departures.ended({entry.segment for entry in present.values()})
-        await self._admission.compact(device, state.draft(request.key, client, request.blobs, preferred).nbytes)
+
+        def needed() -> int:
+            return state.draft(request.key, client, request.blobs, preferred).nbytes
+
+        await self._admission.compact(device, needed())
+        await self._publishers.admit(session, device, needed)
+        session.pending.check()
         draft = state.draft(request.key, client, request.blobs, preferred)  # the state may have changed meanwhile
         plan, fds = self._promise(request.key, draft)
         state.plans[request.key] = plan
+        state.workloads.published(session.client, plan.token, device, draft.nbytes)
         self._signals.changed()
         used = [*plan.segments, *plan.existing]
         index = {segment: number for number, segment in enumerate(used)}
@@ -95,6 +107,7 @@ class Publishing:
             NotPublisherError: the client does not publish the model, or no longer does.
             ProtocolError: the segment is not promised to it, or is allocated already.
             OutOfMemoryError: the device is full, and eviction cannot free enough.
+            ConnectionLostError: the client disconnected while it waited for memory.
             MemoryBackendError: the descriptor cannot be duplicated.
         """
         state, key, segment = self._state, request.key, request.segment
@@ -106,7 +119,7 @@ class Publishing:
         if entry.allocated:
             raise ProtocolError(f"segment {segment} is allocated already")
         memory = await self._admission.allocate(
-            entry.device, entry.nbytes, key, wanted=lambda: state.plans.get(key) is plan
+            entry.device, entry.nbytes, key, session.gone, wanted=lambda: state.plans.get(key) is plan
         )
         if state.plans.get(key) is not plan:
             self._devices.backend(entry.device).release(memory)

@@ -1,4 +1,8 @@
-"""Handlers for readers that sleep: host copies are made once for all users of a segment, and readers go away."""
+"""Handlers for readers that sleep: host copies are made once for all users of a segment, and readers go away.
+
+Clients copy a GPU's memory, which the store cannot read. The store copies host memory to files itself, so no client
+gets a descriptor with which it could change such a copy.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,28 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from shared_store.base.errors import ConnectionLostError, DigestMismatchError, ModelNotFoundError, ProtocolError
+from shared_store.base.errors import (
+    ConfigError,
+    ConnectionLostError,
+    DigestMismatchError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    ProtocolError,
+)
+from shared_store.memory import Segment
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 from shared_store.store.devices.devices import Devices
 from shared_store.store.effects import Effects
 from shared_store.store.keeper_link.link import KeeperLink
+from shared_store.store.models.file_copies import FileCopies
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
 from shared_store.store.space.admission import Admission
+from shared_store.store.space.host_budget import HostBudget
+from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
-from shared_store.store.state.tiers import HOST, HostCopying
+from shared_store.store.state.tiers import HostCopying
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +46,24 @@ class ResidencyRequests:
     _signals: Signals
     _keeper: KeeperLink
     _admission: Admission
+    _budget: HostBudget
+    _file_copies: FileCopies
 
     async def copy_to_host(self, session: Session, request: messages.CopyToHost) -> Answer:
-        """Answer with the host copies of a model, and promise those that do not exist.
+        """Answer with the host copies of a model. Those that do not exist are promised, or made here as files.
 
         Raises:
             ModelNotFoundError: the client does not read the model.
-            OutOfMemoryError: host memory, or the store's limit for it, is too small.
+            OutOfMemoryError: host memory, or the store's limit for it, or the disk is too small.
+            ConfigError: there is no swap directory.
+            DigestMismatchError, MemoryBackendError: a file has not the bytes that it should have.
             ConnectionLostError: the client disconnected while it waited.
             RequestCancelledError: the client cancelled the request while it waited.
             MemoryBackendError: a descriptor cannot be duplicated.
         """
         state, key, client = self._state, request.key, session.client.number
         await self._devices.find(HOST)
-        compacted = False
+        compacted, tier = request.ahead, FILES
         while True:
             segments = self._segments(session, key)
             if state.tiers.being_copied(segments):
@@ -52,16 +71,26 @@ class ResidencyRequests:
                 continue
             missing = state.tiers.without_host_copy(segments)
             needed = sum(state.segments.at(segment).nbytes for segment in missing)
-            if not missing or compacted:
+            device = state.committed[key].manifest.device
+            if not missing or compacted or device == HOST:
                 break
             await self._admission.compact(HOST, needed)
             compacted = True
+        if missing and request.ahead:
+            tier = await self._budget.tier_ahead(device, needed)
+            segments = self._segments(session, key)
+            if state.tiers.without_host_copy(segments) != missing or state.tiers.being_copied(segments):
+                raise OutOfMemoryError(f"the segments of {key} changed: ask again")
         # From here on the client needs the copies, so that admission does not drop those that exist.
-        state.tiers.need(key, client, segments)
+        self._effects.carry_out(state.need(key, client, segments))
         try:
             if missing:
-                self._admission.admit(HOST, needed, key)
-                state.tiers.begin_copying(key, client, missing)
+                if not request.ahead:
+                    tier = self._budget.tier(device, needed, key)
+                copying = state.tiers.begin_copying(key, client, missing, tier)
+                if device == HOST:
+                    await self._file_copies.make(copying, session.gone)
+                    return await self._added(session, copying, request.id)
             return self._answer(request.id, key)
         except BaseException:
             self._release(session, key)
@@ -73,7 +102,7 @@ class ResidencyRequests:
         Raises:
             ProtocolError: the copy is not promised to the client, or is allocated already.
             OutOfMemoryError: host memory is too small.
-            ConnectionLostError: the copies were dropped meanwhile.
+            ConnectionLostError: the copies were dropped meanwhile, or the client disconnected while it waited.
             MemoryBackendError: the descriptor cannot be duplicated.
         """
         state = self._state
@@ -81,19 +110,42 @@ class ResidencyRequests:
         host = copying.copies.get(request.segment)
         if host is None or state.segments.at(host).allocated:
             raise ProtocolError(f"no host copy of segment {request.segment} is to be allocated")
-        memory = await self._admission.allocate(HOST, state.segments.at(host).nbytes, request.key)
-        if not state.tiers.running(copying) or state.segments.at(host).allocated:
-            self._devices.backend(HOST).release(memory)
+        device, memory = await self._allocate(session, host, request.key)
+        entry = state.segments.at(host) if state.tiers.running(copying) else None
+        if entry is None or entry.allocated or entry.device != device:
+            self._devices.backend(device).release(memory)
             raise ConnectionLostError(f"the host copies of {request.key} were dropped")
-        self._devices.put(host, HOST, memory)
+        self._devices.put(host, device, memory)
         try:
-            fd = self._devices.export(host)
+            fd = self._devices.export(host, writable=True)
         except BaseException:
             self._devices.release(host)
             raise
         state.segments.fill(host)
         self._signals.changed()
         return Answer(messages.Filled(request.id), OwnedFds([fd]))
+
+    async def _allocate(self, session: Session, host: int, key: str) -> tuple[str, Segment]:
+        """Allocate a promised host copy, as a file if host memory turns out to be full; return its device, too.
+
+        Raises as :meth:`fill` does.
+        """
+        state = self._state
+        entry = state.segments.at(host)
+        if entry.device == HOST:
+            try:
+                return HOST, await self._admission.allocate(HOST, entry.nbytes, key, session.gone)
+            except OutOfMemoryError:
+                if not state.segments.has(host):
+                    raise
+            state.segments.move_promise(host, FILES)
+        try:
+            return FILES, await self._admission.allocate(FILES, entry.nbytes, key, session.gone)
+        except (OutOfMemoryError, ConfigError) as error:
+            raise OutOfMemoryError(
+                f"no host memory for a host copy of {entry.nbytes} bytes within WOOLY_HOST_BUDGET and the limit of "
+                f"{HOST}, and no file: {error}"
+            ) from error
 
     async def add(self, session: Session, request: messages.AddHostCopies) -> Answer:
         """Seal and verify the promised host copies, and add them to their segments.
@@ -108,6 +160,11 @@ class ResidencyRequests:
         copying = state.tiers.copying(key, session.client.number)
         if not all(state.segments.at(host).allocated for host in copying.copies.values()):
             raise ProtocolError(f"not all promised host copies of {key} are filled")
+        return await self._added(session, copying, request.id)
+
+    async def _added(self, session: Session, copying: HostCopying, request: int) -> Answer:
+        """Seal, verify and add copies that are filled. Raises as :meth:`add` does."""
+        state, key = self._state, copying.key
         await self._devices.seal(copying.copies.values())
         await self._verify(session, copying)
         self._effects.carry_out(state.end_copying(copying))
@@ -117,7 +174,7 @@ class ResidencyRequests:
         log.info("%s made %d host copies of %s", session.client, len(copying.copies), key)
         self._keeper.note(key)
         self._signals.changed()
-        answer = self._answer(request.id, key)
+        answer = self._answer(request, key)
         await self._keeper.flushed()
         return answer
 

@@ -24,6 +24,7 @@ from shared_store.store.observe.workloads import WorkloadStatuses
 from shared_store.store.pace import Pace
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
+from shared_store.store.state.residency import FILES
 from shared_store.store.state.store_state import StoreState
 
 Role = Literal["publisher", "reader", "waiting", "idle"]
@@ -109,6 +110,7 @@ class Snapshots:
         return tuple(
             self._device(device)
             for device in dict.fromkeys([*self._devices.backends, *segments.devices(), *accounts.devices()])
+            if device != FILES
         )
 
     def _device(self, device: str) -> status.DeviceStatus:
@@ -121,6 +123,7 @@ class Snapshots:
             *segments.unused(device),
             releasing_bytes=segments.releases.nbytes(device),
             host_bytes=segments.host_bytes(device),
+            disk_bytes=segments.disk_bytes(device),
             budget_bytes=account.budget,
             reserve_bytes=account.reserve,
             free_bytes=account.free,
@@ -142,7 +145,7 @@ class Snapshots:
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
-            resident, host = self._state.tier_bytes(model.key) if known else (0, 0)
+            resident, host, disk = self._state.tier_bytes(model.key) if known else (0, 0, 0)
             shown.append(
                 status.ModelStatus(
                     key=model.key,
@@ -159,6 +162,7 @@ class Snapshots:
                     last_used=model.last_used,
                     resident_bytes=resident,
                     host_bytes=host,
+                    disk_bytes=disk,
                 )
             )
         return tuple(shown)

@@ -21,7 +21,7 @@ from shared_store.base.errors import (
     WoolyError,
 )
 from shared_store.base.manifest import Blob
-from shared_store.memory import Backend, FdSegment
+from shared_store.memory import Backend, FdSegment, is_memory_file
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd, OwnedFds, duplicate
 from shared_store.store.devices.devices import Devices
@@ -32,10 +32,9 @@ from shared_store.store.recovery.arrivals import Arrivals
 from shared_store.store.recovery.offered import OfferedModel, check_memory
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
-from shared_store.store.state.residency import Residency
+from shared_store.store.state.residency import BELOW, FILES, HOST
 from shared_store.store.state.segments import new_id
 from shared_store.store.state.store_state import StoreState
-from shared_store.store.state.tiers import HOST
 
 log = logging.getLogger(__name__)
 
@@ -160,25 +159,29 @@ class Offers:
             raise OfferRefusedError(f"the store has {request.key} in other segments by now") from error
 
     def _take_memory(self, offered: OfferedModel, given: Mapping[int, OwnedFd], *, away: bool) -> None:
-        """Take the verified memory that the store does not have: of the model's device, or host copies."""
+        """Take the verified memory that the store does not have: of the model's device, or host copies.
+
+        A client of an earlier version that sleeps with a model of ``cpu`` has the segments themselves.
+        """
         segments, device = self._state.segments, offered.manifest.device
         for number, nbytes in offered.segments.items():
             memory = FdSegment(given[number].dup(), nbytes)
-            if away and device != HOST:
+            tier = _tier(given[number].fileno()) if away else device
+            if tier != device:
                 if not segments.has(number):
-                    segments.take_back_elsewhere(number, device, nbytes)
+                    segments.take_back_elsewhere(number, device, nbytes, tier)
                 entry = segments.at(number)
                 if entry.host is None and not entry.quarantined:
                     host = new_id()
-                    self._devices.put(host, HOST, memory)
-                    segments.take_back(host, HOST, nbytes)
+                    self._devices.put(host, tier, memory)
+                    segments.take_back(host, tier, nbytes)
                     segments.add_host_copy(number, host)
                     continue
             elif not segments.has(number):
                 self._devices.put(number, device, memory)
                 segments.take_back(number, device, nbytes)
                 continue
-            elif segments.at(number).residency is Residency.HOST:
+            elif segments.at(number).residency in BELOW:
                 self._devices.put(number, device, memory)
                 segments.offered(number)
                 continue
@@ -187,11 +190,13 @@ class Offers:
     async def _verify(self, session: Session, offered: OfferedModel, fds: Mapping[int, OwnedFd], *, away: bool) -> None:
         """Verify the offered segments; those that the store has are verified in place of the offered ones."""
         device, key = offered.manifest.device, offered.manifest.key
-        if away and device != HOST:
+        if away:
             self._present(offered)
             await self._devices.find(device)
-            given = {number: fd.fileno() for number, fd in fds.items()}
-            await asyncio.to_thread(_verify, await self._devices.find(HOST), offered, given)
+            await self._devices.find(HOST)
+            copies = {number: (self._devices.backend(_tier(fd.fileno())), fd.fileno()) for number, fd in fds.items()}
+            self._check_trusted(session, (backend for backend, _ in copies.values()))
+            await asyncio.to_thread(_verify, offered, copies)
             self._present(offered)
             return
         backend = await self._devices.find(device)
@@ -203,9 +208,15 @@ class Offers:
         while checked != (present := self._present(offered)):  # other offers may have changed it meanwhile
             checked = present
             with self._devices.export_all(present) as own:
-                given = {number: fd.fileno() for number, fd in fds.items()}
-                given |= dict(zip(present, own.filenos(), strict=True))
-                await asyncio.to_thread(_verify, backend, offered, given)
+                given = {number: (backend, fd.fileno()) for number, fd in fds.items()}
+                given |= {number: (backend, fd) for number, fd in zip(present, own.filenos(), strict=True)}
+                await asyncio.to_thread(_verify, offered, given)
+
+    def _check_trusted(self, session: Session, backends: Iterable[Backend]) -> None:
+        """Raise :class:`PermissionDeniedError` for files of other users: they could change after their verification."""
+        files = any(backend.device == FILES for backend in backends)
+        if files and session.client.uid not in {os.getuid(), 0}:
+            raise PermissionDeniedError(f"files can change, so only uid {os.getuid()} may offer them")
 
     def _present(self, offered: OfferedModel) -> tuple[int, ...]:
         """Return the offered segments that the store has. Raises :class:`OfferRefusedError` where they differ."""
@@ -232,8 +243,15 @@ def _read(request: messages.Offer, fds: int) -> OfferedModel:
     return OfferedModel.read(request.key, request.manifest, locations, sizes)
 
 
-def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> None:
+def _tier(fd: int) -> str:
+    """Return the device of a host copy that a client offers."""
+    return HOST if is_memory_file(fd) else FILES
+
+
+def _verify(offered: OfferedModel, given: Mapping[int, tuple[Backend, int]]) -> None:
     """Verify segments against the offered model's digests; runs in a thread.
+
+    ``given``: backend and descriptor of each segment.
 
     Raises:
         DigestMismatchError: a blob's bytes do not match.
@@ -243,9 +261,10 @@ def _verify(backend: Backend, offered: OfferedModel, fds: Mapping[int, int]) -> 
     placed = list(zip(offered.manifest.blobs, offered.locations, strict=True))
     with contextlib.ExitStack() as held:
         for number, nbytes in offered.segments.items():
-            check_memory(backend, fds[number], nbytes)
+            backend, fd = given[number]
+            check_memory(backend, fd, nbytes)
             if backend.host_readable:
-                memory = FdSegment(duplicate(fds[number]), nbytes)
+                memory = FdSegment(duplicate(fd), nbytes)
                 held.callback(memory.release)
                 blobs = {(blob, at) for blob, (segment, at) in placed if segment == number}
                 parts.append((backend, memory, sorted(blobs, key=_offset)))

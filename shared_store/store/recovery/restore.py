@@ -61,7 +61,8 @@ class Restore:
         for segment in records.values():
             if segment.host and state.segments.has(segment.host):
                 if not state.segments.has(segment.id):
-                    state.segments.take_back_elsewhere(segment.id, segment.device, segment.nbytes)
+                    tier = records[segment.host].device
+                    state.segments.take_back_elsewhere(segment.id, segment.device, segment.nbytes, tier)
                 state.segments.add_host_copy(segment.id, segment.host)
         for record in held.models.values():
             try:

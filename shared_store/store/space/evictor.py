@@ -42,12 +42,12 @@ class Evictor:
             self._signals.event("removed", key=key)
             self._signals.changed()
 
-    def drop_spare_host_copies(self, needed: int) -> int:
-        """Drop host copies that no client needs, to free ``needed`` bytes of host memory; return the bytes freed.
+    def drop_spare_host_copies(self, needed: int, device: str) -> int:
+        """Drop host copies that no client needs, to free ``needed`` bytes of a device; return the bytes freed.
 
         No model is evicted.
         """
-        freed, effects = self._state.drop_spare_host_copies(needed)
+        freed, effects = self._state.drop_spare_host_copies(needed, device)
         if effects:
             self._effects.carry_out(effects)
             self._signals.changed()

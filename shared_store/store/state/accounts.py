@@ -56,6 +56,7 @@ class DeviceAccount:
         granted: granted and not used yet.
         free: what could be granted now; negative if the reserve is used; None: unknown.
         foreign: used by processes that are no workloads of this store; None: unknown.
+        taken: bytes of the budget that these have.
         refusal: why this store does not grant the device's memory; empty: it does.
     """
 
@@ -67,6 +68,7 @@ class DeviceAccount:
     granted: int
     free: int | None
     foreign: int | None
+    taken: int = 0
     refusal: str = ""
 
 
@@ -92,6 +94,14 @@ class Accounts:
     def devices(self) -> list[str]:
         """Return the devices with an account, and those that are refused."""
         return list(dict.fromkeys((*self._total, *self._refusals)))
+
+    def known(self, device: str) -> bool:
+        """Whether a device was measured."""
+        return device in self._total
+
+    def refusal(self, device: str) -> str:
+        """Return why this store does not grant the memory of a device; empty: it does, or has no account of it."""
+        return self._refusals.get(device, "")
 
     def open(self, device: str) -> bool:
         """Whether this store grants the memory of a device."""
@@ -128,8 +138,9 @@ class Accounts:
         if total is not None and foreign is not None:
             limits.append(total - foreign)
         free = min(limits) - private - segments - granted - reserve if limits else None
-        refusal = self._refusals.get(device, "")
-        return DeviceAccount(device, budget, reserve, private, segments, granted, free, foreign, refusal)
+        taken = 0 if budget is None else max(0, budget - min(limits))
+        refusal = self.refusal(device)
+        return DeviceAccount(device, budget, reserve, private, segments, granted, free, foreign, taken, refusal)
 
     def free(self, device: str) -> int:
         """Return the bytes that could be granted now, :data:`ENDLESS` where nothing bounds them."""

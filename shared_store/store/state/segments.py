@@ -6,7 +6,7 @@ blobs has a reference, none refers to it as a whole, and none writes it. Only co
 segment is its own until the commit, and a quarantined segment is shared with no new reader.
 
 Where a segment's bytes are is its residency (:mod:`shared_store.store.state.residency`). Its host copy is a segment of
-host memory without blobs, which the segment refers to, and which is released with it.
+a lower tier without blobs, which the segment refers to, and which is released with it.
 
 A segment id is a random number of 53 bits (exact in every JSON reader): no two segments have the same id, including
 segments of a store before or after this one.
@@ -25,7 +25,16 @@ from shared_store.store.state.blobs import BlobEntry, Blobs
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Draft, Location, PublishPlan
 from shared_store.store.state.releases import Releases
-from shared_store.store.state.residency import ON_DEVICE, TRANSITIONS, Action, Event, Residency
+from shared_store.store.state.residency import (
+    FILES,
+    HOST,
+    ON_DEVICE,
+    TRANSITIONS,
+    Action,
+    Event,
+    Residency,
+    resting_place,
+)
 
 
 @dataclass
@@ -95,6 +104,8 @@ class Segments:
         """Ids of the segments that are not resident."""
         self.copied: set[int] = set()
         """Ids of the segments that have host copies."""
+        self.filed: set[int] = set()
+        """Ids of those of them whose host copies are files."""
 
     # Questions.
 
@@ -145,9 +156,18 @@ class Segments:
         return limit is not None and self.used(device) > limit
 
     def host_bytes(self, device: str) -> int:
-        """Return the bytes of host copies of a device's segments."""
-        entries = (self._entries[segment] for segment in self.copied)
+        """Return the bytes of host copies of a device's segments that are in host memory."""
+        entries = (self._entries[segment] for segment in self.copied - self.filed)
         return sum(entry.nbytes for entry in entries if entry.device == device)
+
+    def disk_bytes(self, device: str) -> int:
+        """Return the bytes of host copies of a device's segments that are files."""
+        entries = (self._entries[segment] for segment in self.filed)
+        return sum(entry.nbytes for entry in entries if entry.device == device)
+
+    def copied_bytes(self, device: str = HOST) -> int:
+        """Return the bytes of host copies on a device, promised ones excepted."""
+        return sum(entry.nbytes for entry in self.on(device) if entry.host_of is not None)
 
     def unused(self, device: str) -> tuple[int, int]:
         """Return the dead bytes and the padding bytes of a device's settled segments."""
@@ -228,6 +248,10 @@ class Segments:
         self._owners.add(writer, segment)
         return segment
 
+    def move_promise(self, segment: int, device: str) -> None:
+        """Promise a segment that is not allocated, and has no blobs, on another device."""
+        self._entries[segment].device = device
+
     def fill(self, segment: int) -> None:
         """Record that a promised segment is allocated."""
         self._entries[segment].allocated = True
@@ -282,7 +306,7 @@ class Segments:
         entry = self._entries.get(segment)
         if entry is None or entry.residency is not Residency.LEAVING:
             return False
-        self.step(segment, Event.RELEASED)
+        self.step(segment, Event.FILED if segment in self.filed else Event.RELEASED)
         entry.allocated = False
         return True
 
@@ -299,19 +323,25 @@ class Segments:
         return failed
 
     def add_host_copy(self, segment: int, host: int) -> None:
-        """Make an allocated segment of host memory the host copy of a segment that has none."""
+        """Make an allocated segment of a lower tier the host copy of a segment that has none."""
         copy, entry = self._entries[host], self._entries[segment]
         self.end_writing(host)
         copy.host_of, entry.host = segment, host
         self.copied.add(segment)
+        if copy.device == FILES:
+            self.filed.add(segment)
         self.refer(host, _host_owner(segment))
 
     def drop_host_copy(self, segment: int) -> list[int]:
         """Remove the host copy of a resident segment."""
         entry = self._entries[segment]
         entry.host = None
-        self.copied.discard(segment)
+        self._forget_copy(segment)
         return self.drop(_host_owner(segment))
+
+    def _forget_copy(self, segment: int) -> None:
+        self.copied.discard(segment)
+        self.filed.discard(segment)
 
     # A store before this one.
 
@@ -319,13 +349,17 @@ class Segments:
         """Add a segment that a store before this one allocated. :meth:`adopt` adds its blobs."""
         self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, allocated=True)
 
-    def take_back_elsewhere(self, segment: int, device: str, nbytes: int) -> None:
-        """Add a segment that a store before this one had in host memory alone. :meth:`add_host_copy` must follow."""
-        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, residency=Residency.HOST)
+    def take_back_elsewhere(self, segment: int, device: str, nbytes: int, host_device: str) -> None:
+        """Add a segment of which a store before this one had the host copy alone, on ``host_device``.
+
+        :meth:`add_host_copy` must follow.
+        """
+        residency = resting_place(host_device)
+        self._entries[segment] = SegmentEntry(segment, device, nbytes, writer=None, residency=residency)
         self.elsewhere.add(segment)
 
     def offered(self, segment: int) -> None:
-        """Record that a client gave back the device memory of a segment in host memory."""
+        """Record that a client gave back the device memory of a segment in a lower tier."""
         self.step(segment, Event.OFFERED)
         self._entries[segment].allocated = True
 
@@ -411,7 +445,7 @@ class Segments:
             if entry is not None and not entry.blobs and not entry.references and entry.writer is None:
                 del self._entries[segment]
                 self.elsewhere.discard(segment)
-                self.copied.discard(segment)
+                self._forget_copy(segment)
                 released.append(segment)
                 if entry.host is not None:
                     released += self.drop(_host_owner(segment))

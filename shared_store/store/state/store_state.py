@@ -19,7 +19,7 @@ from shared_store.store.state.files import FileDigests
 from shared_store.store.state.grace import Grace
 from shared_store.store.state.models import Asker, Dropped, Models, Outcome, State, Unplanned, Withdrawn
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
-from shared_store.store.state.residency import Residency
+from shared_store.store.state.residency import FILES, HOST, Residency
 from shared_store.store.state.segments import Segments
 from shared_store.store.state.tiers import HostCopying, Tiers, Use
 from shared_store.store.state.turns import Turns
@@ -170,9 +170,9 @@ class StoreState:
         self.read_again(client, key, private_bytes)
         self.models.go_away(key, client.number)
         self._asleep.add((client.number, key))
-        self.tiers.need(key, client.number, segments)
+        effects = self.need(key, client.number, segments)
         self.tiers.may_leave(self.segments_of(key))
-        return self.leave_devices()
+        return [*effects, *self.leave_devices()]
 
     def leave(self, client: Client, key: str) -> list[Effect]:
         """Remove a client from the readers, waiters or publishers of a model."""
@@ -205,17 +205,22 @@ class StoreState:
         Raises:
             ModelNotFoundError: the client does not read the model, or there are no host copies.
         """
+        effects: list[Effect] = []
         if not self.tiers.needs(key, client.number):  # it may have made them for a store before this one
             if key not in self.committed or self.tiers.without_host_copy(self.segments_of(key)):
                 raise ModelNotFoundError(f"there are no host copies of {key}")
-            self.tiers.need(key, client.number, self.segments_of(key))
+            effects = self.need(key, client.number, self.segments_of(key))
         self.models.go_away(key, client.number)
         if (client.number, key) not in self._asleep:
             self._asleep.add((client.number, key))
             self.counts.add("sleeps")
         if key in self.committed:
             self.tiers.may_leave(self.segments_of(key))
-        return self.leave_devices()
+        return [*effects, *self.leave_devices()]
+
+    def need(self, key: str, client: int, segments: Iterable[int]) -> list[Effect]:
+        """Record that a client needs the host copies of these segments of a model, in place of what it needed."""
+        return [*map(Released, self.tiers.need(key, client, segments))]
 
     def let_go(self, key: str, client: int) -> list[Effect]:
         """Record that a client needs no host copies of a model any more. Idempotent."""
@@ -246,15 +251,15 @@ class StoreState:
         moved = self._relocated(sorted(relocated & self.committed.keys()))
         return [*moved, *map(Left, left), *map(Released, emptied)]
 
-    def drop_spare_host_copies(self, needed: int) -> tuple[int, list[Effect]]:
-        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of host memory.
+    def drop_spare_host_copies(self, needed: int, device: str = HOST) -> tuple[int, list[Effect]]:
+        """Drop host copies of resident segments that no client needs, to free ``needed`` bytes of a device.
 
         Returns:
             The bytes freed, and the effects.
         """
         effects: list[Effect] = []
         freed = 0
-        for segment in self.tiers.spare(needed):
+        for segment in self.tiers.spare(needed, device):
             freed += self.segments.at(segment).nbytes
             effects += map(Released, self.segments.drop_host_copy(segment))
             self.tiers.forget([segment])
@@ -264,9 +269,13 @@ class StoreState:
         """Unpin a model; return its key. Raises as :meth:`Models.pin` does."""
         return self.models.pin(prefix, pinned=False), self.leave_devices()
 
-    def in_host_memory(self, key: str) -> bool:
-        """Whether a committed model has blobs in host memory alone."""
-        return key in self.committed and not self.resident(key)
+    def in_lower_tier(self, key: str, device: str) -> bool:
+        """Whether a committed model has blobs in host copies of a device alone, ``cpu`` or files."""
+        if key not in self.committed or self.resident(key):
+            return False
+        segments = self.segments
+        left = segments.elsewhere.intersection(self.segments_of(key))
+        return any((segment in segments.filed) is (device == FILES) for segment in left)
 
     def _use(self, owner: str) -> Use:
         """Return how an owner of references needs a segment on its device."""
@@ -309,17 +318,21 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
-    def tier_bytes(self, key: str) -> tuple[int, int]:
-        """Return the bytes of a committed model's blobs on its device, and those in host copies. A blob may be in both.
+    def tier_bytes(self, key: str) -> tuple[int, int, int]:
+        """Return the bytes of a committed model's blobs on its device, in host memory, and in files.
+
+        The last two are those of host copies: a blob may be on its device too.
 
         Takes time for the model's segments, not for its blobs, unless these moved.
         """
         segments, nbytes = self.segments, self.committed[key].nbytes
         if not segments.elsewhere and not segments.copied:
-            return nbytes, 0
+            return nbytes, 0, 0
         shares = self.shares(key)
         lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
-        return nbytes - lower, sum(share for segment, share in shares.items() if segment in segments.copied)
+        copied = sum(share for segment, share in shares.items() if segment in segments.copied)
+        filed = sum(share for segment, share in shares.items() if segment in segments.filed)
+        return nbytes - lower, copied - filed, filed
 
     def shares(self, key: str) -> Mapping[int, int]:
         """Return the bytes that a committed model's blobs have in each of their segments, by the segments' ids."""
@@ -373,7 +386,7 @@ class StoreState:
         return done.moved, done.freed, effects
 
     def quarantine(self, segments: Iterable[int]) -> Quarantined:
-        """Stop sharing segments that have wrong bytes on their device; the store verified what is in host memory.
+        """Stop sharing segments that have wrong bytes on their device; the store verified what is in lower tiers.
 
         Models that have blobs there are withdrawn, and their readers keep their mappings. Publications that count on
         such blobs lose their plans.

@@ -3,9 +3,9 @@
 A client that is to sleep first has the host copies of its model's segments made, then needs them until it is awake
 again: its reference keeps the segments in the store, in any tier. A segment leaves its device when a model in it has
 readers that are away, none of its models has readers that are awake, and its host copy exists. A segment without one
-leaves if all of its blobs have a former location in host memory: they return to it.
+leaves if all of its blobs have a former location in a lower tier: they return to it.
 
-Segments of host memory are host copies of themselves, and never leave.
+The host copy of a segment of host memory is a file; files are the lowest tier, and never leave.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from shared_store.base.layout import Layout
 from shared_store.base.manifest import Blob
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Elsewhere
-from shared_store.store.state.residency import Event, Residency
+from shared_store.store.state.residency import BELOW, HOST, Event, Residency
 from shared_store.store.state.segments import SegmentEntry, Segments
-
-HOST = "cpu"
-"""The device of host copies."""
 
 
 class Use(enum.Enum):
@@ -36,7 +33,7 @@ class Use(enum.Enum):
 
 @dataclass(frozen=True)
 class HostCopying:
-    """Host copies that a client makes: ids of the new segments in host memory, by the segment that they copy."""
+    """Host copies that a client makes, or the store for it: ids of the new segments, by the segment that they copy."""
 
     token: str
     key: str
@@ -65,22 +62,27 @@ class Tiers:
         return not self._being_copied.isdisjoint(segments)
 
     def without_host_copy(self, segments: Iterable[int]) -> list[int]:
-        """Return those of the segments that need a host copy and have none."""
-        return [one for one in segments if not _is_host(entry := self._segments.at(one)) and entry.host is None]
+        """Return those of the segments that have no host copy."""
+        return [one for one in segments if self._segments.at(one).host is None]
 
     def host_of(self, segment: int) -> int:
-        """Return the id of the segment in host memory that has the bytes of this one."""
-        entry = self._segments.at(segment)
-        if _is_host(entry):
-            return segment
-        assert entry.host is not None  # noqa: S101 - the callers asked `without_host_copy`
-        return entry.host
+        """Return the id of the host copy of a segment that has one."""
+        host = self._segments.at(segment).host
+        assert host is not None  # noqa: S101 - the callers asked `without_host_copy`
+        return host
 
-    def begin_copying(self, key: str, client: int, segments: Sequence[int]) -> HostCopying:
-        """Promise host copies of segments that have none, to a client that fills them."""
+    def copy_bytes(self, device: str) -> int:
+        """Return the bytes of host copies on a device, with those that are being made."""
+        promised = [host for one in self._copying.values() for host in one.copies.values()]
+        entries = [self._segments.at(host) for host in promised]
+        making = sum(entry.nbytes for entry in entries if entry.device == device)
+        return making + self._segments.copied_bytes(device)
+
+    def begin_copying(self, key: str, client: int, segments: Sequence[int], device: str = HOST) -> HostCopying:
+        """Promise host copies of segments that have none. ``device``: host memory, or files."""
         token = f"{key}/copies of {client}"
         copies = {
-            segment: self._segments.promise(HOST, self._segments.at(segment).nbytes, token) for segment in segments
+            segment: self._segments.promise(device, self._segments.at(segment).nbytes, token) for segment in segments
         }
         for host in copies.values():
             self._segments.at(host).placed = self._segments.at(host).nbytes
@@ -118,17 +120,21 @@ class Tiers:
 
     # Clients that need host copies.
 
-    def need(self, key: str, client: int, segments: Iterable[int]) -> None:
-        """Record that a client needs the host copies of these segments of a model. Replaces what it needed before."""
+    def need(self, key: str, client: int, segments: Iterable[int]) -> list[int]:
+        """Record that a client needs the host copies of these segments of a model.
+
+        Replaces what it needed before. Returns the segments to release.
+        """
         present = [segment for segment in segments if self._segments.has(segment)]
         for segment in present:
             self._segments.refer(segment, f"{_owner(key, client)}/next")
-        self._segments.drop(_owner(key, client))
+        released = self._segments.drop(_owner(key, client))
         for segment in present:
             self._segments.refer(segment, _owner(key, client))
-        self._segments.drop(f"{_owner(key, client)}/next")
+        self._segments.drop(f"{_owner(key, client)}/next")  # releases nothing: the reference above has all of them
         self._users.add(key, client)
         self._keys.setdefault(client, set()).add(key)
+        return self._forget(released)
 
     def needs(self, key: str, client: int) -> bool:
         """Whether a client needs the host copies of a model."""
@@ -161,10 +167,10 @@ class Tiers:
             released += self.let_go(key, client)
         return released
 
-    def spare(self, needed: int) -> list[int]:
-        """Return resident segments whose host copies no client needs, until those have ``needed`` bytes."""
+    def spare(self, needed: int, device: str = HOST) -> list[int]:
+        """Return resident segments whose host copies no client needs, until those have ``needed`` bytes of a device."""
         found = []
-        for entry in self._segments.on(HOST):
+        for entry in self._segments.on(device):
             if needed <= 0:
                 break
             if entry.host_of is None:
@@ -193,7 +199,7 @@ class Tiers:
         relocated: set[str] = set()
         for segment in sorted(self._candidates):
             entry = self._segments.at(segment) if self._segments.has(segment) else None
-            if entry is None or entry.residency is not Residency.RESIDENT or entry.quarantined or _is_host(entry):
+            if entry is None or entry.residency is not Residency.RESIDENT or entry.quarantined:
                 self._candidates.discard(segment)
                 continue
             if not entry.settled:
@@ -250,7 +256,7 @@ class Tiers:
         places: dict[bytes, tuple[int, int]] = {}
         for segment, offsets in missing.items():
             entry = self._segments.at(segment)
-            if entry.residency is not Residency.HOST or not entry.blobs <= offsets.keys():
+            if entry.residency not in BELOW or not entry.blobs <= offsets.keys():
                 continue
             if preferred is not None and not _fits(entry, offsets, indices, preferred):
                 continue
@@ -259,13 +265,13 @@ class Tiers:
         return Elsewhere(frozenset(digest for offsets in missing.values() for digest in offsets), segments, places)
 
     def _former_places(self, entry: SegmentEntry) -> dict[bytes, tuple[int, int]]:
-        """Return a former location in host memory for each blob of a segment; empty if one has none."""
+        """Return a former location in a lower tier for each blob of a segment; empty if one has none."""
         found = {}
         for digest in entry.blobs:
             place = self._former.get((entry.device, digest))
             if place is None or place[0] not in self._segments.elsewhere:
                 return {}
-            if self._segments.at(place[0]).residency is not Residency.HOST:
+            if self._segments.at(place[0]).residency not in BELOW:
                 return {}
             found[digest] = place
         return found
@@ -275,10 +281,6 @@ class Tiers:
             gone = set(released)
             self._former = {blob: place for blob, place in self._former.items() if place[0] not in gone}
         return released
-
-
-def _is_host(entry: SegmentEntry) -> bool:
-    return entry.device == HOST
 
 
 def _owner(key: str, client: int) -> str:

@@ -26,6 +26,10 @@ GOING: Final = frozenset({WorkloadState.DRAINING, WorkloadState.LEAVING})
 """States between ``resident`` and ``swapped``."""
 
 
+STILL: Final = frozenset({WorkloadState.RESIDENT, WorkloadState.DRAINING})
+"""States in which a workload has not begun to leave."""
+
+
 @dataclass(frozen=True)
 class Report:
     """The state and memory of a workload, as its speaker reports them.
@@ -274,6 +278,11 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
         self._take(workload, report)
+        if report.state is WorkloadState.RETURNING:  # the store before granted what it still needs
+            needs = {
+                device: max(0, nbytes - workload.private.get(device, 0)) for device, nbytes in workload.needs.items()
+            }
+            workload.grant = Grant(needs, dict(workload.private))
         self._workloads[number] = workload
         return workload
 
@@ -342,6 +351,12 @@ class Workloads:
         workload.grant = Grant(dict(nbytes), dict(workload.private))
         workload.state, workload.since = WorkloadState.RETURNING, self._now()
 
+    def end_grant(self, workload: Workload) -> None:
+        """Take back what a workload was granted and did not use: it asks anew. Idempotent."""
+        if workload.grant is not None:
+            workload.grant = None
+            workload.state, workload.since = WorkloadState.SWAPPED, self._now()
+
     def published(self, client: Client, token: str, device: str, nbytes: int) -> None:
         """Record that a client plans to fill segments: they use the grant of its workload, if there is one."""
         workload = self.of(client)
@@ -358,11 +373,8 @@ class Workloads:
         """Record that a workload is asked to leave for others."""
         workload.asked, workload.taken_at = True, self._now()
 
-    def declined(self, workload: Workload, spared_s: float, code: str = "declined") -> None:
-        """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds.
-
-        ``code``: of the error, for the counts.
-        """
+    def declined(self, workload: Workload, code: str, spared_s: float) -> None:
+        """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds."""
         self.counts.refused(code)
         workload.asked = False
         workload.refusals += 1

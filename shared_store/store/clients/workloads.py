@@ -1,0 +1,164 @@
+"""Handlers of ``Join``, ``TakeRoom`` and ``ReportWorkload``: what workloads say about themselves, and ask for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shared_store.base.errors import ProtocolError
+from shared_store.base.text import one_line
+from shared_store.base.workload_states import WorkloadState
+from shared_store.protocol import messages
+from shared_store.protocol.messages.identity import MAX_NAME
+from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.swapper import Swapper
+from shared_store.store.session import Answer, Session
+from shared_store.store.signals import Signals
+from shared_store.store.state.store_state import StoreState
+from shared_store.store.state.workloads import AWAY, Report, Wait, Workload
+
+log = logging.getLogger(__name__)
+
+MAX_DEVICES: Final = 64
+"""Devices that a workload may name."""
+
+MAX_BYTES: Final = 1 << 50
+"""Highest number of bytes that is believed."""
+
+MAX_STEPS: Final = 32
+MAX_TEXT: Final = 300
+"""Characters of a refusal; the rest is cut."""
+
+
+@dataclass(frozen=True, eq=False)
+class WorkloadRequests:
+    """Workloads: they join, take memory, and report their states."""
+
+    _state: StoreState
+    _signals: Signals
+    _authority: Authority
+    _swapper: Swapper
+
+    async def join(self, session: Session, request: messages.Join) -> Answer:
+        """Add a workload; answer with its name and priority.
+
+        Raises:
+            ProtocolError: the message is malformed, or the id is not that of the client's identity.
+            UnknownDeviceError: there is no such device on this node.
+        """
+        report = _report(request, refusal=request.refusal or _own_refusal(session))
+        await self._open(report.private, report.needs)
+        if session.gone.is_set():
+            return Answer(messages.Joined(request.id, "", 0))
+        client = session.client
+        name = one_line(request.name or client.identity.name or client.name, MAX_NAME)
+        workload = self._state.workloads.join(client, request.workload, name, report, starting=request.starting)
+        log.info("%s speaks for workload %s (P%d, %s)", client, workload.name, workload.priority, workload.state.value)
+        self._signals.event(
+            "workload_joined", name=workload.name, engine=workload.kind, priority=workload.priority, pid=client.pid
+        )
+        self._changed()
+        return Answer(messages.Joined(request.id, workload.name, workload.priority))
+
+    async def take_room(self, session: Session, request: messages.TakeRoom) -> Answer:
+        """Answer once the workload may allocate.
+
+        On a device whose memory this store does not grant, it may at once.
+
+        Raises:
+            WorkloadNotFoundError: the client does not speak for this workload.
+            ProtocolError: the message is malformed, or the workload waits already.
+            UnknownDeviceError: there is no such device on this node.
+            RequestCancelledError: the client cancelled the request while it waited.
+            ConnectionLostError: the client disconnected while it waited.
+        """
+        workload = self._state.workloads.by(session.client, request.workload)
+        needs = _by_device(request.needs)
+        await self._open(needs)
+        session.pending.check()
+        workload = self._state.workloads.by(session.client, request.workload)
+        if self._state.workloads.wait_of(workload.id) is not None:
+            raise ProtocolError(f"{workload.name} waits for memory already")
+        self._state.workloads.end_grant(workload)
+        since = time.monotonic()
+        wait = Wait(since, workload.priority, needs, workload.id, start=workload.starting)
+        preempted = await self._swapper.take(session, wait)
+        return Answer(messages.RoomTaken(request.id, time.monotonic() - since, preempted))
+
+    async def report(self, session: Session, request: messages.ReportWorkload) -> Answer:
+        """Record the state and memory of a workload.
+
+        Raises:
+            WorkloadNotFoundError: the client does not speak for this workload.
+            ProtocolError: the message is malformed.
+            UnknownDeviceError: there is no such device on this node.
+        """
+        report = _report(request, refusal=request.refusal or _own_refusal(session))
+        self._state.workloads.by(session.client, request.workload)
+        await self._open(report.private, report.needs)
+        workload = self._state.workloads.by(session.client, request.workload)
+        before = self._state.workloads.report(workload, report)
+        if before is not report.state:
+            self._say(workload, before, report)
+        self._changed()
+        return Answer(messages.Done(request.id))
+
+    async def _open(self, *memories: Mapping[str, int]) -> None:
+        """Open the accounts of devices that are new."""
+        accounts = self._state.accounts
+        devices = {device for memory in memories for device in memory if not accounts.known(device)}
+        if devices:
+            await self._authority.open(sorted(devices))
+
+    def _say(self, workload: Workload, before: WorkloadState, report: Report) -> None:
+        """Log a new state, and signal it where it is one that lasts."""
+        log.info("workload %s: %s -> %s", workload.name, before.value, report.state.value)
+        took_ms = round(1e3 * sum(report.steps.values()))
+        if report.state is WorkloadState.SWAPPED and before is WorkloadState.RETURNING:
+            self._signals.event("workload_rolled_back", name=workload.name)
+        elif report.state in AWAY:
+            event = "workload_checkpointed" if report.state is WorkloadState.CHECKPOINTED else "workload_swapped_out"
+            self._signals.event(event, name=workload.name, bytes=report.moved, took_ms=took_ms)
+        elif report.state is WorkloadState.RESIDENT and before is WorkloadState.RETURNING:
+            self._signals.event("workload_returned", name=workload.name, bytes=report.moved, took_ms=took_ms)
+
+    def _changed(self) -> None:
+        self._signals.changed()
+        self._swapper.wake()
+
+
+def _own_refusal(session: Session) -> str:
+    """Return why a client's identity forbids swaps; empty: it does not."""
+    return "" if session.client.identity.swap else "WOOLYAI_SWAP_FROM_VRAM=0"
+
+
+def _report(request: messages.Join | messages.ReportWorkload, *, refusal: str) -> Report:
+    """Return what a client reports. Raises :class:`ProtocolError` for values out of their ranges."""
+    try:
+        state = WorkloadState(request.state)
+    except ValueError:
+        raise ProtocolError(f"no state of workloads: {one_line(request.state, MAX_TEXT)}") from None
+    steps: tuple[messages.StepTime, ...] = ()
+    moved = 0
+    if isinstance(request, messages.ReportWorkload):
+        steps, moved = request.steps[:MAX_STEPS], request.moved
+    return Report(
+        state,
+        _by_device(request.private),
+        _by_device(request.stays),
+        _by_device(request.needs),
+        one_line(refusal, MAX_TEXT),
+        min(max(0, moved), MAX_BYTES),
+        {one_line(step.step, MAX_NAME): max(0.0, step.seconds) for step in steps if step.seconds < MAX_BYTES},
+    )
+
+
+def _by_device(amounts: Iterable[messages.DeviceBytes]) -> dict[str, int]:
+    """Return bytes by device. Raises :class:`ProtocolError` for negative or too many ones."""
+    found = {amount.device: amount.nbytes for amount in amounts}
+    if len(found) > MAX_DEVICES or any(not 0 <= nbytes <= MAX_BYTES for nbytes in found.values()):
+        raise ProtocolError(f"bytes of a workload on at most {MAX_DEVICES} devices, of 0 to {MAX_BYTES}")
+    return found
