@@ -27,6 +27,16 @@ FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "jamba")
 Move = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def swappable(gpu: str, gpu_of_torch: str) -> None:
+    """Skip where engines on a GPU are not swapped: an untested version of vLLM."""
+    assert gpu_of_torch == gpu
+    pytest.importorskip("vllm")
+    compat = pytest.importorskip("wooly_vllm.compat")
+    if not compat.swaps_on_gpus():
+        pytest.skip(f"engines of vLLM {compat.version()} are not swapped on a GPU")
+
+
 def commands(process: EngineProcess) -> Move:
     """Return a function that runs a command of `support/moving.py` in an engine."""
 
@@ -51,15 +61,11 @@ def assert_moved(one: dict[str, Any]) -> None:
 @pytest.fixture(scope="module", params=["0", "1"], ids=["V1", "V2"])
 def move(
     request: pytest.FixtureRequest,
-    gpu: str,
-    gpu_of_torch: str,
     module_runtime_dir: Path,
     checkpoint: Any,
     tmp_path_factory: Any,
 ) -> Iterator[Move]:
     """Return a function that runs a command of `moving.py` in an engine that shares its weights."""
-    assert gpu_of_torch == gpu
-    pytest.importorskip("vllm")
     job = {"models": [str(checkpoint("llama"))], "settings": GRAPHS, "obey": True, **SHARING}
     environment = {
         "VLLM_USE_V2_MODEL_RUNNER": request.param,
@@ -117,7 +123,6 @@ def test_vram_is_free_while_it_is_away(move: Move, gpu: str) -> None:
     assert used_mib(gpu) <= before + 64
 
 
-@pytest.mark.usefixtures("gpu")
 def test_without_host_memory_copies_go_to_the_swap_directory(
     module_runtime_dir: Path, checkpoint: Any, tmp_path: Path
 ) -> None:
@@ -136,7 +141,6 @@ def test_without_host_memory_copies_go_to_the_swap_directory(
         process.close()
 
 
-@pytest.mark.usefixtures("gpu")
 def test_adapters_return_with_their_contents(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path) -> None:
     base = checkpoint("llama")
     adapters = {name: str(random_adapter(base, tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"))}
@@ -177,7 +181,6 @@ def test_sleep_mode_discards_the_cache_and_keeps_adapters(
         process.close()
 
 
-@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_cache_returns(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path, family: str) -> None:
     job = {"models": [str(checkpoint(family))], "settings": GRAPHS, "obey": True, **SHARING}

@@ -69,7 +69,7 @@ class Moving:
             how: arguments of :meth:`move`.
         """
         if fresh:
-            assert self.core.reset_prefix_cache()
+            assert self.core.reset_prefix_cache() is not False
         for number, prompt in enumerate((prompts or PROMPTS) * copies):
             self._add(str(number), prompt)
         step = 0
