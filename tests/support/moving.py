@@ -280,7 +280,7 @@ def _descriptors() -> int:
 
 def _swap_files() -> list[Path]:
     """Return the paths, under ``/proc``, of files in the swap directory that this process writes."""
-    directory = os.environ["WOOLY_SWAP_DIR"]
+    directory = os.environ.get("WOOLY_SWAP_DIR", "/var/tmp")
     open_files = Path("/proc/self/fd").iterdir()
     return [
         path
