@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gpu.conftest import used_mib
 from support.adapters import random_adapter
+from support.drafts import eagle_head
 from support.engines import SHARING, EngineProcess
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
@@ -181,16 +182,33 @@ def test_sleep_mode_discards_the_cache_and_keeps_adapters(
         process.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_cache_returns(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path, family: str) -> None:
-    job = {"models": [str(checkpoint(family))], "settings": GRAPHS, "obey": True, **SHARING}
-    process = EngineProcess(module_runtime_dir, job, WOOLY_SWAP_DIR=str(tmp_path))
+def returns(runtime_dir: Path, model: Path, swap_dir: Path, settings: dict[str, Any]) -> None:
+    """Move an engine three times in a batch: its tokens are those of the engine that never moved."""
+    job = {"models": [str(model)], "settings": GRAPHS | settings, "obey": True, **SHARING}
+    process = EngineProcess(runtime_dir, job, WOOLY_SWAP_DIR=str(swap_dir))
     try:
         run = commands(process)
         assert run("facts")["refusal"] == ""
         right = run("answer", copies=4)["tokens"]
-        found = run("answer", copies=4, moves=(5, 17, 30))
+        found = run("answer", copies=4, moves=(5, 11, 17))
         assert found["tokens"] == right
-        assert run("answer", copies=4, moves=(17,), save=False)["tokens"] != right
+        assert len(found["moves"]) == 3
+        assert run("answer", copies=4, moves=(11,), save=False)["tokens"] != right
     finally:
         process.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_cache_returns(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path, family: str) -> None:
+    returns(module_runtime_dir, checkpoint(family), tmp_path, {})
+
+
+def test_quantized_cache_returns(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path) -> None:
+    returns(module_runtime_dir, checkpoint("llama"), tmp_path, {"kv_cache_dtype": "fp8"})
+
+
+def test_cache_of_a_draft_model_returns(module_runtime_dir: Path, checkpoint: Any, tmp_path: Path) -> None:
+    target = checkpoint("llama")
+    head = eagle_head(target, tmp_path / "eagle")
+    speculative = {"method": "eagle", "num_speculative_tokens": 2, "model": str(head)}
+    returns(module_runtime_dir, target, tmp_path, {"speculative_config": speculative})
