@@ -1,4 +1,4 @@
-"""Accounts after any history of workloads: names are unique, grants are counted once, and nothing outlives its owner."""
+"""Accounts after any history: names are unique, grants are counted once, and nothing outlives its owner."""
 
 from __future__ import annotations
 
