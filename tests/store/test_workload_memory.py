@@ -149,7 +149,7 @@ def test_a_workload_returns_with_the_segments_that_left_with_it(served, workload
     reader.publish(key(1), MODEL)
     one.report("resident")
     assert {memory.device: memory.shared for memory in status(served, "one").memory}[DEVICE] >= 20 * MIB
-    assert status(served, "one").models == ("model",)
+    assert status(served, "one").models == (key(1),)
     one.leave = lambda *_: reader.sleep()
     other = workload("other", 90)
     other.enter()  # more than is free while the weights are there
