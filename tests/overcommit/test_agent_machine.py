@@ -44,6 +44,7 @@ class Counting:
         self._peer = None
         self.state = None
         self.granted = False
+        self._fresh = False  # the grant may be that of the store before
         self.answers = {}
         self.wrong = []
         self._open()
@@ -98,7 +99,7 @@ class Counting:
 
     def _received(self, message):
         if isinstance(message, messages.Join):
-            self.state = WorkloadState(message.state)
+            self.state, self._fresh = WorkloadState(message.state), True
             self._peer.send(messages.Joined(message.id, "engine", 0))
         elif isinstance(message, messages.TakeRoom):
             if self._pending is not None or self.granted:
@@ -121,10 +122,10 @@ class Counting:
     def _reported(self, state):
         if state is not self.state and (self.state, state) not in ALLOWED:
             self.wrong.append(f"{self.state} -> {state}")
-        if state is WorkloadState.RETURNING and not self.granted and self.state is not WorkloadState.RETURNING:
+        if state is WorkloadState.RETURNING and not self.granted and not self._fresh:
             self.wrong.append("it returns without memory")
         if state in {WorkloadState.RESIDENT, WorkloadState.SWAPPED}:
-            self.granted = False
+            self.granted = self._fresh = False
         self.state = state
 
 
