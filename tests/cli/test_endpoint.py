@@ -43,7 +43,7 @@ def connect(port):
 
 ENDS = ("0.0005", "0.001", "0.005", "0.025", "0.1", "0.5", "2.5", "10.0", "60.0", "600.0", "+Inf")
 WAITS = [("0", 0), ("1", 1), ("2", 2), ("3", 3), ("4", 4)]
-CHAT, BATCH = ("chat", "0"), ("batch", "3")
+CHAT, BATCH = ("0", "chat"), ("3", "batch")
 STATES = ("resident", "draining", "leaving", "swapped", "returning", "checkpointed")
 OVERCOMMIT = {
     ("wooly_overcommit", "cpu"): 1,
@@ -56,10 +56,10 @@ OVERCOMMIT = {
     ("wooly_granted_bytes", "GPU-1"): 0,
     ("wooly_foreign_bytes", "cpu"): 1 << 24,
     **{("wooly_workloads", state): 1 if state in {"resident", "swapped"} else 0 for state in STATES},
-    ("wooly_workload_private_bytes", "chat", "cpu"): 5 << 30,
-    ("wooly_workload_private_bytes", "batch", "cpu"): 1 << 20,
-    ("wooly_workload_shared_bytes", "chat", "cpu"): 3 << 30,
-    ("wooly_workload_shared_bytes", "batch", "cpu"): 0,
+    ("wooly_workload_private_bytes", "cpu", "chat"): 5 << 30,
+    ("wooly_workload_private_bytes", "cpu", "batch"): 1 << 20,
+    ("wooly_workload_shared_bytes", "cpu", "chat"): 3 << 30,
+    ("wooly_workload_shared_bytes", "cpu", "batch"): 0,
     ("wooly_workload_wait_seconds", *CHAT): 0,
     ("wooly_workload_wait_seconds", *BATCH): 2.5,
     ("wooly_workload_starved_seconds_total", *CHAT): 1.5,
