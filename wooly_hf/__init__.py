@@ -7,7 +7,9 @@ installed transformers is too old, or has moved a name that wooly relies on.
 from __future__ import annotations
 
 from wooly_hf import compat, guards, hooks
-from wooly_hf.sharing import Stats, stats, unshare
+from wooly_hf.sharing import Stats, stats
+from wooly_hf.workload import entrances
+from wooly_hf.workload.unshare import unshare
 
 __all__ = ["Stats", "stats", "unshare"]
 
@@ -19,6 +21,7 @@ def _activate() -> None:
     compat.replace_distributed(hooks.wrap_distributed)
     compat.replace_warmup(hooks.wrap_warmup)
     guards.install()
+    entrances.install()
 
 
 _activate()

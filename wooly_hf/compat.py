@@ -9,6 +9,7 @@ anything is replaced, so that a transformers that moved one of these names is re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from types import FunctionType
@@ -106,6 +107,20 @@ def replace(name: str, wrap: Wrapper) -> None:
         setattr(PreTrainedModel, name, wrap(stock))
 
 
+def wrap_method(name: str, wrap: Wrapper) -> None:
+    """Wrap a method that ``PreTrainedModel`` has or inherits; a class that overrides it calls the wrapper, if any."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    stock = vars(PreTrainedModel).get(name)
+    if stock is None:
+
+        @functools.wraps(getattr(PreTrainedModel, name))
+        def stock(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(super(PreTrainedModel, self), name)(*args, **kwargs)
+
+    setattr(PreTrainedModel, name, wrap(stock))
+
+
 def replace_warmup(wrap: Wrapper) -> None:
     """Replace ``caching_allocator_warmup``, which the load calls first, by a wrapper."""
     from transformers import modeling_utils
@@ -165,6 +180,11 @@ def device_of(load_config: Any) -> torch.device:
     if place is None or place.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"weights on {place or 'the disk'} cannot be shared")
     return place
+
+
+def nbytes_of(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and persistent buffers, which may be on the meta device."""
+    return sum(tensor.nbytes for tensor in {id(it): it for it in model.state_dict(keep_vars=True).values()}.values())
 
 
 def onto_one_device(load_config: Any) -> bool:

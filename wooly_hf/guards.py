@@ -22,7 +22,9 @@ from shared_store.memory import Mapping
 from shared_store.runtime.import_hooks import when_imported
 from shared_store.torch.mapping_registry import mapping_of
 from wooly_hf import compat
-from wooly_hf.sharing import unshare
+from wooly_hf.absent import looking
+from wooly_hf.workload import process
+from wooly_hf.workload.unshare import unshare
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def _refusal(what: str, which: str) -> SharedWriteError:
 def install() -> None:
     """Guard optimizers, the initialisation of weights, and merges of PEFT."""
     register_optimizer_step_pre_hook(_before_step)
+    _watch_optimizers()
     compat.replace("_initialize_weights", _wrap_initialize)
     when_imported("peft.tuners.tuners_utils", _guard_peft)
 
@@ -81,6 +84,23 @@ class _BeforeLoad:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, ("", "format")
+
+
+def _watch_optimizers() -> None:
+    """Keep a workload on its device from when an optimizer has a parameter of its models, also of an adapter."""
+    stock = torch.optim.Optimizer.add_param_group
+
+    @functools.wraps(stock)
+    def add_param_group(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+        stock(self, param_group)
+        workload = process.current()
+        if workload is not None and not workload.refusal:
+            with looking():
+                own = {id(parameter) for model in workload.models() for parameter in model.parameters()}
+            if any(id(parameter) in own for parameter in self.param_groups[-1]["params"]):
+                workload.refuse(f"an optimizer ({type(self).__name__}) has parameters of its model")
+
+    torch.optim.Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]  # called by all optimizers
 
 
 _warned = False

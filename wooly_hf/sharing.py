@@ -12,6 +12,7 @@ from shared_store.memory import unmapping
 from shared_store.torch.mapping_registry import mapping_of, written_bytes
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.views import StorageKey, storage_key
+from wooly_hf.absent import looking
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Stats:
 def stats(model: nn.Module) -> Stats:
     """Measure a model, a part of one, or a wrapper of one, such as PEFT's. Tied tensors count once."""
     shared = private = written = 0
-    for (_, address), tensors in _by_storage(model).items():
+    with looking():
+        found = _by_storage(model)
+    for (_, address), tensors in found.items():
         nbytes = tensors[0].untyped_storage().nbytes()
         mapping = mapping_of(tensors[0])
         if mapping is None:
@@ -51,9 +54,7 @@ def stats(model: nn.Module) -> Stats:
 def unshare(module: nn.Module) -> int:
     """Move a model, or a part of one, to private memory, so that it can be written to.
 
-    Tensor objects stay the same, so tied tensors stay tied and references stay valid. Views that the module does not
-    reach keep the shared memory. The rest of it is unmapped once this process's work on the device has ended: on a GPU
-    the copies themselves may be in flight.
+    See :func:`wooly_hf.unshare`.
 
     Returns:
         The bytes that became private.

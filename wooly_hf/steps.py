@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shared_store.base import envs
-from shared_store.base.errors import UnsupportedError
+from shared_store.base.errors import UnsupportedError, WoolyError
 from shared_store.base.manifest import Manifest
 from shared_store.client.identify import Checkpoint
 from shared_store.torch.bind import Bound
@@ -25,6 +25,9 @@ from shared_store.torch.tensors import NamedTensor
 from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
 from wooly_hf.sharing import leave_files
+from wooly_hf.workload.entrances import guard
+from wooly_hf.workload.process import Workload
+from wooly_hf.workload.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,15 @@ def _devices(load_config: Any) -> tuple[str, ...]:
     return ()
 
 
+class NoMemoryError(Exception):
+    """No memory was to be had for a load. Not a fallback: loading the stock way would need as much."""
+
+    def __init__(self, reason: WoolyError) -> None:
+        """Keep the reason, which is what the user sees."""
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class TransformersSteps:
     """The steps of one call of ``_load_pretrained_model``."""
 
@@ -72,6 +84,12 @@ class TransformersSteps:
         self._files = files
         self._load_config = load_config
         self._load_stock = load_stock
+        self._workload: Workload | None = None
+        self._device = torch.device("cpu")
+
+    def join(self, workload: Workload, device: torch.device) -> None:
+        """Load the model as one of a workload, onto a device."""
+        self._workload, self._device = workload, device
 
     @property
     def name(self) -> str:
@@ -105,7 +123,16 @@ class TransformersSteps:
         return Loaded(self._model, (info, None)), bound
 
     def load_to_publish(self) -> Loaded[Result]:
-        """Load the stock way, without the warm-up of the allocator."""
+        """Load the stock way, without the warm-up of the allocator, once there is memory for it.
+
+        Raises:
+            NoMemoryError: there is none; nothing is loaded then.
+        """
+        if self._workload is not None:
+            try:
+                self._workload.take_memory(self._device, compat.nbytes_of(self._model))
+            except WoolyError as error:
+                raise NoMemoryError(error) from error
         token = publishing.set(True)
         try:
             return Loaded(self._model, self._load_stock())
@@ -131,11 +158,22 @@ class TransformersSteps:
         if shared.published and shared.manifest.device == "cpu":
             leave_files(self._model)
         guards.watch(self._model)
+        if self._workload is not None:
+            self._workload.add(self._model, SharedModel(shared, self._device, shared.bound.private_bytes))
+            guard(self._model, self._workload)
         return shared.bound
 
     def left_private(self, loaded: Loaded[Result]) -> None:
-        """Do nothing: the model is as transformers loaded it."""
+        """The model is as transformers loaded it, and stays where it is."""
+        self._stays_private(loaded.model)
 
     def load_stock(self) -> Result:
         """Load as transformers does."""
-        return self._load_stock()
+        result = self._load_stock()
+        self._stays_private(self._model)
+        return result
+
+    def _stays_private(self, model: nn.Module) -> None:
+        if self._workload is not None:
+            self._workload.add_private(model, self._device)
+            self._workload.refuse("a model of it is not shared, so nothing else has its weights")

@@ -32,11 +32,12 @@ def _register() -> None:
     from wooly_vllm import compat, cpu_dispatch
     from wooly_vllm.loading.loader import AutoLoader, WoolyLoader
     from wooly_vllm.memory import accounting
-    from wooly_vllm.residency import activity, sleep
+    from wooly_vllm.residency import activity, engine, sleep
 
     compat.call_on_gpu(accounting.install)
     compat.call_on_gpu(sleep.install_in_engine)
     activity.install_in_engine()
+    engine.install()
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()

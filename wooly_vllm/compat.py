@@ -87,6 +87,12 @@ def call_on_gpu(then: Callable[[], None]) -> None:
         then()
 
 
+def one_engine_a_process() -> bool:
+    """Return True if an engine has a process of its own, False if it is in that of the program that made it."""
+    (envs,) = find("vllm", "envs")
+    return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+
+
 def packs_small_weights() -> bool:
     """Return True if this vLLM has the known kernel for small packed weights on a CPU (0.29 and later)."""
     return hasattr(importlib.import_module("vllm._custom_ops"), "weight_packed_linear_cpu")
@@ -127,6 +133,41 @@ def gpu_of(local_rank: int) -> torch.device:
     """Return the GPU of a rank on this node, by its number in this process."""
     (platform,) = find("vllm.platforms", "current_platform")
     return torch.device("cuda", platform.logical_device_id_to_visible_device_id(local_rank))
+
+
+def uuid_of_gpu(rank: int) -> str:
+    """Return the store's name of the GPU of a rank on this node, without initialising CUDA."""
+    (platform,) = find("vllm.platforms", "current_platform")
+    return str(platform.get_device_uuid(rank))
+
+
+def bytes_of_gpu(rank: int) -> int:
+    """Return the memory of the GPU of a rank on this node, in bytes, without initialising CUDA."""
+    (platform,) = find("vllm.platforms", "current_platform")
+    return int(platform.get_device_total_memory(rank))
+
+
+SWAPPED_ON_GPUS = ("0.26",)
+"""Versions of which engines on a GPU were swapped out and back with equal tokens."""
+
+
+def swaps_on_gpus() -> bool:
+    """Return True for a version whose engines on a GPU may be swapped out."""
+    return version().startswith(tuple(f"{known}." for known in SWAPPED_ON_GPUS))
+
+
+def block_bytes(vllm_config: Any) -> int:
+    """Return an estimate of the bytes of one KV block in one worker, for a decoder whose layers are alike."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    (narrow,) = find("vllm.utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE")
+    dtype = model.dtype if cache.cache_dtype == "auto" else narrow[cache.cache_dtype]
+    elements = model.get_num_kv_heads(parallel) * model.get_head_size() * (1 if model.use_mla else 2)
+    tokens = cache.block_size or _BLOCK_TOKENS
+    return int(model.get_num_layers(parallel) * elements * tokens * dtype.itemsize)
+
+
+_BLOCK_TOKENS = 128
+"""Tokens of a block, where vLLM has not chosen them yet; its greatest default."""
 
 
 def methods_that_synchronize(*, imported_only: bool = False) -> Iterator[tuple[type, str]]:
@@ -400,7 +441,19 @@ def _doing_nothing(method: Any) -> Iterator[None]:
 
 
 def parallel_ranks(vllm_config: Any, model_config: Any) -> dict[str, int]:
-    """Return the sizes of all parallel groups that divide weights, and this process's ranks."""
+    """Return the sizes of all parallel groups that divide weights, and this process's ranks.
+
+    Before the groups exist, for an engine with one worker only.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size == parallel.pipeline_parallel_size == 1:
+        return {
+            "tensor_rank": 0,
+            "tensor_size": 1,
+            "pipeline_rank": 0,
+            "pipeline_size": 1,
+            **divided_further(parallel, experts=bool(getattr(model_config, "is_moe", True))),
+        }
     tensor_rank, tensor_size = find(
         "vllm.distributed", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size"
     )
@@ -410,7 +463,7 @@ def parallel_ranks(vllm_config: Any, model_config: Any) -> dict[str, int]:
         "tensor_size": tensor_size(),
         "pipeline_rank": pipeline().rank_in_group,
         "pipeline_size": pipeline().world_size,
-        **divided_further(vllm_config.parallel_config, experts=bool(getattr(model_config, "is_moe", True))),
+        **divided_further(parallel, experts=bool(getattr(model_config, "is_moe", True))),
     }
 
 

@@ -26,6 +26,14 @@ class SharingLoader(ABC):
             WoolyError: the store or the checkpoint cannot be read.
         """
 
+    @abstractmethod
+    def checkpoint_bytes(self, model_config: Any) -> int:
+        """Return the bytes of the files that a model will be loaded from.
+
+        Raises:
+            WoolyError: they cannot be found.
+        """
+
 
 def sharing_loader(vllm_config: Any) -> SharingLoader | None:
     """Return a loader of the engine's load format, or None if that format does not share weights."""

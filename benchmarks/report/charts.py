@@ -1,4 +1,4 @@
-"""Charts: single bars, pairs of bars without and with wooly, and lines of growth."""
+"""Charts: single bars, pairs of bars without and with wooly, lines of growth, and lines by name."""
 
 from __future__ import annotations
 
@@ -59,6 +59,32 @@ def growth(title: str, unit: str, sizes: Sequence[float], costs: Mapping[str, Se
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
     axes.set_yticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
     axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    return figure
+
+
+def lines(
+    title: str, axes_names: tuple[str, str], places: Sequence[str], values: Mapping[str, Sequence[float]]
+) -> Figure:
+    """Return a chart of one line by name over the same places, with a logarithmic axis of values.
+
+    Args:
+        title: the title.
+        axes_names: of the places and of the values.
+        places: labels, evenly spaced.
+        values: by name, one for each place.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(axes_names[0])
+    axes.set_ylabel(axes_names[1])
+    axes.set_yscale("log")
+    for name, heights in values.items():
+        axes.plot(range(len(places)), heights, marker="o", label=name, color=WOOLY if name == "wooly" else None)
+    axes.set_xticks(range(len(places)), places)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", ncols=2)
     return figure

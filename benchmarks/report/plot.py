@@ -4,6 +4,7 @@
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
+``overcommit-sim.json``: time to first token by policy.
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import GIB, MIB
 from benchmarks.harness.results import RESULTS
-from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, growth, pairs
+from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, growth, lines, pairs
 
 ROLES = {"stock": STOCK, "stock_dispatch": OTHER, "publisher": WOOLY, "reader": WOOLY}
 LABELS = {"stock_dispatch": "stock,\nwooly's kernels"}
@@ -151,6 +152,37 @@ def scale(result: dict[str, Any]) -> Figures:
     return {"cpu_scale": growth(title, unit, [point["blobs"] for point in points], costs)}
 
 
+POLICIES = {
+    "wooly": "wooly",
+    "first_come": "first come, first served",
+    "lru": "least recently used",
+    "by_hand": "sleep by hand",
+}
+"""Labels of the simulated policies."""
+
+
+def overcommit(result: dict[str, Any]) -> Figures:
+    """Draw the 99th percentile of the time to first token by policy: by priority, and by number of workloads."""
+    what = f"simulated: {result['gpus']:,} GPUs, {result['seconds']:g} s"
+    levels = [level for level in result["mixed"]["wooly"]["ttft_s"] if level != "all"]
+    counts = [name for name in result["raw"]["parts"]["wooly"] if name.endswith(" workloads")]
+    by_level = {
+        label: [result["mixed"][name]["ttft_s"][level]["p99"] for level in levels] for name, label in POLICIES.items()
+    }
+    by_count = {
+        label: [result["raw"]["parts"][name][count]["ttft_s"]["all"]["p99"] for count in counts]
+        for name, label in POLICIES.items()
+    }
+    title = f"Time to first token with more workloads than memory\n{what}"
+    unit = "99th percentile, seconds"
+    return {
+        "overcommit_priorities": lines(title, ("priority", unit), [level.upper() for level in levels], by_level),
+        "overcommit_workloads": lines(
+            title, ("workloads on a GPU", unit), [one.split()[0] for one in counts], by_count
+        ),
+    }
+
+
 def gpu(machine: str, result: dict[str, Any]) -> Figures:
     """Draw the plots of a GPU of which all figures were measured."""
     where = result["versions"]["gpu"]
@@ -185,6 +217,7 @@ def draw(results: Path) -> Figures:
         "cpu.json": cpu,
         "cpu-hf.json": hf_cpu,
         "scale.json": scale,
+        "overcommit-sim.json": overcommit,
     }
     of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {"gpu.json": gpu, "hf.json": hf_gpu}
     figures: Figures = {}

@@ -8,7 +8,7 @@ ignored. A file is read again when it changes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,11 +21,16 @@ _read: dict[Path, tuple[tuple[int, ...], Mapping[str, str]]] = {}
 """Identity and content of each file when it was read last."""
 
 
-def lookup(name: str) -> tuple[str, Path] | None:
-    """Return a key's value and its file, or None. Raises :class:`ConfigError` for a file that cannot be read."""
+def lookup(names: Sequence[str]) -> tuple[str, str, Path] | None:
+    """Return the first of these keys in the first file that has one, with its value and the file, or None.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     for path, values in files():
-        if values.get(name):
-            return values[name], path
+        for name in names:
+            if values.get(name):
+                return name, values[name], path
     return None
 
 

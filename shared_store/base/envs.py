@@ -65,11 +65,7 @@ class Variable(Generic[T]):
         for name in self.names:
             if os.environ.get(name):
                 return name, os.environ[name], None
-        for name in self.names if self.in_files else ():
-            found = config_file.lookup(name)
-            if found is not None:
-                return name, *found
-        return None
+        return config_file.lookup(self.names) if self.in_files else None
 
 
 def _runtime_dir(text: str) -> Path:

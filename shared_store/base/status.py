@@ -237,6 +237,48 @@ class LoopStatus(msgspec.Struct, frozen=True):
     longest_cpu_s: float = 0.0
 
 
+class DurationStatus(msgspec.Struct, frozen=True, gc=False):
+    """Durations of one kind since the store started.
+
+    ``name``: a step of a swap, or a priority (``0`` to ``4``). ``classes``: number of durations, one class for each of
+    :data:`LATENCY_BOUNDS_S` (above the previous bound, up to this one), and one for longer ones.
+    """
+
+    name: str
+    count: int
+    total_s: float
+    classes: tuple[int, ...]
+
+
+class SwapStatus(msgspec.Struct, frozen=True, gc=False):
+    """Swaps in one direction since the store started. ``bytes``: copied between devices and the host."""
+
+    direction: Literal["out", "in"]
+    count: int
+    bytes: int
+
+
+class RefusalStatus(msgspec.Struct, frozen=True, gc=False):
+    """Requests to leave that were refused since the store started. ``reason``: the code of an error."""
+
+    reason: str
+    count: int
+
+
+class OvercommitStatus(msgspec.Struct, frozen=True):
+    """Overcommit since the store started.
+
+    ``steps``: how long the parts of swaps took. ``waits``: how long workloads waited for memory until they were granted
+    it or gave up, by priority. ``waiting``: number of workloads that wait now, by priority (P0 first).
+    """
+
+    swaps: tuple[SwapStatus, ...] = ()
+    steps: tuple[DurationStatus, ...] = ()
+    waits: tuple[DurationStatus, ...] = ()
+    waiting: tuple[int, ...] = (0, 0, 0, 0, 0)
+    refusals: tuple[RefusalStatus, ...] = ()
+
+
 class Totals(msgspec.Struct, frozen=True):
     """Sums. ``saved_bytes``: bytes that readers map, minus one copy of every distinct blob of these."""
 
@@ -262,3 +304,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     quarantine: tuple[QuarantineStatus, ...] = ()
     loop: LoopStatus | None = None
     workloads: tuple[WorkloadStatus, ...] = ()
+    overcommit: OvercommitStatus = OvercommitStatus()

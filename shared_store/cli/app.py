@@ -11,16 +11,20 @@ from shared_store.cli.doctor import command as doctor
 from shared_store.cli.events import command as events
 from shared_store.cli.models import command as models
 from shared_store.cli.pin import command as pin
+from shared_store.cli.priority import command as priority
 from shared_store.cli.restore import command as restore
 from shared_store.cli.rm import command as rm
 from shared_store.cli.save import command as save
 from shared_store.cli.serve import command as serve
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
+from shared_store.cli.swap import command as swap
 from shared_store.cli.unpin import command as unpin
 from shared_store.cli.upgrade import command as upgrade
 from shared_store.cli.verify import command as verify
 from shared_store.cli.version import command as version
+from shared_store.cli.why import command as why
+from shared_store.cli.workloads import command as workloads
 
 app = typer.Typer(
     name="wooly",
@@ -33,6 +37,10 @@ app.command("serve")(serve)
 app.command("stop")(stop)
 app.command("status")(status)
 app.command("models")(models)
+app.command("workloads")(workloads)
+app.command("swap")(swap)
+app.command("priority")(priority)
+app.command("why")(why)
 app.command("rm")(rm)
 app.command("verify")(verify)
 app.command("save")(save)
@@ -66,6 +74,7 @@ def _wooly(
     \b
     vllm serve MODEL --load-format wooly    share a model; starts the store if it is not running
     wooly status                            show shared models and their readers
+    wooly workloads                         show engines, their memory, and which are swapped out
     wooly doctor                            check this machine for problems
     """  # noqa: D301 - typer's mark for lines that are not wrapped
 

@@ -6,8 +6,22 @@ from typing import Annotated, Any, Final
 import typer
 
 from shared_store.base import envs
-from shared_store.base.errors import ConfigError
 from shared_store.cli.options import RuntimeDir
+from shared_store.cli.overcommit_options import (
+    Budget,
+    DeepAfter,
+    HostBudget,
+    IdleAfter,
+    MaxPriority,
+    MinResident,
+    StartTimeout,
+    SwapDir,
+    Turn,
+    VramReserve,
+    priorities,
+    sizes,
+    value,
+)
 
 DETACHED_WITHIN_S: Final = 20.0
 
@@ -50,6 +64,16 @@ def command(
             "limit, idle models are evicted. May be repeated.  [default: no limit]",
         ),
     ] = None,
+    budget: Budget = None,
+    vram_reserve: VramReserve = None,
+    idle_after: IdleAfter = None,
+    min_resident: MinResident = None,
+    turn: Turn = None,
+    deep_after: DeepAfter = None,
+    host_budget: HostBudget = None,
+    swap_dir: SwapDir = None,
+    start_timeout: StartTimeout = None,
+    max_priority: MaxPriority = None,
     compact_share: Annotated[
         float,
         typer.Option(
@@ -124,6 +148,7 @@ def command(
     Examples:
       wooly serve --detach
       wooly serve --max-resident cpu=64GiB --metrics 127.0.0.1:9400
+      wooly serve --budget cpu=64GiB --idle-after 60s
       wooly serve --redis-url redis://catalog.example:6379/0
     """  # noqa: D301 - typer's mark for lines that are not wrapped
     from shared_store.memory import backend_for
@@ -135,20 +160,30 @@ def command(
         "redis_url": redis_url,
         "metrics_address": metrics,
         "max_clients": max_clients,
-        "max_resident": dict(parse_limit(limit) for limit in max_resident or ()),
+        "max_resident": sizes("--max-resident", max_resident or ()),
+        "budget": sizes("--budget", budget or ()),
+        "vram_reserve": value("--vram-reserve", envs.VRAM_RESERVE, vram_reserve),
+        "idle_after_s": value("--idle-after", envs.IDLE_AFTER, idle_after),
+        "min_resident_s": value("--min-resident", envs.MIN_RESIDENT, min_resident),
+        "turn_s": value("--turn", envs.TURN, turn),
+        "deep_after_s": value("--deep-after", envs.DEEP_AFTER, deep_after),
+        "host_budget": value("--host-budget", envs.HOST_BUDGET, host_budget),
+        "swap_dir": value("--swap-dir", envs.SWAP_DIR, None if swap_dir is None else str(swap_dir)),
+        "start_timeout_s": value("--start-timeout", envs.START_TIMEOUT, start_timeout),
+        "max_priority": priorities(max_priority or ()),
         "compact_share": compact_share,
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),
         "admin_group": admin_group,
         "admin_uids": tuple(admin_uid) if admin_uid else None,
         "watchdog_s": watchdog,
-        "log_level": None if log_level is None else _log_level(log_level),
+        "log_level": value("--log-level", envs.LOG_LEVEL, log_level),
     }
     options = dataclasses.replace(
         ServeOptions.from_environment(), **{name: value for name, value in given.items() if value is not None}
     )
     # Refuse invalid options before anything is started.
-    for device in options.max_resident:
+    for device in {**options.max_resident, **options.budget}:
         backend_for(device)
     if metrics is not None:
         from shared_store.store.observe.endpoint import parse_address
@@ -165,24 +200,3 @@ def command(
         from shared_store.keeper.startup import run
 
         raise typer.Exit(run(options))
-
-
-def parse_limit(text: str) -> tuple[str, int]:
-    """Parse ``DEVICE=SIZE`` to device and bytes. Raises :class:`ConfigError`."""
-    from shared_store.base.sizes import parse_size
-
-    device, equals, size = text.partition("=")
-    nbytes = parse_size(size)
-    if not (device and equals) or nbytes is None:
-        raise ConfigError(
-            f"--max-resident {text!r} is not of the form DEVICE=SIZE, such as cpu=64GiB; "
-            "a size is a number with KiB, MiB, GiB or TiB"
-        )
-    return device, nbytes
-
-
-def _log_level(text: str) -> str:
-    try:
-        return envs.LOG_LEVEL.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--log-level {text!r}: {error}") from error

@@ -8,12 +8,17 @@ from rich.text import Text
 
 from shared_store.base.status import ActivityStatus, ClientStatus, DeviceStatus, ModelStatus, QuarantineStatus, Status
 from shared_store.cli.render import duration, plain, short_key, size, table
+from shared_store.cli.workload_views import accounts, workloads
 
 
 def report(status: Status, *, hide_client: int | None = None) -> Group:
     """Format a whole status. ``hide_client``: the number of the client to leave out (this command)."""
     parts: list[RenderableType] = [Text(plain(line)) for line in _summary(status)]
     parts += [Text(), devices(status.devices)]
+    if any(device.budget_bytes is not None for device in status.devices):
+        parts += [Text(), accounts(status.devices)]
+    if status.workloads:
+        parts += [Text(), workloads(status.workloads, status.models)]
     if status.models:
         parts += [Text(), models(status.models)]
     if status.quarantine:

@@ -1,7 +1,7 @@
 """A connection to the store of a runtime directory that outlives the store.
 
-When the link is lost, a client that reads models or has turns reconnects in the background, and rejoins: see
-:func:`_rejoin`. A call that may be repeated is sent again to the new store; others raise
+When the link is lost, a client that reads models, has turns or speaks for a workload reconnects in the background, and
+rejoins: see :func:`_rejoin`. A call that may be repeated is sent again to the new store; others raise
 :class:`~shared_store.base.errors.ConnectionLostError`.
 
 Calls may come from any thread. A connection does not survive a fork: the child gets an error, and its copies of the
@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ from shared_store.client.activity import attach_page
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.retained import RetainedModel
 from shared_store.client.serving import Handlers
+from shared_store.client.withdrawal import Withdrawal
 from shared_store.protocol import messages
 from shared_store.protocol.messages import capabilities
 from shared_store.protocol.messages.identity import Identity
@@ -63,6 +65,7 @@ class Connection:
         turns: names of the turns that this client has, in order.
         handlers: of requests of the store.
         activity: writes this client's activity page; None if it has none.
+        joining: joins the store of a new link as a workload; None if this client speaks for none.
     """
 
     def __init__(self, directory: Path, name: str, timeout_s: float, identity: Identity | None = None) -> None:
@@ -81,6 +84,7 @@ class Connection:
         self.retained: dict[str, RetainedModel] = {}
         self.turns: dict[str, None] = {}
         self.activity: ActivityWriter | None = None
+        self.joining: Callable[[Link], None] | None = None
         self._directory = directory
         self._name = name
         self._identity = identity
@@ -115,6 +119,7 @@ class Connection:
         timeout_s: float = CALL_TIMEOUT_S,
         *,
         repeat: bool,
+        withdrawal: Withdrawal | None = None,
     ) -> tuple[R, OwnedFds]:
         """Send a request, and wait for the answer and its descriptors.
 
@@ -123,9 +128,11 @@ class Connection:
             kind: the type of answer that is expected.
             timeout_s: seconds to wait, reconnecting included.
             repeat: send the request again if the store ends before it answers.
+            withdrawal: ends the wait before; not while it reconnects.
 
         Raises:
             TimedOutError: no answer in time. The request was cancelled, and the connection goes on.
+            RequestCancelledError: the same, because it was withdrawn.
             ConnectionLostError: the connection ended, and ``repeat`` is False.
             StoreUnavailableError: no store could be reached again; or this process is a fork.
             WoolyError: the error that the store answered.
@@ -135,7 +142,7 @@ class Connection:
             self._check()
             link = self._link
             try:
-                return link.call(request, kind, max(0.0, deadline - time.monotonic()))
+                return link.call(request, kind, max(0.0, deadline - time.monotonic()), withdrawal=withdrawal)
             except ConnectionLostError:
                 if not repeat:
                     raise
@@ -219,7 +226,7 @@ class Connection:
         if not current or not isinstance(link.ended, ConnectionLostError):
             return
         delay = FIRST_DELAY_S
-        while (self.retained or self.turns or self.activity) and not self._closed.is_set():
+        while (self.retained or self.turns or self.activity or self.joining) and not self._closed.is_set():
             try:
                 self._reconnect(link, GREETING_TIMEOUT_S)
             except (StoreUnavailableError, TimedOutError, TooManyClientsError):
@@ -258,10 +265,12 @@ class Connection:
             log.info("wooly: rejoined the store (pid %d)", link.welcome.pid)
 
     def _rejoin(self, link: Link) -> None:
-        """Take all turns again, become a reader of all models again, and get another activity page.
+        """Join, take all turns again, become a reader of all models again, and get another activity page.
 
         A store that was restarted by its keeper has the models. One that does not is offered their segments.
         """
+        if self.joining is not None:  # first: what the store grants next counts on it
+            self.joining(link)
         for name in list(self.turns):
             link.call(messages.Acquire(self.next_id(), name, wait=False), messages.Granted)[1].close()
         for key, model in list(self.retained.items()):

@@ -19,6 +19,7 @@ from typing import TypeVar
 from shared_store.base.errors import (
     ConnectionLostError,
     ProtocolError,
+    RequestCancelledError,
     StoreUnavailableError,
     TimedOutError,
     UnsupportedError,
@@ -28,13 +29,15 @@ from shared_store.base.errors import (
 from shared_store.client.channel import Channel
 from shared_store.client.returning import returning
 from shared_store.client.serving import Handlers, Serving
+from shared_store.client.withdrawal import Withdrawal
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 
 log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
 _Result = tuple[messages.Reply, OwnedFds] | WoolyError
-_Answer = queue.SimpleQueue[_Result]
+_Answer = queue.SimpleQueue[_Result | None]
+"""Gets the answer of a call; None where the wait was withdrawn."""
 
 CALL_TIMEOUT_S = 60.0
 """Seconds until the answer to a request that does not wait for other clients."""
@@ -74,6 +77,7 @@ class Link:
             raise StoreUnavailableError(f"cannot open a channel to the store: {error.strerror or error}") from error
         self._over = over
         self._next_id = next_id
+        self._handlers = handlers
         self._serving = Serving(handlers, self._send)
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -114,6 +118,7 @@ class Link:
         kind: type[R] | tuple[type[R], ...],
         timeout_s: float = CALL_TIMEOUT_S,
         fds: Sequence[int] = (),
+        withdrawal: Withdrawal | None = None,
     ) -> tuple[R, OwnedFds]:
         """Send a request, and wait for the answer and its descriptors.
 
@@ -122,8 +127,10 @@ class Link:
             kind: the type of answer that is expected.
             timeout_s: seconds to wait for it.
             fds: descriptors to send with the request, borrowed.
+            withdrawal: ends the wait before.
 
         Raises:
+            RequestCancelledError: the wait was withdrawn; the request is cancelled, as after a time-out.
             TimedOutError: no answer in time; the request is cancelled. A store of protocol 1 cannot cancel: there the
                 link is closed.
             ConnectionLostError: the connection ended.
@@ -143,18 +150,7 @@ class Link:
                 raise StoreUnavailableError(f"cannot pass descriptors on: {error.strerror or error}") from error
             self._calls[request.id] = answer
             self._send(request, owned)
-        result: _Result | None
-        try:
-            result = answer.get(timeout=max(0.0, until - time.monotonic()))
-        except queue.Empty:
-            result = self._cancel(request, answer)
-            if result is None:
-                raise _timed_out(request, timeout_s) from None
-        except BaseException:  # KeyboardInterrupt, for example
-            late = self._cancel(request, answer)
-            if late is not None and not isinstance(late, WoolyError):
-                self._return(request, *late)
-            raise
+        result = self._wait(request, answer, until, timeout_s, withdrawal)
         if isinstance(result, WoolyError):
             raise type(result)(str(result)) from result
         reply, received = result
@@ -164,6 +160,38 @@ class Link:
         if isinstance(reply, messages.Failed):
             raise by_code(reply.code)(reply.message)
         raise ProtocolError(f"the store answered {type(request).__name__} with {type(reply).__name__}")
+
+    def post(self, request: messages.Request) -> None:
+        """Send a request whose answer is ignored. Does not block; without effect after the connection has ended."""
+        self._send(request)
+
+    def _wait(
+        self, request: messages.Request, answer: _Answer, until: float, timeout_s: float, withdrawal: Withdrawal | None
+    ) -> _Result:
+        """Wait for the answer; cancel the request where that does not come in time."""
+        if withdrawal is not None:
+            withdrawal.wake_by(lambda: answer.put(None))
+        try:
+            result = answer.get(timeout=max(0.0, until - time.monotonic()))
+            withdrawn = result is None
+            if result is None:
+                result = self._cancel(request, answer)
+        except queue.Empty:
+            withdrawn = False
+            result = self._cancel(request, answer)
+        except BaseException:  # KeyboardInterrupt, for example
+            late = self._cancel(request, answer)
+            if late is not None and not isinstance(late, WoolyError):
+                self._return(request, *late)
+            raise
+        finally:
+            if withdrawal is not None:
+                withdrawal.wake_by(None)
+        if result is not None:
+            return result
+        if withdrawn:
+            raise RequestCancelledError(f"`{type(request).__name__.lower()}` was withdrawn before the store answered")
+        raise _timed_out(request, timeout_s)
 
     def _greet(self, hello: messages.Hello, timeout_s: float) -> messages.Welcome:
         self._send(hello)
@@ -197,8 +225,9 @@ class Link:
             if not answered and self.welcome.protocol > 1:
                 self._late[request.id] = request
                 self._send(messages.Cancel(request.id))
-        if answered:
-            return answer.get()
+        while answered:
+            if (result := answer.get()) is not None:  # None: it was withdrawn as well
+                return result
         if self.welcome.protocol == 1:
             self.close()  # only the end of the connection revokes what the store may still grant
         return None
@@ -244,6 +273,8 @@ class Link:
                 with self._settled:
                     del self._late[message.id]
                     self._settled.notify_all()
+            elif isinstance(message, messages.Failed):
+                log.debug("wooly: the store refused a report: %s [%s]", message.message, message.code)
 
     def _return(self, request: messages.Request, reply: messages.Reply, fds: OwnedFds) -> None:
         """Return what the answer to a cancelled request grants. The answer to that is ignored."""
@@ -265,7 +296,12 @@ class Link:
             self._send(messages.Failed(message.id, UnsupportedError.code, text))
 
     def _pushed(self, push: messages.Push) -> None:
-        if push.kind == "waiting":
+        heard = self._handlers.hearing(push.kind)
+        if heard is not None:
+            heard(push.detail)
+        elif push.kind == "room":
+            log.info("wooly: waiting for memory: %s", push.detail)
+        elif push.kind == "waiting":
             log.info("wooly: waiting for %s", push.detail)
         elif push.kind == "shutdown":
             log.warning("wooly: the store is shutting down; mapped weights stay mapped")

@@ -28,8 +28,21 @@ class StoreCall:
 
     def __init__(self, request: messages.StoreRequest, send: Send) -> None:
         self.cancelled = threading.Event()
+        self._when_cancelled: Callable[[], None] | None = None
         self._id = request.id
         self._send = send
+
+    def when_cancelled(self, function: Callable[[], None]) -> None:
+        """Call a function once it is cancelled, in the reading thread: it must not wait for the store."""
+        self._when_cancelled = function
+        if self.cancelled.is_set():
+            function()
+
+    def cancel(self) -> None:
+        """Set :attr:`cancelled`."""
+        self.cancelled.set()
+        if (function := self._when_cancelled) is not None:
+            function()
 
     def accept(self) -> None:
         """Tell the store that the request is being carried out. Optional, and at once."""
@@ -44,15 +57,28 @@ Handler = Callable[[S, StoreCall], str | None]
 """Carries a request out, and returns a detail for the answer. May raise :class:`DeclinedError`, with the reason."""
 
 
+Hearing = Callable[[str], None]
+"""Hears the detail of a push. Called in the reading thread: it must not block, or call the store."""
+
+
 class Handlers:
-    """The handlers of a session, by kind of request. They outlive connections."""
+    """The handlers of a session, by kind of request and push. They outlive connections."""
 
     def __init__(self) -> None:
         self._handlers: dict[type[messages.StoreRequest], Handler[Any]] = {}
+        self._hearing: dict[str, Hearing] = {}
 
     def add(self, kind: type[S], handler: Handler[S]) -> None:
         """Use a handler for all requests of a kind from here on."""
         self._handlers[kind] = handler
+
+    def hear(self, kind: str, hearing: Hearing) -> None:
+        """Call a function for all pushes of a kind from here on."""
+        self._hearing[kind] = hearing
+
+    def hearing(self, kind: str) -> Hearing | None:
+        """Return the function for pushes of a kind."""
+        return self._hearing.get(kind)
 
     def of(self, request: messages.StoreRequest) -> Handler[Any] | None:
         """Return the handler of a request."""
@@ -90,12 +116,12 @@ class Serving:
     def cancelled(self, request: int) -> None:
         """The store does not wait for an answer any more."""
         if (call := self._calls.get(request)) is not None:
-            call.cancelled.set()
+            call.cancel()
 
     def ended(self) -> None:
         """The connection has ended."""
         for call in list(self._calls.values()):
-            call.cancelled.set()
+            call.cancel()
 
     def _carry_out(self, handler: Handler[Any], request: messages.StoreRequest, call: StoreCall) -> None:
         answer: messages.Message

@@ -39,8 +39,9 @@ from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
 from shared_store.client.retained import RetainedHostCopies, RetainedModel
-from shared_store.client.serving import Handler
+from shared_store.client.serving import Handler, Hearing
 from shared_store.client.workload import describe
+from shared_store.client.workloads import Workloads
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.runtime import spawn
@@ -60,6 +61,8 @@ class Session:
     def __init__(self, directory: Path, name: str, timeout_s: float = 10.0, identity: Identity | None = None) -> None:
         """Connect to the store of a runtime directory. See :meth:`connect`."""
         self._connection = Connection(directory, name, timeout_s, identity)
+        self.workloads = Workloads(self._connection)
+        """Requests about workloads."""
 
     @classmethod
     def connect(
@@ -72,6 +75,7 @@ class Session:
         kind: str = "other",
         gpus: Sequence[str] = (),
         workload: WorkloadSettings | None = None,
+        identity: Identity | None = None,
     ) -> Session:
         """Connect to this user's store, and start one if none answers.
 
@@ -83,6 +87,7 @@ class Session:
             kind: of this client, see :mod:`shared_store.protocol.messages.identity`.
             gpus: the store's names of the devices that this process uses.
             workload: settings of the workload of this process; None: as the environment says.
+            identity: of this process, instead of its kind, GPUs and settings.
 
         Raises:
             ConfigError: an environment variable has an invalid value.
@@ -92,7 +97,7 @@ class Session:
         """
         directory = runtime_dir or envs.RUNTIME_DIR.get()
         start = envs.AUTOSTART.get() if autostart is None else autostart
-        identity = describe(kind, gpus, workload)
+        identity = identity or describe(kind, gpus, workload)
         name = one_line(name, MAX_NAME)  # a greeting has at most 4 KiB
         try:
             return cls(directory, name, timeout_s, identity)
@@ -151,6 +156,15 @@ class Session:
                 :class:`~shared_store.base.errors.DeclinedError` with the reason to decline.
         """
         self._connection.handlers.add(kind, handler)
+
+    def hear(self, kind: str, hearing: Hearing) -> None:
+        """Call a function with the detail of each push of a kind, from here on and over later connections, too.
+
+        Args:
+            kind: for example ``room``.
+            hearing: called in the thread that reads: it must not block, or call the store.
+        """
+        self._connection.handlers.hear(kind, hearing)
 
     # Turns and digests of files.
 

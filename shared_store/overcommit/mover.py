@@ -17,6 +17,7 @@ class Holdings:
         needs: on the device when it is resident.
         moved: bytes that the last move copied between device and host.
         steps: seconds of the last move, by step.
+        shared: bytes of shared weights that it maps when it is resident. Only counted for a return without a store.
     """
 
     private: Mapping[str, int] = field(default_factory=dict)
@@ -24,6 +25,7 @@ class Holdings:
     needs: Mapping[str, int] = field(default_factory=dict)
     moved: int = 0
     steps: Mapping[str, float] = field(default_factory=dict)
+    shared: Mapping[str, int] = field(default_factory=dict)
 
 
 class Mover(Protocol):

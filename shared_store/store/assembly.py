@@ -128,6 +128,7 @@ class Parts:
             confirmed=self.confirmations.wait,
             settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
         )
+        self.confirmations.observe(self.swapper.changed)
         if inheritance is not None and (inheritance.restarts or inheritance.held.models):
             self.swapper.hold()
         self.requests = Requests.of(self)

@@ -19,6 +19,7 @@ from shared_store.base.errors import WoolyError
 from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
+from shared_store.client.workload import describe
 from shared_store.disk.cache import available
 from shared_store.disk.obtain import Need, Opened, obtain
 from shared_store.disk.saver import save_in_background
@@ -55,6 +56,7 @@ class Settings:
         min_bytes: smaller tensors are copied instead of mapped.
         devices: the store's names of the devices that this process uses, for the status.
         workload: settings of the workload of this process.
+        member_of: the id of that workload; empty: the environment's.
     """
 
     engine: str
@@ -67,6 +69,7 @@ class Settings:
     min_bytes: int = SHARE_MIN_BYTES
     devices: tuple[str, ...] = ()
     workload: WorkloadSettings = field(default_factory=WorkloadSettings)
+    member_of: str = ""
 
     @property
     def named(self) -> str:
@@ -83,9 +86,7 @@ class Settings:
         return Session.connect(
             self.runtime_dir,
             name=f"{self.engine} {name}",
-            kind=self.engine,
-            gpus=self.devices,
-            workload=self.workload,
+            identity=describe(self.engine, self.devices, self.workload, member_of=self.member_of),
         )
 
 

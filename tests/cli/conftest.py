@@ -17,17 +17,22 @@ from shared_store.base.status import (
     ClientStatus,
     Counters,
     DeviceStatus,
+    DurationStatus,
     KeeperStatus,
     LoopStatus,
     ModelStatus,
     NodeStatus,
+    OvercommitStatus,
     PauseStatus,
     QuarantineStatus,
+    RefusalStatus,
     RequestStatus,
     Status,
     StoreStatus,
+    SwapStatus,
     Totals,
 )
+from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
 from shared_store.client.session import Session
 
 __all__ = ["actor", "directory", "start_store", "store"]
@@ -80,7 +85,7 @@ def background(directory):  # noqa: ARG001 - sets the environment
 
 @pytest.fixture
 def status():
-    """A status with two models, one of them being published, and a client in every role."""
+    """A status with two models, one of them being published, a client in every role, and two workloads."""
     models = tuple(
         ModelStatus(
             *(key * 32, name, "vllm", "cpu", state, 3, nbytes, nbytes // 2, readers),
@@ -112,7 +117,22 @@ def status():
         store=StoreStatus(42, "1.2.3", 93784.5, "degraded", ("the catalog does not answer",)),
         catalog=CatalogStatus("redis://host:6379/0", "down"),
         devices=(
-            DeviceStatus("cpu", 4 << 30, 64 << 30, 5, 3 << 20, 2 << 20, releasing_bytes=1 << 21, host_bytes=1 << 22),
+            DeviceStatus(
+                "cpu",
+                4 << 30,
+                64 << 30,
+                5,
+                3 << 20,
+                2 << 20,
+                releasing_bytes=1 << 21,
+                host_bytes=1 << 22,
+                budget_bytes=32 << 30,
+                reserve_bytes=1 << 28,
+                free_bytes=-(1 << 20),
+                granted_bytes=1 << 23,
+                foreign_bytes=1 << 24,
+                overcommit=True,
+            ),
             DeviceStatus("GPU-1", 1 << 20, None, 1),
         ),
         models=models,
@@ -141,5 +161,54 @@ def status():
             PauseStatus(2, 0.125, 0.0625, (0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0)),
             "Server._serve",
             0.0625,
+        ),
+        workloads=(
+            WorkloadStatus(
+                *(
+                    "chat",
+                    "vllm",
+                    101,
+                    1000,
+                    0,
+                    "resident",
+                    (WorkloadMemory("cpu", 5 << 30, 3 << 30, 1 << 30, 6 << 30),),
+                ),
+                busy=True,
+                idle_s=0.5,
+                running=3,
+                waiting=1,
+                starved_s=1.5,
+                swaps=2,
+                refusals=1,
+                models=("a1" * 32,),
+            ),
+            WorkloadStatus(
+                *(
+                    "batch",
+                    "transformers",
+                    0,
+                    1001,
+                    3,
+                    "swapped",
+                    (WorkloadMemory("cpu", 1 << 20, 0, 1 << 20, 1 << 30),),
+                ),
+                pid_known=False,
+                pod="batch-0",
+                swappable=False,
+                refusal="WOOLYAI_SWAP_FROM_VRAM=0",
+                idle_s=75.0,
+                blocked_by=("chat", "reserve"),
+                waits_s=2.5,
+                starved_s=4.5,
+            ),
+        ),
+        overcommit=OvercommitStatus(
+            (SwapStatus("out", 2, 7 << 20), SwapStatus("in", 1, 5 << 20)),
+            (DurationStatus("copy", 3, 0.5, (0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0)),),
+            tuple(
+                DurationStatus(str(number), number, number / 4, (0,) * 5 + (number,) + (0,) * 5) for number in range(5)
+            ),
+            (0, 0, 0, 1, 0),
+            (RefusalStatus("declined", 1),),
         ),
     )

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import CollectorRegistry
 
 from shared_store.base import envs, errors
+from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
 from shared_store.cli import app
 from shared_store.store.observe.exposition import StatusCollector
 
@@ -87,10 +88,23 @@ def test_fields_of_the_status(cli, status):
     text = cli["`wooly status`"]
     meanings = dict(zip(cells(text), cells(text, 1), strict=True))
     for name, value in msgspec.to_builtins(status).items():
+        if name == "workloads":
+            continue  # has a table of its own
         part = value[0] if isinstance(value, tuple | list) else value
         meaning = meanings[f"`{name}[]`" if part is not value else f"`{name}`"]
         for field in part if isinstance(part, dict) else ():
             assert f"`{field}`" in meaning, f"{name}.{field} is not described"
+
+
+def test_fields_of_a_workload(cli):
+    """The table has every field of a workload, and of its memory, and the status refers to it."""
+    text = cli["`wooly workloads`"]
+    described = {name.removesuffix("[]") for cell in cells(text) for name in re.findall("`(.+?)`", cell)}
+    assert set(WorkloadStatus.__struct_fields__) == {name for name in described if not name.startswith("--")}
+    meanings = dict(zip(cells(text), cells(text, 1), strict=True))
+    for field in WorkloadMemory.__struct_fields__:
+        assert f"`{field}`" in meanings["`memory[]`"]
+    assert "(#wooly-workloads)" in cli["`wooly status`"]
 
 
 def test_environment():

@@ -41,6 +41,53 @@ def connect(port):
     return socket.create_connection((LOCAL, port), timeout=10)
 
 
+ENDS = ("0.0005", "0.001", "0.005", "0.025", "0.1", "0.5", "2.5", "10.0", "60.0", "600.0", "+Inf")
+WAITS = [("0", 0), ("1", 1), ("2", 2), ("3", 3), ("4", 4)]
+CHAT, BATCH = ("0", "chat"), ("3", "batch")
+STATES = ("resident", "draining", "leaving", "swapped", "returning", "checkpointed")
+OVERCOMMIT = {
+    ("wooly_overcommit", "cpu"): 1,
+    ("wooly_overcommit", "GPU-1"): 0,
+    ("wooly_budget_bytes", "cpu"): 32 << 30,
+    ("wooly_reserve_bytes", "cpu"): 1 << 28,
+    ("wooly_reserve_bytes", "GPU-1"): 0,
+    ("wooly_free_bytes", "cpu"): -(1 << 20),
+    ("wooly_granted_bytes", "cpu"): 1 << 23,
+    ("wooly_granted_bytes", "GPU-1"): 0,
+    ("wooly_foreign_bytes", "cpu"): 1 << 24,
+    **{("wooly_workloads", state): 1 if state in {"resident", "swapped"} else 0 for state in STATES},
+    ("wooly_workload_private_bytes", "cpu", "chat"): 5 << 30,
+    ("wooly_workload_private_bytes", "cpu", "batch"): 1 << 20,
+    ("wooly_workload_shared_bytes", "cpu", "chat"): 3 << 30,
+    ("wooly_workload_shared_bytes", "cpu", "batch"): 0,
+    ("wooly_workload_wait_seconds", *CHAT): 0,
+    ("wooly_workload_wait_seconds", *BATCH): 2.5,
+    ("wooly_workload_starved_seconds_total", *CHAT): 1.5,
+    ("wooly_workload_starved_seconds_total", *BATCH): 4.5,
+    ("wooly_workload_swaps_total", *CHAT): 2,
+    ("wooly_workload_swaps_total", *BATCH): 0,
+    ("wooly_swaps_total", "out"): 2,
+    ("wooly_swaps_total", "in"): 1,
+    ("wooly_swapped_bytes_total", "out"): 7 << 20,
+    ("wooly_swapped_bytes_total", "in"): 5 << 20,
+    **{
+        ("wooly_swap_step_seconds_bucket", end, "copy"): count
+        for end, count in zip(ENDS, (0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 3), strict=True)
+    },
+    ("wooly_swap_step_seconds_count", "copy"): 3,
+    ("wooly_swap_step_seconds_sum", "copy"): 0.5,
+    **{
+        ("wooly_memory_wait_seconds_bucket", end, priority): 0 if float(end) < 0.5 else count
+        for end in ENDS
+        for priority, count in WAITS
+    },
+    **{("wooly_memory_wait_seconds_count", priority): count for priority, count in WAITS},
+    **{("wooly_memory_wait_seconds_sum", priority): count / 4 for priority, count in WAITS},
+    **{("wooly_memory_waiting", priority): int(priority == "3") for priority, _ in WAITS},
+    ("wooly_swap_refusals_total", "declined"): 1,
+}
+
+
 def test_metrics_equal_the_status(serve, status):
     """Every number of the snapshot is exposed with its labels, and names are escaped."""
     found = {name: value for name, value in samples(serve(lambda: status).port).items() if "process_" not in name[0]}
@@ -87,11 +134,7 @@ def test_metrics_equal_the_status(serve, status):
         ("wooly_model_unique_bytes", *odd): 0,
         **{
             ("wooly_request_duration_seconds_bucket", end, "open"): count
-            for end, count in zip(
-                ("0.0005", "0.001", "0.005", "0.025", "0.1", "0.5", "2.5", "10.0", "60.0", "600.0", "+Inf"),
-                (1, 3, 3, 3, 3, 3, 5, 5, 5, 5, 6),
-                strict=True,
-            )
+            for end, count in zip(ENDS, (1, 3, 3, 3, 3, 3, 5, 5, 5, 5, 6), strict=True)
         },
         ("wooly_request_duration_seconds_count", "open"): 6,
         ("wooly_request_duration_seconds_sum", "open"): 12.5,
@@ -114,6 +157,7 @@ def test_metrics_equal_the_status(serve, status):
         **pauses("wooly_gc_pause_seconds", (0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2), 2, 0.125),
         ("wooly_loop_callback_longest_seconds",): 0.25,
         ("wooly_loop_callback_longest_cpu_seconds",): 0.0625,
+        **OVERCOMMIT,
     }
 
 

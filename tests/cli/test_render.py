@@ -8,7 +8,7 @@ from shared_store.base.errors import ConfigError
 from shared_store.base.sizes import parse_size
 from shared_store.base.status import ActivityStatus, ClientStatus
 from shared_store.cli import render, views
-from shared_store.cli.serve import parse_limit
+from shared_store.cli.overcommit_options import size
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_parse_size_refuses(text):
 def test_limit_names_option_and_form(text):
     """Another form is refused with the option's name and the valid form."""
     with pytest.raises(ConfigError, match=r"--max-resident .* DEVICE=SIZE, such as cpu=64GiB"):
-        parse_limit(text)
+        size("--max-resident", text)
 
 
 @pytest.mark.parametrize(

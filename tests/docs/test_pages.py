@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from shared_store.base import workload_states
 from shared_store.store.state.models import TRANSITIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,16 @@ def test_the_states_of_a_model_are_those_of_the_code():
         (before.value, after.value, event.value, action.value)
         for (before, event), (after, action) in TRANSITIONS.items()
     }
+
+
+def test_the_states_of_a_workload_are_those_of_the_code():
+    """The diagram has every transition of the table with its event, and no other; the table below has every state."""
+    section = (DOCS / "overcommit.md").read_text().partition("## States\n")[2].partition("\n## ")[0]
+    drawn = set(re.findall(r"^(\w+) -> (\w+): (.+)$", section, re.MULTILINE))
+    assert drawn == {
+        (before.value, after.value, event.value) for (before, event), after in workload_states.TRANSITIONS.items()
+    }
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [state.value for state in workload_states.WorkloadState]
 
 
 def test_decisions_are_all_in_the_index_and_in_the_navigation():

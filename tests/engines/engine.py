@@ -240,6 +240,10 @@ def do(llm: Any, adapters: dict[str, str], what: str, *words: str) -> dict[str, 
         llm.collective_rpc(words[0], args=tuple(json.loads(word) for word in words[1:]))
     elif what == "pools":
         return pools()
+    elif what == "gate":
+        from support import gating
+
+        return gating.run(llm, words[0], json.loads(words[1]) if words[1:] else {})
     elif what == "move":
         from support import moving
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from support.plain_workload import MIB, PlainWorkload
+from support.plain_workload import MIB, InThread, PlainWorkload
 from support.served import ServedStore
 from support.waiting import wait_until
 
@@ -243,7 +243,7 @@ def test_a_device_is_granted_with_all_others_or_not_at_all(directory):
                 one.needs, one.stays = both, 0
                 one.join(private=0, refusal="stays")
             a.take_room(both)
-            waits = b.entering()
+            waits = InThread(lambda: b.take_room(both))
             wait_until(lambda: statuses(served)["b"].blocked_by, "the wait")
             granted = served.call(
                 lambda: {device: served.parts.state.workloads.granted(device) for device in ("fake", "cpu")}

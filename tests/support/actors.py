@@ -21,9 +21,11 @@ class Actor:
     `begin` and `finish` are the two halves of a call that waits for something.
     """
 
+    MAIN = "actor_main.py"
+
     def __init__(self, **popen):
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("actor_main.py"))],
+            [sys.executable, str(Path(__file__).with_name(self.MAIN))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

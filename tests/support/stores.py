@@ -178,10 +178,10 @@ def wait_for_status(client, condition, what):
     wait_until(lambda: condition(client.session.status()), what)
 
 
-def store_without_catalog():
-    """Start a store whose catalog is unreachable, and yield it, for a fixture."""
+def store_without_catalog(**options):
+    """Start a store with some options whose catalog is unreachable, and yield it, for a fixture."""
     directory = Path(tempfile.mkdtemp(prefix="wooly-"))
-    running = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
+    running = StoreProcess(directory, redis_url=f"unix://{directory}/away", **options).start()
     yield running
     running.clean_up()
     shutil.rmtree(directory)

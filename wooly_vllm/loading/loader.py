@@ -94,6 +94,15 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
             with key_of(identity, session, self.options.timeout_s) as key:
                 return committed.get(key, 0)
 
+    def checkpoint_bytes(self, model_config: Any) -> int:
+        """Return the bytes of the files that a model will be loaded from.
+
+        Raises:
+            WoolyError: they cannot be found.
+        """
+        files = compat.weight_files(self._inner(), model_config, compat.model_class(model_config))
+        return sum(path.stat().st_size for _, path in files)
+
     def _request(self, vllm_config: Any, model_config: Any, prefix: str = "") -> Request:
         return Request(vllm_config, model_config, self.load_config, self.options, prefix)
 

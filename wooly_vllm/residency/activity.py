@@ -60,6 +60,13 @@ def _reporting(stock: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
+def report(engine: Any) -> None:
+    """Say how many requests run and wait, between two steps of an engine."""
+    activity = _activity_of(engine)
+    if activity is not None:
+        activity.writer.end(*engine.scheduler.get_request_counts())
+
+
 def _activity_of(engine: Any) -> EngineActivity | None:
     """Return an engine's activity; None if it does not share weights."""
     own = vars(engine)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from shared_store.store.state.counts import Counts
 from shared_store.store.state.releases import CONFIRMED_WITHIN_S, Releases
@@ -22,6 +23,11 @@ class Confirmations:
         self._releases = releases
         self._counts = counts
         self._waiters: set[asyncio.Future[None]] = set()
+        self._observers: list[Callable[[], None]] = []
+
+    def observe(self, freed: Callable[[], None]) -> None:
+        """Call a function after each confirmation: released memory is free."""
+        self._observers.append(freed)
 
     def supported(self, *, by_keeper: bool) -> None:
         """Record whether the keeper confirms releases: those of earlier versions do not."""
@@ -80,3 +86,5 @@ class Confirmations:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        for observer in self._observers:
+            observer()

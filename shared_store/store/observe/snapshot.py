@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -12,12 +13,14 @@ from typing import Literal
 import shared_store
 from shared_store.base import status
 from shared_store.base.manifest import Manifest
+from shared_store.protocol.messages.identity import PRIORITIES
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
 from shared_store.store.observe.latency import RequestTimes
 from shared_store.store.observe.loop_times import LoopTimes
+from shared_store.store.observe.workloads import WorkloadStatuses
 from shared_store.store.pace import Pace
 from shared_store.store.state.blob_union import BlobUnion
 from shared_store.store.state.models import State
@@ -51,6 +54,7 @@ class Snapshots:
         self._loop = loop
         self._identity = identity
         self._pages = pages
+        self._workloads = WorkloadStatuses(state, pages)
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers that are awake
 
@@ -96,25 +100,43 @@ class Snapshots:
             requests=self._times.status(),
             keeper=self._keeper.status(),
             loop=self._loop.status(),
+            workloads=self._workloads.workload_statuses(time.monotonic()),
+            overcommit=self._overcommit(),
         )
 
     def devices(self) -> tuple[status.DeviceStatus, ...]:
         """Return the devices that have a backend or segments."""
-        segments = self._state.segments
+        accounts, segments = self._state.accounts, self._state.segments
         return tuple(
-            status.DeviceStatus(
-                device,
-                segments.resident_bytes(device),
-                segments.limits.get(device),
-                segments.count(device),
-                *segments.unused(device),
-                releasing_bytes=segments.releases.nbytes(device),
-                host_bytes=segments.host_bytes(device),
-                disk_bytes=segments.disk_bytes(device),
-            )
-            for device in dict.fromkeys([*self._devices.backends, *segments.devices()])
+            self._device(device)
+            for device in dict.fromkeys([*self._devices.backends, *segments.devices(), *accounts.devices()])
             if device != FILES
         )
+
+    def _device(self, device: str) -> status.DeviceStatus:
+        segments, account = self._state.segments, self._state.accounts.account(device)
+        return status.DeviceStatus(
+            device,
+            segments.resident_bytes(device),
+            segments.limits.get(device),
+            segments.count(device),
+            *segments.unused(device),
+            releasing_bytes=segments.releases.nbytes(device),
+            host_bytes=segments.host_bytes(device),
+            disk_bytes=segments.disk_bytes(device),
+            budget_bytes=account.budget,
+            reserve_bytes=account.reserve,
+            free_bytes=account.free,
+            granted_bytes=account.granted,
+            foreign_bytes=account.foreign,
+            overcommit=self._state.accounts.open(device),
+            overcommit_refusal=account.refusal,
+        )
+
+    def _overcommit(self) -> status.OvercommitStatus:
+        workloads = self._state.workloads
+        waiting = Counter(wait.priority for wait in workloads.waits)
+        return workloads.counts.status(tuple(waiting[priority] for priority in PRIORITIES))
 
     def models(self) -> tuple[status.ModelStatus, ...]:
         """Return the models that are committed or being published."""

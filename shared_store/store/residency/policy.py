@@ -115,7 +115,8 @@ class _Decisions:
     """Decisions on one snapshot.
 
     Attributes:
-        taken: bytes by device that requests before the present one were granted, or keep their place for.
+        granted: bytes by device that requests before the present one were granted.
+        reserved: bytes by device for which those before it keep their place.
         wanted: segments that those requests map.
         leaving: workloads on their way out.
         kept: requests that keep their place.
@@ -125,7 +126,8 @@ class _Decisions:
     snapshot: Snapshot
     settings: Settings
     now: float
-    taken: dict[str, int] = field(default_factory=dict)
+    granted: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
     wanted: set[int] = field(default_factory=set)
     leaving: set[str] = field(default_factory=set)
     kept: list[MemoryRequest] = field(default_factory=list)
@@ -146,21 +148,20 @@ class _Decisions:
             self.passed.append(request)
             return
         if not self._missing(request, ()):
-            reclaim = self._take(request)
-            self.grants.append(Grant(request.name, reclaim))
+            self.grants.append(Grant(request.name, self._take(request)))
             return
         candidates = sorted(self._candidates(request), key=_order)
-        if self._missing(request, self.leaving):
+        keeps = not self._missing(request, self.leaving)
+        if not keeps:
             chosen = self._choose(request, [one for one in candidates if one.at <= self.now])
-            if not chosen and not self._wake(request, candidates):
-                self._wait(request, [], candidates)
-                self.passed.append(request)
-                return
             self.leaving.update(one.name for one in chosen)
             self.victims.extend(Victim(one.name, request.name, one.active, one.reason) for one in chosen)
+            keeps = bool(chosen) or self._wake(request, candidates)
         self._wait(request, [one.name for one in self.kept if _meet(one, request)], candidates)
-        self._take(request)
-        self.kept.append(request)
+        if keeps:
+            self._keep(request)
+        else:
+            self.passed.append(request)
 
     def keep_reserve(self) -> dict[str, int]:
         """Choose idle workloads that leave where the reserve is used; return the bytes to evict before, by device."""
@@ -170,7 +171,8 @@ class _Decisions:
             for device in used
         }
         request = MemoryRequest("", 0, used)
-        self.taken.clear()
+        self.granted.clear()
+        self.reserved.clear()
         if self._missing(request, self.leaving):
             candidates = sorted(self._candidates(request), key=_order)
             ready = [one for one in candidates if one.at <= self.now]
@@ -181,13 +183,15 @@ class _Decisions:
                 self._wake_at(min((one.at for one in candidates), default=math.inf))
         return {device: nbytes for device, nbytes in reclaim.items() if nbytes}
 
-    def _missing(self, request: MemoryRequest, gone: Collection[str]) -> dict[str, int]:
-        """Return the bytes by device that a request lacks once some workloads are away."""
+    def _missing(self, request: MemoryRequest, gone: Collection[str], *, first: bool = False) -> dict[str, int]:
+        """Return the bytes by device that a request lacks once workloads are away; ``first``: none is before it."""
         freed = self._freed(request, gone)
         missing: dict[str, int] = {}
         for device, nbytes in request.needs.items():
             memory = self.snapshot.devices.get(device, DeviceMemory(0))
-            there = memory.free + memory.reclaimable - self.taken.get(device, 0) + freed.get(device, 0)
+            there = memory.free + memory.reclaimable + freed.get(device, 0) - self.granted.get(device, 0)
+            if not first:
+                there -= self.reserved.get(device, 0)
             if there < nbytes and (nbytes or not request.name):
                 missing[device] = nbytes - there
         return missing
@@ -212,17 +216,24 @@ class _Decisions:
         return any(workload.leaves.get(device) for device in devices)
 
     def _take(self, request: MemoryRequest) -> dict[str, int]:
-        """Count the needs of a request as used; return the bytes that eviction must free for them, by device."""
+        """Count the needs of a request as granted; return the bytes that eviction must free for them, by device."""
         self.wanted |= request.maps
         reclaim: dict[str, int] = {}
         for device, nbytes in request.needs.items():
-            free = self.snapshot.devices[device].free if device in self.snapshot.devices else 0
-            before = self.taken.get(device, 0)
-            self.taken[device] = before + nbytes
-            evicted = max(0, before + nbytes - free) - max(0, before - free)
+            memory = self.snapshot.devices.get(device, DeviceMemory(0))
+            before = self.granted.get(device, 0)
+            self.granted[device] = before + nbytes
+            evicted = max(0, before + nbytes - max(0, memory.free)) - max(0, before - max(0, memory.free))
             if evicted:
-                reclaim[device] = evicted
+                reclaim[device] = evicted + (max(0, -memory.free) if not before else 0)
         return reclaim
+
+    def _keep(self, request: MemoryRequest) -> None:
+        """Let a request keep its place: those behind it get nothing that it needs."""
+        self.wanted |= request.maps
+        self.kept.append(request)
+        for device, nbytes in request.needs.items():
+            self.reserved[device] = self.reserved.get(device, 0) + nbytes
 
     def _candidates(self, request: MemoryRequest) -> Iterator[_Candidate]:
         for workload in self.snapshot.workloads.values():
@@ -243,7 +254,7 @@ class _Decisions:
             return best
         worst = max(one.kind for one in best)
         by_name = {one.name: one for one in candidates if one.kind <= worst}
-        for readers in {segment.readers for segment in self.snapshot.segments.values() if not segment.held}:
+        for readers in dict.fromkeys(one.readers for one in self.snapshot.segments.values() if not one.held):
             group = readers - self.leaving
             if not group or len(group) >= len(best) or not group <= by_name.keys():
                 continue
@@ -283,9 +294,10 @@ class _Decisions:
         )
 
     def _wake(self, request: MemoryRequest, candidates: Sequence[_Candidate]) -> bool:
-        """Whether a request is served as time passes, or after returns; if so, wake then."""
-        for at in sorted({one.at for one in candidates}):
-            if self._suffice(request, [one for one in candidates if one.at <= at]):
+        """Whether time or returns, and those before it, are all that a request waits for; if so, wake then."""
+        for at in sorted({self.now, *(one.at for one in candidates)}):
+            gone = {*self.leaving, *(one.name for one in candidates if one.at <= at)}
+            if not self._missing(request, gone, first=True):
                 self._wake_at(at)
                 return True
         return False

@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 REJOIN_S: Final = 5.0
 """Seconds that workloads have to join a restarted store. They retry at least once a second."""
 
+PAUSE_S: Final = 0.005
+"""Seconds between two decisions, however often the state changes."""
+
 LOOK_S: Final = 0.2
 """Seconds between two decisions while somebody waits."""
 
@@ -178,6 +181,8 @@ class Swapper:
             while self._again:
                 self._again = False
                 at = await self._decide()
+                if self._again:
+                    await asyncio.sleep(PAUSE_S)
             self._set_timer(at)
         except Exception:
             log.exception("internal error in a decision about memory; deciding again in %g s", KEEP_S)
@@ -273,11 +278,9 @@ class Swapper:
     def _explain(self, waiting: Waiting, blocked_by: tuple[str, ...], text: str) -> None:
         """Record why somebody waits, and push it if it has changed."""
         wait = waiting.wait
-        first = not wait.text
-        if blocked_by != wait.blocked_by or first:
+        if blocked_by != wait.blocked_by or not wait.text:
             wait.blocked_by = blocked_by
             waiting.session.push(PUSH, text)
-        if first:
             name = self._view.name(wait)
             log.info("%s waits for memory: %s", name, text)
             self._signals.event("memory_waits", name=name, reason=text)

@@ -79,7 +79,7 @@ def _why(workload: WorkloadView, at: float | None, now: float) -> str:
     if not workload.swappable:
         return f"not swappable ({workload.refusal})" if workload.refusal else "not swappable"
     if workload.state is not WorkloadState.RESIDENT:
-        return workload.state.value
+        return f"{workload.state.value}"
     if now < workload.declined_until:
         return f"declined, asked again in {workload.declined_until - now:.1f} s"
     if at is None:

@@ -17,6 +17,7 @@ from typing import Final
 from shared_store.base.errors import ProtocolError, WorkloadNotFoundError
 from shared_store.base.workload_states import WorkloadState
 from shared_store.store.state.clients import Client
+from shared_store.store.state.overcommit_counts import OvercommitCounts
 
 AWAY: Final = frozenset({WorkloadState.SWAPPED, WorkloadState.CHECKPOINTED})
 """States in which a workload has only what stays."""
@@ -181,10 +182,9 @@ class Workloads:
         self._max_priority = dict(max_priority or {})
         self._now = monotonic
         self._workloads: dict[str, Workload] = {}
+        self.counts = OvercommitCounts()
         self.waits: list[Wait] = []
         """In order of arrival."""
-        self.refusals: dict[str, int] = {}
-        """Refusals to leave since the store started, by the code of the error."""
         self.reserved: list[Wait] = []
         """Waits of publishers that were granted, until their segments are promised."""
 
@@ -278,6 +278,11 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
         self._take(workload, report)
+        if report.state is WorkloadState.RETURNING:  # the store before granted what it still needs
+            needs = {
+                device: max(0, nbytes - workload.private.get(device, 0)) for device, nbytes in workload.needs.items()
+            }
+            workload.grant = Grant(needs, dict(workload.private))
         self._workloads[number] = workload
         return workload
 
@@ -299,11 +304,14 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT:
             workload.resident_since = workload.resident_since if before in GOING else now
             workload.in_s = workload.in_s if before in GOING else took
+            if before not in GOING and not workload.starting:
+                self.counts.swapped("in", report.moved, report.steps)
             workload.starting, workload.grant = False, None
         elif report.state in AWAY:
             if before in {WorkloadState.RESIDENT, *GOING}:
                 workload.swaps += 1
                 workload.out_s = took
+                self.counts.swapped("out", report.moved, report.steps)
             workload.grant, workload.resident_since = None, None
         if report.state not in {WorkloadState.RESIDENT, *GOING}:
             workload.asked = False
@@ -314,7 +322,8 @@ class Workloads:
         gone = self.spoken_for(client)
         for workload in gone:
             del self._workloads[workload.id]
-            self.waits = [wait for wait in self.waits if wait.workload != workload.id]
+            for wait in [wait for wait in self.waits if wait.workload == workload.id]:
+                self.end_wait(wait)
         return gone
 
     def wait(self, wait: Wait) -> None:
@@ -327,6 +336,7 @@ class Workloads:
             self.reserved.remove(wait)
         if wait in self.waits:
             self.waits.remove(wait)
+            self.counts.waited(wait.priority, max(0.0, self._now() - wait.since))
             workload = self._workloads.get(wait.workload)
             if workload is not None:
                 workload.starved_s += max(0.0, self._now() - wait.since)
@@ -365,9 +375,9 @@ class Workloads:
 
     def declined(self, workload: Workload, code: str, spared_s: float) -> None:
         """Record that a workload declined, or did not answer. It is not asked again for ``spared_s`` seconds."""
+        self.counts.refused(code)
         workload.asked = False
         workload.refusals += 1
-        self.refusals[code] = self.refusals.get(code, 0) + 1
         workload.spared_until = self._now() + spared_s
 
     def _take(self, workload: Workload, report: Report) -> None:

@@ -1,0 +1,98 @@
+"""Format workloads, and the memory that they share, as tables. Importing this module imports rich."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shared_store.base.status import DeviceStatus, ModelStatus
+from shared_store.base.workloads import WorkloadStatus
+from shared_store.cli.render import duration, plain, size, table
+
+
+def report(rows: Sequence[WorkloadStatus], devices: Sequence[DeviceStatus], models: Sequence[ModelStatus]) -> Group:
+    """Format the accounts of devices, the workloads, and the reasons of those that wait or are never swapped out."""
+    parts: list[RenderableType] = []
+    if any(device.budget_bytes is not None or device.overcommit_refusal for device in devices):
+        parts += [accounts(devices), Text()]
+    parts.append(workloads(rows, models))
+    notes = [*(_note(row) for row in rows), *(_device_note(device) for device in devices)]
+    shown = [Text(plain(note)) for note in notes if note]
+    return Group(*parts, *([Text(), *shown] if shown else ()))
+
+
+def accounts(rows: Sequence[DeviceStatus]) -> Table:
+    """Format the accounts of devices, one a row."""
+    return table(
+        ("DEVICE", ">BUDGET", ">RESERVE", ">FREE", ">GRANTED", ">FOREIGN", "OVERCOMMIT"),
+        [
+            (
+                *(row.id, _known(row.budget_bytes), size(row.reserve_bytes), _known(row.free_bytes)),
+                *(size(row.granted_bytes), _known(row.foreign_bytes), "yes" if row.overcommit else "no"),
+            )
+            for row in rows
+        ],
+    )
+
+
+def workloads(rows: Sequence[WorkloadStatus], models: Sequence[ModelStatus] = ()) -> Table:
+    """Format workloads, one a row. ``models``: for the names of the models that they use."""
+    names = {model.key: model.name for model in models}
+    return table(
+        (
+            *("WORKLOAD", "KIND", ">PID", "DEVICES", "PRIO", "STATE", ">PRIVATE", ">SHARED", ">AWAY"),
+            *("ACTIVITY", ">SWAPS", "SWAP", "WAITS FOR", "MODELS"),
+        ),
+        [
+            (
+                *(row.name, row.kind, process(row), ", ".join(memory.device for memory in row.memory) or "-"),
+                *(f"P{row.priority}", state(row)),
+                *(size(nbytes) for nbytes in totals(row)),
+                *(activity(row), str(row.swaps), "yes" if row.swappable else "no"),
+                *(", ".join(row.blocked_by) or "-", ", ".join(names.get(key, key[:12]) for key in row.models) or "-"),
+            )
+            for row in rows
+        ],
+    )
+
+
+def totals(row: WorkloadStatus) -> tuple[int, int, int]:
+    """Return private and shared bytes on all devices, and private bytes that it has when it is resident and lacks."""
+    private, shared = sum(one.private for one in row.memory), sum(one.shared for one in row.memory)
+    return private, shared, sum(max(0, one.needs - one.private) for one in row.memory)
+
+
+def state(row: WorkloadStatus) -> str:
+    """Format the state: with ``starting`` before the first time that it is resident."""
+    return f"{row.state}, starting" if row.starting else row.state
+
+
+def process(row: WorkloadStatus) -> str:
+    """Format the process: its pid; in another PID namespace its pod, or ``unknown``."""
+    if row.pid_known:
+        return str(row.pid)
+    return "/".join(part for part in (row.namespace, row.pod, row.container) if part) or "unknown"
+
+
+def activity(row: WorkloadStatus) -> str:
+    """Format the requests, or how long it has had none; ``-`` if it does not say."""
+    if row.busy or row.running or row.waiting:
+        return f"{row.running} running, {row.waiting} waiting"
+    return "-" if row.idle_s is None else f"idle for {duration(row.idle_s)}"
+
+
+def _note(row: WorkloadStatus) -> str:
+    if row.waits_s > 0:
+        return f"{row.name} has waited {duration(row.waits_s)} for memory: `wooly why {row.name}`"
+    return "" if row.swappable else f"{row.name} is never swapped out: {row.refusal or 'no reason given'}"
+
+
+def _device_note(row: DeviceStatus) -> str:
+    return f"{row.id} is not overcommitted: {row.overcommit_refusal}" if row.overcommit_refusal else ""
+
+
+def _known(nbytes: int | None) -> str:
+    if nbytes is None:
+        return "unknown"
+    return size(nbytes) if nbytes >= 0 else f"-{size(-nbytes)}"

@@ -1,0 +1,164 @@
+"""Requests about workloads: for the client that speaks for one, and for people who look at or move them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+import msgspec
+
+from shared_store.base.errors import StoreUnavailableError, UnsupportedError, WoolyError
+from shared_store.client.connection import Connection
+from shared_store.client.link import CALL_TIMEOUT_S, Link
+from shared_store.client.withdrawal import Withdrawal
+from shared_store.protocol import messages
+
+log = logging.getLogger(__name__)
+
+MOVE_TIMEOUT_S: Final = 600.0
+"""Seconds for a workload that is moved by name."""
+
+
+class Declared(Protocol):
+    """A workload as the client that speaks for it declares it. Called in any thread."""
+
+    def request(self, number: int) -> messages.Join:
+        """Return the present state as a request with an id."""
+
+    def joined(self, answer: messages.Joined | None) -> None:
+        """Hear the store's answer; None: this store does not list the workload.
+
+        What was reported since :meth:`request` is lost. From here on :meth:`Workloads.report` reports to this store.
+        """
+
+
+class Workloads:
+    """The requests of one session."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Use a connection."""
+        self._connection = connection
+        self._declared: Declared | None = None
+        self._joined: Link | None = None
+
+    # For the client that speaks for a workload.
+
+    def join(self, declared: Declared) -> None:
+        """Join the store, and each later store, too. The answer goes to ``declared``.
+
+        A store that does not list workloads, or refuses, is no error: ``declared`` hears it, and the log.
+
+        Raises:
+            ConnectionLostError: the connection ended before.
+        """
+        self._declared = declared
+        self._connection.joining = self._join
+        self._join(self._connection.link)
+
+    def take_room(
+        self, workload: str, needs: Mapping[str, int], timeout_s: float, withdrawal: Withdrawal | None = None
+    ) -> messages.RoomTaken:
+        """Wait until a workload may allocate, on all devices at once and in full.
+
+        Args:
+            workload: its id.
+            needs: private bytes on each device.
+            timeout_s: seconds to wait.
+            withdrawal: ends the wait before.
+
+        A grant may cross a wait that ends early: the next :meth:`report` ends it.
+
+        Raises:
+            TimedOutError: there was no memory in time.
+            RequestCancelledError: it was withdrawn.
+            OutOfMemoryError: there will never be so much.
+            StoreUnavailableError: no store that lists the workload is connected. The next one must be asked again.
+        """
+        link = self._joined
+        if link is None:
+            raise StoreUnavailableError("no store that lists this workload is connected")
+        request = messages.TakeRoom(self._connection.next_id(), workload, device_bytes(needs))
+        reply, fds = link.call(request, messages.RoomTaken, timeout_s, withdrawal=withdrawal)
+        fds.close()
+        return reply
+
+    def report(self, report: messages.ReportWorkload) -> None:
+        """Report a workload's state and memory. Does not block, and does not wait for the answer.
+
+        Reports arrive in order, before the next request or answer of this client. Without a store nothing happens: the
+        next one is joined with the state that the workload has then.
+
+        Args:
+            report: with any id.
+        """
+        link = self._joined
+        if link is not None:
+            link.post(msgspec.structs.replace(report, id=self._connection.next_id()))
+
+    def _join(self, link: Link) -> None:
+        """Join the store of a new link."""
+        declared = self._declared
+        if declared is None:
+            return
+        answer = None
+        if messages.WORKLOADS not in link.capabilities:
+            log.info("wooly: the store (version %s) does not list workloads", link.welcome.version)
+        else:
+            try:
+                answer, fds = link.call(declared.request(self._connection.next_id()), messages.Joined)
+            except WoolyError as error:
+                if not link.alive:
+                    raise
+                log.warning("wooly: the store does not list this workload: %s [%s]", error, error.code)
+            else:
+                fds.close()
+        self._joined = None if answer is None else link
+        declared.joined(answer)
+
+    # For people.
+
+    def move(self, name: str, *, out: bool, wait: bool = True, timeout_s: float = MOVE_TIMEOUT_S) -> str:
+        """Swap a workload out or in, by its name. Returns the store's detail.
+
+        Args:
+            name: of the workload.
+            out: out, or in.
+            wait: until it is where it should be.
+            timeout_s: seconds to wait.
+
+        Raises:
+            DeclinedError: it cannot leave; the message has the reason.
+            UnsupportedError: the store does not list workloads.
+        """
+        return self._done(messages.MoveWorkload(self._connection.next_id(), name, out, wait), timeout_s)
+
+    def set_priority(self, name: str, priority: int) -> str:
+        """Set a workload's priority, 0 (highest) to 4, by its name. Returns the store's detail. Raises as above."""
+        return self._done(messages.SetPriority(self._connection.next_id(), name, priority))
+
+    def explain(self, name: str, timeout_s: float = CALL_TIMEOUT_S) -> messages.Explanation:
+        """Ask why a workload is where it is, by its name. Raises as above."""
+        self._check()
+        request = messages.ExplainWorkload(self._connection.next_id(), name)
+        reply, fds = self._connection.call(request, messages.Explanation, timeout_s, repeat=True)
+        fds.close()
+        return reply
+
+    def _check(self) -> None:
+        link = self._connection.link
+        if messages.WORKLOADS not in link.capabilities:
+            raise UnsupportedError(
+                f"the store has version {link.welcome.version}, which lists no workloads; `wooly upgrade` replaces it"
+            )
+
+    def _done(self, request: messages.Request, timeout_s: float = CALL_TIMEOUT_S) -> str:
+        self._check()
+        reply, fds = self._connection.call(request, messages.Done, timeout_s, repeat=False)
+        fds.close()
+        return reply.detail
+
+
+def device_bytes(amounts: Mapping[str, int]) -> tuple[messages.DeviceBytes, ...]:
+    """Return bytes by device as a message has them."""
+    return tuple(messages.DeviceBytes(device, nbytes) for device, nbytes in sorted(amounts.items()))

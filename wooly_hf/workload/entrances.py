@@ -1,0 +1,142 @@
+"""The entrances to a model: hooks of the module that ``from_pretrained`` returned, and wrappers of its methods.
+
+Each enters the gate. Everything else that reaches a tensor through a module is caught by the module's registers, see
+:mod:`wooly_hf.absent`; entrances let the store know that the model is used, and keep it for as long as that takes.
+
+Relies on torch: it calls a module's hooks outside of compiled code, and ``__reduce_ex__`` of a hook when a module is
+copied or pickled. A copy has memory of its own, so its hooks do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from wooly_hf import compat
+from wooly_hf.workload.process import Workload, workload_of
+
+_CALLS: Final = nn.Module._call_impl.__code__.co_filename
+_NOTHING: Final = (getattr, (contextlib.nullcontext(), "__exit__"))
+"""What a hook is in a copy of its module: a callable of the standard library that takes anything and returns None."""
+
+_GRAD: Final = "an output of its model required grad, so a backward pass may follow"
+
+
+def install() -> None:
+    """Wrap the methods of models that use or replace many tensors."""
+    for name in ("save_pretrained", "state_dict"):
+        compat.wrap_method(name, _using_it)
+    for name in ("_apply", "load_adapter", "add_adapter", "resize_token_embeddings"):
+        compat.wrap_method(name, _changing_it)
+
+
+def guard(model: nn.Module, workload: Workload) -> None:
+    """Have all uses of a model enter the gate of its workload."""
+    model.register_forward_pre_hook(_Before(workload), prepend=True)
+    model.register_forward_hook(_After(workload), always_call=True)
+    for cls in type(model).__mro__:
+        if "generate" in vars(cls):
+            _wrap(cls, "generate")
+
+
+def _using_it(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of a model, which is in use until the method ends."""
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _using(self):
+            return stock(self, *args, **kwargs)
+
+    method.wooly = True  # type: ignore[attr-defined]
+    return method
+
+
+def _changing_it(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method that replaces tensors of a model."""
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _using(self):
+            result = stock(self, *args, **kwargs)
+        if (workload := workload_of(self)) is not None:
+            workload.measure(self)
+        return result
+
+    method.wooly = True  # type: ignore[attr-defined]
+    return method
+
+
+def _wrap(cls: Any, name: str) -> None:
+    if not getattr(vars(cls)[name], "wooly", False):
+        setattr(cls, name, _using_it(vars(cls)[name]))
+
+
+def _using(model: Any) -> AbstractContextManager[None]:
+    workload = workload_of(model) if isinstance(model, nn.Module) else None
+    return contextlib.nullcontext() if workload is None else workload.gate.using()
+
+
+def _outside_of_compiled_code(hook: Callable[..., None]) -> Callable[..., None]:
+    """Let torch's compiler run a hook as it is, and what it calls."""
+    wrapped: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's
+    return wrapped
+
+
+class _Before:
+    """The hook before a call of the model."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    @_outside_of_compiled_code
+    def __call__(self, module: nn.Module, _args: Any) -> None:
+        self._workload.gate.enter(id(module), _frame_of_call())
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _NOTHING
+
+
+class _After:
+    """The hook after a call of the model, also if it raised."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    @_outside_of_compiled_code
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self._workload.gate.leave(id(module))
+        if not self._workload.refusal and _requires_grad(output):
+            self._workload.refuse(_GRAD)
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        return _NOTHING
+
+
+def _frame_of_call() -> FrameType | None:
+    """Return the frame of ``Module.__call__`` that calls a hook."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _CALLS:
+        frame = frame.f_back
+    return frame
+
+
+def _requires_grad(output: Any) -> bool:
+    """Whether a tensor in the output of a model has a graph of autograd."""
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad
+    parts: Iterable[Any]
+    if isinstance(output, dict):
+        parts = output.values()
+    elif isinstance(output, (list, tuple)):
+        parts = output
+    else:
+        return False
+    return any(map(_requires_grad, parts))

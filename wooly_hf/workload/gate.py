@@ -1,0 +1,209 @@
+"""The gate of a process: counts threads that use models, and holds them at its boundary while the models are away.
+
+A thread *enters* at a boundary: the call of a model, the beginning of ``generate``. Boundaries nest: in ``generate``
+each call of the model is one. While the gate is closed, a thread waits at the boundary that it meets, asks for the
+models, and goes on once the gate is open. So the gate is closed with all threads outside, or waiting at a boundary
+inside; none of them is in a step then.
+
+Relies on frames: an exception that torch's hooks do not see (``KeyboardInterrupt``) leaves an entry behind whose frame
+runs no more; it is removed when the gate is closed or the thread enters again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Final
+
+from shared_store.activity.writer import ActivityWriter
+from shared_store.base.errors import DeclinedError
+
+_LOOK_AGAIN_S: Final = 1.0
+"""Seconds after which the gate looks again for entries whose frame has ended."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One passage of a boundary. ``frame``: runs until the thread has left it; None: it always leaves."""
+
+    key: Hashable
+    frame: FrameType | None
+
+
+class Gate:
+    """One for each process. Thread-safe."""
+
+    def __init__(self, come_back: Callable[[], None], activity: ActivityWriter) -> None:
+        """Begin open.
+
+        Args:
+            come_back: waits until the models are back, in a thread that met the closed gate. It may raise; the thread
+                does not enter then.
+            activity: says how many threads use models, and how many wait.
+        """
+        self._come_back = come_back
+        self._activity = activity
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._inside: dict[int, list[_Entry]] = {}
+        self._waiting: set[int] = set()
+        self.closed = False
+        """Whether threads wait at it."""
+
+    def enter(self, key: Hashable, frame: FrameType | None = None) -> None:
+        """Pass a boundary, or wait at it while the gate is closed.
+
+        Args:
+            key: for :meth:`leave`.
+            frame: of a function that runs until the thread leaves; None if it is sure to leave.
+
+        Raises:
+            WoolyError: the models could not return. The thread has not entered.
+        """
+        me, entry = threading.get_ident(), _Entry(key, frame)
+        with self._lock:
+            self._drop_ended(me)
+            self._inside.setdefault(me, []).append(entry)
+            try:
+                self._wait()
+            except BaseException:
+                self._remove(me, entry)
+                raise
+            self._say()
+
+    def leave(self, key: Hashable) -> None:
+        """Leave the innermost boundary with a key. Does nothing without one."""
+        me = threading.get_ident()
+        with self._lock:
+            entry = next((entry for entry in reversed(self._inside.get(me, ())) if entry.key == key), None)
+        if entry is not None:
+            self._remove(me, entry)
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Be inside for a block."""
+        key = object()
+        self.enter(key)
+        try:
+            yield
+        finally:
+            self.leave(key)
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Wait until the gate is open, and keep it from being closed for a short block."""
+        with self._lock:
+            self._wait()
+            yield
+
+    def close(self, *, active: bool, within_s: float) -> None:
+        """Close it, and wait until no thread is in a step.
+
+        Args:
+            active: also while threads are inside.
+            within_s: seconds to wait for them; 0: without a limit.
+
+        Raises:
+            DeclinedError: threads use models. The gate is open.
+        """
+        until = time.monotonic() + within_s if within_s else None
+        with self._lock:
+            self.closed = True
+            try:
+                declined = self._wait_for_threads(active, until)
+            except BaseException:
+                self.open()
+                raise
+            if declined:
+                self.open()
+                raise DeclinedError(declined)
+            self._say()
+
+    def _wait_for_threads(self, active: bool, until: float | None) -> str:
+        """Wait until no thread is in a step. Returns why that does not happen; empty if it does."""
+        while working := self._working():
+            left = _LOOK_AGAIN_S if until is None else until - time.monotonic()
+            if not active:
+                return "its models are in use"
+            if left <= 0:
+                return f"threads did not begin another forward pass in time ({len(working)} of them)"
+            self._changed.wait(min(left, _LOOK_AGAIN_S))
+        return ""
+
+    def open(self) -> None:
+        """Let threads pass."""
+        with self._lock:
+            self.closed = False
+            self._changed.notify_all()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether threads are inside, or wait."""
+        with self._lock:
+            self._drop_ended()
+            return bool(self._inside or self._waiting)
+
+    def _wait(self) -> None:
+        """Wait until the gate is open. The caller has the lock, once; it is released meanwhile."""
+        me = threading.get_ident()
+        while self.closed:
+            self._waiting.add(me)
+            self._say()
+            self._changed.notify_all()
+            self._lock.release()
+            try:
+                self._come_back()
+            finally:
+                self._lock.acquire()
+                self._waiting.discard(me)
+                self._say()
+
+    def _working(self) -> list[int]:
+        """Return the threads that are inside and do not wait."""
+        self._drop_ended()
+        return [thread for thread in self._inside if thread not in self._waiting]
+
+    def _remove(self, thread: int, entry: _Entry) -> None:
+        with self._lock:
+            entries = [other for other in self._inside.get(thread, ()) if other is not entry]
+            if entries:
+                self._inside[thread] = entries
+            else:
+                self._inside.pop(thread, None)
+            self._say()
+            self._changed.notify_all()
+
+    def _drop_ended(self, only: int | None = None) -> None:
+        """Remove entries whose frame runs no more. ``only``: of this thread."""
+        threads = [only] if only in self._inside else [] if only is not None else list(self._inside)
+        frames = sys._current_frames() if any(_framed(self._inside[thread]) for thread in threads) else {}
+        for thread in threads:
+            entries = self._inside[thread]
+            if _framed(entries):
+                running = _stack(frames.get(thread))
+                entries = [entry for entry in entries if entry.frame is None or entry.frame in running]
+                if entries:
+                    self._inside[thread] = entries
+                else:
+                    del self._inside[thread]
+
+    def _say(self) -> None:
+        """Write the activity: threads in models, and threads that wait."""
+        self._activity.end(sum(thread not in self._waiting for thread in self._inside), len(self._waiting))
+
+
+def _framed(entries: list[_Entry]) -> bool:
+    return any(entry.frame is not None for entry in entries)
+
+
+def _stack(frame: FrameType | None) -> set[FrameType]:
+    found = set()
+    while frame is not None:
+        found.add(frame)
+        frame = frame.f_back
+    return found
