@@ -87,6 +87,12 @@ def call_on_gpu(then: Callable[[], None]) -> None:
         then()
 
 
+def one_engine_a_process() -> bool:
+    """Return True if an engine has a process of its own, False if it is in that of the program that made it."""
+    (envs,) = find("vllm", "envs")
+    return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+
+
 def packs_small_weights() -> bool:
     """Return True if this vLLM has the known kernel for small packed weights on a CPU (0.29 and later)."""
     return hasattr(importlib.import_module("vllm._custom_ops"), "weight_packed_linear_cpu")

@@ -42,6 +42,7 @@ _libc.mmap.argtypes = [
     ctypes.c_longlong,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def is_memory_file(fd: int) -> bool:
@@ -58,6 +59,8 @@ class MemfdSegment(Segment):
     def __init__(self, fd: OwnedFd, nbytes: int) -> None:
         super().__init__(nbytes)
         self.fd = fd
+        self.private = False
+        """True if it is never exported, and left out of core dumps and children: a KV cache has prompts and answers."""
 
 
 class MemfdBackend(Backend):
@@ -72,7 +75,9 @@ class MemfdBackend(Backend):
         return self._allocate(nbytes, "wooly")
 
     def create_private(self, nbytes: int) -> MemfdSegment:  # noqa: D102 - documented by the interface
-        return self._allocate(nbytes, "private (wooly)")
+        segment = self._allocate(nbytes, "private (wooly)")
+        segment.private = True
+        return segment
 
     def _allocate(self, nbytes: int, name: str) -> MemfdSegment:
         """Allocate memory under a name, which the kernel shows in the lists of mappings and descriptors."""
@@ -131,6 +136,10 @@ class MemfdBackend(Backend):
     def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - documented by the interface
         sharing = mmap.MAP_SHARED if access is Access.WRITE else mmap.MAP_PRIVATE | _MAP_NORESERVE
         self._mmap(address, segment.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, sharing | _MAP_FIXED, self._fd(segment))
+        if self._own(segment).private:
+            for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):  # a child would keep memory that this process frees
+                if _libc.madvise(address, segment.nbytes, advice):
+                    raise MemoryBackendError(f"madvise of {segment.nbytes} bytes: {os.strerror(ctypes.get_errno())}")
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Replace the mapping by an inaccessible one: ``munmap`` would let other code have the range."""

@@ -54,23 +54,33 @@ class _Extent:
     def __init__(self, nbytes: int, pinning: Pinning | None) -> None:
         self._memory = mmap.mmap(-1, nbytes)
         self._memory.madvise(mmap.MADV_DONTDUMP)
+        self._memory.madvise(mmap.MADV_DONTFORK)
         self.nbytes = nbytes
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._pinning: Pinning | None = None
-        if pinning is not None:
-            try:
-                pinning.register(self._address, nbytes)
-                self._pinning = pinning
-            except WoolyError as error:
-                log.info("wooly: copies use memory that is not pinned: %s", error)
+        self._pinning = pinning
+        self._pinned = False
+        self.pin()
+
+    def pin(self) -> None:
+        if self._pinning is None or self._pinned:
+            return
+        try:
+            self._pinning.register(self._address, self.nbytes)
+            self._pinned = True
+        except WoolyError as error:
+            log.info("wooly: copies use memory that is not pinned: %s", error)
+
+    def unpin(self) -> None:
+        if self._pinning is not None and self._pinned:
+            self._pinning.unregister(self._address)
+            self._pinned = False
 
     def part(self, offset: int, nbytes: int) -> memoryview:
         # Not a slice of the map, which could not be closed while somebody has one.
         return memoryview((ctypes.c_char * nbytes).from_address(self._address + offset)).cast("B")
 
     def close(self) -> None:
-        if self._pinning is not None:
-            self._pinning.unregister(self._address)
+        self.unpin()
         self._memory.close()
 
 
@@ -119,6 +129,20 @@ class Arena:
         """Free extents that ``nbytes`` bytes do not need. No buffer of them may be in use."""
         while self._extents and self.nbytes - self._extents[-1].nbytes >= nbytes:
             self._extents.pop().close()
+
+    def pin(self) -> None:
+        """Register memory that is not registered, as far as the driver allows."""
+        for extent in self._extents:
+            extent.pin()
+
+    def unpin(self) -> None:
+        """Unregister everything; the bytes stay. A driver's checkpoint does not save registrations.
+
+        Raises:
+            MemoryBackendError: the driver refuses.
+        """
+        for extent in self._extents:
+            extent.unpin()
 
     def part(self, nbytes: int, start: Position) -> tuple[memoryview, Position]:
         """Return a buffer at or after a position, and the position after it. The arena grows if it ends before.

@@ -164,7 +164,9 @@ def test_a_mover_that_breaks_declines(played, resident, caplog):
 
 @pytest.mark.parametrize("how", ["refusal", "swap", "refuse"])
 def test_one_that_must_not_be_swapped_out_declines_untouched(played, resident, how):
-    agent, holder = resident(**{"refusal": {"refusal": "a reason"}, "swap": {"swap": False}, "refuse": {}}[how])
+    agent, holder = resident(
+        **{"refusal": {"refusal": "a reason"}, "swap": {"settings": WorkloadSettings(swap=False)}, "refuse": {}}[how]
+    )
     if how == "refuse":
         agent.refuse("a reason")
         assert played.reported("resident").refusal == "a reason"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.filesystems import SmallDisk, may_mount
+from support.groups import MemoryGroup
+from support.mapped import flags_at
+from support.programs import finish_program, start_program
 from support.waiting import open_fds
 
 from shared_store.base.errors import ConfigError, DigestMismatchError, DiskError, MemoryBackendError, OutOfMemoryError
@@ -93,23 +97,10 @@ def test_an_arena_larger_than_free_memory_is_refused():
     assert arena.nbytes == EXTENT
 
 
-def test_an_arena_is_left_out_of_core_dumps():
+def test_an_arena_is_left_out_of_core_dumps_and_children():
     arena = Arena(extent_bytes=EXTENT)
     piece, _ = arena.part(8, (0, 0))
-    assert "dd" in _flags(ctypes.addressof(ctypes.c_char.from_buffer(piece)))
-
-
-def _flags(address):
-    """Return the `VmFlags` of the mapping that has an address (see `proc_pid_smaps(5)`)."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
-        head, *rest = line.split()
-        if "-" in head and not head.endswith(":"):
-            start, end = (int(part, 16) for part in head.split("-"))
-            inside = start <= address < end
-        elif inside and head == "VmFlags:":
-            return rest
-    raise AssertionError(f"{address:#x} is not mapped")
+    assert {"dd", "dc"} <= set(flags_at(ctypes.addressof(ctypes.c_char.from_buffer(piece))))
 
 
 class Refusing:
@@ -197,8 +188,39 @@ def test_default_swap_directory_is_refused_in_memory(monkeypatch):
         swap_files.directory()
 
 
-def test_room_for_copies_leaves_a_headroom():
-    assert 0 <= arenas.host_room() <= arenas.machine_free() - arenas.HEADROOM + (1 << 30)
+def test_copies_obey_the_control_group_of_their_process():
+    """Its limit would kill the process, where the arena refuses."""
+    group = MemoryGroup()
+    child = start_program(
+        """
+from shared_store.base.errors import OutOfMemoryError
+from shared_store.private.arena import Arena, host_room
+input()
+print(host_room())
+try:
+    Arena().grow(512 << 20)
+except OutOfMemoryError as error:
+    print(error.code)
+arena = Arena()
+arena.grow(256 << 20)
+print(arena.nbytes, host_room())
+""",
+        stdin=subprocess.PIPE,
+    )
+    try:
+        group.limit(900 << 20)
+        group.add(child.pid)
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        room, code, rest = finish_program(child).splitlines()
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        group.remove()
+    assert 256 << 20 < int(room) <= (900 << 20) - arenas.HEADROOM
+    assert code == "out_of_memory"
+    assert rest.split()[0] == str(256 << 20)
 
 
 def test_a_file_that_may_not_grow_is_refused(tmp_path):

@@ -42,6 +42,19 @@ def resident_bytes(address: int, nbytes: int) -> int:
     return total
 
 
+def flags_at(address: int) -> list[str]:
+    """Return the `VmFlags` of the mapping of this process that has an address (see `proc_pid_smaps(5)`)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        head, *rest = line.split()
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(part, 16) for part in head.split("-"))
+            inside = start <= address < end
+        elif inside and head == "VmFlags:":
+            return rest
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
 def segment_bytes(pid: int) -> int:
     """Return the bytes of all segments in host memory that a process has descriptors of."""
     found: dict[int, int] = {}

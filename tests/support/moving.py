@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ class Moving:
         self.answers: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}
         self.moves: list[dict[str, Any]] = []
+        self._move: Callable[..., None] = self.move
 
     def facts(self) -> dict[str, Any]:
         """Return what the worker has, and where its KV cache is."""
-        from wooly_vllm.residency.move import Mover
-
-        mover = Mover.of(self._worker())
+        mover = self._mover()
         runner = self._worker().model_runner
         return {
             **self._rpc("wooly_holdings"),
@@ -56,19 +56,28 @@ class Moving:
         *,
         fresh: bool = True,
         prompts: list[list[int]] | None = None,
+        copies: int = 1,
         **how: Any,
     ) -> dict[str, Any]:
-        """Answer prompts in one batch, and move at these steps. ``fresh``: without cached prefixes."""
+        """Answer prompts in one batch, and move at these steps.
+
+        Args:
+            moves: numbers of steps.
+            fresh: without cached prefixes.
+            prompts: other prompts.
+            copies: how often each is asked.
+            how: arguments of :meth:`move`.
+        """
         if fresh:
             assert self.core.reset_prefix_cache()
-        for number, prompt in enumerate(prompts or PROMPTS):
+        for number, prompt in enumerate((prompts or PROMPTS) * copies):
             self._add(str(number), prompt)
         step = 0
         while self.engine.has_unfinished_requests():
             self._take(self.engine.step())
             step += 1
             if step in moves:
-                self.move(**how)
+                self._move(**how)
         numbers = sorted(self.answers, key=int)
         return {
             "tokens": [self.answers[number] for number in numbers],
@@ -80,6 +89,21 @@ class Moving:
         """Move while nothing runs."""
         self.move(**how)
         return self.moves[0]
+
+    def leave(self) -> dict[str, Any]:
+        """Leave while nothing runs, and stay away."""
+        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
+        assert not self._rpc("wooly_save", [])
+        left: dict[str, Any] = self._rpc("wooly_leave")
+        self.core.reset_prefix_cache()
+        return left
+
+    def come_back(self) -> dict[str, Any]:
+        """Return after :meth:`leave`."""
+        assert not self._rpc("wooly_create")
+        filled: dict[str, Any] = self._rpc("wooly_fill")
+        self.scheduler.set_pause_state(self.pause.UNPAUSED)
+        return filled
 
     def move(
         self,
@@ -103,9 +127,7 @@ class Moving:
         """
         from wooly_vllm.residency import blocks
 
-        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
-        while self.core.batch_queue:
-            self._take(self.engine.step())
+        self._drain()
         kept = blocks.choose(self.pool, most)
         facts: dict[str, Any] = {"kept": len(kept.ids), "running": kept.running, "dropped": len(kept.dropped)}
         self.moves.append(facts)
@@ -125,15 +147,62 @@ class Moving:
             facts["swap_files"] = len(_swap_files())
             if corrupt:
                 self._corrupt()
-            with _Poisoned(active=poison):
-                facts["refusals"] = [self._refused_return() for _ in range(refused_returns)]
-                facts["created"] = self._rpc("wooly_create")
-                facts["filled"] = self._rpc("wooly_fill")
+            facts["refusals"] = [self._refused_return() for _ in range(refused_returns)]
+            facts["created"] = self._rpc("wooly_create")
+            if poison:
+                self._poison()
+            facts["filled"] = self._rpc("wooly_fill")
             if facts["filled"]["lost"]:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
                 blocks.drop_all(self.pool)
         facts["more_descriptors"] = _descriptors() - before
         self.scheduler.set_pause_state(self.pause.UNPAUSED)
+
+    def ranks(self, moves: tuple[int, ...] = (), *, refuse: str = "") -> dict[str, Any]:
+        """Answer as :meth:`answer` does, and move all workers of a tensor parallel engine at these steps.
+
+        Args:
+            moves: numbers of steps.
+            refuse: the second worker may write no file while workers ``save``, or gets no memory when they ``create``.
+        """
+        self._move = lambda: self._move_ranks(refuse)
+        return self.answer(moves)
+
+    def _move_ranks(self, refuse: str) -> None:
+        from wooly_vllm.residency import blocks
+
+        self._drain()
+        facts: dict[str, Any] = {}
+        self.moves.append(facts)
+        kept = blocks.choose(self.pool, 1 << 30)
+        facts["saved"] = self._refusing(refuse == "save", "wooly_save", kept.ids)
+        if any(facts["saved"]):
+            self.core.collective_rpc("wooly_stay")
+        else:
+            facts["left"] = self.core.collective_rpc("wooly_leave")
+            facts["created"] = self._refusing(refuse == "create", "wooly_create")
+            if any(facts["created"]):
+                self.core.collective_rpc("wooly_roll_back")
+                facts["rolled_back"] = [it["private"] for it in self.core.collective_rpc("wooly_holdings")]
+                facts["created"] = self.core.collective_rpc("wooly_create")
+            facts["filled"] = self.core.collective_rpc("wooly_fill")
+        self.scheduler.set_pause_state(self.pause.UNPAUSED)
+
+    def _refusing(self, refuse: bool, method: str, *args: Any) -> list[Any]:
+        """Call a method of all workers. ``refuse``: the second can make no file meanwhile."""
+        if not refuse:
+            return list(self.core.collective_rpc(method, args=args))
+        pid = self.core.model_executor.workers[1].proc.pid
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        try:
+            return list(self.core.collective_rpc(method, args=args))
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+    def _drain(self) -> None:
+        self.scheduler.set_pause_state(self.pause.PAUSED_ALL)
+        while self.core.batch_queue:
+            self._take(self.engine.step())
 
     def _refused_return(self) -> str:
         """Return with a limit that refuses the memory; return the reason."""
@@ -141,6 +210,13 @@ class Moving:
             reason: str = self._rpc("wooly_create")
         assert self._resident() == 0
         return reason
+
+    def _poison(self) -> None:
+        """Fill the memory that returned with ones, as another process's memory might be."""
+        mover = self._mover()
+        mover.memory.backend.zeroed = False
+        for table in (*mover._blocks, *mover._others):
+            table.memory.fill_(0xFF)
 
     def _corrupt(self) -> None:
         (path,) = _swap_files()
@@ -151,12 +227,18 @@ class Moving:
             file.write(bytes([byte[0] ^ 1]))
 
     def _resident(self) -> int:
-        """Return the bytes of the worker's ranges that have pages, by the kernel (``smaps``)."""
+        """Return the bytes of the worker's ranges that have memory: on a CPU by the kernel (``smaps``)."""
         from support.mapped import resident_bytes
 
+        memory = self._mover().memory
+        if memory.backend.ordinal is not None:
+            return memory.mapped_bytes
+        return sum(resident_bytes(it.address, it.nbytes) for it in memory._ranges)
+
+    def _mover(self) -> Any:
         from wooly_vllm.residency.move import Mover
 
-        return sum(resident_bytes(it.address, it.nbytes) for it in Mover.of(self._worker()).memory._ranges)
+        return Mover.of(self._worker())
 
     def _worker(self) -> Any:
         return self.core.model_executor.driver_worker.worker
@@ -175,35 +257,6 @@ class Moving:
         for output in outputs:
             self.answers[output.request_id] = list(output.outputs[0].token_ids)
             self.cached[output.request_id] = output.num_cached_tokens or 0
-
-
-class _Poisoned:
-    """Within the block, new memory of the CPU's backend is full of ones, and the backend says that it may be."""
-
-    def __init__(self, *, active: bool) -> None:
-        self.active = active
-
-    def __enter__(self) -> None:
-        import mmap
-
-        from shared_store.memory import MemfdBackend
-
-        def create_private(backend: MemfdBackend, nbytes: int) -> Any:
-            segment = backend.create(nbytes)
-            with mmap.mmap(segment.fd.fileno(), nbytes) as memory:
-                memory.write(b"\xff" * nbytes)
-            return segment
-
-        if self.active:
-            MemfdBackend.zeroed = False
-            MemfdBackend.create_private = create_private  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        from shared_store.memory import MemfdBackend
-
-        if self.active:
-            MemfdBackend.zeroed = True
-            del MemfdBackend.create_private
 
 
 class _file_limit:  # noqa: N801 - reads as a function

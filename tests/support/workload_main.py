@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.holders import Holder
 
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.session import Session
 from shared_store.overcommit import room
 from shared_store.overcommit.agent import Agent
@@ -32,8 +33,7 @@ class Workload:
             kind="vllm",
             name=name,
             devices=("cpu",),
-            priority=priority,
-            swap=swap,
+            settings=WorkloadSettings(None, priority, swap),
         )
         self._agent.join()
         return self._agent.name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -21,6 +22,7 @@ from shared_store.base.errors import DigestMismatchError, DiskError, WoolyError
 from shared_store.memory import Backend
 from shared_store.private.copies import Copy
 from shared_store.private.ranges import PrivateMemory
+from shared_store.sleep.sleeper import Sleeper
 from wooly_vllm.residency import rows as tables
 from wooly_vllm.residency import shared_models
 from wooly_vllm.residency.host_space import HostSpace
@@ -36,8 +38,9 @@ NO_MEMORY_OF_OURS: Final = "its KV cache is not in memory that wooly can release
 class Mover:
     """Moves the memory of one worker."""
 
-    def __init__(self, device: torch.device, backend: Backend) -> None:
+    def __init__(self, worker: Any, device: torch.device, backend: Backend) -> None:
         """Begin resident, without private memory."""
+        self._worker = weakref.ref(worker)
         self.memory = PrivateMemory(backend, phase_of(backend))
         self.refusal = ""
         """Why this worker cannot leave."""
@@ -66,7 +69,7 @@ class Mover:
         """Make the mover of a worker on a device. Raises :class:`UnknownDeviceError`."""
         from shared_store.torch.devices import backend_of
 
-        made = cls(device, backend_of(device))
+        made = cls(worker, device, backend_of(device))
         setattr(worker, _ATTRIBUTE, made)
         return made
 
@@ -92,6 +95,7 @@ class Mover:
             "stays": private if self.refusal else self._outside.stays(),
             "needs": needs,
             "block_bytes": self.block_bytes,
+            "host_bytes": self._space.host_bytes,
             "copy_room": max(0, self._space.room() - self._other_bytes()),
             "refusal": self.refusal,
         }
@@ -101,9 +105,10 @@ class Mover:
         if self.refusal or self._away:
             return self.refusal
         try:
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.prepare()
-            self._space.prepare(blocks * self.block_bytes + self._other_bytes())
+            others = sum(len(numbers) * table.nbytes for table, numbers in self._pages())
+            self._space.prepare(blocks * self.block_bytes + others)
         except (WoolyError, OSError, RuntimeError) as error:  # of the kernel, or of torch
             return _text(error)
         return ""
@@ -131,7 +136,7 @@ class Mover:
         slept = []
         try:
             with self._timed("weights"):
-                for sleeper in shared_models.sleepers():
+                for sleeper in self._sleepers():
                     sleeper.sleep()
                     slept.append(sleeper)
             with self._timed("unmap"):
@@ -152,7 +157,7 @@ class Mover:
         """See :func:`~.worker.wooly_stay`."""
         if not self._away:
             self._drop_copies()
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.stay_awake()
 
     def create(self) -> str:
@@ -164,7 +169,7 @@ class Mover:
             with self._timed("map"):
                 self.memory.come_back()
             with self._timed("weights"):
-                for sleeper in shared_models.sleepers():
+                for sleeper in self._sleepers():
                     sleeper.wake()
         except (WoolyError, OSError, RuntimeError) as error:
             self.roll_back()
@@ -184,10 +189,31 @@ class Mover:
     def roll_back(self) -> None:
         """See :func:`~.worker.wooly_roll_back`."""
         if self._away:
-            for sleeper in shared_models.sleepers():
+            for sleeper in self._sleepers():
                 sleeper.sleep()
             self.memory.go_away()
             self._outside.reclaim()
+
+    def reclaim(self) -> None:
+        """Return memory that torch caches to the device."""
+        self._outside.reclaim()
+
+    def get_ready(self) -> None:
+        """Get memory for copies in the background, once the worker has started."""
+        if not self.refusal:
+            self._space.get_ahead(self.memory.nbytes)
+
+    def pin(self) -> None:
+        """See :func:`~.worker.wooly_pin`."""
+        self._space.pin()
+
+    def unpin(self) -> str:
+        """See :func:`~.worker.wooly_unpin`."""
+        try:
+            self._space.unpin()
+        except WoolyError as error:
+            return _text(error)
+        return ""
 
     def discard(self) -> None:
         """Unmap private memory for vLLM's own sleep, which discards KV caches: other contents are kept.
@@ -213,19 +239,21 @@ class Mover:
 
     def _copied(self, block_ids: Sequence[int]) -> _Copies:
         """Copy blocks and other private memory to the host."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        pages = [tables.nonzero(table) for table in self._others]
-        nbytes = sum(len(numbers) * table.nbytes for table, numbers in zip(self._others, pages, strict=True))
+        self._synchronize()
+        pages = self._pages()
+        nbytes = sum(len(numbers) * table.nbytes for table, numbers in pages)
         with contextlib.ExitStack() as failed:
-            copy = failed.enter_context(
-                contextlib.closing(self._space.copy(nbytes + len(block_ids) * self.block_bytes))
-            )
-            for table, numbers in zip(self._others, pages, strict=True):
+            copy = self._space.copy(nbytes + len(block_ids) * self.block_bytes)
+            failed.callback(copy.close)
+            for table, numbers in pages:
                 tables.save([table], numbers, copy)
             tables.save(self._blocks, block_ids, copy)
             failed.pop_all()
         return _Copies(copy, pages, tuple(block_ids))
+
+    def _pages(self) -> list[tuple[Rows, list[int]]]:
+        """Return the other tables, each with the numbers of its rows that are not zero."""
+        return [(table, tables.nonzero(table)) for table in self._others]
 
     def _fill_memory(self) -> str:
         """Zero private memory and copy its contents back. Returns why KV blocks are lost, or "".
@@ -237,21 +265,33 @@ class Mover:
             self._zero()
         copies = self._copies
         if copies is None:
+            self._synchronize()
             return "nothing was saved"
         with self._timed("copy"):
             copies.copy.rewind()
-            for table, numbers in zip(self._others, copies.pages, strict=True):
+            for table, numbers in copies.pages:
                 tables.restore([table], numbers, copies.copy)
             try:
                 tables.restore(self._blocks, copies.block_ids, copies.copy)
             except (DigestMismatchError, DiskError) as error:
                 tables.zero(self._blocks)
                 return _text(error)
+            finally:
+                self._synchronize()  # steps may run on another stream
         return ""
+
+    def _synchronize(self) -> None:
+        """Wait for everything that this process started on the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _zero(self) -> None:
         if not self.memory.backend.zeroed:
             tables.zero([*self._blocks, *self._others])
+
+    def _sleepers(self) -> list[Sleeper]:
+        """Return the sleepers of the worker's shared models."""
+        return shared_models.sleepers(self._worker())
 
     def _private(self) -> int:
         return self._outside.now() + self.memory.mapped_bytes
@@ -281,7 +321,7 @@ class Mover:
 class _Copies:
     """What a worker saved: the copy, the pages of each other table, and the KV blocks."""
 
-    def __init__(self, copy: Copy, pages: Sequence[Sequence[int]], block_ids: tuple[int, ...]) -> None:
+    def __init__(self, copy: Copy, pages: Sequence[tuple[Rows, list[int]]], block_ids: tuple[int, ...]) -> None:
         self.copy = copy
         self.pages = pages
         self.block_ids = block_ids

@@ -56,12 +56,13 @@ def save(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
         OutOfMemoryError: host memory ends, or the device has none for a buffer.
         DiskError: the copy is a file, and the disk is full.
     """
-    numbers = torch.tensor(list(ids), dtype=torch.int64)
-    if not numbers.numel():
+    numbers = list(ids)
+    if not numbers or not rows:
         return
     with _Buffer(rows[0].memory.device) as buffer:
+        there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         for table in rows:
-            _save_table(table.table(), numbers.to(table.memory.device), copy, buffer)
+            _save_table(table.table(), there, copy, buffer)
         buffer.wait()
 
 
@@ -71,12 +72,13 @@ def restore(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
     Raises:
         DigestMismatchError, DiskError: as :meth:`Copy.next`. Some rows may have been written.
     """
-    numbers = torch.tensor(list(ids), dtype=torch.int64)
-    if not numbers.numel():
+    numbers = list(ids)
+    if not numbers or not rows:
         return
     with _Buffer(rows[0].memory.device) as buffer:
+        there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         for table in rows:
-            _restore_table(table.table(), numbers.to(table.memory.device), copy, buffer)
+            _restore_table(table.table(), there, copy, buffer)
         buffer.wait()
 
 

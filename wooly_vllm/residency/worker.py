@@ -29,7 +29,7 @@ import torch
 
 from shared_store.base.errors import UnsupportedError
 from wooly_vllm import compat
-from wooly_vllm.residency import adapters
+from wooly_vllm.residency import adapters, workspaces
 from wooly_vllm.residency.kv_cache import Allocating, blocks_of, check_views
 from wooly_vllm.residency.move import Mover
 from wooly_vllm.sharing_loader import sharing_loader
@@ -41,6 +41,7 @@ def install() -> None:
     if hasattr(worker, wooly_holdings.__name__):
         return
     worker.initialize_from_config = _allocating(worker.initialize_from_config)
+    worker.compile_or_warm_up_model = _getting_ready(worker.compile_or_warm_up_model)
     worker.sleep = _discarding(worker.sleep)
     worker.wake_up = _bringing(worker.wake_up)
     for method in METHODS:
@@ -51,8 +52,9 @@ def wooly_holdings(worker: Any) -> dict[str, Any]:
     """Return the worker's private memory, in bytes.
 
     Keys: ``device`` (``cpu`` or a GPU's UUID); ``private``: on it now; ``stays``: those that a swap does not free;
-    ``needs``: on it when resident; ``block_bytes``: of one KV block of this worker, all layers; ``copy_room``: most
-    bytes that copies may take now; ``refusal``: why this worker cannot leave, or "".
+    ``needs``: on it when resident; ``host_bytes``: host memory for copies; ``block_bytes``: of one KV block, in all
+    layers of this worker; ``copy_room``: most bytes that copies of blocks may take now; ``refusal``: why this worker
+    cannot leave, or "".
     """
     return Mover.of(worker).holdings()
 
@@ -109,6 +111,16 @@ def wooly_roll_back(worker: Any) -> None:
     Mover.of(worker).roll_back()
 
 
+def wooly_unpin(worker: Any) -> str:
+    """Unregister the memory of copies from the device, before a driver's checkpoint. Returns "" or a reason."""
+    return Mover.of(worker).unpin()
+
+
+def wooly_pin(worker: Any) -> None:
+    """Register it again after a restore."""
+    Mover.of(worker).pin()
+
+
 METHODS = (
     wooly_holdings,
     wooly_prepare_leave,
@@ -118,6 +130,8 @@ METHODS = (
     wooly_create,
     wooly_fill,
     wooly_roll_back,
+    wooly_unpin,
+    wooly_pin,
 )
 """What workers get, under the functions' names."""
 
@@ -135,6 +149,8 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, kv_cache_config, *args, **kwargs)
         if self.vllm_config.lora_config is not None:
             mover.set_others(adapters.move_in(compat.models_of(self), mover.memory))
+        workspaces.move_in(mover.memory)
+        mover.reclaim()
         with Allocating(mover.memory, kv_cache_config) as allocating:
             result = stock(self, kv_cache_config, *args, **kwargs)
         try:
@@ -146,6 +162,19 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return initialize_from_config
+
+
+def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Worker.compile_or_warm_up_model``, the last step of a worker's start."""
+
+    @functools.wraps(stock)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        if sharing_loader(self.vllm_config) is not None:
+            Mover.of(self).get_ready()
+        return result
+
+    return compile_or_warm_up_model
 
 
 def _unsupported(vllm_config: Any) -> str:

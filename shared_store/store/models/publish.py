@@ -107,6 +107,7 @@ class Publishing:
             NotPublisherError: the client does not publish the model, or no longer does.
             ProtocolError: the segment is not promised to it, or is allocated already.
             OutOfMemoryError: the device is full, and eviction cannot free enough.
+            ConnectionLostError: the client disconnected while it waited for memory.
             MemoryBackendError: the descriptor cannot be duplicated.
         """
         state, key, segment = self._state, request.key, request.segment
@@ -118,7 +119,7 @@ class Publishing:
         if entry.allocated:
             raise ProtocolError(f"segment {segment} is allocated already")
         memory = await self._admission.allocate(
-            entry.device, entry.nbytes, key, wanted=lambda: state.plans.get(key) is plan
+            entry.device, entry.nbytes, key, session.gone, wanted=lambda: state.plans.get(key) is plan
         )
         if state.plans.get(key) is not plan:
             self._devices.backend(entry.device).release(memory)
