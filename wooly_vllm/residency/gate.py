@@ -163,7 +163,7 @@ class Gate:
             result = stock()
             if self.away:
                 self._changed()
-                if self.has_work():
+                if self.has_work() or self._deferred:
                     self._agent.wanted()
                 else:
                     self._agent.unwanted()
