@@ -216,10 +216,9 @@ class Gate:
     def _guarded(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
         def method(*args: Any, **kwargs: Any) -> Any:
-            if _passes(args[0] if args else kwargs.get("method")):
-                return stock(*args, **kwargs)
-            with self.boundary.calling():
-                if not self.away:
+            passes = _passes(args[0] if args else kwargs.get("method"))
+            with self.boundary.calling():  # an executor has one answer at a time
+                if passes or not self.away:
                     return stock(*args, **kwargs)
             return self.resident(lambda: stock(*args, **kwargs))
 
