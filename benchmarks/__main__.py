@@ -30,6 +30,7 @@ COMMANDS = {
         "benchmarks.scenarios.compaction",
         "dead bytes after models are removed, and the cost of compaction",
     ),
+    "private": ("benchmarks.scenarios.private", "the steps of a move of private memory, without an engine"),
     "pushes": ("benchmarks.scenarios.pushes", "requests of the store while a client waits, and cancels"),
     "fuzz": ("benchmarks.scenarios.fuzz", "damaged conversations of the protocol, with descriptors"),
     "overcommit_sim": ("benchmarks.scenarios.overcommit_sim", "the overcommit policy on a simulated fleet"),

@@ -60,7 +60,7 @@ class MemfdSegment(Segment):
         super().__init__(nbytes)
         self.fd = fd
         self.private = False
-        """True if it is never exported, and left out of core dumps: it may have prompts and answers of users."""
+        """True if it is never exported, and left out of core dumps and children: a KV cache has prompts and answers."""
 
 
 class MemfdBackend(Backend):
@@ -136,8 +136,10 @@ class MemfdBackend(Backend):
     def map(self, segment: Segment, address: int, access: Access) -> None:  # noqa: D102 - documented by the interface
         sharing = mmap.MAP_SHARED if access is Access.WRITE else mmap.MAP_PRIVATE | _MAP_NORESERVE
         self._mmap(address, segment.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, sharing | _MAP_FIXED, self._fd(segment))
-        if self._own(segment).private and _libc.madvise(address, segment.nbytes, mmap.MADV_DONTDUMP):
-            raise MemoryBackendError(f"madvise of {segment.nbytes} bytes: {os.strerror(ctypes.get_errno())}")
+        if self._own(segment).private:
+            for advice in (mmap.MADV_DONTDUMP, mmap.MADV_DONTFORK):  # a child would keep memory that this process frees
+                if _libc.madvise(address, segment.nbytes, advice):
+                    raise MemoryBackendError(f"madvise of {segment.nbytes} bytes: {os.strerror(ctypes.get_errno())}")
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Replace the mapping by an inaccessible one: ``munmap`` would let other code have the range."""

@@ -60,8 +60,6 @@ class Agent:
         devices: Sequence[str],
         refusal: str = "",
         settings: WorkloadSettings | None = None,
-        priority: int | None = None,
-        swap: bool | None = None,
     ) -> None:
         """Make an agent. Nothing is connected before :meth:`join`.
 
@@ -73,14 +71,11 @@ class Agent:
             devices: the store's names of the workload's devices: ``cpu`` or UUIDs of GPUs.
             refusal: why the workload must never be swapped out; empty if it may be.
             settings: of the workload, from the engine's options. What they leave out is the environment's.
-            priority: 0 (highest) to 4, without settings; None: from the environment.
-            swap: whether the user lets it be swapped out, without settings; None: from the environment.
 
         Raises:
             ConfigError: an environment variable has an invalid value.
         """
         self._record = record = Record(name, devices, refusal)
-        settings = settings or WorkloadSettings(None, priority, swap)
         self._identity = describe(kind, devices, settings, name=name, member_of=record.workload)
         if not self._identity.swap and not refusal:
             record.refusal = "its user does not let it be swapped out"
@@ -263,8 +258,7 @@ class Agent:
         """Take up a state. Without the bytes, the store hears of it when the agent has asked for them."""
         record = self._record
         if holdings is None and self._moves is not None:
-            record.hold()
-            record.become(state, report=False)
+            record.become(state, known=False)
             self._moves.refresh()
         else:
             record.become(state, holdings)

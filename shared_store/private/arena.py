@@ -54,6 +54,7 @@ class _Extent:
     def __init__(self, nbytes: int, pinning: Pinning | None) -> None:
         self._memory = mmap.mmap(-1, nbytes)
         self._memory.madvise(mmap.MADV_DONTDUMP)
+        self._memory.madvise(mmap.MADV_DONTFORK)
         self.nbytes = nbytes
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._pinning = pinning

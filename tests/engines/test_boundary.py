@@ -90,7 +90,7 @@ def test_a_function_that_is_late_is_refused_and_never_runs(loop: Loop) -> None:
     loop.input_queue.put(lambda: (going.set(), step.wait()))
     going.wait()
     ran: list[int] = []
-    with pytest.raises(DeclinedError, match="no step boundary in 0.1 s"):
+    with pytest.raises(DeclinedError, match=r"no step boundary in 0\.1 s"):
         loop.boundary.run(lambda: ran.append(1), within_s=0.05)
     step.set()
     assert loop.boundary.run(lambda: list(ran)) == []

@@ -22,9 +22,10 @@ LARGE = ((workspaces.LEAST_BYTES * 2,), torch.uint8)
 
 
 @pytest.fixture
-def manager() -> Iterator[Any]:
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from vllm.v1.worker import workspace
 
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM itself does on a CPU
     workspace.init_workspace_manager(torch.device("cpu"))
     yield workspace.current_workspace_manager()
     workspace.reset_workspace_manager()

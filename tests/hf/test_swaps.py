@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hf.jobs import JobError
+from hf.stock_ways import quantize
 from support.mapped import segment_ranges
 from support.stores import store_without_catalog
 from support.waiting import wait_until
@@ -305,24 +306,13 @@ def test_arguments_without_the_device_map_are_an_error(job, checkpoint):
         job("two").run("load(path, None, wooly_swap=True)", path=checkpoint("llama-tied"))
 
 
-def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, move):
-    """The store lists the process with the reason, and counts its memory."""
+def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, fresh, move):
+    """The store lists the process with the reason."""
     two = job("two")
-    code = OBSERVE + "my_model = load(path, 'wooly:cpu', wooly_workload='private', ignore_mismatched_sizes=True)"
-    two.run(code, path=checkpoint("llama-tied"))
+    two.run(OBSERVE + "my_model = load(path, wooly_workload='private')", path=checkpoint("llama-tied"))
     move("private", out=True)
-    two.run(
-        """
-        import wooly_hf.steps
-        stock, wooly_hf.steps.compat.check_supported = wooly_hf.steps.compat.check_supported, None
-        from shared_store.base.errors import UnsupportedError
-        def refuse(*_):
-            raise UnsupportedError("of a test")
-        wooly_hf.steps.compat.check_supported = refuse
-        my_second = load(path)
-        wooly_hf.steps.compat.check_supported = stock
-        """,
-        path=checkpoint("qwen3"),
-    )
+    quantized = fresh("llama")
+    quantize(quantized)
+    two.run("my_second = load(path)", path=quantized)
     with pytest.raises(DeclinedError, match="a model of it is not shared"):
         move("private", out=True)

@@ -70,10 +70,24 @@ class Node:
         os.kill(self.kept.pid, signal.SIGCONT)
 
 
+PATIENT = """
+from support.device_site import sitecustomize
+from shared_store.store.state import releases
+releases.CONFIRMED_WITHIN_S = 60.0
+"""
+
+
 @pytest.fixture
-def node(start_kept, actor):
-    """Return a function that starts a node."""
-    return lambda **options: Node(start_kept, actor, **options)
+def node(start_kept, actor, tmp_path_factory):
+    """Return a function that starts a node. Its store waits long for its keeper, but with `patient=False`."""
+
+    def start(*, patient=True, sitecustomize=None, **options):
+        if patient and not sitecustomize:
+            sitecustomize = tmp_path_factory.mktemp("site")
+            (sitecustomize / "sitecustomize.py").write_text(PATIENT)
+        return Node(start_kept, actor, sitecustomize=sitecustomize, **options)
+
+    return start
 
 
 @pytest.mark.parametrize("free", ["known", "unknown"])
@@ -184,7 +198,7 @@ def test_store_killed_while_it_waits_for_the_keeper(node):
 
 def test_a_keeper_that_does_not_answer_affects_the_publisher_alone(node):
     """After the time-out the publisher gets an error, and nothing else is evicted: that would free nothing either."""
-    it = node()
+    it = node(patient=False)
     client, reader = it.client(), it.client()
     it.cache(client, 1, 2, 3)
     it.plan(client, 4)
@@ -212,7 +226,7 @@ def test_a_keeper_that_does_not_answer_affects_the_publisher_alone(node):
 
 def test_under_a_limit_an_allocation_goes_on_after_the_time_out(node):
     """The device has the memory. Until the keeper confirms, the released bytes count as used."""
-    it = node(capacity=100 * MIB, max_resident={DEVICE: 8 * MIB})
+    it = node(patient=False, capacity=100 * MIB, max_resident={DEVICE: 8 * MIB})
     client = it.client()
     it.cache(client, 1, 2)
     it.stop_keeper()

@@ -164,7 +164,9 @@ def test_a_mover_that_breaks_declines(played, resident, caplog):
 
 @pytest.mark.parametrize("how", ["refusal", "swap", "refuse"])
 def test_one_that_must_not_be_swapped_out_declines_untouched(played, resident, how):
-    agent, holder = resident(**{"refusal": {"refusal": "a reason"}, "swap": {"swap": False}, "refuse": {}}[how])
+    agent, holder = resident(
+        **{"refusal": {"refusal": "a reason"}, "swap": {"settings": WorkloadSettings(swap=False)}, "refuse": {}}[how]
+    )
     if how == "refuse":
         agent.refuse("a reason")
         assert played.reported("resident").refusal == "a reason"
@@ -309,6 +311,8 @@ def test_one_that_sleeps_by_request_stays_away_until_it_is_woken_up(played, resi
     agent, holder = resident()
     holder._map.madvise(9)  # MADV_REMOVE
     agent.left_by_itself()
+    played.reported("draining")
+    played.reported("leaving")
     assert played.reported("swapped").private == (messages.DeviceBytes("cpu", STAYS),)
     assert not agent.wanted()
     with pytest.raises(DeclinedError, match="put it to sleep"):

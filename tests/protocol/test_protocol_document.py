@@ -45,7 +45,7 @@ def test_every_request_of_the_store_has_a_row():
 
 
 def test_the_order_of_every_request_is_described():
-    """A request about a model, a turn, a workload or a compaction is in the list of those that run in order, and no other is."""
+    """The list of those that run in order has those about a model, turn, workload or compaction, and no other."""
     listed = TEXT.partition("Order matters")[2].partition("All other requests")[0]
     ordered = {
         cls.__name__

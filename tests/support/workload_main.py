@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from support.holders import Holder
 
+from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.session import Session
 from shared_store.overcommit import room
 from shared_store.overcommit.agent import Agent
@@ -32,8 +33,7 @@ class Workload:
             kind="vllm",
             name=name,
             devices=("cpu",),
-            priority=priority,
-            swap=swap,
+            settings=WorkloadSettings(None, priority, swap),
         )
         self._agent.join()
         return self._agent.name
@@ -66,7 +66,7 @@ class Workload:
         self._agent.unwanted()
 
     def sleep(self):
-        self._agent.left_by_itself(self._holder.holdings())
+        self._agent.left_by_itself(self._holder.leave(active=True, within_s=0, reached=lambda _: None))
 
     def set(self, busy=None, refusal=None, stop=None):
         """Make the engine busy, let it decline to leave, or stop at a step."""

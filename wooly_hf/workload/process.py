@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -37,6 +38,9 @@ KIND: Final = "transformers"
 
 SAY_EVERY_S: Final = 30.0
 """Seconds after which a thread that waits for its models says so again."""
+
+LOOK_EVERY_S: Final = 2.0
+"""Seconds after which it looks whether they cannot return."""
 
 
 class Workload:
@@ -183,15 +187,25 @@ class Workload:
                 "this process was forked while the models of its parent were swapped out; start it by spawn, or fork "
                 "it inside of a call of the model"
             )
-        while True:
-            try:
-                self._agent.ensure_resident(SAY_EVERY_S)
-            except TimedOutError as error:
-                if self._mover.failure is not None:
-                    raise self._mover.failure from error
-                log.warning("wooly: %s", error)
-            else:
-                return
+        said = time.monotonic()
+        try:
+            while not self._is_back():
+                if time.monotonic() - said >= SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.warning("wooly: %s waits for its models. %s", self.name, self._agent.explain())
+        except BaseException:
+            self._agent.unwanted()
+            raise
+
+    def _is_back(self) -> bool:
+        """Wait for the models, for some time. Raises the error of a return that cannot succeed."""
+        try:
+            self._agent.ensure_resident(LOOK_EVERY_S)
+        except TimedOutError as error:
+            if self._mover.failure is not None:
+                raise self._mover.failure from error
+            return False
+        return True
 
     def _connect(self, identity: Identity) -> Session:
         session = connect(identity)

@@ -6,6 +6,7 @@ A module has the messages of one subject, requests and replies together. The mes
 
 from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
+from shared_store.protocol.messages.checkpoint import CHECKPOINTS, Checkpoint, OfferCheckpoints, Restore
 from shared_store.protocol.messages.codec import (
     ClientMessage,
     StoreMessage,
@@ -60,7 +61,7 @@ from shared_store.protocol.messages.residency import (
     HostSegment,
     ReleaseHostCopies,
 )
-from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
+from shared_store.protocol.messages.segments import BlobPlace, RestBlob, SegmentInfo
 from shared_store.protocol.messages.session import (
     Acquire,
     Done,
@@ -93,6 +94,7 @@ from shared_store.protocol.messages.workload import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "OLDEST",
     "RESIDENCY",
     "VERSION",
@@ -105,6 +107,7 @@ __all__ = [
     "Attached",
     "BlobPlace",
     "Cancel",
+    "Checkpoint",
     "ClientMessage",
     "Commit",
     "Compact",
@@ -134,6 +137,7 @@ __all__ = [
     "Move",
     "MoveWorkload",
     "Offer",
+    "OfferCheckpoints",
     "Open",
     "PageGranted",
     "Pin",
@@ -152,6 +156,8 @@ __all__ = [
     "ReportFallback",
     "ReportWorkload",
     "Request",
+    "RestBlob",
+    "Restore",
     "RoomTaken",
     "SegmentInfo",
     "SetPriority",

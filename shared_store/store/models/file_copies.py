@@ -30,8 +30,8 @@ class FileCopies:
     _devices: Devices
     _admission: Admission
 
-    async def make(self, copying: HostCopying) -> None:
-        """Allocate and write promised copies. They are not verified yet.
+    async def make(self, copying: HostCopying, gone: asyncio.Event) -> None:
+        """Allocate and write promised copies. They are not verified yet. ``gone`` ends a wait for memory.
 
         Raises:
             OutOfMemoryError: the disk is too small.
@@ -42,7 +42,7 @@ class FileCopies:
         """
         state = self._state
         for host in copying.copies.values():
-            memory = await self._admission.allocate(FILES, state.segments.at(host).nbytes, copying.key)
+            memory = await self._admission.allocate(FILES, state.segments.at(host).nbytes, copying.key, gone)
             if not state.tiers.running(copying):
                 self._devices.backend(FILES).release(memory)
                 raise ConnectionLostError(f"the host copies of {copying.key} were dropped")

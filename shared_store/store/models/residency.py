@@ -89,7 +89,7 @@ class ResidencyRequests:
                     tier = self._budget.tier(device, needed, key)
                 copying = state.tiers.begin_copying(key, client, missing, tier)
                 if device == HOST:
-                    await self._file_copies.make(copying)
+                    await self._file_copies.make(copying, session.gone)
                     return await self._added(session, copying, request.id)
             return self._answer(request.id, key)
         except BaseException:
@@ -102,7 +102,7 @@ class ResidencyRequests:
         Raises:
             ProtocolError: the copy is not promised to the client, or is allocated already.
             OutOfMemoryError: host memory is too small.
-            ConnectionLostError: the copies were dropped meanwhile.
+            ConnectionLostError: the copies were dropped meanwhile, or the client disconnected while it waited.
             MemoryBackendError: the descriptor cannot be duplicated.
         """
         state = self._state
@@ -110,7 +110,7 @@ class ResidencyRequests:
         host = copying.copies.get(request.segment)
         if host is None or state.segments.at(host).allocated:
             raise ProtocolError(f"no host copy of segment {request.segment} is to be allocated")
-        device, memory = await self._allocate(host, request.key)
+        device, memory = await self._allocate(session, host, request.key)
         entry = state.segments.at(host) if state.tiers.running(copying) else None
         if entry is None or entry.allocated or entry.device != device:
             self._devices.backend(device).release(memory)
@@ -125,7 +125,7 @@ class ResidencyRequests:
         self._signals.changed()
         return Answer(messages.Filled(request.id), OwnedFds([fd]))
 
-    async def _allocate(self, host: int, key: str) -> tuple[str, Segment]:
+    async def _allocate(self, session: Session, host: int, key: str) -> tuple[str, Segment]:
         """Allocate a promised host copy, as a file if host memory turns out to be full; return its device, too.
 
         Raises as :meth:`fill` does.
@@ -134,13 +134,13 @@ class ResidencyRequests:
         entry = state.segments.at(host)
         if entry.device == HOST:
             try:
-                return HOST, await self._admission.allocate(HOST, entry.nbytes, key)
+                return HOST, await self._admission.allocate(HOST, entry.nbytes, key, session.gone)
             except OutOfMemoryError:
                 if not state.segments.has(host):
                     raise
             state.segments.move_promise(host, FILES)
         try:
-            return FILES, await self._admission.allocate(FILES, entry.nbytes, key)
+            return FILES, await self._admission.allocate(FILES, entry.nbytes, key, session.gone)
         except (OutOfMemoryError, ConfigError) as error:
             raise OutOfMemoryError(
                 f"no host memory for a host copy of {entry.nbytes} bytes within WOOLY_HOST_BUDGET and the limit of "

@@ -99,12 +99,13 @@ class Departing:
         log.info("asking %s to leave: %s", workload.name, reason)
         self._signals.event("swap_asked", name=workload.name, reason=reason)
         request = messages.SwapOut(0, reason, self.drain_within_s, active)
+        swaps = workload.swaps
         answer = asyncio.ensure_future(session.ask(request, within_s=self.leave_within_s))
         try:
             await asyncio.wait([answer], timeout=self.drain_within_s)
             if answer.done() or workload.state not in STILL:
                 await answer
-                if workload.state not in AWAY:
+                if workload.state not in AWAY and workload.swaps == swaps:  # it may have returned already
                     raise WoolyError(f"{workload.name} said that it left, and did not report it")
                 return
         finally:
@@ -116,7 +117,7 @@ class Departing:
     def _refused(self, workload: Workload, error: WoolyError) -> None:
         """Count a refusal, and spare the workload for a while."""
         text = one_line(str(error), MAX_REASON)
-        self._state.workloads.declined(workload, SPARED_S.get(error.code, SPARED_OTHERWISE_S), error.code)
+        self._state.workloads.declined(workload, error.code, SPARED_S.get(error.code, SPARED_OTHERWISE_S))
         if isinstance(error, UnsupportedError):
             workload.refusal = text
         log.warning("%s did not leave: %s [%s]", workload.name, text, error.code)

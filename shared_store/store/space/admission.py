@@ -10,10 +10,10 @@ evicts more. One allocation at a time frees memory of a device.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Final
 
-from shared_store.base.errors import OutOfMemoryError
+from shared_store.base.errors import ConnectionLostError, OutOfMemoryError
 from shared_store.memory import Segment, Unknown
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.confirmations import Confirmations
@@ -73,36 +73,45 @@ class Admission:
         """Evict models to free bytes that a workload needs; False, without evicting any, if that is not possible."""
         return self._evict(device, nbytes, "memory for a workload")
 
-    async def allocate(self, device: str, nbytes: int, key: str, wanted: Callable[[], bool] = lambda: True) -> Segment:
+    async def allocate(
+        self, device: str, nbytes: int, key: str, gone: asyncio.Event, wanted: Callable[[], bool] = lambda: True
+    ) -> Segment:
         """Allocate memory for a segment of the model ``key``; compact and evict if the device is full.
 
         Args:
             device: where.
             nbytes: size of the segment.
             key: the model's weight key, for an error.
+            gone: set when the client disconnects. It ends a wait for memory, and nothing is evicted any more.
             wanted: asked before each eviction; False ends the attempt with the device's error.
 
         Raises:
             OutOfMemoryError: the device is full, and neither can free enough.
+            ConnectionLostError: the client disconnected while it waited.
         """
         lock = self._locks.setdefault(device, asyncio.Lock())
         if not lock.locked():  # else this allocation would take the memory that was freed for another
             if self._state.segments.over_limit(device):
-                await self._confirmations.wait(device)
+                await _unless(gone, self._confirmations.wait(device))
             try:
                 return await self._devices.allocate(device, nbytes)
             except OutOfMemoryError:
                 pass
-        async with lock:
-            return await self._allocate(device, nbytes, key, wanted)
+        await _unless(gone, lock.acquire())
+        try:
+            return await self._allocate(device, nbytes, key, gone, wanted)
+        finally:
+            lock.release()
 
-    async def _allocate(self, device: str, nbytes: int, key: str, wanted: Callable[[], bool]) -> Segment:
+    async def _allocate(
+        self, device: str, nbytes: int, key: str, gone: asyncio.Event, wanted: Callable[[], bool]
+    ) -> Segment:
         """Allocate memory on a full device.
 
         Models are evicted in steps, each only after an allocation failed although all memory was free that was released
         before. If the free bytes are known, one step is enough unless another process takes memory meanwhile.
         """
-        await self._confirmations.wait(device)
+        await _unless(gone, self._confirmations.wait(device))
         backend, evicted = self._devices.backend(device), False
         await self._compact(device, lambda: _missing(nbytes, backend.free_bytes()))
         while True:
@@ -116,12 +125,12 @@ class Admission:
                     f"{full}; {overdue} bytes were released, but the keeper does not answer and has not closed them: "
                     "see `wooly status`"
                 ) from full
-            if not wanted():
+            if gone.is_set() or not wanted():
                 raise full
             if not self._evict_for(device, nbytes, free, first=not evicted):
                 raise OutOfMemoryError(f"{full}; {self._blockers(device, key)}") from full
             evicted = True
-            await self._confirmations.wait(device)
+            await _unless(gone, self._confirmations.wait(device))
 
     async def _compact(self, device: str, missing: Callable[[], int]) -> None:
         """Compact host memory while bytes are ``missing``, if at least as many are unused."""
@@ -199,6 +208,19 @@ class Admission:
             texts.append(f"{model.name or model.key[:12]}{size}")
         more = f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else ""
         return ", ".join(texts[:MAX_NAMED]) + more
+
+
+async def _unless(gone: asyncio.Event, wait: Coroutine[object, object, object]) -> None:
+    """Wait for another client or the keeper. Raises :class:`ConnectionLostError` if ``gone`` is set before."""
+    waits, disconnected = asyncio.ensure_future(wait), asyncio.ensure_future(gone.wait())
+    try:
+        await asyncio.wait((waits, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not waits.done():
+            raise ConnectionLostError("the client disconnected while it waited for memory")
+        waits.result()
+    finally:
+        disconnected.cancel()
+        waits.cancel()
 
 
 def _missing(nbytes: int, free: int | Unknown) -> int:
