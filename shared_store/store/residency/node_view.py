@@ -103,6 +103,7 @@ class NodeView:
             NEVER if workload.taken_at is None else workload.taken_at,
             workload.asked,
             workload.spared_until or NEVER,
+            workload.starting,
         )
 
     def _leaves(self, workload: Workload) -> dict[str, int]:
