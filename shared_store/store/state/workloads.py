@@ -237,6 +237,10 @@ class Workloads:
         grant = workload.grant
         return 0 if grant is None else grant.left(device, workload.private.get(device, 0))
 
+    def waits_for_room(self, workload: str) -> bool:
+        """Whether a workload waits to be granted memory; one that only publishes segments does not."""
+        return any(wait.workload == workload and not wait.publishes for wait in self.waits)
+
     def wait_of(self, workload: str) -> Wait | None:
         """Return the oldest wait of a workload."""
         return next((wait for wait in self.waits if wait.workload == workload), None)
@@ -244,7 +248,7 @@ class Workloads:
     # Changes.
 
     def join(self, client: Client, number: str, name: str, report: Report, *, starting: bool) -> Workload:
-        """Add a workload, or replace it by what its client says now.
+        """Add a workload, or take over what its client says now.
 
         Args:
             client: the client that speaks for it.
@@ -262,12 +266,15 @@ class Workloads:
         before = self._workloads.get(number)
         if before is not None and before.client != client.number:
             raise ProtocolError(f"another client speaks for {before.name}")
+        if before is not None:
+            self.report(before, report)
+            return before
         now = self._now()
         workload = Workload(
             number,
             client.number,
             client.uid,
-            before.name if before else self._unique(name or identity.kind),
+            self._unique(name or identity.kind),
             identity.kind,
             self.allowed_priority(client.uid, identity.priority),
             report.state,
@@ -321,10 +328,15 @@ class Workloads:
         """Remove the workloads that a client spoke for; return them. Their waits and grants end."""
         gone = self.spoken_for(client)
         for workload in gone:
+            self.drop(workload)
+        return gone
+
+    def drop(self, workload: Workload) -> None:
+        """Remove a workload. Its waits and its grant end. Idempotent."""
+        if self._workloads.get(workload.id) is workload:
             del self._workloads[workload.id]
             for wait in [wait for wait in self.waits if wait.workload == workload.id]:
                 self.end_wait(wait)
-        return gone
 
     def wait(self, wait: Wait) -> None:
         """Add a wait."""
