@@ -285,11 +285,7 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
         self._take(workload, report)
-        if report.state is WorkloadState.RETURNING:  # the store before granted what it still needs
-            needs = {
-                device: max(0, nbytes - workload.private.get(device, 0)) for device, nbytes in workload.needs.items()
-            }
-            workload.grant = Grant(needs, dict(workload.private))
+        self._own_grant(workload)
         self._workloads[number] = workload
         return workload
 
@@ -320,6 +316,8 @@ class Workloads:
                 workload.out_s = took
                 self.counts.swapped("out", report.moved, report.steps)
             workload.grant, workload.resident_since = None, None
+        else:
+            self._own_grant(workload)
         if report.state not in {WorkloadState.RESIDENT, *GOING}:
             workload.asked = False
         return before
@@ -362,6 +360,14 @@ class Workloads:
         """Grant a workload memory, by device: it returns."""
         workload.grant = Grant(dict(nbytes), dict(workload.private))
         workload.state, workload.since = WorkloadState.RETURNING, self._now()
+
+    @staticmethod
+    def _own_grant(workload: Workload) -> None:
+        """Count what a workload still needs that returns by the grant of another store, or by itself."""
+        if workload.state is WorkloadState.RETURNING and workload.grant is None:
+            private = workload.private
+            needs = {device: max(0, nbytes - private.get(device, 0)) for device, nbytes in workload.needs.items()}
+            workload.grant = Grant(needs, dict(private))
 
     def end_grant(self, workload: Workload) -> None:
         """Take back what a workload was granted and did not use: it asks anew. Idempotent."""
