@@ -29,7 +29,7 @@ import torch
 
 from shared_store.base.errors import UnsupportedError
 from wooly_vllm import compat
-from wooly_vllm.residency import adapters, workspaces
+from wooly_vllm.residency import adapters, ahead, workspaces
 from wooly_vllm.residency.kv_cache import Allocating, blocks_of, cache_bytes, check_views
 from wooly_vllm.residency.move import Mover
 from wooly_vllm.residency.refusals import by_configuration
@@ -173,7 +173,10 @@ def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
         if sharing_loader(self.vllm_config) is not None:
-            Mover.of(self).get_ready()
+            mover = Mover.of(self)
+            mover.get_ready()
+            if not mover.refusal:
+                ahead.begin(self)
         return result
 
     return compile_or_warm_up_model
