@@ -172,7 +172,8 @@ def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
-        if sharing_loader(self.vllm_config) is not None:
+        loader = sharing_loader(self.vllm_config)
+        if loader is not None and loader.options.may_be_swapped:
             mover = Mover.of(self)
             mover.get_ready()
             if not mover.refusal:
