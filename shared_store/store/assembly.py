@@ -57,6 +57,7 @@ from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_budget import HostBudget
 from shared_store.store.space.host_compaction import HostCompaction
+from shared_store.store.space.host_pressure import HostPressure
 from shared_store.store.state.accounts import MemoryRules
 from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
@@ -114,6 +115,16 @@ class Parts:
             self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor, self.effects
         )
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
+        self.host_pressure = HostPressure(
+            self.state,
+            self.devices,
+            self.effects,
+            self.signals,
+            self.admission,
+            self.evictor,
+            self.host_budget,
+            self.sessions.of,
+        )
         self.statuses = WorkloadStatuses(self.state, self.pages)
         self.view = NodeView(self.state, self.statuses)
         self.authority = Authority(self.state, self.devices, self.signals)
@@ -133,9 +144,15 @@ class Parts:
             self.swapper.hold()
         self.requests = Requests.of(self)
 
+    def start(self) -> None:
+        """Begin what happens without a request. What an earlier store left was restored."""
+        self.grace.start()
+        self.host_pressure.start()
+
     async def close(self) -> None:
         """End all work, and release all memory. Clients are gone already."""
         await self.swapper.stop()
+        await self.host_pressure.stop()
         self.devices.close()
 
     def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
