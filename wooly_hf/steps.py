@@ -160,7 +160,8 @@ class TransformersSteps:
         guards.watch(self._model)
         if self._workload is not None:
             self._workload.add(self._model, SharedModel(shared, self._device, shared.bound.private_bytes))
-            guard(self._model, self._workload)
+            if self._workload.settings.swap:
+                guard(self._model, self._workload)
         return shared.bound
 
     def left_private(self, loaded: Loaded[Result]) -> None:
