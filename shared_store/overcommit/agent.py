@@ -258,8 +258,7 @@ class Agent:
         """Take up a state. Without the bytes, the store hears of it when the agent has asked for them."""
         record = self._record
         if holdings is None and self._moves is not None:
-            record.hold()
-            record.become(state, report=False)
+            record.become(state, known=False)
             self._moves.refresh()
         else:
             record.become(state, holdings)

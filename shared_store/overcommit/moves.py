@@ -289,8 +289,7 @@ class Moves:
     def _follow_sleep(self) -> None:
         """Take up the state of an engine that fell asleep while it moved."""
         if self._record.asleep and self._record.state is WorkloadState.RESIDENT:
-            self._record.hold()
-            self._record.become(WorkloadState.SWAPPED, report=False)
+            self._record.become(WorkloadState.SWAPPED, known=False)
             self.refresh()
 
     def _return(self) -> None:

@@ -190,7 +190,7 @@ class Requests:
             FileRequests(state, keeper),
             Reports(state, signals),
             ActivityRequests(parts.pages),
-            WorkloadRequests(state, signals, parts.authority, parts.swapper),
+            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
         )
 

@@ -30,6 +30,7 @@ from shared_store.torch.devices import store_device
 from wooly_hf.sharing import stats
 from wooly_hf.workload.gate import Gate
 from wooly_hf.workload.mover import ModelsMover
+from wooly_hf.workload.references import countable
 from wooly_hf.workload.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class Workload:
         """
         self.settings = settings.completed()
         self.refusal = "" if self.settings.swap else "its user does not let it be swapped out"
+        if not self.refusal and not countable():
+            self.refusal = f"torch {torch.__version__} does not tell the references to tensors"
         self._pid = os.getpid()
         self._shared: weakref.WeakKeyDictionary[nn.Module, SharedModel] = weakref.WeakKeyDictionary()
         self._private: weakref.WeakKeyDictionary[nn.Module, tuple[str, int]] = weakref.WeakKeyDictionary()

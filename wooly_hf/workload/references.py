@@ -44,7 +44,7 @@ class WeakStorage:
         self._weak: Any = storage._weak_ref()
 
     def __del__(self) -> None:
-        self._free(self._weak)  # type: ignore[no-untyped-call]  # torch's
+        self._free(self._weak)  # type: ignore[no-untyped-call, unused-ignore]  # torch's, typed in some versions
 
     @property
     def alive(self) -> bool:
@@ -122,6 +122,11 @@ def _counts(registers: Collection[AbsentTensors], is_shared: IsShared) -> list[_
         _Counts(one, occurrences[id(one)], sys.getrefcount(one), _uses(one), sys.getrefcount(one.untyped_storage()))
         for one in tensors
     ]
+
+
+def countable() -> bool:
+    """Whether this torch tells the references to tensors and storages."""
+    return hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
 
 
 def _uses(tensor: Any) -> int:
