@@ -35,6 +35,9 @@ from wooly_hf.workload.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED_S: Final = 5.0
+"""Seconds after which a call that was interrupted (Ctrl-C) counts no more at the latest."""
+
 KIND: Final = "transformers"
 
 SAY_EVERY_S: Final = 30.0
@@ -71,6 +74,7 @@ class Workload:
         self._shared: weakref.WeakKeyDictionary[nn.Module, SharedModel] = weakref.WeakKeyDictionary()
         self._private: weakref.WeakKeyDictionary[nn.Module, tuple[str, int]] = weakref.WeakKeyDictionary()
         self._loading = 0
+        self._closed = threading.Event()
         self._activity = ActivityWriter()
         self.gate = Gate(self._come_back, self._activity)
         self._mover = ModelsMover(self.gate, self._shared, lambda: self.refusal, self._private_bytes)
@@ -115,6 +119,7 @@ class Workload:
     def join(self) -> None:
         """Join the store. Raises :class:`WoolyError` if there is none."""
         self._agent.join()
+        threading.Thread(target=self._look, name="wooly-gate", daemon=True).start()
 
     def check(self, settings: WorkloadSettings) -> None:
         """Raise :class:`ConfigError` if a later model asks for other settings."""
@@ -180,8 +185,14 @@ class Workload:
 
     def close(self) -> None:
         """Leave the store."""
+        self._closed.set()
         if self.alive:
             self._agent.close()
+
+    def _look(self) -> None:
+        """See that a call that was interrupted does not count as work for long."""
+        while not self._closed.wait(INTERRUPTED_S):
+            self.gate.look()
 
     def _come_back(self) -> None:
         """Wait until the models are back."""
