@@ -26,8 +26,8 @@ from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
 from wooly_hf.sharing import leave_files
 from wooly_hf.workload.entrances import guard
-from wooly_hf.workload.process import Workload
 from wooly_hf.workload.shared_model import SharedModel
+from wooly_hf.workload.workload import Workload
 
 log = logging.getLogger(__name__)
 

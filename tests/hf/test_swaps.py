@@ -400,3 +400,30 @@ def test_interrupting_a_call_does_not_keep_the_model(one, move, served):
     )
     move(out=True)
     assert one.run("result = logits_of(my_model) == my_logits")
+
+
+def test_threads_that_generate_are_interrupted_many_times(one, move):
+    """Several threads generate, and one calls a layer that no hook guards; the results of all are equal."""
+    code = """
+    import threading, time
+    my_found, my_end = [], threading.Event()
+    def generate():
+        while not my_end.is_set():
+            my_found.append(tokens_of(my_model) == my_tokens)
+    def layer():
+        with torch.no_grad():
+            return digest(my_model.model.layers[1].mlp(torch.ones(1, 256, dtype=my_model.dtype)))
+    def call_layer():
+        while not my_end.is_set():
+            my_found.append(layer() == my_layer)
+            time.sleep(0.005)
+    my_layer = layer()
+    my_threads = [threading.Thread(target=it, daemon=True) for it in (generate, generate, call_layer)]
+    for thread in my_threads:
+        thread.start()
+    """
+    one.run(code)
+    left = sum(_left(move) for _ in range(30))
+    one.run("my_end.set()\nfor thread in my_threads: thread.join(60)")
+    assert one.run("result = [all(my_found), len(my_found) > 3]") == [True, True]
+    assert left > 3

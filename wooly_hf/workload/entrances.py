@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from wooly_hf import compat
-from wooly_hf.workload.process import Workload, current, workload_of
+from wooly_hf.workload.process import current, workload_of
+from wooly_hf.workload.workload import Workload
 
 _CALLS: Final = nn.Module._call_impl.__code__.co_filename
 _NOTHING: Final = (getattr, (contextlib.nullcontext(), "__exit__"))
