@@ -17,6 +17,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from shared_store.base.errors import (
@@ -32,6 +33,7 @@ from shared_store.client.serving import StoreCall
 from shared_store.client.session import Session
 from shared_store.client.withdrawal import Withdrawal
 from shared_store.client.workload import describe
+from shared_store.overcommit.checkpoints.helper import HelperProcess
 from shared_store.overcommit.mover import Holdings, Mover
 from shared_store.overcommit.moves import Leaving, Moves
 from shared_store.overcommit.record import AWAY, Record
@@ -85,6 +87,7 @@ class Agent:
         self._session: Session | None = None
         self._moves: Moves | None = None
         self._room: Room | None = None
+        self._helper: HelperProcess | None = None
         self._reason = ""
         self._progress: Callable[[str], None] | None = None
 
@@ -146,8 +149,26 @@ class Agent:
         self._moves = Moves(self._record, self._mover, self._room)
         self._moves.start()
 
+    def offer_checkpoints(self, directory: Path) -> None:
+        """Let the store have this process, and its family, taken off its GPU while the workload is swapped.
+
+        Call it once, after :meth:`join`, only where nothing but the mover's return calls CUDA while it is swapped.
+
+        Args:
+            directory: the store's runtime directory.
+        """
+        if not self.listed or self._helper is not None:
+            return
+        self._helper = HelperProcess(directory, self.workload)
+        self._helper.start()
+        with self._record.changed:
+            self._record.deep = True
+            self._record.say()
+
     def close(self) -> None:
         """Leave the store: the workload's entry ends. Idempotent. Does not move memory."""
+        if self._helper is not None:
+            self._helper.close()
         if self._moves is not None:
             self._moves.close()
         if self._session is not None:

@@ -39,6 +39,7 @@ class Record:
         asleep: it left by itself, and stays away until it is woken up.
         growing: it is resident, and waits for more memory or allocates it.
         refusal: why it must not be swapped out; empty if it may be.
+        deep: its processes may be taken off their GPU while it is swapped.
         holdings: bytes that it has.
         listed: whether a store lists it; None before the first answer.
         joins: how often a store answered.
@@ -56,6 +57,7 @@ class Record:
         self.asleep = False
         self.growing = False
         self.refusal = refusal
+        self.deep = False
         self.holdings = Holdings(private=dict.fromkeys(devices, 0))
         self.listed: bool | None = None
         self.joins = 0
@@ -129,7 +131,16 @@ class Record:
             private, stays, needs = self._bytes()
             name = self.name if self.listed is not None else ""  # the one of the store before
             self._said = messages.Join(
-                number, self.workload, self.state.value, private, stays, needs, self.refusal, self.starting, name
+                number,
+                self.workload,
+                self.state.value,
+                private,
+                stays,
+                needs,
+                self.refusal,
+                self.starting,
+                name,
+                self._may_be_off(),
             )
             return self._said
 
@@ -174,4 +185,9 @@ class Record:
             self.refusal,
             self.holdings.moved,
             steps,
+            self._may_be_off(),
         )
+
+    def _may_be_off(self) -> bool:
+        """Return whether nothing but a return calls CUDA now: of a sleeping engine, its user may."""
+        return self.deep and not self.asleep and self.state is WorkloadState.SWAPPED
