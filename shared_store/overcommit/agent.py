@@ -35,7 +35,7 @@ from shared_store.client.withdrawal import Withdrawal
 from shared_store.client.workload import describe
 from shared_store.overcommit.checkpoints.helper import HelperProcess
 from shared_store.overcommit.mover import Holdings, Mover
-from shared_store.overcommit.moves import Leaving, Moves
+from shared_store.overcommit.moves import Leaving, Moves, Preparing
 from shared_store.overcommit.record import AWAY, Record
 from shared_store.overcommit.room import Room
 from shared_store.protocol import messages
@@ -97,6 +97,11 @@ class Agent:
         return self._record.workload
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """The store's names of the workload's devices."""
+        return self._record.devices
+
+    @property
     def name(self) -> str:
         """The workload's name; after :meth:`join` the one that is unique in the store."""
         return self._record.name
@@ -132,6 +137,7 @@ class Agent:
             try:
                 session.serve(messages.SwapOut, self._swap_out)
                 session.serve(messages.SwapIn, self._swap_in)
+                session.serve(messages.PrepareCheckpoint, self._prepare_checkpoint)
                 session.hear("room", self._hear)
                 self._record.report = session.workloads.report
                 session.workloads.join(self._record)
@@ -369,6 +375,19 @@ class Agent:
         call.when_cancelled(self._wake)
         with moves.waiting() as wait:
             wait(None, call.cancelled)
+        return None
+
+    def _prepare_checkpoint(self, _request: messages.PrepareCheckpoint, call: StoreCall) -> str | None:
+        record, moves = self._record, self._moves
+        if moves is None:
+            raise DeclinedError("it is starting")
+        call.accept()
+        preparing = Preparing()
+        with record.changed:
+            moves.prepare(preparing)
+            record.changed.wait_for(lambda: preparing.ended)
+        if preparing.declined:
+            raise DeclinedError(preparing.declined)
         return None
 
     def _wake(self) -> None:

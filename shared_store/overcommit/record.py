@@ -40,6 +40,7 @@ class Record:
         growing: it is resident, and waits for more memory or allocates it.
         refusal: why it must not be swapped out; empty if it may be.
         deep: its processes may be taken off their GPU while it is swapped.
+        devices: the store's names of its devices.
         holdings: bytes that it has.
         listed: whether a store lists it; None before the first answer.
         joins: how often a store answered.
@@ -62,7 +63,7 @@ class Record:
         self.listed: bool | None = None
         self.joins = 0
         self.report: Callable[[messages.ReportWorkload], None] = lambda _: None
-        self._devices = tuple(devices)
+        self.devices = tuple(devices)
         self._held = False
         self._said: messages.Join | None = None
 
@@ -101,7 +102,7 @@ class Record:
     def missing(self) -> Mapping[str, int]:
         """Return the private bytes that a return allocates on each device."""
         private, needs = self.holdings.private, self.holdings.needs
-        return {device: max(0, needs.get(device, 0) - private.get(device, 0)) for device in self._devices}
+        return {device: max(0, needs.get(device, 0) - private.get(device, 0)) for device in self.devices}
 
     def whole(self) -> Mapping[str, int]:
         """Return the bytes that a return without a store may allocate: :meth:`missing`, and all shared weights."""
@@ -140,7 +141,7 @@ class Record:
                 self.refusal,
                 self.starting,
                 name,
-                self._may_be_off(),
+                self.may_be_off(),
             )
             return self._said
 
@@ -169,7 +170,7 @@ class Record:
     def _bytes(self) -> tuple[tuple[messages.DeviceBytes, ...], ...]:
         """Return private bytes, those that stay, and those that it needs. All devices are listed in the first."""
         found = self.holdings
-        private = {**dict.fromkeys(self._devices, 0), **found.private}
+        private = {**dict.fromkeys(self.devices, 0), **found.private}
         return device_bytes(private), device_bytes(found.stays), device_bytes(found.needs)
 
     def _report(self) -> messages.ReportWorkload:
@@ -185,9 +186,9 @@ class Record:
             self.refusal,
             self.holdings.moved,
             steps,
-            self._may_be_off(),
+            self.may_be_off(),
         )
 
-    def _may_be_off(self) -> bool:
+    def may_be_off(self) -> bool:
         """Return whether nothing but a return calls CUDA now: of a sleeping engine, its user may."""
         return self.deep and not self.asleep and self.state is WorkloadState.SWAPPED

@@ -45,6 +45,11 @@ class Workload:
         self._agent.joined_resident(self._holder.holdings())
         return waited
 
+    def deep(self, directory, device):
+        """Open a device, and have a helper that takes this process off it."""
+        self._device = open(device, "rb")  # noqa: SIM115 - as long as this process lives
+        self._agent.offer_checkpoints(Path(directory))
+
     def state(self):
         return self._agent.state.value
 
@@ -66,6 +71,7 @@ class Workload:
         self._agent.unwanted()
 
     def sleep(self):
+        self._holder.give_up()
         self._agent.left_by_itself(self._holder.holdings())
 
     def set(self, busy=None, refusal=None, stop=None):

@@ -27,6 +27,9 @@ from shared_store.store.state.workloads import Workload
 
 log = logging.getLogger(__name__)
 
+PREPARE_WITHIN_S: Final = 60.0
+"""Seconds for a workload to unregister host memory."""
+
 LOCK_WITHIN_S: Final = 10.0
 """Seconds for the work of a workload on its GPU to end. It has none while it is swapped."""
 
@@ -152,7 +155,7 @@ class Deep:
             began = self._now()
             helper = await self._wait_for_helper(workload, session)
             nbytes = sum(workload.off.values())
-            await self._ask(helper, messages.Restore(0), RESTORE_WITHIN_S)
+            await self._ask(helper.client, messages.Restore(0), RESTORE_WITHIN_S)
             self._state.workloads.bring_back(workload)
             self._said("workload_restored", workload, nbytes, began)
 
@@ -181,7 +184,10 @@ class Deep:
                 waits = self._state.workloads.wait_of(workload.id) is not None
                 if helper is None or waits or workload.state is not WorkloadState.SWAPPED or not workload.deep:
                     return
-                await self._ask(helper, messages.Checkpoint(0, LOCK_WITHIN_S), CHECKPOINT_WITHIN_S)
+                await self._ask(workload.client, messages.PrepareCheckpoint(0), PREPARE_WITHIN_S)
+                if self._state.workloads.wait_of(workload.id) is not None:
+                    return
+                await self._ask(helper.client, messages.Checkpoint(0, LOCK_WITHIN_S), CHECKPOINT_WITHIN_S)
                 nbytes = sum(workload.private.values())
                 self._state.workloads.take_off(workload)
         except WoolyError as error:
@@ -194,10 +200,10 @@ class Deep:
         else:
             self._said("workload_checkpointed", workload, nbytes, began)
 
-    async def _ask(self, helper: Helper, request: messages.StoreRequest, within_s: float) -> None:
-        session = self._session_of(helper.client)
+    async def _ask(self, client: int, request: messages.StoreRequest, within_s: float) -> None:
+        session = self._session_of(client)
         if session is None:
-            raise DeclinedError("its helper ended")
+            raise DeclinedError("a process of it ended")
         await session.ask(request, within_s=within_s)
 
     def _said(self, event: str, workload: Workload, nbytes: int, began: float) -> None:
