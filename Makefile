@@ -20,7 +20,7 @@ PARITY ?= --lanes 1
 PARTS ?= digest,load,peak,decode,ttft,capacity,mps,dedup
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs wheel changelog release bench soak soak-hour parity gpu hf-versions vllm-versions newest clean
+.PHONY: help install demo demo-overcommit test lint docs wheel changelog release bench soak soak-hour parity gpu hf-versions vllm-versions newest clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,6 +33,9 @@ $(VENV)/.installed: pyproject.toml $(INSTALLER)
 
 demo: install ## two vLLM servers on one copy of a real model's weights (10 minutes at most)
 	@$(VENV)/bin/python benchmarks demo
+
+demo-overcommit: install ## three chat models in the memory of one and a half (10 minutes at most)
+	@$(VENV)/bin/python benchmarks demo-overcommit
 
 wheel: ## dist/wooly-VERSION-py3-none-any.whl
 	@test -x $(WHEEL_VENV)/bin/python || $(PYTHON) -m venv $(WHEEL_VENV)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 COMMANDS = {
     "demo": ("benchmarks.scenarios.demo", "two vLLM servers on one copy of a model's weights"),
+    "demo-overcommit": ("benchmarks.scenarios.demo_overcommit", "three models in the memory of one and a half"),
     "cpu": ("benchmarks.scenarios.cpu", "vLLM on a CPU: memory, load time, decode speed"),
     "load_path": ("benchmarks.scenarios.load_path", "whole loads of publishers and readers, in their parts"),
     "gpu": ("benchmarks.scenarios.gpu", "vLLM on a GPU: loading, memory, speed, capacity"),
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     if name in ("-h", "--help"):
         print("usage: python benchmarks NAME [OPTIONS]\n")
         for command, (_, description) in COMMANDS.items():
-            print(f"  {command:<12}{description}")
+            print(f"  {command:<17}{description}")
         print("\npython benchmarks NAME --help describes the options and figures of a benchmark.")
         return
     module = COMMANDS[name][0] if name in COMMANDS else WORKERS.get(name)

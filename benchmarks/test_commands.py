@@ -37,5 +37,5 @@ def test_list_names_all_commands() -> None:
 
 
 def test_unknown_command_lists_the_valid_ones() -> None:
-    with pytest.raises(SystemExit, match="unknown benchmark 'nothing'; valid names: demo, cpu"):
+    with pytest.raises(SystemExit, match="unknown benchmark 'nothing'; valid names: demo, demo-overcommit"):
         main(["nothing"])

@@ -15,33 +15,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 from support.models import large_llama as llama
-from support.models.cache import CACHE, made_once
+from support.models.cache import made_once
 from support.models.random_weights import write_tokenizer
 from support.models.smollm2 import smollm2
-from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Answer, Server, ServerError
+from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Answer, Server
 
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import MIB
 from benchmarks.harness.gpu import used_mib
+from benchmarks.scenarios import demo_frame as frame
+from benchmarks.scenarios.demo_frame import DemoError, TemporaryStore
 from shared_store.base.status import Status
 from shared_store.memory.cuda.driver import visible_gpus
 
@@ -57,10 +51,6 @@ SHIPPED = "stock as shipped"
 LARGE = ("--layers", "20", "--vocabulary", "320")  # one token per byte, and special tokens: any answer is text
 _LOADED = re.compile(r"wooly: (?:attached|loaded in (?P<loaded>[\d.]+) s and published) \S+ in (?P<total>[\d.]+) s")
 """Log line of wooly's loader, for the table only."""
-
-
-class DemoError(Exception):
-    """A check of the demo failed. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +120,12 @@ class Demo:
         self.directory = directory
         self.machine = machine
         self.model = model
-        # Ignore the user's store and settings. A missing store is an error: the demo starts its own.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("WOOLY_")}
-        self.environment = {**inherited, "WOOLY_RUNTIME_DIR": str(directory / "run"), "WOOLY_AUTOSTART": "0"}
+        self.store = TemporaryStore(console, directory)
 
     def play(self) -> dict[str, Any]:
         """Run all steps; return the object of the last line. Raises :class:`DemoError` or :class:`ServerError`."""
-        with contextlib.ExitStack() as stack:
-            self._start_store(stack)
-            shared = self._shared_servers()
-        readers, status = shared
+        with self.store:
+            readers, status = self._shared_servers()
         stock = [
             self._stock_server(name, environment, readers[0].mapped_bytes)
             for name, environment in self.machine.references.items()
@@ -156,16 +142,6 @@ class Demo:
             "saved_bytes": status.totals.saved_bytes,
         }
 
-    def _start_store(self, stack: contextlib.ExitStack) -> None:
-        self.console.print("starting a store with its embedded catalog")
-        stack.callback(self._stop_store)
-        self._wooly("serve", "--detach")
-
-    def _stop_store(self) -> None:
-        result = self._run_wooly("stop")
-        if result.returncode:
-            self.console.print(f"`wooly stop` failed ({result.returncode}): {result.stderr.strip()}", markup=False)
-
     def _shared_servers(self) -> tuple[list[Run], Status]:
         with contextlib.ExitStack() as stack:
             servers, before = [], []
@@ -175,7 +151,7 @@ class Demo:
                 self._wait(servers[-1])
             before.append(self._gpu_bytes())
             answers = [self._ask(server) for server in servers]
-            status = msgspec.json.decode(self._wooly("status", "--json"), type=Status)
+            status = msgspec.json.decode(self.store.wooly("status", "--json"), type=Status)
             return [
                 self._shared_run(servers[index], answers[index], status, before[index + 1] - before[index])
                 for index in range(len(servers))
@@ -212,7 +188,7 @@ class Demo:
     def _server(self, name: str, arguments: list[str], environment: dict[str, str]) -> Server:
         self.console.print(f"starting {name}", end=" ", highlight=False)
         log = self.directory / f"{re.sub(r'[^a-z0-9]+', '-', name)}.log"
-        environment = {**self.environment, **self.machine.environment, **environment}
+        environment = {**self.store.environment, **self.machine.environment, **environment}
         return Server(name, self.model, log, arguments=[*self.machine.arguments, *arguments], environment=environment)
 
     def _wait(self, server: Server) -> None:
@@ -228,20 +204,6 @@ class Demo:
             text = " ".join(answer.text.split())
             self.console.print(f"  {server.name}: {question} -> {text!r}", highlight=False, markup=False)
         return tuple(answers)
-
-    def _wooly(self, *arguments: str) -> str:
-        result = self._run_wooly(*arguments)
-        if result.returncode:
-            output = f"{result.stdout}{result.stderr}".strip()
-            last = output.rpartition("\n")[2]
-            raise DemoError(
-                f"`wooly {' '.join(arguments)}` failed with exit code {result.returncode}: {last}\n{output}"
-            )
-        return result.stdout
-
-    def _run_wooly(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "shared_store.cli", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
 
     def _show(self, readers: list[Run], stock: list[Run], status: Status) -> None:
         table = Table(title=f"{self.machine.title}: {len(readers)} servers on one copy of the weights")
@@ -293,44 +255,23 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def run() -> int:
     """Run the demo; return the exit code."""
     options = parser(__doc__)
-    options.add_argument("--json", action="store_true", help="print only the last line")
-    options.add_argument("--keep", action="store_true", help="keep the logs of the servers, and print their directory")
-    options.add_argument("--cache", type=Path, default=CACHE, help="directory in which the checkpoint is made")
+    frame.add_options(options)
     options.add_argument("--model", help="model for `vllm serve`, a directory or a name, instead of that checkpoint")
     arguments = options.parse_args()
-    console = Console(quiet=arguments.json)
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    # Short, because a Unix socket's path is limited to 107 bytes. mkdtemp sets mode 0700.
-    directory = Path(tempfile.mkdtemp(prefix="wooly-demo-", dir="/tmp"))
-    began = time.monotonic()
-    try:
+
+    def play(console: Console, directory: Path) -> dict[str, Any]:
         machine = GPU if visible_gpus() else CPU
         if arguments.model:
             machine = dataclasses.replace(machine, title=arguments.model)
         else:
             console.print(f"preparing {machine.title} (cached after the first run)")
         model = arguments.model or str(machine.make(arguments.cache))
-        result, code = Demo(console, directory, machine, model).play(), 0
-    except KeyboardInterrupt:
-        result, code = {"demo": "failed", "reason": "interrupted"}, 130
-    except (DemoError, ServerError, OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
-        console.print(str(error), markup=False, highlight=False)
-        result, code = {"demo": "failed", "reason": str(error).partition("\n")[0]}, 1
-    finally:
-        if arguments.keep:
-            console.print(f"logs: {directory}", highlight=False)
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-    console.print(f"{time.monotonic() - began:.0f} s in all", highlight=False)
-    print(json.dumps(result))
-    return code
+        return Demo(console, directory, machine, model).play()
+
+    return frame.run(arguments, play)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class WorkloadMemory(msgspec.Struct, frozen=True, gc=False):
 
 
 class WorkloadStatus(msgspec.Struct, frozen=True, gc=False):
-    """One workload.
+    """One workload. ``id``: that its processes have in common, see ``Identity.member_of``.
 
     ``starting``: it waits for memory for its first time, or was granted it. ``swappable`` is false with a ``refusal``:
     why it is never swapped out. ``blocked_by``: names of the workloads (or ``foreign processes``, ``reserve``) that
@@ -60,6 +60,7 @@ class WorkloadStatus(msgspec.Struct, frozen=True, gc=False):
     swaps: int = 0
     refusals: int = 0
     models: tuple[str, ...] = ()
+    id: str = ""
 
 
 class Workloads(msgspec.Struct, frozen=True, kw_only=True):

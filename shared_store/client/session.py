@@ -249,6 +249,7 @@ class Session:
         *,
         wish: Sequence[messages.BlobPlace] = (),
         sizes: Sequence[int] = (),
+        whole: bool = False,
     ) -> tuple[messages.Planned, OwnedFds]:
         """Ask for a layout of the blobs of a model that this session publishes.
 
@@ -257,15 +258,17 @@ class Session:
             blobs: in the manifest's order.
             wish: preferred segment and offset of each blob, because clients have mapped it there. A hint.
             sizes: bytes of the segments that ``wish`` numbers.
+            whole: the caller writes the rest of the plan, too.
 
         Returns:
-            The layout, and a descriptor of each segment that exists already.
+            The layout, and a descriptor of each segment that exists already. With ``whole``, descriptors of the host
+            copies follow that the rest is to be read from.
 
         Raises:
             OutOfMemoryError: the blobs do not fit under the device's limit.
         """
-        request = messages.Plan(self._next(), key, tuple(blobs), tuple(wish), tuple(sizes))
-        return self._connection.call(request, messages.Planned, repeat=False)
+        request = messages.Plan(self._next(), key, tuple(blobs), tuple(wish), tuple(sizes), whole)
+        return self._connection.call(request, messages.Planned, COPY_TIMEOUT_S, repeat=False)
 
     def fill(self, key: str, segment: int) -> OwnedFd:
         """Have a planned segment (by its id) allocated, and return its descriptor.

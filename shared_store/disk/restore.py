@@ -20,6 +20,7 @@ from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 from shared_store.transfer.copier import Progress, copier_for, ignore_progress
 from shared_store.transfer.fill import fill_promised, new_blobs
+from shared_store.transfer.rest import Rest
 
 PUBLISH_TIMEOUT_S: Final = 1800.0
 """Seconds that another client may take to publish the same model."""
@@ -46,10 +47,10 @@ def restore(
     """
     manifest = msgspec.structs.replace(saved.manifest, device=backend.device)
     with copier_for(backend) as copier:
-        planned, fds = session.plan(manifest.key, manifest.blobs)
-        fds.close()  # existing segments are not needed: their blobs are not read
-        contents = new_blobs(manifest.blobs, planned)
-        fill_promised(session, manifest.key, planned, contents, saved, backend, copier, progress)
+        planned, fds = session.plan(manifest.key, manifest.blobs, whole=True)
+        with contextlib.closing(Rest(planned, fds)) as rest:
+            contents = new_blobs(manifest.blobs, planned)
+            fill_promised(session, manifest.key, planned, contents, saved, backend, copier, progress, rest)
     return session.commit(manifest)
 
 

@@ -163,9 +163,10 @@ class Agent:
         Args:
             directory: the store's runtime directory.
         """
-        if not self.listed or self._helper is not None:
+        if not self.listed or self._moves is None or self._helper is not None:
             return
         self._helper = HelperProcess(directory, self.workload)
+        self._moves.bring_back = self._helper.bring_back
         self._helper.start()
         with self._record.changed:
             self._record.deep = True
@@ -285,8 +286,7 @@ class Agent:
         """Take up a state. Without the bytes, the store hears of it when the agent has asked for them."""
         record = self._record
         if holdings is None and self._moves is not None:
-            record.hold()
-            record.become(state, report=False)
+            record.become(state, known=False)
             self._moves.refresh()
         else:
             record.become(state, holdings)

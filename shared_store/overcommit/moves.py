@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,6 +78,10 @@ class Wait(Protocol):
         """Wait. See :meth:`Moves.waiting`."""
 
 
+def _nothing() -> None:
+    """Bring nothing back: this process is never taken off its GPU."""
+
+
 class Moves:
     """The moves of one workload. Methods may be called from any thread."""
 
@@ -88,6 +92,8 @@ class Moves:
         self._room = room
         self.moving = False
         """Whether the mover moves the workload now. Read and changed with the record's lock."""
+        self.bring_back: Callable[[], None] = _nothing
+        """Brings this process back to its GPU without a store, if the driver has it off. May raise `WoolyError`."""
         self._leavings: list[Leaving] = []
         self._preparing: list[Preparing] = []
         self._prepared = False
@@ -338,8 +344,7 @@ class Moves:
     def _follow_sleep(self) -> None:
         """Take up the state of an engine that fell asleep while it moved."""
         if self._record.asleep and self._record.state is WorkloadState.RESIDENT:
-            self._record.hold()
-            self._record.become(WorkloadState.SWAPPED, report=False)
+            self._record.become(WorkloadState.SWAPPED, known=False)
             self.refresh()
 
     def _return(self) -> None:
@@ -397,6 +402,12 @@ class Moves:
                 if not self._to_return():
                     return
                 log.warning("wooly: %s returns to its devices by itself: %s", record.name, why)
+            try:
+                self.bring_back()
+            except WoolyError as error:
+                self._stay(f"{why}, and {error}", ALONE_EVERY_S)
+                return
+            with record.changed:
                 record.apply(WorkloadEvent.RETURN)
             self._come_back()
 

@@ -77,21 +77,26 @@ class Record:
         self.state = TRANSITIONS[self.state, event]
         self._settle(holdings)
 
-    def become(self, state: WorkloadState, holdings: Holdings | None = None, *, report: bool = True) -> None:
-        """Be resident or swapped without a move of the agent, through the transitions between.
+    def become(self, state: WorkloadState, holdings: Holdings | None = None, *, known: bool = True) -> None:
+        """Be resident or swapped without a move of the agent, through the transitions between, and report them.
 
         Args:
             state: resident or swapped.
             holdings: the bytes from here on; None: unchanged.
-            report: report it.
+            known: whether the bytes are known. If not, reports are held from the last transition on.
         """
         events = _TO_RESIDENT if state is WorkloadState.RESIDENT else (WorkloadEvent.ROLL_BACK, *_TO_SWAPPED)
         for event in events:
-            if self.state is not state:
-                self.state = TRANSITIONS.get((self.state, event), self.state)
-        if report:
+            after = TRANSITIONS.get((self.state, event))
+            if after is not None and self.state is not state:
+                self.state = after
+                if after is not state:
+                    self.say()
+        if known:
             self._settle(holdings)
-        self.changed.notify_all()
+        else:
+            self.hold()
+            self.changed.notify_all()
 
     def expect(self, needs: Mapping[str, int]) -> None:
         """Expect a start to allocate bytes on each device: another store than the one that grants them counts them."""

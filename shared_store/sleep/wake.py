@@ -21,6 +21,7 @@ from shared_store.sleep.layout import contents
 from shared_store.sleep.model import NO_STORE, Model
 from shared_store.transfer.copier import Copier, Progress
 from shared_store.transfer.fill import fill_promised, fill_segment
+from shared_store.transfer.rest import Rest
 
 _ATTEMPTS: Final = 3
 """Stores that are asked for the model when the connection is lost each time."""
@@ -46,9 +47,8 @@ def shared_segments(model: Model, host: HostCopy, copier: Copier, progress: Prog
         found: dict[int, OwnedFd] = {}
         if manifests.decode(attached.manifest).blobs == model.manifest.blobs:
             for index in range(len(model.layout.segments)):
-                if index in filled:
-                    segment = _position(filled[index], attached)
-                else:
+                segment = _position(filled[index], attached) if index in filled else None
+                if segment is None:
                     segment = model.layout.unchanged(index, attached)
                 if segment is not None:
                     found[index] = owned.enter_context(received[segment].dup())
@@ -100,8 +100,17 @@ def _publish(
     model: Model, host: HostCopy, copier: Copier, progress: Progress
 ) -> tuple[messages.Attached, OwnedFds, dict[int, int]]:
     session, layout, key, blobs = model.session, model.layout, model.manifest.key, model.manifest.blobs
-    planned, fds = session.plan(key, blobs, wish=layout.locations, sizes=layout.sizes)
-    fds.close()  # existing segments are not needed: nothing is written to them
+    planned, fds = session.plan(key, blobs, wish=layout.locations, sizes=layout.sizes, whole=True)
+    with contextlib.closing(Rest(planned, fds)) as rest:
+        filled = _fill(model, planned, host, copier, progress, rest)
+    return *session.commit(model.manifest), filled
+
+
+def _fill(
+    model: Model, planned: messages.Planned, host: HostCopy, copier: Copier, progress: Progress, rest: Rest
+) -> dict[int, int]:
+    """Fill the promised segments of a plan. Returns the ids of those that have a former segment's layout, by index."""
+    session, layout, key, blobs = model.session, model.layout, model.manifest.key, model.manifest.blobs
     filled: dict[int, int] = {}
     to_fill = {}
     for number, info in enumerate(planned.segments):
@@ -117,8 +126,8 @@ def _publish(
             to_fill[number] = contents(blobs, layout.segments[former].offsets)
         else:
             to_fill[number] = contents(blobs, offsets)
-    fill_promised(session, key, planned, to_fill, host, model.backend, copier, progress)
-    return *session.commit(model.manifest), filled
+    fill_promised(session, key, planned, to_fill, host, model.backend, copier, progress, rest)
+    return filled
 
 
 def _position(segment: int, attached: messages.Attached) -> int | None:

@@ -195,7 +195,7 @@ class Requests:
             FileRequests(state, keeper),
             Reports(state, signals),
             ActivityRequests(parts.pages),
-            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.deep),
+            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of, parts.deep),
             CheckpointRequests(state, parts.deep, parts.swapper),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
         )

@@ -89,6 +89,10 @@ class MappedModel:
         """Return True if a segment (by its index) was imported."""
         return index in self._mappings
 
+    def address(self, index: int) -> int:
+        """Return the first address of an imported segment (by its index)."""
+        return self._mappings[index].address
+
     def map_for_reading(self) -> None:
         """Map all imported segments for reading, each at its address."""
         for mapping in (*self._mappings.values(), *self._replicas.values()):

@@ -6,6 +6,7 @@ The model keeps the addresses at which it wrote when it becomes a reader.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,13 +21,17 @@ from shared_store.base.manifest import Blob, Manifest, encode
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
 from shared_store.memory import Backend
+from shared_store.protocol import messages
 from shared_store.torch.bind import Bound
 from shared_store.torch.devices import work_on
 from shared_store.torch.mapped_model import MappedModel
 from shared_store.torch.reach import tensors_from
 from shared_store.torch.tensors import NamedTensor, collect, named_tensors
 from shared_store.torch.views import StorageKey, storage_key
-from shared_store.transfer.digest_check import wrong_copy
+from shared_store.transfer.copier import copier_for
+from shared_store.transfer.digest_check import mismatches, wrong_copy
+from shared_store.transfer.rest import Rest
+from shared_store.transfer.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +77,13 @@ def publish(
         CommitFailedError: the store ended, or refused the commit. The model is complete, and private.
     """
     source = _Source(publication, model, select)
-    planned, fds = session.plan(publication.key, source.manifest.blobs)
-    with fds, mapping_phase(session, backend):
-        mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds.filenos())
+    planned, fds = session.plan(publication.key, source.manifest.blobs, whole=True)
+    with mapping_phase(session, backend), contextlib.ExitStack() as failed:
+        failed.enter_context(fds)
+        existing = sum(not info.promised for info in planned.segments)
+        mapped = MappedModel(backend, source.manifest.blobs, planned.places, planned.segments, fds.filenos()[:existing])
         mapped.map_for_reading()
+        rest = Rest(planned, fds)
     moved: dict[int, list[torch.Tensor]] = {}
     try:
         for index in range(len(source.ranges)):
@@ -87,6 +95,7 @@ def publish(
             source.move(index, mapped, moved, share=mapped.shared(index, min_bytes))
             progress(source.manifest.blobs[index].nbytes)
         source.work.settle()
+        _write_rest(rest, planned, mapped, backend)
         if not backend.host_readable:
             _check_copies(mapped, source)
         with mapping_phase(session, backend):
@@ -95,6 +104,7 @@ def publish(
     except WoolyError as error:
         raise CommitFailedError(f"{publication.name} was loaded, but could not be published: {error}") from error
     finally:
+        rest.close()
         source.work.settle()
         with mapping_phase(session, backend):
             mapped.map_for_reading()  # also after an error: the model is bound to these addresses
@@ -153,6 +163,21 @@ class _Source:
             moved[index] = self.users.pop(storage_key(found.sample), [])
             _rebind(moved[index], found.start, mapped.bytes(index))
             found.sample = mapped.bytes(index)  # the last reference to the original
+
+
+def _write_rest(rest: Rest, planned: messages.Planned, mapped: MappedModel, backend: Backend) -> None:
+    """Write blobs of other models to segments that return. Raises :class:`DigestMismatchError`."""
+    if not planned.rest:
+        return
+    written = []
+    with copier_for(backend) as copier:
+        with Workers(copier, "load") as workers:
+            for segment in {blob.segment for blob in planned.rest}:
+                for span, piece in rest.pieces(segment, mapped.address(segment)):
+                    written.append(span)
+                    workers.put(piece)
+        for digest, actual in mismatches(written, copier).items():
+            raise wrong_copy(digest, actual)
 
 
 def _check_copies(mapped: MappedModel, source: _Source) -> None:

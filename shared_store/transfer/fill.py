@@ -20,6 +20,7 @@ from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd
 from shared_store.transfer.copier import Copier, Piece, Progress, Span, ignore_progress
 from shared_store.transfer.digest_check import ExpectedSpan, mismatches
+from shared_store.transfer.rest import Rest
 from shared_store.transfer.workers import Workers
 
 Contents: TypeAlias = Sequence[tuple[Blob, int]]
@@ -56,6 +57,7 @@ def fill_promised(
     backend: Backend,
     copier: Copier,
     progress: Progress = ignore_progress,
+    rest: Rest | None = None,
 ) -> None:
     """Have the store allocate the promised segments of a plan, and fill them. Nothing stays mapped.
 
@@ -68,6 +70,7 @@ def fill_promised(
         backend: the backend of the publication's device.
         copier: the copier of that device.
         progress: called with bytes copied.
+        rest: blobs of other models in segments that return; None: ``contents`` has them, or there are none.
 
     Raises:
         OutOfMemoryError: the device has too little memory.
@@ -82,6 +85,9 @@ def fill_promised(
                     with mapping_phase(session, backend):
                         address = mappings.enter_context(map_writable(backend, fd, info.nbytes))
                     written += _load(contents.get(index, ()), address, source, workers)
+                    for span, piece in rest.pieces(index, address) if rest is not None else ():
+                        written.append(span)
+                        workers.put(piece)
         _check(written, source, copier)
         with mapping_phase(session, backend):
             mappings.close()

@@ -132,6 +132,7 @@ def status():
                 granted_bytes=1 << 23,
                 foreign_bytes=1 << 24,
                 overcommit=True,
+                disk_bytes=1 << 25,
             ),
             DeviceStatus("GPU-1", 1 << 20, None, 1),
         ),

@@ -47,7 +47,6 @@ CHAT, BATCH = ("0", "chat"), ("3", "batch")
 STATES = ("resident", "draining", "leaving", "swapped", "returning", "checkpointed")
 OVERCOMMIT = {
     ("wooly_overcommit", "cpu"): 1,
-    ("wooly_overcommit", "GPU-1"): 0,
     ("wooly_budget_bytes", "cpu"): 32 << 30,
     ("wooly_reserve_bytes", "cpu"): 1 << 28,
     ("wooly_reserve_bytes", "GPU-1"): 0,
@@ -129,6 +128,8 @@ def test_metrics_equal_the_status(serve, status):
         ("wooly_model_tier_bytes", *base, "disk"): (3 << 30) // 16,
         ("wooly_host_copy_bytes", "cpu"): 1 << 22,
         ("wooly_host_copy_bytes", "GPU-1"): 0,
+        ("wooly_disk_copy_bytes", "cpu"): 1 << 25,
+        ("wooly_disk_copy_bytes", "GPU-1"): 0,
         ("wooly_private_bytes",): 2 * ((3 << 30) // 100),
         ("wooly_model_unique_bytes", *base): 3 << 29,
         ("wooly_model_unique_bytes", *odd): 0,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.plain_workload import PlainWorkload
 from support.scraping import LOCAL, metrics_port, scrape
+
+from shared_store.base.errors import DeclinedError
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "wooly.json").read_text())
@@ -19,14 +22,30 @@ RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 
 @pytest.fixture
 def exposed(wooly, directory, actor):
-    """Return metric names and labels of a store with a limit, a model and requests."""
-    done = wooly("serve", "--detach", "--metrics", f"{LOCAL}:0", "--max-resident", "cpu=1GiB")
+    """Return metric names and labels of a store with a limit, a model, requests, swaps, and one that was refused."""
+    limits = ("--max-resident", "cpu=1GiB", "--budget", "cpu=1GiB", "--vram-reserve", "0", "--min-resident", "0")
+    done = wooly("serve", "--detach", "--metrics", f"{LOCAL}:0", *limits)
     assert done.returncode == 0, done.stderr
     actor().publish(key=f"{1:064x}", model=[[1, 100_000]])
-    found = {}
-    for sample in scrape(metrics_port(directory / "store.log")):
-        found.setdefault(sample.name, set()).update(sample.labels)
-    return found
+    with (
+        PlainWorkload(directory, "one", device="cpu", needs=600) as one,
+        PlainWorkload(directory, "two", device="cpu", needs=600) as two,
+    ):
+        one.join()
+        two.join()
+        one.enter()
+        two.enter()  # `one` leaves for it
+        two.leave = decline
+        with pytest.raises(DeclinedError):
+            two.session.workloads.move("two", out=True)
+        found = {}
+        for sample in scrape(metrics_port(directory / "store.log")):
+            found.setdefault(sample.name, set()).update(sample.labels)
+        return found
+
+
+def decline(_request, _call):
+    raise DeclinedError("it has something to do")
 
 
 def metrics(expression):

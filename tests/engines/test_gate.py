@@ -26,15 +26,17 @@ class Gated(EngineProcess):
 
 @pytest.fixture(scope="module", params=["synchronous", "asynchronous"])
 def engine(request: Any, module_runtime_dir: Path, checkpoint: Any) -> Iterator[Gated]:
-    """An engine with KV blocks of 16 tokens."""
-    settings = {"async_scheduling": request.param == "asynchronous", "block_size": 16}
+    """An engine with KV blocks of 32 tokens."""
+    settings = {"async_scheduling": request.param == "asynchronous", "block_size": 32}
     job = {"models": [str(checkpoint("llama"))], **SHARING, "settings": settings, "obey": True}
     process = Gated(module_runtime_dir, job)
-    process.wait("answered")
-    yield process
-    process.tell("stop")
-    process.finish()
-    process.close()
+    try:
+        process.wait("answered")
+        yield process
+        process.tell("stop")
+        assert process.finish() == 0
+    finally:
+        process.close()
 
 
 @pytest.fixture(scope="module")

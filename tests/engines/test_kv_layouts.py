@@ -16,7 +16,7 @@ from shared_store.private.arena import Arena
 from shared_store.private.copies import FileCopy, HostCopy
 from shared_store.private.ranges import PrivateMemory
 from wooly_vllm.residency import rows as tables
-from wooly_vllm.residency.kv_cache import Allocating, blocks_of, check_views
+from wooly_vllm.residency.kv_cache import Allocating, blocks_of, cache_bytes, check_views
 from wooly_vllm.residency.rows import Rows
 
 BLOCKS = 6
@@ -68,6 +68,12 @@ def test_with_blocks_outermost_all_layers_are_one_table() -> None:
 def test_groups_that_overlay_each_other_are_one_table() -> None:
     rows = blocks_of(cache_of(layers_outermost(64, 2), layers_outermost(64, 2)), [bytes_of(64 * 2 * BLOCKS)])
     assert len(rows) == 2
+
+
+def test_bytes_of_a_cache_are_those_of_its_allocations() -> None:
+    assert cache_bytes(cache_of(layers_outermost(64, 2), layers_outermost(64, 2))) == 64 * 2 * BLOCKS
+    assert cache_bytes(cache_of({"size": 60}, {"size": 30})) == 90
+    assert cache_bytes(cache_of()) == 0
 
 
 def test_one_allocation_for_each_tensor_is_a_table_each() -> None:

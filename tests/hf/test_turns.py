@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hf.jobs import Job, JobError
 from hf.test_swaps import OBSERVE, PROMPT
+from safetensors.torch import load_file, save_file
 from support.mapped import segment_ranges
 from support.stores import KeptStore, StoreProcess
 from support.waiting import wait_until
@@ -21,7 +22,6 @@ MIB = 1 << 20
 BUDGET = 7 * MIB
 """For one of two models with about 4 MiB each."""
 
-FAMILIES = {"one": "llama-tied", "two": "qwen3"}
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -42,8 +42,18 @@ def start_store():
         shutil.rmtree(one.directory)
 
 
+@pytest.fixture(scope="module")
+def paths(checkpoint, tmp_path_factory):
+    """Return two models by name, without a common tensor."""
+    found = {"one": checkpoint("llama-tied"), "two": tmp_path_factory.mktemp("models") / "qwen3"}
+    shutil.copytree(checkpoint("qwen3"), found["two"])
+    file = found["two"] / "model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return found
+
+
 @pytest.fixture
-def start(checkpoint, tmp_path):
+def start(paths, tmp_path):
     """Return a function that starts a process with the model of its name, and one that has none."""
     made = []
 
@@ -52,7 +62,7 @@ def start(checkpoint, tmp_path):
         made.append(one)
         one.run(PROMPT + OBSERVE)
         load = f"my_model = load(path, wooly_workload='{name}'{arguments})\nmy_logits = logits_of(my_model)"
-        (one.run if wait else one.begin)(load, path=checkpoint(FAMILIES[name]))
+        (one.run if wait else one.begin)(load, path=paths[name])
         return one
 
     yield begin
@@ -215,11 +225,11 @@ def test_without_a_store_it_returns_by_itself(start_store, start):
     assert one.run(CALL) == [True, "resident"]
 
 
-def test_memory_that_is_not_to_be_had_on_return_is_waited_for(start_store, start, checkpoint):
+def test_memory_that_is_not_to_be_had_on_return_is_waited_for(start_store, start, paths):
     """All models of the process are rolled back; the call waits, and is answered later."""
     store = start_store(budget={"cpu": 3 * BUDGET})
     one = start(store, "one")
-    one.run("my_second = load(path)\nmy_others = logits_of(my_second)", path=checkpoint("qwen3"))
+    one.run("my_second = load(path)\nmy_others = logits_of(my_second)", path=paths["two"])
     one.run(
         """
         from shared_store.base.errors import OutOfMemoryError

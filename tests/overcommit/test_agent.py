@@ -311,6 +311,8 @@ def test_one_that_sleeps_by_request_stays_away_until_it_is_woken_up(played, resi
     agent, holder = resident()
     holder._map.madvise(9)  # MADV_REMOVE
     agent.left_by_itself()
+    played.reported("draining")
+    played.reported("leaving")
     assert played.reported("swapped").private == (messages.DeviceBytes("cpu", STAYS),)
     assert not agent.wanted()
     with pytest.raises(DeclinedError, match="put it to sleep"):

@@ -42,6 +42,7 @@ def driver(tmp_path, monkeypatch):
 @pytest.fixture
 def stores(directory, driver):
     """Return a function that starts a store; end it after the test."""
+    assert driver.directory.exists()
     started = []
 
     def start(kind=StoreProcess, **options):
@@ -105,9 +106,9 @@ def test_a_swapped_workload_leaves_its_gpu_and_returns_for_a_request(stores, wor
     assert second.use()
 
 
-def test_one_that_is_asleep_or_has_no_helper_stays_on_its_gpu(stores, workloads, directory, driver):
+def test_one_that_is_asleep_or_has_no_helper_stays_on_its_gpu(stores, workloads, directory):
     stores()
-    asleep, without = workloads("asleep"), workloads("without", helper=False)
+    asleep, _ = workloads("asleep"), workloads("without", helper=False)
     wait_for(directory, "asleep", "checkpointed")
     assert asleep.use()
     asleep.sleep()
@@ -119,7 +120,7 @@ def test_one_that_is_asleep_or_has_no_helper_stays_on_its_gpu(stores, workloads,
     assert third.use()
 
 
-def test_a_start_under_pressure_takes_workloads_off_their_gpu(stores, workloads, directory, driver):
+def test_a_start_under_pressure_takes_workloads_off_their_gpu(stores, workloads, directory):
     """Without the start, nothing is checkpointed for half an hour."""
     stores(deep_after_s=1800.0, budget={"cpu": NBYTES + STAYS + STAYS // 2})
     first = workloads("first")
@@ -168,7 +169,7 @@ def test_a_helper_that_is_killed_at_any_step_is_replaced(stores, workloads, dire
 
 
 @pytest.mark.parametrize("kind", [KeptStore, StoreProcess])
-def test_a_restarted_store_learns_what_is_off_its_gpu(stores, workloads, directory, driver, kind):
+def test_a_restarted_store_learns_what_is_off_its_gpu(stores, workloads, directory, kind):
     store = stores(kind)
     first, second = workloads("first"), workloads("second")
     wait_for(directory, "first", "checkpointed")

@@ -32,12 +32,14 @@ def impatient(monkeypatch):
     monkeypatch.setattr(moves, "ALONE_EVERY_S", 0.05)
 
 
-def restart(played):
+def restart(played, agent):
     """End the store, and start another. Returns the declaration that it gets."""
+    joins = agent._record.joins
     played.close()
     played.open()
     hello, join = played.joins()
     assert hello.identity.member_of == join.workload
+    wait_until(lambda: agent._record.joins > joins, "the answer to arrive")
     return join
 
 
@@ -47,7 +49,7 @@ def test_the_next_store_learns_of_one_that_leaves(played, resident, step):
     holder.stops = {step}
     played.swap_out()
     holder.wait_for(step)
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.starting) == (step, False)
     assert join.private == (messages.DeviceBytes("cpu", NBYTES + STAYS),)
     holder.go_on(step)
@@ -63,7 +65,7 @@ def test_the_next_store_learns_of_one_that_leaves(played, resident, step):
 def test_the_next_store_learns_of_one_that_stays(played, resident):
     agent, _ = resident()
     agent.refuse("a reason")
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.starting, join.refusal) == ("resident", False, "a reason")
     assert join.needs == (messages.DeviceBytes("cpu", NBYTES + STAYS),)
     assert agent.wanted()
@@ -73,12 +75,12 @@ def test_the_next_store_learns_of_one_that_stays(played, resident):
 
 def test_the_next_store_learns_of_one_that_is_away_and_is_asked_for_memory(played, swapped):
     agent, holder = swapped()
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.private) == ("swapped", (messages.DeviceBytes("cpu", STAYS),))
     assert played.peer.silent(0.1)
     agent.wanted()
     played.next(messages.TakeRoom)
-    assert restart(played).state == "swapped"
+    assert restart(played, agent).state == "swapped"
     played.grant()
     played.reported("returning")
     played.reported("resident")
@@ -93,7 +95,7 @@ def test_the_next_store_learns_of_one_that_returns(played, swapped):
     played.grant()
     played.reported("returning")
     holder.wait_for("returning")
-    join = restart(played)
+    join = restart(played, agent)
     assert join.state == "returning"
     assert join.private == (messages.DeviceBytes("cpu", STAYS),)
     assert join.needs == (messages.DeviceBytes("cpu", NBYTES + STAYS),)
@@ -107,18 +109,18 @@ def test_the_next_store_learns_of_a_start(played, agents):
     played.joins(agent.join)
     waits = in_background(agent.take_room, {"cpu": NBYTES}, LIMIT_S)
     played.next(messages.TakeRoom)
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.starting) == ("swapped", True)
     played.grant()
     played.reported("returning")
     waits()
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.starting) == ("returning", True)
     assert join.needs == (messages.DeviceBytes("cpu", NBYTES),)
     holder.allocate()
     agent.joined_resident()
     played.reported("resident")
-    join = restart(played)
+    join = restart(played, agent)
     assert (join.state, join.starting) == ("resident", False)
 
 

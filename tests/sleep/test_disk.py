@@ -148,6 +148,23 @@ def test_a_new_process_loads_the_model_while_its_readers_are_away(store, process
     assert all(right(engine) for engine in (one, other, fresh))
 
 
+def test_a_segment_returns_whole(store, process):
+    """The store writes the blobs of other models in it, whatever version its publisher has."""
+    other = process("other")
+    other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
+    (engine,) = published(process)
+    addresses, before = engine.addresses(), resident(store, "cpu")
+    other.sleep()
+    engine.sleep()
+    fresh = process("fresh")
+    assert fresh.publish(key=KEY, model=MODEL) == "granted"
+    assert engine.wake()[1] == other.wake()[1] == 0
+    assert engine.addresses() == addresses
+    assert all(right(one) for one in (fresh, engine, other))
+    assert resident(store, "cpu") == before
+    assert store.status().counters.fallbacks == 0
+
+
 def test_changed_bytes_are_not_served(store, process, swap_dir):
     """The process stays away; it returns once the bytes are right again."""
     (engine,) = published(process)

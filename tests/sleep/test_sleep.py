@@ -183,7 +183,7 @@ def test_a_new_engine_publishes_while_others_sleep(store, process):
 
 
 def test_another_layout(store, process):
-    """A model published with another layout: private memory with the right bytes, counted; shared on the next wake."""
+    """A client of an earlier version published the model with another layout: private memory, counted; shared later."""
     other = process("other")
     other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
     (engine,) = published(process)
@@ -209,6 +209,43 @@ def test_another_layout(store, process):
     assert engine.wake()[1] == 0
     assert right(engine)
     assert store.status().counters.evictions == 0
+
+
+def test_a_segment_returns_whole(store, process):
+    """A publisher writes the blobs of other models in it, too: it stays in one piece for those that sleep with it."""
+    other = process("other")
+    other.publish(key=key(2), model=[[3, 30 * MIB], [9, MIB]])
+    one, two = published(process, 2)
+    addresses, before = one.addresses(), resident(store)
+    other.sleep()
+    one.sleep()
+    two.sleep()
+    assert resident(store) == 0
+    fresh = process("fresh")
+    assert fresh.publish(key=KEY, model=MODEL, whole=True) == "granted"
+    assert resident(store) == before
+    assert one.wake()[1] == two.wake()[1] == other.wake()[1] == 0
+    assert one.addresses() == addresses
+    assert all(right(engine) for engine in (fresh, one, two, other))
+    assert resident(store) == before
+    assert store.status().counters.fallbacks == 0
+
+
+def test_models_that_share_a_segment_wake_at_once(store, process):
+    """Each waits for what the other brings back."""
+    one, other = process("one"), process("other")
+    one.publish(key=KEY, model=MODEL)
+    other.publish(key=key(2), model=[MODEL[0], [7, 5 * MIB]])
+    before = resident(store)
+    for _ in range(5):
+        one.sleep()
+        other.sleep()
+        for engine in (one, other):
+            engine.begin("wake")
+        assert one.finish()[1] == other.finish()[1] == 0
+        assert right(one)
+        assert right(other)
+        assert resident(store) == before
 
 
 def test_a_blob_that_moved_returns_to_host_memory(store, process):

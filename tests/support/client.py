@@ -19,7 +19,9 @@ from shared_store.base.manifest import decode
 from shared_store.client.compact import _worker, compact
 from shared_store.client.session import Session
 from shared_store.memory import Access, Mapping, backend_for
+from shared_store.runtime.fds import OwnedFds
 from shared_store.sleep.sleeper import Sleeper
+from shared_store.transfer.rest import Rest
 
 
 class Client:
@@ -56,13 +58,21 @@ class Client:
         self._take(*found)
         return "attached"
 
-    def plan(self, key, model):
-        """Plan the blobs, and map the existing segments. Returns for each blob if it is new."""
+    def plan(self, key, model, *, whole=False):
+        """Plan the blobs, and map the existing segments. Returns for each blob if it is new.
+
+        `whole`: `fill` writes blobs of other models in segments that return, too.
+        """
         self.model = [tuple(entry) for entry in model]
         self.blobs = tuple(blob(content(seed, nbytes)) for seed, nbytes in self.model)
-        planned, fds = self.session.plan(key, self.blobs)
+        planned, fds = self.session.plan(key, self.blobs, whole=whole)
         self.places = planned.places
-        self.mappings = self._mappings(planned.segments, fds)
+        existing = sum(not segment.promised for segment in planned.segments)
+        left = fds.detach()
+        self.mappings = self._mappings(planned.segments, OwnedFds(left[:existing]))
+        self.rest = Rest(planned, OwnedFds(left[existing:])) if whole else None
+        if not whole:
+            assert not planned.rest
         self.promised = [(index, segment.id) for index, segment in enumerate(planned.segments) if segment.promised]
         for mapping in self.mappings:
             if mapping is not None:
@@ -76,7 +86,13 @@ class Client:
                 nbytes = os.fstat(fd.fileno()).st_size
                 self.mappings[index] = Mapping(self.backend, self.backend.import_fd(fd.fileno(), nbytes))
             self.mappings[index].map(Access.WRITE)
+            for _, piece in self.rest.pieces(index, self.mappings[index].address) if self.rest else ():
+                piece.file.read(
+                    piece.offset, memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)).cast("B")
+                )
         self.promised = []
+        if self.rest:
+            self.rest.close()
         for index, (seed, nbytes) in enumerate(self.model):
             if self.places[index].new:
                 data = bytearray(content(seed, nbytes))
@@ -94,11 +110,11 @@ class Client:
         self._take(attached, fds)
         return "attached"
 
-    def publish(self, key, model):
+    def publish(self, key, model, *, whole=False):
         """Open a model, and publish it if granted. Returns `granted` or `attached`."""
         outcome = self.open(key)
         if outcome == "granted":
-            self.plan(key, model)
+            self.plan(key, model, whole=whole)
             self.fill(key)
             self.unmap()
             self.commit(key)

@@ -19,6 +19,7 @@ def directory(monkeypatch):
     """Return a private runtime directory with a short path, which clients find by default."""
     path = Path(tempfile.mkdtemp(prefix="wooly-"))
     monkeypatch.setenv("WOOLY_RUNTIME_DIR", str(path))
+    monkeypatch.setenv("WOOLY_LOCK_DIR", str(path))  # stores of tests grant memory of devices with the same name
     monkeypatch.delenv("WOOLY_REDIS_URL", raising=False)
     yield path
     shutil.rmtree(path)

@@ -69,7 +69,7 @@ class Moving:
             how: arguments of :meth:`move`.
         """
         if fresh:
-            assert self.core.reset_prefix_cache()
+            assert self.core.reset_prefix_cache() is not False
         for number, prompt in enumerate((prompts or PROMPTS) * copies):
             self._add(str(number), prompt)
         step = 0
@@ -280,7 +280,7 @@ def _descriptors() -> int:
 
 def _swap_files() -> list[Path]:
     """Return the paths, under ``/proc``, of files in the swap directory that this process writes."""
-    directory = os.environ["WOOLY_SWAP_DIR"]
+    directory = os.environ.get("WOOLY_SWAP_DIR", "/var/tmp")
     open_files = Path("/proc/self/fd").iterdir()
     return [
         path

@@ -21,7 +21,7 @@ def amounts(nbytes, device):
 class PlainWorkload:
     """One workload over one session. Sizes are in MiB. It leaves when it is asked to, unless `leave` is replaced.
 
-    `asked`: the store's requests to leave, in order.
+    `asked`: the store's requests to leave, in order. `away`: set once it left, until it takes memory again.
     """
 
     def __init__(self, directory, name, *, device="fake", priority=0, needs=0, stays=0, swap=True, member_of=""):
@@ -30,6 +30,7 @@ class PlainWorkload:
         identity = Identity(name, "vllm", priority, swap, member_of=self.id)
         self.session = Session(directory, name, identity=identity)
         self.asked = []
+        self.away = threading.Event()
         self.leave = lambda _request, _call: None
         self.name = self.refusal = ""
         self.session.serve(messages.SwapOut, self._swap_out)
@@ -85,6 +86,7 @@ class PlainWorkload:
 
     def take_room(self, nbytes=None, timeout_s=20.0):
         """Wait until it may allocate what it needs; return the answer."""
+        self.away.clear()
         wanted = amounts(self.needs - self.stays if nbytes is None else nbytes, self.device)
         return self.call(messages.TakeRoom(self.session._next(), self.id, wanted), messages.RoomTaken, timeout_s)
 
@@ -107,6 +109,7 @@ class PlainWorkload:
         self.report("draining")
         self.report("leaving")
         self.report("swapped", drain=0.01, copy=0.02)
+        self.away.set()
         return "left"
 
     def _swap_in(self, _request, _call):

@@ -71,9 +71,9 @@ class ServedStore:
         await server.stop()
         await parts.close()
 
-    def client(self, name=""):
+    def client(self, name="", **options):
         """A client in this process, closed at the end of the block."""
-        self._clients.append(Client(self.paths.directory, name))
+        self._clients.append(Client(self.paths.directory, name, **options))
         return self._clients[-1]
 
     def call(self, function):

@@ -107,10 +107,13 @@ class Server:
             time.sleep(0.5)
         self.start_s = time.monotonic() - self._began
 
-    def ask(self, question: str, *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:
-        """Send a question to the chat API, with greedy decoding. Raises :class:`ServerError`."""
-        messages = [{"role": "user", "content": question}]
-        choice = self._choice("/v1/chat/completions", {"messages": messages}, max_tokens, timeout_s)
+    def ask(self, question: str, *, max_tokens: int = 48, timeout_s: float = 120, ignore_eos: bool = False) -> Answer:
+        """Send a question to the chat API, with greedy decoding. Raises :class:`ServerError`.
+
+        ``ignore_eos``: the answer has ``max_tokens`` tokens, whatever the model says.
+        """
+        asked = {"messages": [{"role": "user", "content": question}], "ignore_eos": ignore_eos}
+        choice = self._choice("/v1/chat/completions", asked, max_tokens, timeout_s)
         return Answer(choice["message"]["content"], tuple(choice["token_ids"]))
 
     def complete(self, prompt: Sequence[int], *, max_tokens: int = 48, timeout_s: float = 120) -> Answer:

@@ -26,6 +26,7 @@ from shared_store.store.state.effects import (
     Relocated,
 )
 from shared_store.store.state.models import Asker, State
+from shared_store.store.state.residency import BELOW
 from shared_store.store.state.store_state import StoreState
 
 MIB = 1 << 20
@@ -155,7 +156,10 @@ class StateDriver(RuleBasedStateMachine):
             if device == self._device(name)
         }
         before = {digest for digest, entry in here.items() if entry.segment not in state.segments.elsewhere}
-        draft = state.draft(name, number, blobs, None)
+        whole = self._device(name) == "cpu" or number % 2 == 0  # a GPU's publisher says if it writes the rest
+        segments = {entry.segment for entry in here.values()}
+        below = {segment for segment in segments if state.segments.at(segment).residency in BELOW}
+        draft = state.draft(name, number, blobs, None, whole=whole)
         state.segments.refer_known(draft)
         missing = state.segments.missing(draft.device, draft.nbytes)
         if missing > 0:
@@ -173,6 +177,12 @@ class StateDriver(RuleBasedStateMachine):
             assert state.segments.missing(draft.device, draft.nbytes) <= 0
         state.plans[name] = plan = state.segments.promise_plan(draft)
         self.counted_on[name] = {blob.digest for blob in blobs} & here.keys()
+        if whole:  # what left returns to its own place
+            for blob, location in zip(blobs, plan.locations, strict=True):
+                entry = here.get(blob.digest)
+                if entry is not None and entry.segment in below:
+                    assert (location.segment, location.offset) == (entry.segment, entry.offset)
+                    assert location.segment in plan.returning
         new = [blob.digest for blob, location in zip(blobs, plan.locations, strict=True) if location.new]
         assert sorted(new) == sorted({blob.digest for blob in blobs} - before)
         assert set(plan.written) == set(plan.segments)

@@ -71,8 +71,7 @@ class Workload:
         self._agent.unwanted()
 
     def sleep(self):
-        self._holder.give_up()
-        self._agent.left_by_itself(self._holder.holdings())
+        self._agent.left_by_itself(self._holder.leave(active=True, within_s=0, reached=lambda _: None))
 
     def set(self, busy=None, refusal=None, stop=None):
         """Make the engine busy, let it decline to leave, or stop at a step."""

@@ -44,7 +44,7 @@ class WeakStorage:
         self._weak: Any = storage._weak_ref()
 
     def __del__(self) -> None:
-        self._free(self._weak)  # type: ignore[no-untyped-call]  # torch's
+        self._free(self._weak)  # type: ignore[no-untyped-call, unused-ignore]  # torch's, typed in some versions
 
     @property
     def alive(self) -> bool:

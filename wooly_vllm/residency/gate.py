@@ -142,7 +142,7 @@ class Gate:
 
     def step(self, stock: Callable[[], Any]) -> Any:
         """Make a step, or none while the engine is away. In the caller's process, wait for its return first."""
-        nothing = ({}, False)
+        nothing: tuple[dict[int, Any], bool] = ({}, False)
         while True:
             with self.boundary.entered():
                 if self._outputs and not self._closing:

@@ -55,6 +55,13 @@ class Allocating(TorchFunctionMode):
         return found[:nbytes].view(torch.int8)
 
 
+def cache_bytes(kv_cache_config: Any) -> int:
+    """Return the bytes that vLLM allocates for a cache."""
+    sizes = [int(tensor.size) for tensor in kv_cache_config.kv_cache_tensors]
+    one_for_all = any(hasattr(tensor, "layer_stride") for tensor in kv_cache_config.kv_cache_tensors)
+    return max(sizes, default=0) if one_for_all else sum(sizes)
+
+
 def blocks_of(kv_cache_config: Any, allocated: Sequence[torch.Tensor]) -> list[Rows]:
     """Return the tables in which the row ``b`` is block ``b``.
 

@@ -81,6 +81,10 @@ class Mover:
         """Use these tables of other private memory from now on."""
         self._others = tuple(others)
 
+    def count_outside(self, nbytes: int) -> None:
+        """Count memory on a CPU that vLLM allocated itself, and that cannot leave."""
+        self._outside.count(nbytes)
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV block, in all tables."""

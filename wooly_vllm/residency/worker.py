@@ -29,9 +29,10 @@ import torch
 
 from shared_store.base.errors import UnsupportedError
 from wooly_vllm import compat
-from wooly_vllm.residency import adapters, workspaces
-from wooly_vllm.residency.kv_cache import Allocating, blocks_of, check_views
+from wooly_vllm.residency import adapters, ahead, workspaces
+from wooly_vllm.residency.kv_cache import Allocating, blocks_of, cache_bytes, check_views
 from wooly_vllm.residency.move import Mover
+from wooly_vllm.residency.refusals import by_configuration
 from wooly_vllm.sharing_loader import sharing_loader
 
 
@@ -144,8 +145,9 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
         if sharing_loader(self.vllm_config) is None:
             return stock(self, kv_cache_config, *args, **kwargs)
         mover = Mover.attach(self, torch.device(self.device))
-        mover.refusal = _unsupported(self.vllm_config)
+        mover.refusal = by_configuration(self.vllm_config)
         if mover.refusal:
+            mover.count_outside(cache_bytes(kv_cache_config))
             return stock(self, kv_cache_config, *args, **kwargs)
         if self.vllm_config.lora_config is not None:
             mover.set_others(adapters.move_in(compat.models_of(self), mover.memory))
@@ -171,17 +173,13 @@ def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
         if sharing_loader(self.vllm_config) is not None:
-            Mover.of(self).get_ready()
+            mover = Mover.of(self)
+            mover.get_ready()
+            if not mover.refusal:
+                ahead.begin(self)
         return result
 
     return compile_or_warm_up_model
-
-
-def _unsupported(vllm_config: Any) -> str:
-    """Return why the KV cache of this configuration cannot leave, or ""."""
-    if getattr(vllm_config, "kv_transfer_config", None) is not None:
-        return "its KV cache has a connector, which other processes read"
-    return ""
 
 
 def _views(vllm_config: Any) -> Iterator[torch.Tensor]:

@@ -1,8 +1,9 @@
 """The helper of one workload: ``python -m shared_store.overcommit.checkpoints DIRECTORY WORKLOAD LEADER [PID ...]``.
 
 A child of the workload's process ``LEADER``, which it checkpoints with its family when the store asks. Ends at the end
-of its standard input. Writes a line ``locked PID ...`` to its standard output before it locks processes, and ``running`` once
-they run again, so that the next helper can be given the pids (see :mod:`shared_store.overcommit.checkpoints.helper`).
+of its standard input; a line there brings the family back. Writes a line ``locked PID ...`` to its standard output
+before it locks processes, and ``running`` once they run again, so that the next helper can be given the pids (see
+:mod:`shared_store.overcommit.checkpoints.helper`).
 
 Holds no memory of a GPU: the driver's checkpoint functions need no context.
 """
@@ -29,6 +30,7 @@ from shared_store.client.session import Session
 from shared_store.client.workload import describe
 from shared_store.memory.cuda.checkpoint import Checkpoints
 from shared_store.overcommit.checkpoints.checkpointer import Checkpointer
+from shared_store.overcommit.checkpoints.helper import LOCKED, RUNNING
 from shared_store.overcommit.checkpoints.processes import with_gpu
 from shared_store.protocol import messages
 from shared_store.runtime import log_lines
@@ -57,7 +59,7 @@ class HelperServer:
         else:
             self._checkpointer = found
             if not found.pids:
-                _say("running")
+                _say(RUNNING)
 
     def serve(self, session: Session) -> None:
         """Offer checkpoints to the store of a session, and to each later one."""
@@ -83,15 +85,19 @@ class HelperServer:
     def _take_off(self, request: messages.Checkpoint, call: StoreCall) -> str | None:
         call.accept()
         with self._lock:
-            self._usable().take_off(request.within_s, lambda pids: _say("locked", *map(str, pids)))
+            self._usable().take_off(request.within_s, lambda pids: _say(LOCKED, *map(str, pids)))
         return None
 
     def _bring_back(self, _request: messages.Restore, call: StoreCall) -> str | None:
         call.accept()
+        self.bring_back()
+        return None
+
+    def bring_back(self) -> None:
+        """Bring the processes back to their GPU."""
         with self._lock:
             self._usable().bring_back()
-            _say("running")
-        return None
+            _say(RUNNING)
 
     def _usable(self) -> Checkpointer:
         if self._checkpointer is None:
@@ -105,9 +111,13 @@ def _say(*words: str) -> None:
     sys.stdout.flush()
 
 
-def _end_with_input() -> None:
-    """End this process when the workload's process has ended, or wants it."""
-    sys.stdin.buffer.read()
+def _follow_input(server: HelperServer) -> None:
+    """Bring the workload back when it wants that without a store; end with it."""
+    for _ in sys.stdin:
+        try:
+            server.bring_back()
+        except WoolyError as error:
+            log.warning("wooly: the workload is still off its GPU: %s [%s]", error, error.code)
     os._exit(0)
 
 
@@ -115,8 +125,8 @@ def main() -> None:
     """Run a helper."""
     directory, workload, leader, *pids = sys.argv[1:]
     log_lines.configure("WARNING")
-    threading.Thread(target=_end_with_input, daemon=True).start()
     server = HelperServer(workload, int(leader), [int(pid) for pid in pids])
+    threading.Thread(target=_follow_input, args=(server,), daemon=True).start()
     identity = describe(name=f"checkpoints of {leader}", member_of=workload)
     session = Session.connect(Path(directory), name=f"checkpoints of {leader}", identity=identity, autostart=False)
     server.serve(session)

@@ -67,7 +67,7 @@ from shared_store.protocol.messages.residency import (
     HostSegment,
     ReleaseHostCopies,
 )
-from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
+from shared_store.protocol.messages.segments import BlobPlace, RestBlob, SegmentInfo
 from shared_store.protocol.messages.session import (
     Acquire,
     Done,
@@ -163,6 +163,7 @@ __all__ = [
     "ReportFallback",
     "ReportWorkload",
     "Request",
+    "RestBlob",
     "Restore",
     "RoomTaken",
     "SegmentInfo",

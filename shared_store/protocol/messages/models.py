@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shared_store.base.manifest import Blob
 from shared_store.protocol.messages.envelope import Reply, Request
-from shared_store.protocol.messages.segments import BlobPlace, SegmentInfo
+from shared_store.protocol.messages.segments import BlobPlace, RestBlob, SegmentInfo
 
 
 class Open(Request, frozen=True, tag="open"):
@@ -24,20 +24,28 @@ class Plan(Request, frozen=True, tag="plan"):
     """Request locations for the blobs of a granted model. Answered by :class:`Planned`.
 
     ``wish`` has a preferred :class:`BlobPlace` for each blob, in segments of ``sizes`` bytes: addresses that the client
-    has mapped already. New blobs go there. If ``wish`` is empty, the store computes the layout.
+    has mapped already. New blobs go there. If ``wish`` is empty, the store computes the layout. ``whole``: this client
+    completes segments that return, see :class:`Planned`.
     """
 
     key: str
     blobs: tuple[Blob, ...]
     wish: tuple[BlobPlace, ...] = ()
     sizes: tuple[int, ...] = ()
+    whole: bool = False
 
 
-class Planned(Reply, frozen=True, tag="planned"):
-    """Locations of the plan's blobs, in its order, in existing and in promised segments."""
+class Planned(Reply, frozen=True, tag="planned", omit_defaults=True):
+    """Locations of the plan's blobs, in its order, in existing and in promised segments.
+
+    ``rest``: blobs of other models in segments that return. The client writes them too, from the host copies of these
+    segments: their fds follow those of the existing segments, in order of the segments. On a device that the store can
+    write to, it does that itself.
+    """
 
     places: tuple[BlobPlace, ...]
     segments: tuple[SegmentInfo, ...]
+    rest: tuple[RestBlob, ...] = ()
 
 
 class Fill(Request, frozen=True, tag="fill"):

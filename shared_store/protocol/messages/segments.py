@@ -25,3 +25,12 @@ class BlobPlace(msgspec.Struct, frozen=True, array_like=True, gc=False):
     segment: int
     offset: int
     new: bool = False
+
+
+class RestBlob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A blob of other models in a segment that returns: index into the message's ``segments``, offset and size."""
+
+    segment: int
+    offset: int
+    nbytes: int
+    digest: bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,6 +42,7 @@ class WorkloadRequests:
     _signals: Signals
     _authority: Authority
     _swapper: Swapper
+    _session_of: Callable[[int], Session | None]
     _deep: Deep
 
     async def join(self, session: Session, request: messages.Join) -> Answer:
@@ -56,6 +57,7 @@ class WorkloadRequests:
         if session.gone.is_set():
             return Answer(messages.Joined(request.id, "", 0))
         client = session.client
+        self._replace_lost(request.workload)
         name = one_line(request.name or client.identity.name or client.name, MAX_NAME)
         workload = self._state.workloads.join(client, request.workload, name, report, starting=request.starting)
         log.info("%s speaks for workload %s (P%d, %s)", client, workload.name, workload.priority, workload.state.value)
@@ -83,7 +85,7 @@ class WorkloadRequests:
         await self._open(needs)
         session.pending.check()
         workload = self._state.workloads.by(session.client, request.workload)
-        if self._state.workloads.wait_of(workload.id) is not None:
+        if self._state.workloads.waits_for_room(workload.id):
             raise ProtocolError(f"{workload.name} waits for memory already")
         self._state.workloads.end_grant(workload)
         since = time.monotonic()
@@ -113,6 +115,13 @@ class WorkloadRequests:
             self._say(workload, before, report)
         self._changed()
         return Answer(messages.Done(request.id))
+
+    def _replace_lost(self, number: str) -> None:
+        """Drop a workload whose speaker is gone: it joins over another connection before the end of the old one."""
+        before = self._state.workloads.get(number)
+        speaker = None if before is None else self._session_of(before.client)
+        if before is not None and (speaker is None or speaker.gone.is_set()):
+            self._state.workloads.drop(before)
 
     async def _open(self, *memories: Mapping[str, int]) -> None:
         """Open the accounts of devices that are new."""

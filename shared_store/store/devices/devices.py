@@ -15,6 +15,8 @@ from shared_store.base.errors import UnknownDeviceError
 from shared_store.base.manifest import Blob
 from shared_store.memory import Backend, FdSegment, Segment, Unknown, backend_for
 from shared_store.memory import Mapping as MemoryMapping
+from shared_store.memory.mapping import close_all
+from shared_store.memory.transfer import Copy, HostTransfer, copy_blobs
 from shared_store.runtime.fds import OwnedFd, OwnedFds
 from shared_store.store.devices.digest_check import Check, mapping_of
 from shared_store.store.state.residency import FILES
@@ -127,6 +129,27 @@ class Devices:
         """Return a mapping with its own reference to the segment's memory. The caller closes it."""
         device, memory = self._memory[segment]
         return mapping_of(self.backend(device), memory)
+
+    def copying(self, source: int, device: str, target: Segment) -> Callable[[], None]:
+        """Return a function that copies an allocated segment to memory that is none yet, for a thread.
+
+        It has its own references to both, and must be called.
+        """
+        mappings: list[MemoryMapping] = []
+        try:
+            mappings.append(self.map(source))
+            mappings.append(mapping_of(self.backend(device), target))
+        except BaseException:
+            close_all(mappings)
+            raise
+
+        def copy() -> None:
+            try:
+                copy_blobs(HostTransfer(), mappings[:1], mappings[1], [Copy(0, 0, 0, mappings[0].nbytes)])
+            finally:
+                close_all(mappings)
+
+        return copy
 
     async def seal(self, segments: Iterable[int]) -> None:
         """Make allocated segments immutable, in a thread: the kernel visits each of their pages.

@@ -10,6 +10,7 @@ from shared_store.base import manifest as manifests
 from shared_store.base.digest import SIZE
 from shared_store.base.errors import DigestMismatchError, NotPublisherError, ProtocolError
 from shared_store.base.layout import Layout, Placement
+from shared_store.memory import Segment
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFds
 from shared_store.store.devices.devices import Devices
@@ -65,16 +66,21 @@ class Publishing:
             raise ProtocolError("a plan with a malformed blob")
         preferred = _preferred(request)
         present = state.segments.blobs.present(device, (blob.digest for blob in request.blobs))
-        await self._departures.ended({entry.segment for entry in present.values()})
+        segments = {entry.segment for entry in present.values()}
+        await self._departures.returned(segments)
+        await self._departures.ended(segments)
+        writable = self._devices.backend(device).host_readable  # then the store writes what the client has not
+        whole = request.whole or writable
 
         def needed() -> int:
-            return state.draft(request.key, client, request.blobs, preferred).nbytes
+            return state.draft(request.key, client, request.blobs, preferred, whole=whole).nbytes
 
         await self._admission.compact(device, needed())
         await self._publishers.admit(session, device, needed)
         session.pending.check()
-        draft = state.draft(request.key, client, request.blobs, preferred)  # the state may have changed meanwhile
-        plan, fds = self._promise(request.key, draft)
+        # The state may have changed meanwhile.
+        draft = state.draft(request.key, client, request.blobs, preferred, whole=whole)
+        plan, fds = self._promise(request.key, draft, with_copies=not writable)
         state.plans[request.key] = plan
         state.workloads.published(session.client, plan.token, device, draft.nbytes)
         self._signals.changed()
@@ -87,15 +93,20 @@ class Publishing:
             messages.SegmentInfo(segment, state.segments.at(segment).nbytes, segment in plan.segments)
             for segment in used
         )
-        return Answer(messages.Planned(request.id, places, infos), fds)
+        rest = () if writable else _rest(plan, index)
+        return Answer(messages.Planned(request.id, places, infos, rest), fds)
 
-    def _promise(self, key: str, draft: Draft) -> tuple[PublishPlan, OwnedFds]:
-        """Admit a draft and promise its segments, or leave no trace of it."""
+    def _promise(self, key: str, draft: Draft, *, with_copies: bool) -> tuple[PublishPlan, OwnedFds]:
+        """Admit a draft and promise its segments, or leave no trace of it.
+
+        Returns descriptors of the segments that exist, and ``with_copies`` those of host copies with a rest.
+        """
         self._state.segments.refer_known(draft)
         try:
             self._admission.admit(draft.device, draft.nbytes, key)
             plan = self._state.segments.promise_plan(draft)
-            return plan, self._devices.export_all(plan.existing)
+            copies = [self._state.tiers.host_of(segment) for segment in plan.rest] if with_copies else []
+            return plan, self._devices.export_all([*plan.existing, *copies])
         except BaseException:
             self._effects.carry_out(self._state.drop(draft.token))
             raise
@@ -121,6 +132,11 @@ class Publishing:
         memory = await self._admission.allocate(
             entry.device, entry.nbytes, key, session.gone, wanted=lambda: state.plans.get(key) is plan
         )
+        try:
+            await self._complete(plan, segment, memory)
+        except BaseException:
+            self._devices.backend(entry.device).release(memory)
+            raise
         if state.plans.get(key) is not plan:
             self._devices.backend(entry.device).release(memory)
             raise NotPublisherError(f"client {session.client.number} no longer publishes {key}")
@@ -133,6 +149,17 @@ class Publishing:
         state.segments.fill(segment)
         self._signals.changed()
         return Answer(messages.Filled(request.id), OwnedFds([fd]))
+
+    async def _complete(self, plan: PublishPlan, segment: int, memory: Segment) -> None:
+        """Copy a returning segment's host copy to its new memory, if it has blobs that the publisher has not.
+
+        Only where the store can write to the device. Raises :class:`MemoryBackendError`.
+        """
+        entry = self._state.segments.at(segment) if self._state.segments.has(segment) else None
+        if entry is None or entry.host is None or not plan.rest.get(segment):
+            return
+        if self._devices.backend(entry.device).host_readable:
+            await asyncio.to_thread(self._devices.copying(entry.host, entry.device, memory))
 
     async def commit(self, session: Session, request: messages.Commit) -> Answer:
         """Seal and verify the new blobs, and make the model visible; the publisher and all waiters read it.
@@ -204,6 +231,15 @@ class Publishing:
         self._effects.carry_out(effects)
         self._signals.changed()
         return Answer(messages.Done(request.id))
+
+
+def _rest(plan: PublishPlan, index: dict[int, int]) -> tuple[messages.RestBlob, ...]:
+    """Return the blobs of other models in returning segments. ``index``: of each segment in the reply."""
+    return tuple(
+        messages.RestBlob(index[segment], offset, blob.nbytes, blob.digest)
+        for segment, blobs in plan.rest.items()
+        for blob, offset in blobs
+    )
 
 
 def _preferred(request: messages.Plan) -> Layout | None:

@@ -112,6 +112,12 @@ class StatusCollector(Collector):
             ("device",),
             [((device.id,), device.host_bytes) for device in devices],
         )
+        yield gauge(
+            "wooly_disk_copy_bytes",
+            "Bytes of copies of a device's segments that are files of the swap directory.",
+            ("device",),
+            [((device.id,), device.disk_bytes) for device in devices],
+        )
         quarantined = Counter[str]()
         for segment in self._status.quarantine:
             quarantined[segment.device] += segment.bytes

@@ -29,9 +29,9 @@ def _devices(status: Status) -> Iterator[Metric]:
     devices = status.devices
     yield gauge(
         "wooly_overcommit",
-        "1 if this store grants the device's memory to workloads.",
+        "1 if this store grants the device's memory to workloads; absent if no workload uses it.",
         ("device",),
-        [((one.id,), one.overcommit) for one in devices],
+        [((one.id,), one.overcommit) for one in devices if one.overcommit or one.overcommit_refusal],
     )
     yield gauge(
         "wooly_budget_bytes",

@@ -80,4 +80,5 @@ class WorkloadStatuses:
             swaps=workload.swaps,
             refusals=workload.refusals,
             models=tuple(used.models.get(workload.id, ())),
+            id=workload.id,
         )

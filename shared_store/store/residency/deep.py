@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from shared_store.base.errors import DeclinedError, WoolyError
+from shared_store.base.errors import ConnectionLostError, DeclinedError, WoolyError
 from shared_store.base.text import one_line
 from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
@@ -147,15 +147,20 @@ class Deep:
 
         Raises:
             DeclinedError: it has no helper, or the driver refuses. It is still off the GPU.
-            ConnectionLostError, TimedOutError, WoolyError: the helper did not answer.
+            TimedOutError: the helper did not answer.
         """
         async with self._lock(workload):
             if workload.off is None:
                 return
-            began = self._now()
-            helper = await self._wait_for_helper(workload, session)
-            nbytes = sum(workload.off.values())
-            await self._ask(helper.client, messages.Restore(0), RESTORE_WITHIN_S)
+            began, nbytes = self._now(), sum(workload.off.values())
+            until = began + HELPER_WITHIN_S
+            while True:
+                helper = await self._wait_for_helper(workload, session, until)
+                try:
+                    await self._ask(helper.client, messages.Restore(0), RESTORE_WITHIN_S)
+                    break
+                except ConnectionLostError:
+                    continue  # another one finishes what it began
             self._state.workloads.bring_back(workload)
             self._said("workload_restored", workload, nbytes, began)
 
@@ -203,7 +208,7 @@ class Deep:
     async def _ask(self, client: int, request: messages.StoreRequest, within_s: float) -> None:
         session = self._session_of(client)
         if session is None:
-            raise DeclinedError("a process of it ended")
+            raise ConnectionLostError("a process of it ended")
         await session.ask(request, within_s=within_s)
 
     def _said(self, event: str, workload: Workload, nbytes: int, began: float) -> None:
@@ -218,8 +223,7 @@ class Deep:
         helper = self._helpers.get(workload.id)
         return helper if helper is not None and self._session_of(helper.client) is not None else None
 
-    async def _wait_for_helper(self, workload: Workload, session: Session) -> Helper:
-        until = self._now() + HELPER_WITHIN_S
+    async def _wait_for_helper(self, workload: Workload, session: Session, until: float) -> Helper:
         while (helper := self._helper(workload)) is None or helper.refusal:
             left = until - self._now()
             if left <= 0 or session.gone.is_set():

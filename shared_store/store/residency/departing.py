@@ -99,12 +99,13 @@ class Departing:
         log.info("asking %s to leave: %s", workload.name, reason)
         self._signals.event("swap_asked", name=workload.name, reason=reason)
         request = messages.SwapOut(0, reason, self.drain_within_s, active)
+        swaps = workload.swaps
         answer = asyncio.ensure_future(session.ask(request, within_s=self.leave_within_s))
         try:
             await asyncio.wait([answer], timeout=self.drain_within_s)
             if answer.done() or workload.state not in STILL:
                 await answer
-                if workload.state not in AWAY:
+                if workload.state not in AWAY and workload.swaps == swaps:  # it may have returned already
                     raise WoolyError(f"{workload.name} said that it left, and did not report it")
                 return
         finally:

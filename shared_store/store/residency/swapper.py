@@ -34,7 +34,7 @@ REJOIN_S: Final = 5.0
 PAUSE_S: Final = 0.005
 """Seconds between two decisions, however often the state changes."""
 
-LOOK_S: Final = 0.2
+LOOK_S: Final = 0.1
 """Seconds between two decisions while somebody waits."""
 
 KEEP_S: Final = 5.0

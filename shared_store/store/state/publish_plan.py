@@ -1,7 +1,8 @@
 """The plan of a publication: a location for each blob, in segments that exist and in segments that are promised.
 
-A promised segment is new, or it returns: it is in a lower tier, and the publisher writes the blobs that it has. A blob
-that is only in a segment that cannot return is written to a new segment, like one that the store does not have.
+A promised segment is new, or it returns: it is in a lower tier, and the publisher writes the blobs that it has. Blobs
+of other models in it are its *rest*, which the publisher or the store writes from its host copy. A blob that is only in
+a segment that cannot return is written to a new segment, like one that the store does not have.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Location:
 class PublishPlan:
     """A plan, as its publisher received it: one location for each blob, and the ids of the promised segments.
 
-    ``returning``: those of the promised segments that return from a lower tier.
+    ``returning``: those of the promised segments that return from a lower tier. ``rest``: blobs of other models in
+    them, with their first bytes.
     """
 
     token: str
@@ -36,6 +38,7 @@ class PublishPlan:
     locations: tuple[Location, ...]
     segments: tuple[int, ...]
     returning: tuple[int, ...] = ()
+    rest: Mapping[int, Sequence[tuple[Blob, int]]] = field(default_factory=dict)
 
     @property
     def existing(self) -> tuple[int, ...]:
@@ -45,8 +48,8 @@ class PublishPlan:
 
     @property
     def written(self) -> dict[int, list[tuple[Blob, int]]]:
-        """The blobs that the publisher writes, with their first bytes, by promised segment."""
-        found: dict[int, list[tuple[Blob, int]]] = {segment: [] for segment in self.segments}
+        """The blobs that promised segments must have at the commit, with their first bytes, by segment."""
+        found = {segment: list(self.rest.get(segment, ())) for segment in self.segments}
         for blob, location in zip(self.blobs, self.locations, strict=True):
             if location.new:
                 found[location.segment].append((blob, location.offset))
@@ -61,11 +64,13 @@ class Elsewhere:
         digests: of all of them.
         segments: bytes of the segments that can return for this plan, by id.
         places: locations (segment id, first byte) of the blobs in those, by digest.
+        rest: blobs of other models in those, with their first bytes.
     """
 
     digests: frozenset[bytes] = frozenset()
     segments: Mapping[int, int] = field(default_factory=dict)
     places: Mapping[bytes, tuple[int, int]] = field(default_factory=dict)
+    rest: Mapping[int, Sequence[tuple[Blob, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

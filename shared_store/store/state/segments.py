@@ -239,7 +239,9 @@ class Segments:
                 found = (entry.segment, entry.offset)
             locations.append(Location(*found, new=blob.digest in unwritten))
             unwritten.discard(blob.digest)  # the publisher writes it once
-        return PublishPlan(draft.token, draft.blobs, tuple(locations), (*ids, *returning), returning)
+        return PublishPlan(
+            draft.token, draft.blobs, tuple(locations), (*ids, *returning), returning, draft.elsewhere.rest
+        )
 
     def promise(self, device: str, nbytes: int, writer: str) -> int:
         """Promise a segment to a writer; return its id."""

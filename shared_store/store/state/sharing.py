@@ -40,7 +40,7 @@ class Sharing:
         resident: segments on their devices that committed models or publications use, by id.
         maps: segments that a workload maps, or needs when it returns and that are resident; by its id.
         absent: segments that a workload needs when it returns, and that are not on their device; by its id.
-        models: names of the models that a workload reads, by its id.
+        models: keys of the models that a workload reads, by its id.
     """
 
     members: dict[str, list[Client]] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def _add(found: Sharing, state: StoreState, model: Model, owner: Mapping[int, st
     all_readers = readers | {owner[client] for client in model.away if client in owner}
     held = model.pinned or model.state is not State.COMMITTED or any(client not in owner for client in model.awake)
     for workload in all_readers:
-        found.models.setdefault(workload, []).append(model.name or model.key)
+        found.models.setdefault(workload, []).append(model.key)
     for segment in state.shares(model.key):
         entry = state.segments.at(segment)
         if entry.residency is Residency.RESIDENT:

@@ -73,10 +73,15 @@ class StoreState:
 
     # Publications.
 
-    def draft(self, key: str, client: int, blobs: Sequence[Blob], preferred: Layout | None) -> Draft:
-        """Lay out a publisher's new blobs; the state does not change. Raises as :func:`draft` does."""
+    def draft(
+        self, key: str, client: int, blobs: Sequence[Blob], preferred: Layout | None, *, whole: bool = False
+    ) -> Draft:
+        """Lay out a publisher's new blobs; the state does not change. Raises as :func:`draft` does.
+
+        ``whole``: segments return although they have blobs of other models, too.
+        """
         device = self.models.publishing(key, client).device
-        elsewhere = self.tiers.elsewhere(device, blobs, preferred)
+        elsewhere = self.tiers.elsewhere(device, blobs, preferred, whole=whole)
         return draft(self.segments.blobs, device, f"{key}/{client}", blobs, preferred, elsewhere)
 
     def drop_plan(self, key: str) -> list[Effect]:

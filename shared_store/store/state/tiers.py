@@ -236,10 +236,11 @@ class Tiers:
 
     # Returning.
 
-    def elsewhere(self, device: str, blobs: Sequence[Blob], preferred: Layout | None) -> Elsewhere:
+    def elsewhere(self, device: str, blobs: Sequence[Blob], preferred: Layout | None, *, whole: bool) -> Elsewhere:
         """Return those of the blobs that are not on their device, and the segments that can return for them.
 
-        A segment can return if the plan has all of its blobs, and the preferred layout (if there is one) is its own.
+        A segment can return if the preferred layout (if there is one) is its own, and the plan has all of its blobs or
+        the others are written too (``whole``).
         """
         if not self._segments.elsewhere:
             return Elsewhere()
@@ -254,15 +255,19 @@ class Tiers:
                 missing.setdefault(blob_entry.segment, {})[digest] = blob_entry.offset
         segments: dict[int, int] = {}
         places: dict[bytes, tuple[int, int]] = {}
+        rest: dict[int, list[tuple[Blob, int]]] = {}
         for segment, offsets in missing.items():
             entry = self._segments.at(segment)
-            if entry.residency not in BELOW or not entry.blobs <= offsets.keys():
+            if entry.residency not in BELOW or not (whole or entry.blobs <= offsets.keys()):
                 continue
             if preferred is not None and not _fits(entry, offsets, indices, preferred):
                 continue
             segments[segment] = entry.nbytes
             places.update({digest: (segment, offset) for digest, offset in offsets.items()})
-        return Elsewhere(frozenset(digest for offsets in missing.values() for digest in offsets), segments, places)
+            if others := [found for found in self._segments.contents(segment) if found[0].digest not in offsets]:
+                rest[segment] = others
+        digests = frozenset(digest for offsets in missing.values() for digest in offsets)
+        return Elsewhere(digests, segments, places, rest)
 
     def _former_places(self, entry: SegmentEntry) -> dict[bytes, tuple[int, int]]:
         """Return a former location in a lower tier for each blob of a segment; empty if one has none."""

@@ -243,6 +243,10 @@ class Workloads:
         grant = workload.grant
         return 0 if grant is None else grant.left(device, workload.private.get(device, 0))
 
+    def waits_for_room(self, workload: str) -> bool:
+        """Whether a workload waits to be granted memory; one that only publishes segments does not."""
+        return any(wait.workload == workload and not wait.publishes for wait in self.waits)
+
     def wait_of(self, workload: str) -> Wait | None:
         """Return the oldest wait of a workload."""
         return next((wait for wait in self.waits if wait.workload == workload), None)
@@ -250,7 +254,7 @@ class Workloads:
     # Changes.
 
     def join(self, client: Client, number: str, name: str, report: Report, *, starting: bool) -> Workload:
-        """Add a workload, or replace it by what its client says now.
+        """Add a workload, or take over what its client says now.
 
         Args:
             client: the client that speaks for it.
@@ -268,12 +272,15 @@ class Workloads:
         before = self._workloads.get(number)
         if before is not None and before.client != client.number:
             raise ProtocolError(f"another client speaks for {before.name}")
+        if before is not None:
+            self.report(before, report)
+            return before
         now = self._now()
         workload = Workload(
             number,
             client.number,
             client.uid,
-            before.name if before else self._unique(name or identity.kind),
+            self._unique(name or identity.kind),
             identity.kind,
             self.allowed_priority(client.uid, identity.priority),
             report.state,
@@ -284,11 +291,7 @@ class Workloads:
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
         self._take(workload, report)
-        if report.state is WorkloadState.RETURNING:  # the store before granted what it still needs
-            needs = {
-                device: max(0, nbytes - workload.private.get(device, 0)) for device, nbytes in workload.needs.items()
-            }
-            workload.grant = Grant(needs, dict(workload.private))
+        self._own_grant(workload)
         self._workloads[number] = workload
         return workload
 
@@ -321,6 +324,8 @@ class Workloads:
                 workload.out_s = took
                 self.counts.swapped("out", report.moved, report.steps)
             workload.grant, workload.resident_since = None, None
+        else:
+            self._own_grant(workload)
         if report.state not in {WorkloadState.RESIDENT, *GOING}:
             workload.asked = False
         return before
@@ -329,10 +334,15 @@ class Workloads:
         """Remove the workloads that a client spoke for; return them. Their waits and grants end."""
         gone = self.spoken_for(client)
         for workload in gone:
+            self.drop(workload)
+        return gone
+
+    def drop(self, workload: Workload) -> None:
+        """Remove a workload. Its waits and its grant end. Idempotent."""
+        if self._workloads.get(workload.id) is workload:
             del self._workloads[workload.id]
             for wait in [wait for wait in self.waits if wait.workload == workload.id]:
                 self.end_wait(wait)
-        return gone
 
     def wait(self, wait: Wait) -> None:
         """Add a wait."""
@@ -358,6 +368,14 @@ class Workloads:
         """Grant a workload memory, by device: it returns."""
         workload.grant = Grant(dict(nbytes), dict(workload.private))
         workload.state, workload.since = WorkloadState.RETURNING, self._now()
+
+    @staticmethod
+    def _own_grant(workload: Workload) -> None:
+        """Count what a workload still needs that returns by the grant of another store, or by itself."""
+        if workload.state is WorkloadState.RETURNING and workload.grant is None:
+            private = workload.private
+            needs = {device: max(0, nbytes - private.get(device, 0)) for device, nbytes in workload.needs.items()}
+            workload.grant = Grant(needs, dict(private))
 
     def end_grant(self, workload: Workload) -> None:
         """Take back what a workload was granted and did not use: it asks anew. Idempotent."""

@@ -6,12 +6,15 @@ Relies on torch, transformers and ``gguf``. Downloads nothing.
 from __future__ import annotations
 
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
 from support.models.cache import made_once
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOISE = 0.02
+"""Standard deviation of the factor of each weight in :func:`relative`; bf16 resolves 0.004."""
 
 
 def smollm2(cache: Path) -> Path:
@@ -23,6 +26,32 @@ def smollm2(cache: Path) -> Path:
         FileNotFoundError: the package with the GGUF file is not installed; the message has the command to install it.
     """
     return made_once(cache, "SmolLM2-135M-Instruct", _convert)
+
+
+def relative(cache: Path, seed: int) -> Path:
+    """Return a chat model that has no tensor in common with :func:`smollm2`, nor with one of another seed.
+
+    Every weight is multiplied by a random number near one: the model still answers, mostly in other words.
+
+    Raises:
+        FileNotFoundError: as in :func:`smollm2`.
+    """
+    source = smollm2(cache)
+
+    def make(directory: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        chance = torch.Generator().manual_seed(seed)
+        for file in source.glob("*.safetensors"):
+            changed = {
+                name: (tensor.float() * (1 + NOISE * torch.randn(tensor.shape, generator=chance))).to(tensor.dtype)
+                for name, tensor in load_file(file).items()
+            }
+            save_file(changed, directory / file.name, metadata={"format": "pt"})
+
+    return made_once(cache, f"SmolLM2-135M-Instruct-relative-{seed}", make)
 
 
 def _convert(directory: Path) -> None:
