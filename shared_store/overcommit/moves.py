@@ -93,7 +93,7 @@ class Moves:
         self.moving = False
         """Whether the mover moves the workload now. Read and changed with the record's lock."""
         self.bring_back: Callable[[], None] = _nothing
-        """Brings this process back to its GPU without a store, if the driver has it off. May raise `WoolyError`."""
+        """Brings this process back to its GPU, if the driver has it off, or locked, and no store does. May raise `WoolyError`."""
         self._leavings: list[Leaving] = []
         self._preparing: list[Preparing] = []
         self._prepared = False
@@ -402,12 +402,6 @@ class Moves:
                 if not self._to_return():
                     return
                 log.warning("wooly: %s returns to its devices by itself: %s", record.name, why)
-            try:
-                self.bring_back()
-            except WoolyError as error:
-                self._stay(f"{why}, and {error}", ALONE_EVERY_S)
-                return
-            with record.changed:
                 record.apply(WorkloadEvent.RETURN)
             self._come_back()
 
@@ -417,6 +411,7 @@ class Moves:
             self.moving, self._prepared = True, False
         reason, holdings = "", None
         try:
+            self.bring_back()
             holdings = self._mover.come_back()
         except WoolyError as error:
             reason = f"{error} [{error.code}]"

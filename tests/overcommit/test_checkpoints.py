@@ -87,9 +87,14 @@ def private(directory, name):
     return memory.private
 
 
+def last_call(driver):
+    """The last call, and the pid of the helper that made it."""
+    at = driver.directory / "at"
+    return at.read_text().split() if at.exists() else ["", "0"]
+
+
 def helper_of(driver):
-    """Pid of the helper that made the last call."""
-    return int((driver.directory / "at").read_text().split()[1])
+    return int(last_call(driver)[1])
 
 
 def test_a_swapped_workload_leaves_its_gpu_and_returns_for_a_request(stores, workloads, directory, driver):
@@ -124,9 +129,12 @@ def test_a_start_under_pressure_takes_workloads_off_their_gpu(stores, workloads,
     """Without the start, nothing is checkpointed for half an hour."""
     stores(deep_after_s=1800.0, budget={"cpu": NBYTES + STAYS + STAYS // 2})
     first = workloads("first")
-    second = workloads("second")  # what stays of the first one is in its way
-    assert (first.state(), second.held()) == ("swapped", NBYTES)
-    wait_for(directory, "first", "checkpointed")
+    second = workloads("second")
+    assert listed(directory, "first").state == "swapped"
+    third = workloads("third")  # what stays of the first one was in its way
+    assert listed(directory, "first").state == "checkpointed"
+    assert (second.held(), third.held()) == (0, NBYTES)
+    third.kill()
     assert first.use()
 
 
@@ -136,11 +144,10 @@ def test_a_checkpoint_that_fails_changes_nothing(stores, workloads, directory, d
     driver.mark("fail", call)
     first, second = workloads("first"), workloads("second")
 
-    def refused():
-        one = listed(directory, "first")
-        return (driver.directory / "at").exists() and one.state == "swapped" and driver.state(first.pid)
-
-    wait_until(lambda: refused() is ProcessState.RUNNING, "the checkpoint to be undone")
+    last = "lock" if call == "lock" else "unlock"
+    wait_until(lambda: last_call(driver)[0] == last, "the checkpoint to be undone")
+    wait_until(lambda: driver.state(first.pid) is ProcessState.RUNNING, "the process to be unlocked")
+    assert listed(directory, "first").state == "swapped"
     assert first.use()
     assert second.use()
 
@@ -157,7 +164,7 @@ def test_a_helper_that_is_killed_at_any_step_is_replaced(stores, workloads, dire
         wait_for(directory, "first", "checkpointed")
         driver.mark("stop", call)
         first.begin("use")
-    wait_until(lambda: (driver.directory / "at").read_text().startswith(call), call)
+    wait_until(lambda: last_call(driver)[0] == call, call)
     os.kill(helper_of(driver), signal.SIGKILL)
     driver.unmark("stop")
     if call in {"lock", "checkpoint"}:

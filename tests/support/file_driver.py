@@ -48,7 +48,9 @@ class FileDriver:
             return False
 
     def _step(self, call, pid, before, after):
-        (self.directory / "at").write_text(f"{call} {os.getpid()}")
+        at = self.directory / f"at-{os.getpid()}"
+        at.write_text(f"{call} {os.getpid()}")
+        at.rename(self.directory / "at")
         while self._is("stop", call):
             time.sleep(0.01)
         if self._is("fail", call):

@@ -47,7 +47,7 @@ class Workload:
 
     def deep(self, directory, device):
         """Open a device, and have a helper that takes this process off it."""
-        self._device = open(device, "rb")  # noqa: SIM115 - as long as this process lives
+        self._device = Path(device).open("rb")  # noqa: SIM115 - as long as this process lives
         self._agent.offer_checkpoints(Path(directory))
 
     def state(self):
