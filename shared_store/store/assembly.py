@@ -14,6 +14,7 @@ from shared_store.protocol import messages
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.clients.activity import ActivityRequests
+from shared_store.store.clients.checkpoints import CheckpointRequests
 from shared_store.store.clients.files import FileRequests
 from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
@@ -43,6 +44,7 @@ from shared_store.store.recovery.grace import GracePeriod
 from shared_store.store.recovery.offers import Offers
 from shared_store.store.recovery.restore import Restore
 from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.deep import Deep
 from shared_store.store.residency.departing import Departing
 from shared_store.store.residency.explanation import Explanations
 from shared_store.store.residency.node_view import NodeView
@@ -129,12 +131,14 @@ class Parts:
         self.view = NodeView(self.state, self.statuses)
         self.authority = Authority(self.state, self.devices, self.signals)
         self.departing = Departing(self.state, self.signals, self.sessions.of)
+        self.deep = Deep(self.state, self.signals, self.sessions.of, options.deep_after_s)
         self.swapper = Swapper(
             self.state,
             self.view,
             self.authority,
             self.departing,
             self.signals,
+            deep=self.deep,
             evict=self.admission.evict,
             confirmed=self.confirmations.wait,
             settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
@@ -182,6 +186,7 @@ class Requests:
     reports: Reports
     activity: ActivityRequests
     workloads: WorkloadRequests
+    checkpoints: CheckpointRequests
     commands: WorkloadCommands
 
     @staticmethod
@@ -207,7 +212,8 @@ class Requests:
             FileRequests(state, keeper),
             Reports(state, signals),
             ActivityRequests(parts.pages),
-            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of),
+            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of, parts.deep),
+            CheckpointRequests(state, parts.deep, parts.swapper),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
         )
 
@@ -243,6 +249,7 @@ class Requests:
             messages.Join: plain(self.workloads.join),
             messages.TakeRoom: plain(self.workloads.take_room),
             messages.ReportWorkload: plain(self.workloads.report),
+            messages.OfferCheckpoints: plain(self.checkpoints.offer),
             messages.MoveWorkload: plain(self.commands.move),
             messages.SetPriority: plain(self.commands.set_priority),
             messages.ExplainWorkload: plain(self.commands.explain),
