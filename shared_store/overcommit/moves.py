@@ -93,7 +93,7 @@ class Moves:
         self.moving = False
         """Whether the mover moves the workload now. Read and changed with the record's lock."""
         self.bring_back: Callable[[], None] = _nothing
-        """Brings this process back to its GPU, if the driver has it off, or locked, and no store does. May raise `WoolyError`."""
+        """Brings this process back to its GPU, if the driver has it off. Set by the agent. May raise `WoolyError`."""
         self._leavings: list[Leaving] = []
         self._preparing: list[Preparing] = []
         self._prepared = False
