@@ -83,7 +83,7 @@ class ResidencyRequests:
                     tier = self._budget.tier(device, needed, key)
                 copying = state.tiers.begin_copying(key, client, missing, tier)
                 if device == HOST:
-                    await self._file_copies.make(copying)
+                    await self._file_copies.make(copying, session.gone)
                     return await self._added(session, copying, request.id)
             return self._answer(request.id, key)
         except BaseException:

@@ -61,6 +61,7 @@ class HostPressure:
         self._session_of = session_of
         self._task: asyncio.Task[None] | None = None
         self._refused: set[int] = set()
+        self._never = asyncio.Event()  # no client waits for this
 
     def start(self) -> None:
         """Look from here on."""
@@ -109,7 +110,8 @@ class HostPressure:
         state = self._state
         moving = state.tiers.begin_moving(segment)
         try:
-            memory = await self._admission.allocate(FILES, state.segments.at(moving.file).nbytes, str(segment))
+            nbytes = state.segments.at(moving.file).nbytes
+            memory = await self._admission.allocate(FILES, nbytes, str(segment), self._never)
             self._devices.put(moving.file, FILES, memory)
             state.segments.fill(moving.file)
             if self._devices.memory(moving.host) is None:
