@@ -11,6 +11,8 @@ GPU that it may use *including weights*, whether it loaded the weights itself or
   meanwhile. Ranks that wait for each other take one turn, on all of their GPUs: with a turn for each rank, those of two
   engines could deadlock.
 
+* What other workloads take and give on the GPU meanwhile is left out of the measurements (:mod:`.others`).
+
 Processes without wooly can still change free memory while an engine starts, as they can with stock vLLM.
 """
 
@@ -24,10 +26,12 @@ from typing import Any
 
 import torch
 
+from shared_store.base import envs
 from shared_store.base.errors import WoolyError
 from shared_store.client.session import Session
 from shared_store.torch.devices import store_device
 from wooly_vllm import compat
+from wooly_vllm.memory.others import Others, corrected
 from wooly_vllm.options import Options
 from wooly_vllm.sharing_loader import SharingLoader, sharing_loader
 
@@ -46,6 +50,8 @@ def install() -> None:
     worker.compile_or_warm_up_model = _ending_the_turn(worker.compile_or_warm_up_model)
     if not compat.knows_external_weights():
         compat.replace_function(_WORKER, "request_memory", _charged_for_shared)
+    (snapshot,) = compat.find("vllm.utils.mem_utils", "MemorySnapshot")
+    snapshot.measure = corrected(snapshot.measure, _others)
 
 
 def charged_bytes(vllm_config: Any) -> int:
@@ -137,9 +143,13 @@ def _taking_a_turn(init_distributed: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(init_distributed)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if _current and (loader := sharing_loader(_current[0].vllm_config)) is not None:
-            setattr(_current[0], _STARTING, _turn(_current[0], loader.options))
-        return init_distributed(*args, **kwargs)
+        if not _current or (loader := sharing_loader(_current[0].vllm_config)) is None:
+            return init_distributed(*args, **kwargs)
+        turn = _turn(_current[0], loader.options)
+        setattr(_current[0], _STARTING, turn)
+        result = init_distributed(*args, **kwargs)
+        _compare_from_here_on(_current[0], loader.options, turn)
+        return result
 
     return wrapper
 
@@ -162,6 +172,30 @@ def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
         )
         turn.close()
     return turn
+
+
+def _compare_from_here_on(worker: Any, options: Options, starting: contextlib.ExitStack) -> None:
+    """Leave out of measurements what other workloads take and give on the worker's GPU, until it has started."""
+    member_of = envs.MEMBER_OF.get()
+    if not member_of:
+        return
+    try:
+        session = Session.connect(options.runtime_dir, name="vllm, starting", kind="vllm", autostart=False)
+    except WoolyError as error:
+        compat.logger().warning("wooly: what others take while this engine starts is not known: %s", error)
+        return
+    starting.enter_context(session)
+    device = store_device(torch.device("cuda", torch.cuda.current_device()))
+    _compared.append(Others(session, device, member_of, external_bytes(worker.vllm_config)))
+    starting.callback(_compared.clear)
+
+
+_compared: list[Others] = []
+"""The memory of others on the GPU of the worker that is starting, or nothing."""
+
+
+def _others() -> Others | None:
+    return _compared[0] if _compared else None
 
 
 def spoken_for(worker: Any, visible: int) -> range:

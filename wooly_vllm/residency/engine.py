@@ -16,11 +16,14 @@ from typing import Any
 from shared_store.base.errors import ConfigError
 from wooly_vllm import compat
 from wooly_vllm.residency.gate import Gate
-from wooly_vllm.residency.workload import EngineWorkload
+from wooly_vllm.residency.workload import EngineWorkload, ListedEngine
 from wooly_vllm.sharing_loader import sharing_loader
 
 _WORKLOAD = "_wooly_workload"
 """Attribute of an executor, and of its engine core once it has started."""
+
+_LISTED = "_wooly_listed"
+"""Attribute of an engine core that does not share its weights."""
 
 
 def install() -> None:
@@ -122,12 +125,18 @@ def _looping(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _start(engine: Any) -> None:
     workload: EngineWorkload | None = getattr(engine.model_executor, _WORKLOAD, None)
-    if workload is not None and workload_of(engine) is None:
+    if workload is None and not hasattr(engine, _LISTED):
+        listed = ListedEngine(engine.vllm_config)
+        setattr(engine, _LISTED, listed)
+        weakref.finalize(engine, listed.close).atexit = False
+    elif workload is not None and workload_of(engine) is None:
         setattr(engine, _WORKLOAD, workload)
         weakref.finalize(engine, workload.close).atexit = False
         if hasattr(engine, "input_queue"):
             workload.is_all_of_this_process()
         workload.started(engine)
+        if hasattr(engine, "input_queue"):
+            workload.offer_checkpoints()
 
 
 def _ending(stock: Callable[..., None]) -> Callable[..., None]:
@@ -135,9 +144,9 @@ def _ending(stock: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(stock)
     def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-        workload = workload_of(self)
-        if workload is not None:
-            workload.close()
+        for joined in (workload_of(self), vars(self).get(_LISTED)):
+            if joined is not None:
+                joined.close()
         stock(self, *args, **kwargs)
 
     return shutdown

@@ -102,6 +102,7 @@ class Mover:
             "host_bytes": self._space.host_bytes,
             "copy_room": max(0, self._space.room() - self._other_bytes()),
             "refusal": self.refusal,
+            "shares": bool(self._sleepers()),
         }
 
     def prepare(self, blocks: int) -> str:

@@ -71,6 +71,8 @@ def _by_parts(engine: Any) -> Iterator[str]:
         yield "its workers are of a kind that wooly does not know"
         return
     yield from (str(worker["refusal"]) for worker in workers if worker["refusal"])
+    if not all(worker["shares"] for worker in workers):
+        yield "its weights are private to it"
 
 
 def _other_executors() -> tuple[type, ...]:

@@ -55,7 +55,7 @@ def wooly_holdings(worker: Any) -> dict[str, Any]:
     Keys: ``device`` (``cpu`` or a GPU's UUID); ``private``: on it now; ``stays``: those that a swap does not free;
     ``needs``: on it when resident; ``host_bytes``: host memory for copies; ``block_bytes``: of one KV block, in all
     layers of this worker; ``copy_room``: most bytes that copies of blocks may take now; ``refusal``: why this worker
-    cannot leave, or "".
+    cannot leave, or ""; ``shares``: whether its weights are shared.
     """
     return Mover.of(worker).holdings()
 
@@ -149,7 +149,8 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
         if mover.refusal:
             mover.count_outside(cache_bytes(kv_cache_config))
             return stock(self, kv_cache_config, *args, **kwargs)
-        if self.vllm_config.lora_config is not None:
+        if self.vllm_config.lora_config is not None and not self.vllm_config.model_config.enable_sleep_mode:
+            # With sleep mode adapters are in vLLM's pool, which does not release what they leave there.
             mover.set_others(adapters.move_in(compat.models_of(self), mover.memory))
         workspaces.move_in(mover.memory)
         mover.reclaim()
@@ -172,7 +173,8 @@ def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
-        if sharing_loader(self.vllm_config) is not None:
+        loader = sharing_loader(self.vllm_config)
+        if loader is not None and loader.options.may_be_swapped:
             mover = Mover.of(self)
             mover.get_ready()
             if not mover.refusal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from shared_store.base import envs
 from shared_store.base.errors import ConfigError, OutOfMemoryError, TimedOutError, WoolyError
 from shared_store.client.session import Session
 from shared_store.overcommit.agent import Agent
+from shared_store.overcommit.mover import Holdings
 from shared_store.protocol.messages.identity import Identity
 from wooly_vllm import compat
 from wooly_vllm.residency import activity, needs, refusals
@@ -118,6 +120,17 @@ class EngineWorkload:
         self._mover.attach(self.gate, refusal)
         self.agent.joined_resident()
 
+    def offer_checkpoints(self) -> None:
+        """Let the store have the engine's processes taken off their GPU while it is swapped, if they may be.
+
+        Only for an engine in a process of its own: in its caller's, any code may call CUDA.
+        """
+        if self._refusal or len(self.agent.devices) != 1 or self.agent.devices == ("cpu",):
+            return
+        if self._config.parallel_config.data_parallel_size > 1:
+            return  # engines share the process that started them
+        self.agent.offer_checkpoints(self._loader.options.runtime_dir or envs.RUNTIME_DIR.get())
+
     def close(self) -> None:
         """Leave the store. Idempotent."""
         if self.gate is not None:
@@ -138,3 +151,51 @@ class EngineWorkload:
     def woke_up(self) -> None:
         """Say that all of the engine is back."""
         self.agent.joined_resident()
+
+
+class ListedEngine:
+    """An engine that does not share its weights: a running store lists it, and never swaps it out."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Join in the background, if a store runs. Nothing that fails reaches the engine."""
+        self._config = vllm_config
+        self._agent: Agent | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._join, name="wooly-list", daemon=True).start()
+
+    def _join(self) -> None:
+        config = self._config
+        try:
+            agent = Agent(
+                self._connect,
+                EngineMover(),
+                kind="vllm",
+                name=str(config.model_config.served_model_name or config.model_config.model),
+                devices=needs.devices_of(config),
+                refusal=f"its weights are not shared (load format {config.load_config.load_format})",
+            )
+            agent.join()
+        except (WoolyError, OSError, RuntimeError, NotImplementedError) as error:  # of a platform, too
+            compat.logger().debug("wooly: no store lists this engine: %s", error)
+            return
+        agent.joined_resident(Holdings())
+        with self._lock:
+            self._agent = agent
+            closed = self._closed
+        if closed:
+            agent.close()
+
+    def _connect(self, identity: Identity) -> Session:
+        name = f"vllm {self._config.model_config.model}"
+        return Session.connect(name=name, identity=identity, autostart=False, timeout_s=_LIST_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Leave the store. Idempotent."""
+        with self._lock:
+            self._closed, agent = True, self._agent
+        if agent is not None:
+            agent.close()
+
+
+_LIST_TIMEOUT_S = 2.0
