@@ -10,6 +10,7 @@ Holds no memory of a GPU: the driver's checkpoint functions need no context.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -106,9 +107,10 @@ class HelperServer:
 
 
 def _say(*words: str) -> None:
-    """Write a line for the workload."""
-    sys.stdout.write(" ".join(words) + "\n")
-    sys.stdout.flush()
+    """Write a line for the workload, unless that has ended: its end ends this process, too."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(" ".join(words) + "\n")
+        sys.stdout.flush()
 
 
 def _follow_input(server: HelperServer) -> None:
