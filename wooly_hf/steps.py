@@ -26,8 +26,8 @@ from wooly_hf import compat, guards, identity
 from wooly_hf.attach import attach
 from wooly_hf.sharing import leave_files
 from wooly_hf.workload.entrances import guard
-from wooly_hf.workload.process import Workload
 from wooly_hf.workload.shared_model import SharedModel
+from wooly_hf.workload.workload import Workload
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,8 @@ class TransformersSteps:
         guards.watch(self._model)
         if self._workload is not None:
             self._workload.add(self._model, SharedModel(shared, self._device, shared.bound.private_bytes))
-            guard(self._model, self._workload)
+            if self._workload.settings.swap:
+                guard(self._model, self._workload)
         return shared.bound
 
     def left_private(self, loaded: Loaded[Result]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from shared_store.base import envs
 from shared_store.base.errors import ConfigError
 from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.torch.load import SHARE_MIN_BYTES, TIMEOUT_S
@@ -55,6 +56,11 @@ class Options:
     def falls_back(self) -> bool:
         """True if a model that cannot be shared is loaded the stock way."""
         return self.fallback and self.mode == "auto"
+
+    @property
+    def may_be_swapped(self) -> bool:
+        """True if this engine may be swapped out for others."""
+        return envs.SWAP_FROM_VRAM.get() if self.swap is None else self.swap
 
     @property
     def workload_settings(self) -> WorkloadSettings:

@@ -23,6 +23,9 @@ from support.servers import ServerError
 
 from shared_store.base.errors import WoolyError
 
+USERS = ("WOOLY", "PRIO", "VLLM_CPU_KVCACHE_SPACE")
+"""The user's settings that a demo ignores: beginnings of variables' names."""
+
 
 class DemoError(Exception):
     """A check of a demo failed. The message is the reason."""
@@ -32,7 +35,7 @@ class TemporaryStore:
     """A store in a directory of its own, with its embedded catalog. As a context manager, stops it on exit.
 
     Attributes:
-        environment: of its clients: the user's, without their store and settings. They start no store themselves.
+        environment: of its clients, which start no store themselves.
         runtime_dir: of the store.
     """
 
@@ -40,8 +43,7 @@ class TemporaryStore:
         self._console = console
         self._options = options
         self.runtime_dir = directory / "run"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("WOOLY")}
-        self.environment = {**inherited, "WOOLY_RUNTIME_DIR": str(self.runtime_dir), "WOOLY_AUTOSTART": "0"}
+        self.environment = {**os.environ, "WOOLY_RUNTIME_DIR": str(self.runtime_dir), "WOOLY_AUTOSTART": "0"}
 
     def __enter__(self) -> Self:
         self._console.print(" ".join(("starting a store with its embedded catalog", *self._options)), highlight=False)
@@ -79,6 +81,8 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, play: Callable[[Console, Path], dict[str, Any]]) -> int:
     """Run a demo in a temporary directory; print its result, or why it failed, as JSON; return the exit code."""
     console = Console(quiet=arguments.json)
+    for name in [name for name in os.environ if name.startswith(USERS)]:
+        del os.environ[name]
     signal.signal(signal.SIGTERM, _on_sigterm)
     # Short, because a Unix socket's path is limited to 107 bytes. mkdtemp sets mode 0700.
     directory = Path(tempfile.mkdtemp(prefix="wooly-demo-", dir="/tmp"))

@@ -47,7 +47,7 @@ from shared_store.base.errors import WoolyError
 from shared_store.base.status import Status
 from shared_store.base.workload_states import WorkloadState
 from shared_store.cli.render import size
-from shared_store.cli.workload_views import report
+from shared_store.cli.workload_views import activity, state, totals
 from shared_store.client.session import Session
 from shared_store.memory.cuda.driver import visible_gpus
 
@@ -55,6 +55,7 @@ LONG = "Tell a story about a small boat."
 LONG_TOKENS = 160
 ROUNDS = 3
 LOOK_S = 0.2
+STYLES = {"resident": "green", "swapped": "dim", "returning": "cyan", "leaving": "yellow", "draining": "yellow"}
 SHARE = 1.5
 """Budget by the memory of one server."""
 
@@ -98,7 +99,7 @@ CPU = Machine(
     KV["cpu"],
     {"alpha": smollm2, "beta": partial(relative, seed=1), "gamma": partial(relative, seed=2)},
     (*COMMON, "--kv-cache-memory-bytes", str(KV["cpu"])),
-    CPU_ENVIRONMENT,
+    {name: value for name, value in CPU_ENVIRONMENT.items() if name not in frame.USERS},  # it overrides the option
 )
 PRIORITIES = {"alpha": 0, "beta": 1, "gamma": 1}
 
@@ -163,9 +164,7 @@ class Watcher:
 
     def _look(self, status: Status) -> None:
         self.draw(status)
-        private = sum(memory.private for one in status.workloads for memory in one.memory)
-        shared = sum(one.resident_bytes for one in status.devices if one.id == self.device)
-        self.highest = max(self.highest, private + shared)
+        self.highest = max(self.highest, _used(status, self.device))
         for one in status.workloads:
             before = self._states.get(one.name)
             self._states[one.name] = one.state
@@ -322,16 +321,26 @@ class Demo:
         return watcher.left[second] > before
 
     def _draw(self, status: Status) -> None:
-        if self._live is not None:
-            title = Text(f"{len(self.models)} servers, each of {size(self.one)}, in {size(self.budget)}", style="bold")
-            devices = [one for one in status.devices if one.id == self.machine.device]
-            self._live.update(Group(title, report(status.workloads, devices, status.models)), refresh=True)
+        if self._live is None:
+            return
+        table = Table(title=self._title())
+        for heading in ("server", "priority", "state", "memory", "away", "requests", "swaps", "waits for"):
+            table.add_column(heading)
+        for one in status.workloads:
+            private, shared, away = totals(one)
+            row = (one.name, f"P{one.priority}", state(one), size(private + shared), size(away), activity(one))
+            table.add_row(*row, str(one.swaps), ", ".join(one.blocked_by) or "-", style=STYLES.get(one.state, ""))
+        used = [size(_used(status, self.machine.device)), size(self.budget)]
+        self._live.update(Group(table, Text(f"{used[0]} of {used[1]}")), refresh=True)
+
+    def _title(self) -> str:
+        return f"{len(self.models)} servers, each of {size(self.one)}, in {size(self.budget)}"
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
 
     def _show(self, watcher: Watcher, took_s: float) -> None:
-        table = Table(title=f"{len(self.servers)} servers, each of {size(self.one)}, in {size(self.budget)}")
+        table = Table(title=self._title())
         for heading in ("server", "priority", "swapped out", "answers equal", "first answer before, s", "later, s"):
             table.add_column(heading, justify="left" if heading == "server" else "right")
         for name, asked in self.servers.items():
@@ -342,6 +351,12 @@ class Demo:
             )
         self.console.print(table)
         self._say(f"most memory at once: {size(watcher.highest)}; {took_s:.0f} s since all servers were ready")
+
+
+def _used(status: Status, device: str) -> int:
+    """Return the bytes that workloads have together: their own, and segments."""
+    private = sum(memory.private for one in status.workloads for memory in one.memory if memory.device == device)
+    return private + sum(one.resident_bytes for one in status.devices if one.id == device)
 
 
 def _weights(model: Path) -> int:

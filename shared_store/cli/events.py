@@ -17,7 +17,7 @@ from shared_store.runtime.paths import RuntimePaths
 if TYPE_CHECKING:
     from shared_store.catalog.event_stream import EventEntry
 
-_WIDTH = 18  # characters of the longest kind
+_WIDTH = 21  # characters of the longest kind
 
 
 def command(

@@ -135,5 +135,8 @@ def priorities(texts: Sequence[str]) -> Mapping[int, int]:
         uid, equals, priority = text.partition("=")
         if not (uid.isascii() and uid.isdigit() and equals):
             raise ConfigError(f"--max-priority {text!r} is not of the form UID=P, such as 1000=2")
-        found[int(uid)] = value(f"--max-priority {uid}=", envs.PRIORITY, priority or "none") or 0
+        try:
+            found[int(uid)] = envs.PRIORITY.parse(priority)
+        except ValueError as error:
+            raise ConfigError(f"--max-priority {text!r}: {error}") from error
     return found

@@ -10,13 +10,15 @@ from shared_store.base.status import DeviceStatus, ModelStatus
 from shared_store.base.workloads import WorkloadStatus
 from shared_store.cli.render import duration, plain, size, table
 
+NONE = "the store has no workloads; an engine with `--load-format wooly` is one"
+
 
 def report(rows: Sequence[WorkloadStatus], devices: Sequence[DeviceStatus], models: Sequence[ModelStatus]) -> Group:
     """Format the accounts of devices, the workloads, and the reasons of those that wait or are never swapped out."""
     parts: list[RenderableType] = []
     if any(device.budget_bytes is not None or device.overcommit_refusal for device in devices):
         parts += [accounts(devices), Text()]
-    parts.append(workloads(rows, models))
+    parts.append(workloads(rows, models) if rows else Text(NONE))
     notes = [*(_note(row) for row in rows), *(_device_note(device) for device in devices)]
     shown = [Text(plain(note)) for note in notes if note]
     return Group(*parts, *([Text(), *shown] if shown else ()))

@@ -432,15 +432,18 @@ class Session:
             copies: the store's description of the host copies.
             fds: their descriptors, borrowed.
         """
+        # The descriptors of the device's memory are closed first, or it could not be released.
+        self.retain_host_copies(manifest, copies, fds)
+        self._call(messages.GoAway(self._next(), manifest.key), messages.Done)
+
+    def retain_host_copies(self, manifest: Manifest, copies: messages.HostCopies, fds: OwnedFds) -> None:
+        """Offer these host copies to a restarted store from here on. Arguments as of :meth:`go_away`."""
         segments = tuple(messages.SegmentInfo(segment.id, segment.nbytes) for segment in copies.segments)
         attached = messages.Attached(0, encode(manifest), copies.places, segments)
         before = self._connection.retained.get(manifest.key)
         asleep = RetainedHostCopies(attached, fds)
         asleep.private_bytes = before.private_bytes if before is not None else 0
-        # The descriptors of the device's memory are closed first, or it could not be released.
         self._connection.retained[manifest.key] = asleep
-        del before
-        self._call(messages.GoAway(self._next(), manifest.key), messages.Done)
 
     def release_host_copies(self, key: str) -> None:
         """Need no host copies of a model any more."""

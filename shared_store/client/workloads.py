@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -115,6 +115,25 @@ class Workloads:
                 fds.close()
         self._joined = None if answer is None else link
         declared.joined(answer)
+
+    # For the helper of a workload.
+
+    def offer_checkpoints(self, offer: Callable[[int], messages.OfferCheckpoints], wanted: Callable[[], None]) -> None:
+        """Offer to checkpoint a workload. Call it again when it is wanted: the store was replaced.
+
+        Args:
+            offer: returns the offer with an id.
+            wanted: called when another store was connected. It must not make requests.
+
+        Raises:
+            WorkloadNotFoundError: the workload has not joined, or not again yet.
+            UnsupportedError: the store does not know checkpoints.
+        """
+        self._connection.joining = lambda _link: wanted()
+        link = self._connection.link
+        if messages.CHECKPOINTS not in link.capabilities:
+            raise UnsupportedError(f"the store has version {link.welcome.version}, which knows no checkpoints")
+        self._connection.call(offer(self._connection.next_id()), messages.Done, repeat=False)[1].close()
 
     # For people.
 

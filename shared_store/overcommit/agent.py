@@ -17,6 +17,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from shared_store.base.errors import (
@@ -32,8 +33,9 @@ from shared_store.client.serving import StoreCall
 from shared_store.client.session import Session
 from shared_store.client.withdrawal import Withdrawal
 from shared_store.client.workload import describe
+from shared_store.overcommit.checkpoints.helper import HelperProcess
 from shared_store.overcommit.mover import Holdings, Mover
-from shared_store.overcommit.moves import Leaving, Moves
+from shared_store.overcommit.moves import Leaving, Moves, Preparing
 from shared_store.overcommit.record import AWAY, Record
 from shared_store.overcommit.room import Room
 from shared_store.protocol import messages
@@ -85,6 +87,7 @@ class Agent:
         self._session: Session | None = None
         self._moves: Moves | None = None
         self._room: Room | None = None
+        self._helper: HelperProcess | None = None
         self._reason = ""
         self._progress: Callable[[str], None] | None = None
 
@@ -92,6 +95,11 @@ class Agent:
     def workload(self) -> str:
         """The id of the workload, for ``WOOLY_MEMBER_OF`` of its other processes."""
         return self._record.workload
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The store's names of the workload's devices."""
+        return self._record.devices
 
     @property
     def name(self) -> str:
@@ -129,6 +137,7 @@ class Agent:
             try:
                 session.serve(messages.SwapOut, self._swap_out)
                 session.serve(messages.SwapIn, self._swap_in)
+                session.serve(messages.PrepareCheckpoint, self._prepare_checkpoint)
                 session.hear("room", self._hear)
                 self._record.report = session.workloads.report
                 session.workloads.join(self._record)
@@ -146,8 +155,27 @@ class Agent:
         self._moves = Moves(self._record, self._mover, self._room)
         self._moves.start()
 
+    def offer_checkpoints(self, directory: Path) -> None:
+        """Let the store have this process, and its family, taken off its GPU while the workload is swapped.
+
+        Call it once, after :meth:`join`, only where nothing but the mover's return calls CUDA while it is swapped.
+
+        Args:
+            directory: the store's runtime directory.
+        """
+        if not self.listed or self._moves is None or self._helper is not None:
+            return
+        self._helper = HelperProcess(directory, self.workload)
+        self._moves.bring_back = self._helper.bring_back
+        self._helper.start()
+        with self._record.changed:
+            self._record.deep = True
+            self._record.say()
+
     def close(self) -> None:
         """Leave the store: the workload's entry ends. Idempotent. Does not move memory."""
+        if self._helper is not None:
+            self._helper.close()
         if self._moves is not None:
             self._moves.close()
         if self._session is not None:
@@ -347,6 +375,19 @@ class Agent:
         call.when_cancelled(self._wake)
         with moves.waiting() as wait:
             wait(None, call.cancelled)
+        return None
+
+    def _prepare_checkpoint(self, _request: messages.PrepareCheckpoint, call: StoreCall) -> str | None:
+        record, moves = self._record, self._moves
+        if moves is None:
+            raise DeclinedError("it is starting")
+        call.accept()
+        preparing = Preparing()
+        with record.changed:
+            moves.prepare(preparing)
+            record.changed.wait_for(lambda: preparing.ended)
+        if preparing.declined:
+            raise DeclinedError(preparing.declined)
         return None
 
     def _wake(self) -> None:

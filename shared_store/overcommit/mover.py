@@ -50,6 +50,15 @@ class Mover(Protocol):
             OutOfMemoryError: the memory cannot be had. Everything that was mapped is unmapped again.
         """
 
+    def prepare_checkpoint(self) -> None:
+        """Unregister host memory from the driver, which is about to take the process off its GPU. It is away.
+
+        From here on until :meth:`come_back`, no other method is called.
+
+        Raises:
+            DeclinedError: it cannot be taken off.
+        """
+
     def holdings(self) -> Holdings:
         """Return the bytes that it has now."""
 

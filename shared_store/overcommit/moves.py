@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,11 +58,28 @@ class Leaving:
         self.ended, self.declined = True, declined
 
 
+@dataclass(eq=False)
+class Preparing:
+    """A request of the store to prepare for a checkpoint.
+
+    Attributes:
+        ended: whether it is answered.
+        declined: why there must be no checkpoint.
+    """
+
+    ended: bool = False
+    declined: str = ""
+
+
 class Wait(Protocol):
     """Waits until a workload is resident."""
 
     def __call__(self, timeout_s: float | None, cancelled: threading.Event | None = None, /) -> bool:
         """Wait. See :meth:`Moves.waiting`."""
+
+
+def _nothing() -> None:
+    """Bring nothing back: this process is never taken off its GPU."""
 
 
 class Moves:
@@ -75,7 +92,11 @@ class Moves:
         self._room = room
         self.moving = False
         """Whether the mover moves the workload now. Read and changed with the record's lock."""
+        self.bring_back: Callable[[], None] = _nothing
+        """Brings this process back to its GPU, if the driver has it off. Set by the agent. May raise `WoolyError`."""
         self._leavings: list[Leaving] = []
+        self._preparing: list[Preparing] = []
+        self._prepared = False
         self._wants = False
         self._waiting = 0
         self._refresh = False
@@ -98,6 +119,7 @@ class Moves:
             for leaving in self._leavings:
                 leaving.end("it ends")
             self._leavings.clear()
+            self._end_preparing("it ends")
             self._withdraw()
             self._record.changed.notify_all()
 
@@ -138,6 +160,11 @@ class Moves:
         """Do not leave, if that has not begun. With the record's lock."""
         if not self.moving and leaving in self._leavings:
             self._leavings.remove(leaving)
+
+    def prepare(self, preparing: Preparing) -> None:
+        """Prepare for a checkpoint. With the record's lock."""
+        self._preparing.append(preparing)
+        self._record.changed.notify_all()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[Wait]:
@@ -204,8 +231,11 @@ class Moves:
                     return
                 refresh, self._refresh = self._refresh, False
                 leaving = self._leavings[0] if self._leavings and not refresh else None
+                prepare = bool(self._preparing) and leaving is None and not refresh
             if refresh:
                 self._ask_for_bytes()
+            elif prepare:
+                self._prepare()
             elif leaving is not None:
                 self._leave(leaving)
             else:
@@ -213,13 +243,36 @@ class Moves:
 
     def _due(self) -> bool:
         """Return whether there is something to do now."""
-        if self._closing or self._refresh or self._leavings:
+        if self._closing or self._refresh or self._leavings or self._preparing:
             return True
         joined = self._joins != self._record.joins  # another store answers: there is no reason to wait any more
         return self._to_return() and (joined or time.monotonic() >= self._retry_at)
 
     def _to_return(self) -> bool:
         return self._record.state in AWAY and self._needed()
+
+    def _prepare(self) -> None:
+        """Prepare for a checkpoint, unless the workload is needed or not away."""
+        record = self._record
+        with record.changed:
+            declined = "" if record.may_be_off() and not self._needed() else f"it is {record.state.value}, or returns"
+        if not declined:
+            try:
+                self._mover.prepare_checkpoint()
+            except WoolyError as error:
+                declined = f"{error} [{error.code}]"
+            except Exception as error:
+                log.exception("wooly: %s could not prepare for a checkpoint", record.name)
+                declined = f"{type(error).__name__}: {error}"
+        with record.changed:
+            self._prepared = self._prepared or not declined
+            self._end_preparing(declined)
+
+    def _end_preparing(self, declined: str) -> None:
+        for preparing in self._preparing:
+            preparing.ended, preparing.declined = True, declined
+        self._preparing.clear()
+        self._record.changed.notify_all()
 
     def _ask_for_bytes(self) -> None:
         holdings = self._bytes()
@@ -229,6 +282,8 @@ class Moves:
 
     def _bytes(self) -> Holdings:
         """Return what the mover has now, or had when it was asked last."""
+        if self._prepared:  # the driver may have it off the GPU: a call would block
+            return self._record.holdings
         try:
             return self._mover.holdings()
         except Exception:
@@ -353,9 +408,10 @@ class Moves:
     def _come_back(self) -> None:
         record = self._record
         with record.changed:
-            self.moving = True
+            self.moving, self._prepared = True, False
         reason, holdings = "", None
         try:
+            self.bring_back()
             holdings = self._mover.come_back()
         except WoolyError as error:
             reason = f"{error} [{error.code}]"

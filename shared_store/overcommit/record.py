@@ -39,6 +39,8 @@ class Record:
         asleep: it left by itself, and stays away until it is woken up.
         growing: it is resident, and waits for more memory or allocates it.
         refusal: why it must not be swapped out; empty if it may be.
+        deep: its processes may be taken off their GPU while it is swapped.
+        devices: the store's names of its devices.
         holdings: bytes that it has.
         listed: whether a store lists it; None before the first answer.
         joins: how often a store answered.
@@ -56,11 +58,12 @@ class Record:
         self.asleep = False
         self.growing = False
         self.refusal = refusal
+        self.deep = False
         self.holdings = Holdings(private=dict.fromkeys(devices, 0))
         self.listed: bool | None = None
         self.joins = 0
         self.report: Callable[[messages.ReportWorkload], None] = lambda _: None
-        self._devices = tuple(devices)
+        self.devices = tuple(devices)
         self._held = False
         self._said: messages.Join | None = None
 
@@ -104,7 +107,7 @@ class Record:
     def missing(self) -> Mapping[str, int]:
         """Return the private bytes that a return allocates on each device."""
         private, needs = self.holdings.private, self.holdings.needs
-        return {device: max(0, needs.get(device, 0) - private.get(device, 0)) for device in self._devices}
+        return {device: max(0, needs.get(device, 0) - private.get(device, 0)) for device in self.devices}
 
     def whole(self) -> Mapping[str, int]:
         """Return the bytes that a return without a store may allocate: :meth:`missing`, and all shared weights."""
@@ -134,7 +137,16 @@ class Record:
             private, stays, needs = self._bytes()
             name = self.name if self.listed is not None else ""  # the one of the store before
             self._said = messages.Join(
-                number, self.workload, self.state.value, private, stays, needs, self.refusal, self.starting, name
+                number,
+                self.workload,
+                self.state.value,
+                private,
+                stays,
+                needs,
+                self.refusal,
+                self.starting,
+                name,
+                self.may_be_off(),
             )
             return self._said
 
@@ -163,7 +175,7 @@ class Record:
     def _bytes(self) -> tuple[tuple[messages.DeviceBytes, ...], ...]:
         """Return private bytes, those that stay, and those that it needs. All devices are listed in the first."""
         found = self.holdings
-        private = {**dict.fromkeys(self._devices, 0), **found.private}
+        private = {**dict.fromkeys(self.devices, 0), **found.private}
         return device_bytes(private), device_bytes(found.stays), device_bytes(found.needs)
 
     def _report(self) -> messages.ReportWorkload:
@@ -179,4 +191,9 @@ class Record:
             self.refusal,
             self.holdings.moved,
             steps,
+            self.may_be_off(),
         )
+
+    def may_be_off(self) -> bool:
+        """Return whether nothing but a return calls CUDA now: of a sleeping engine, its user may."""
+        return self.deep and not self.asleep and self.state is WorkloadState.SWAPPED

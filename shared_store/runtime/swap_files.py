@@ -35,9 +35,14 @@ def directory(configured: Path | None = None) -> Path:
     found = chosen or DEFAULT_DIRECTORY
     if not os.access(found, os.W_OK | os.X_OK) or not found.is_dir():
         raise ConfigError(f"cannot write to the swap directory {found}; set WOOLY_SWAP_DIR to a directory on a disk")
-    if chosen is None and file_systems.type_of(found) in _IN_MEMORY:
+    if chosen is None and in_memory(found):
         raise ConfigError(f"{found} is in memory; set WOOLY_SWAP_DIR to a directory on a disk")
     return found
+
+
+def in_memory(path: Path) -> bool:
+    """Whether a directory is in host memory."""
+    return file_systems.type_of(path) in _IN_MEMORY
 
 
 def free_bytes(path: Path) -> int:

@@ -102,6 +102,25 @@ class SegmentCopies(HostCopy):
             log.debug("wooly: could not release host copies of %s: %s", self.manifest.key[:12], error)
 
 
+def fetch_again(model: Model) -> SegmentCopies:
+    """Return the host copies that this process sleeps with, from where they are now.
+
+    Raises:
+        ModelNotFoundError: the store has none of the model as it is here.
+        StoreUnavailableError: there is no store.
+    """
+    session, key = model.session, model.manifest.key
+    copies, fds = session.copy_to_host(key, model.timeout_s)
+    found = SegmentCopies(model.manifest, copies, fds)
+    try:
+        with found.duplicates() as held:
+            session.retain_host_copies(model.manifest, copies, held)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
 def copy_segments(model: Model, progress: Progress = ignore_progress, *, ahead: bool = False) -> SegmentCopies:
     """Return the host copies of a model's segments. Those that do not exist are made.
 

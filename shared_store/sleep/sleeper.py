@@ -13,11 +13,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Mapping as Map
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared_store.base.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedError
+from shared_store.base.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedError,
+    WoolyError,
+)
 from shared_store.base.manifest import Manifest
 from shared_store.client.mapping_phase import mapping_phase
 from shared_store.client.session import Session
@@ -25,7 +32,7 @@ from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd
 from shared_store.sleep.copied_model import copy_model
-from shared_store.sleep.host_copy import HostCopy, copy_segments
+from shared_store.sleep.host_copy import HostCopy, SegmentCopies, copy_segments, fetch_again
 from shared_store.sleep.layout import ModelLayout
 from shared_store.sleep.model import NO_STORE, Model
 from shared_store.sleep.wake import private_segment, shared_segments
@@ -80,6 +87,7 @@ class Sleeper:
         self._lock = threading.RLock()
         self.asleep = False
         """Whether this process has left the device."""
+        hear_of_moves(session, self)
 
     @property
     def nbytes(self) -> int:
@@ -153,6 +161,19 @@ class Sleeper:
             self.asleep = True
             self._unmap()
             self._host.go_away(self._model, self._private_bytes)
+
+    def fetch_again(self) -> None:
+        """Exchange the descriptors of host copies: the store moved these. Does nothing unless the model sleeps."""
+        with self._lock:
+            if not self.asleep or not isinstance(self._host, SegmentCopies):
+                return
+            try:
+                found = fetch_again(self._model)
+            except (WoolyError, OSError) as error:  # this process wakes from the copies that it has
+                log.debug("wooly: could not exchange host copies of %s: %s", self._model.manifest.name, error)
+                return
+            before, self._host = self._host, found
+            before.close()
 
     def wake(self, progress: Progress = ignore_progress) -> Woken:
         """Return to the device, at the former addresses. Idempotent.
@@ -246,3 +267,15 @@ class Sleeper:
         host, self._host = self._host, None
         if host is not None:
             host.leave(self._model)
+
+
+def hear_of_moves(session: Session, sleeper: Sleeper) -> None:
+    """Have a sleeper exchange its host copies when the store has moved them. The session does not keep it alive."""
+    refer = weakref.ref(sleeper)
+
+    def moved(_key: str) -> None:
+        found = refer()
+        if found is not None:  # the thread that reads must not wait for an answer
+            threading.Thread(target=found.fetch_again, name="wooly-host-copies", daemon=True).start()
+
+    session.hear("host_copies", moved)

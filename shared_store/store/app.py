@@ -128,7 +128,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     await parts.restore.restore(inheritance.held)
-    parts.grace.start()
+    parts.start()
     try:
         if endpoint is not None:
             endpoint.start()

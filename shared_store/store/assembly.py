@@ -14,6 +14,7 @@ from shared_store.protocol import messages
 from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.clients.activity import ActivityRequests
+from shared_store.store.clients.checkpoints import CheckpointRequests
 from shared_store.store.clients.files import FileRequests
 from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
@@ -43,6 +44,7 @@ from shared_store.store.recovery.grace import GracePeriod
 from shared_store.store.recovery.offers import Offers
 from shared_store.store.recovery.restore import Restore
 from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.deep import Deep
 from shared_store.store.residency.departing import Departing
 from shared_store.store.residency.explanation import Explanations
 from shared_store.store.residency.node_view import NodeView
@@ -57,6 +59,7 @@ from shared_store.store.space.departures import Departures
 from shared_store.store.space.evictor import Evictor
 from shared_store.store.space.host_budget import HostBudget
 from shared_store.store.space.host_compaction import HostCompaction
+from shared_store.store.space.host_pressure import HostPressure
 from shared_store.store.state.accounts import MemoryRules
 from shared_store.store.state.residency import FILES, HOST
 from shared_store.store.state.store_state import StoreState
@@ -114,16 +117,28 @@ class Parts:
             self.state, self.keeper, self.signals, self.arrivals, self.offers, self.evictor, self.effects
         )
         self.sessions = Sessions(self.state, self.effects, self.signals, self.evictor, self.pages)
+        self.host_pressure = HostPressure(
+            self.state,
+            self.devices,
+            self.effects,
+            self.signals,
+            self.admission,
+            self.evictor,
+            self.host_budget,
+            self.sessions.of,
+        )
         self.statuses = WorkloadStatuses(self.state, self.pages)
         self.view = NodeView(self.state, self.statuses)
         self.authority = Authority(self.state, self.devices, self.signals)
         self.departing = Departing(self.state, self.signals, self.sessions.of)
+        self.deep = Deep(self.state, self.signals, self.sessions.of, options.deep_after_s)
         self.swapper = Swapper(
             self.state,
             self.view,
             self.authority,
             self.departing,
             self.signals,
+            deep=self.deep,
             evict=self.admission.evict,
             confirmed=self.confirmations.wait,
             settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
@@ -133,9 +148,15 @@ class Parts:
             self.swapper.hold()
         self.requests = Requests.of(self)
 
+    def start(self) -> None:
+        """Begin what happens without a request. What an earlier store left was restored."""
+        self.grace.start()
+        self.host_pressure.start()
+
     async def close(self) -> None:
         """End all work, and release all memory. Clients are gone already."""
         await self.swapper.stop()
+        await self.host_pressure.stop()
         self.devices.close()
 
     def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
@@ -165,6 +186,7 @@ class Requests:
     reports: Reports
     activity: ActivityRequests
     workloads: WorkloadRequests
+    checkpoints: CheckpointRequests
     commands: WorkloadCommands
 
     @staticmethod
@@ -190,7 +212,8 @@ class Requests:
             FileRequests(state, keeper),
             Reports(state, signals),
             ActivityRequests(parts.pages),
-            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of),
+            WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of, parts.deep),
+            CheckpointRequests(state, parts.deep, parts.swapper),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
         )
 
@@ -226,6 +249,7 @@ class Requests:
             messages.Join: plain(self.workloads.join),
             messages.TakeRoom: plain(self.workloads.take_room),
             messages.ReportWorkload: plain(self.workloads.report),
+            messages.OfferCheckpoints: plain(self.checkpoints.offer),
             messages.MoveWorkload: plain(self.commands.move),
             messages.SetPriority: plain(self.commands.set_priority),
             messages.ExplainWorkload: plain(self.commands.explain),

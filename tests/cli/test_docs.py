@@ -107,6 +107,16 @@ def test_fields_of_a_workload(cli):
     assert "(#wooly-workloads)" in cli["`wooly status`"]
 
 
+def test_every_event_is_described(cli):
+    """A kind that the code sends is in the table, and a kind in the table is in the code."""
+    root = DOCS.parent / "shared_store"
+    code = "\n".join(path.read_text() for path in root.rglob("*.py"))
+    described = {cell.strip("`") for cell in cells(cli["`wooly events`"]) if re.fullmatch(r"`[a-z]+(_[a-z]+)*`", cell)}
+    sent = set(re.findall(r"\.(?:event|notice)\(\s*\"(\w+)\"", code))
+    assert sent - described == set()
+    assert {kind for kind in described if f'"{kind}"' not in code} == set()
+
+
 def test_environment():
     """The table of variables matches the registry."""
     rows = [line for line in (DOCS / "environment.md").read_text().splitlines() if line.startswith("| `")]

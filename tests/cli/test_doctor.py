@@ -48,7 +48,7 @@ def test_healthy(examine, wooly, store):
     assert code == 0
     assert set(found) == {
         *("python", "environment", "vllm", "vllm plugin", "transformers", "gpu", "host memory", "open files"),
-        *("catalog", "runtime directory", "store"),
+        *("swap directory", "catalog", "runtime directory", "store"),
     }
     assert f"pid {store.pid}" in found["store"]["found"]
     table = wooly("doctor")
@@ -184,6 +184,39 @@ def test_misspelt_variable(examine):
     assert (code, found["environment"]["result"]) == (0, "warning")
     assert "WOOLY_REDIS_URI" in found["environment"]["found"]
     assert "WOOLY_REDIS_URL" in found["environment"]["advice"]
+
+
+@pytest.mark.usefixtures("without")
+def test_configuration_files(examine, tmp_path):
+    """A file that is read is named; an unknown variable in it is a warning, a key of another program is not."""
+    config = tmp_path / "config"
+    config.write_text("PRIO=3\nADDRESS=10.0.0.1\n")
+    code, found = examine(WOOLYAI_CLIENT_CONFIG=str(config))
+    assert (code, found["environment"]["result"]) == (0, "ok")
+    assert f"read: {config}" in found["environment"]["found"]
+    config.write_text("WOOLY_TURNS=3s\n")
+    code, found = examine(WOOLYAI_CLIENT_CONFIG=str(config))
+    assert (code, found["environment"]["result"]) == (0, "warning")
+    assert f"unknown: WOOLY_TURNS in {config}" in found["environment"]["found"]
+    config.write_text("WOOLY_TURN=soon\n")
+    code, found = examine(WOOLYAI_CLIENT_CONFIG=str(config))
+    assert (code, found["environment"]["result"]) == (1, "failed")
+    assert f"WOOLY_TURN='soon' in {config}" in found["environment"]["found"]
+
+
+@pytest.mark.usefixtures("directory")
+def test_swap_directories(examine, tmp_path):
+    """One that is missing, or in memory, is a warning. Nothing is left behind in it."""
+    code, found = examine(WOOLY_SWAP_DIR=str(tmp_path / "none"))
+    assert (code, found["swap directory"]["result"]) == (0, "warning")
+    assert "cannot write" in found["swap directory"]["found"]
+    code, found = examine(WOOLY_SWAP_DIR="/dev/shm")
+    assert (code, found["swap directory"]["result"]) == (0, "warning")
+    assert "is in memory" in found["swap directory"]["found"]
+    code, found = examine(WOOLY_SWAP_DIR=str(tmp_path))
+    assert code == 0
+    assert found["swap directory"]["found"].startswith(f"{tmp_path}, ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_store_and_no_autostart(examine):

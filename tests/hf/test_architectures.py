@@ -152,6 +152,11 @@ def test_outputs_are_bit_equal(shared, stock):
     assert shared["outputs"] == stock["outputs"]
 
 
+def test_outputs_are_bit_equal_after_a_swap(shared, stock):
+    """The process left, and the next call brought its model back."""
+    assert shared["swapped"] == {"state": "swapped", "outputs": stock["outputs"]}
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] in GENERATING], ids="-".join, indirect=True)
 def test_generated_tokens_are_equal(shared, stock):
     assert shared["tokens"] == stock["tokens"]

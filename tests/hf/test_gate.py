@@ -167,11 +167,13 @@ def test_an_entry_whose_frame_has_ended_counts_no_more(models):
         assert models.gate.in_use
 
     interrupted()
-    found = []
-    thread = threading.Thread(target=lambda: found.append(models.gate.in_use))
+    assert models.activity.now == (1, 0)
+    thread = threading.Thread(target=models.gate.look)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert models.activity.now == (0, 0)
+    interrupted()
+    models.gate.close(active=False, within_s=0)
 
 
 def test_an_entry_of_a_running_frame_counts(models):

@@ -316,3 +316,114 @@ def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, fresh, move):
     two.run("my_second = load(path)", path=quantized)
     with pytest.raises(DeclinedError, match="a model of it is not shared"):
         move("private", out=True)
+
+
+def test_an_unswappable_process_has_no_hooks(job, checkpoint):
+    """So code that compiles a caller of the model as one graph works."""
+    code = """
+    my_model = load(path, wooly_swap=False)
+    @torch.compile(fullgraph=True, backend="eager")
+    def my_caller(ids):
+        return my_model(ids).logits + 1
+    with torch.no_grad():
+        result = my_caller(torch.arange(3, 9)[None]).shape[-1]
+    """
+    assert job("two").run(code, path=checkpoint("llama-tied")) == 2048
+
+
+def test_replays_of_graphs_enter_the_gate(one, move):
+    """A graph has the addresses of weights."""
+    code = """
+    from wooly_hf.workload.entrances import watch_graphs
+    class my_Graph:
+        def replay(self):
+            return [state(), process.current().gate.in_use]
+    watch_graphs(my_Graph)
+    watch_graphs(my_Graph)
+    result = my_Graph().replay()
+    """
+    move(out=True)
+    assert one.run(code) == ["resident", True]
+    move(out=True)
+
+
+def test_the_activity_shows_calls(one, store):
+    """Idle since the last call, and never busy between calls, however they end."""
+    code = """
+    try:
+        my_model(torch.full((1, 3), 10**9))
+    except Exception as error:
+        result = type(error).__name__
+    """
+    assert one.run(code) == "IndexError"
+    one.run("logits_of(my_model)")
+    with Session.connect(store.directory, autostart=False, name="test") as session:
+        (found,) = [it.activity for it in session.status().clients if it.pid == one.pid and it.activity]
+    assert (found.busy, found.running, found.waiting) == (False, 0, 0)
+    assert found.idle_s < 60
+
+
+def test_peft_models_leave_and_return(one, move):
+    """Through the wrapper's call and `generate`; adapters stay in private memory."""
+    code = """
+    import peft
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    my_adapted = peft.get_peft_model(my_model, config)
+    my_adapted.eval()
+    my_results = [logits_of(my_adapted), my_adapted.generate(input_ids=my_ids, max_new_tokens=5).tolist()]
+    result = my_results[0] != my_logits
+    """
+    assert one.run(code)
+    for part in ("logits_of(my_adapted) == my_results[0]", "tokens(my_adapted) == my_results[1]"):
+        move(out=True)
+        code = "tokens = lambda it: it.generate(input_ids=my_ids, max_new_tokens=5).tolist()\n"
+        assert one.run(code + f"result = [state(), {part}, state()]") == ["swapped", True, "resident"]
+    assert segment_ranges(one.pid)
+
+
+def test_interrupting_a_call_does_not_keep_the_model(one, move, served):
+    """`KeyboardInterrupt` passes torch's hooks by; the activity ends some seconds later."""
+    code = """
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    hook = my_model.model.layers[1].register_forward_pre_hook(interrupt)
+    try:
+        logits_of(my_model)
+    except KeyboardInterrupt:
+        pass
+    hook.remove()
+    """
+    one.run(code)
+    wait_until(
+        lambda: not any(it.activity.busy for it in served().clients if it.pid == one.pid and it.activity), "it is idle"
+    )
+    move(out=True)
+    assert one.run("result = logits_of(my_model) == my_logits")
+
+
+def test_threads_that_generate_are_interrupted_many_times(one, move):
+    """Several threads generate, and one calls a layer that no hook guards; the results of all are equal."""
+    code = """
+    import threading, time
+    my_found, my_end = [], threading.Event()
+    def generate():
+        while not my_end.is_set():
+            my_found.append(tokens_of(my_model) == my_tokens)
+    def layer():
+        with torch.no_grad():
+            return digest(my_model.model.layers[1].mlp(torch.ones(1, 256, dtype=my_model.dtype)))
+    def call_layer():
+        while not my_end.is_set():
+            my_found.append(layer() == my_layer)
+            time.sleep(0.005)
+    my_layer = layer()
+    my_threads = [threading.Thread(target=it, daemon=True) for it in (generate, generate, call_layer)]
+    for thread in my_threads:
+        thread.start()
+    """
+    one.run(code)
+    for _ in range(8):
+        wait_until(lambda: _left(move), "it leaves")
+    one.run("my_end.set()\nfor thread in my_threads: thread.join(60)")
+    assert one.run("result = [all(my_found), len(my_found) > 3]") == [True, True]

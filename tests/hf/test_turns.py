@@ -100,36 +100,35 @@ def test_both_stay_with_memory_for_both(start_store, start):
 
 
 GENERATE = """
-import time
+import pathlib, time
 class Wait(transformers.StoppingCriteria):
+    def __init__(self, mark):
+        self.mark = mark
     def __call__(self, ids, scores, **_):
-        until = time.monotonic() + 60
-        while my_wait and ids.shape[1] == 60 and not process.current().gate.closed and time.monotonic() < until:
-            time.sleep(0.001)
+        if self.mark and ids.shape[1] == 60:
+            pathlib.Path(self.mark).touch()
+            until = time.monotonic() + 60
+            while not process.current().gate.closed and time.monotonic() < until:
+                time.sleep(0.001)
         return torch.full((ids.shape[0],), False)
-def generate(wait):
-    global my_wait
-    my_wait = wait
+def generate(mark):
     return my_model.generate(my_ids, max_new_tokens=80, min_new_tokens=80, do_sample=False,
-        stopping_criteria=transformers.StoppingCriteriaList([Wait()])).tolist()
+        stopping_criteria=transformers.StoppingCriteriaList([Wait(mark)])).tolist()
 """
 
 
-def test_a_generation_is_interrupted_for_a_higher_priority(start_store, start):
+def test_a_generation_is_interrupted_for_a_higher_priority(start_store, start, tmp_path):
     """It stops before a forward pass and goes on later; its tokens are those of one that was not interrupted."""
     store = start_store()
     two = start(store, "two", arguments=", wooly_priority=0")
     one = start(store, "one", arguments=", wooly_priority=3")
-    expected = one.run(GENERATE + "result = generate(False)")
+    expected = one.run(GENERATE + "result = generate(None)")
     assert (state(one), state(two)) == ("resident", "swapped")
-    one.begin("result = generate(True)")
+    one.begin("result = generate(mark)", mark=tmp_path / "mark")
+    wait_until((tmp_path / "mark").exists, "it generates", timeout_s=60)
     with Session.connect(store.directory, autostart=False, name="test") as session:
-
-        def running():
-            found = [it.activity for it in session.status().clients if it.pid == one.pid and it.activity]
-            return any(activity.busy and activity.running == 1 for activity in found)
-
-        wait_until(running, "the activity shows the generation")
+        found = [it.activity for it in session.status().clients if it.pid == one.pid and it.activity]
+    assert [(it.busy, it.running, it.waiting) for it in found] == [(True, 1, 0)]
     assert two.run(CALL) == [True, "resident"]
     assert one.finish() == expected
     assert (state(one), state(two)) == ("resident", "swapped")

@@ -448,6 +448,16 @@ def test_a_request_that_only_an_end_of_work_serves_is_passed_but_by_no_start():
     assert not decide(started, SETTINGS, NOW).grants
 
 
+def test_a_request_keeps_its_place_until_a_workload_is_back_but_not_until_one_has_started():
+    """A return takes a moment, a start a minute."""
+    comes = replace(resident("comes", nbytes=8), state=WorkloadState.RETURNING)
+    first, late = MemoryRequest("first", 1, {"one": 12}, since=1), MemoryRequest("late", 1, {"one": 3}, since=2)
+    snapshot = Snapshot({"one": DeviceMemory(6)}, {"comes": comes}, {}, (first, late))
+    assert not decide(snapshot, SETTINGS, NOW).grants
+    starts = replace(snapshot, workloads={"comes": replace(comes, starting=True)})
+    assert [one.name for one in decide(starts, SETTINGS, NOW).grants] == ["late"]
+
+
 def test_text_says_what_is_missing_who_has_it_and_what_would_help():
     fixed = resident("fixed", 3, idle=400, swappable=False, refusal="KV connector")
     snapshot = Snapshot(

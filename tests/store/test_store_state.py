@@ -246,6 +246,36 @@ class StateMachine(StateDriver):
         self._carry_out(effects)
         assert self.state.segments.used(device) == before - freed
 
+    @precondition(lambda self: self.state.tiers.movable())
+    @rule(which=INDEX, upto=st.sampled_from(["promise", "fill", "end", "end"]))
+    def host_memory_is_short(self, which, upto):
+        """The host copy of a segment that left is moved to a file, or that fails."""
+        segment = self._pick(sorted(self.state.tiers.movable()), which)
+        moving = self.state.tiers.begin_moving(segment)
+        self.moving.append(moving)
+        if upto != "promise":
+            self.around.memory.add(moving.file)
+            self.state.segments.fill(moving.file)
+        if upto == "end":
+            self.end_of_a_move(-1)
+
+    @precondition(lambda self: self.moving)
+    @rule(which=INDEX)
+    def end_of_a_move(self, which):
+        """The segment may be gone, or have returned meanwhile."""
+        moving = self.moving.pop(which % len(self.moving))
+        if self.state.segments.at(moving.file).allocated:
+            before = self.state.segments.has(moving.segment) and self.state.segments.at(moving.segment)
+            possible = before and before.host == moving.host and before.residency is Residency.HOST
+            moved, effects = self.state.end_moving(moving)
+            assert moved is bool(possible)
+            self._carry_out(effects)
+            if moved:
+                assert not self.state.segments.has(moving.host)
+                assert before.residency is Residency.DISK
+        for _ in range(2):  # idempotent
+            self._carry_out(self.state.cancel_moving(moving))
+
     def _awake(self):
         return sorted(read for read in self.around.reading if read in self._reading_by_key())
 

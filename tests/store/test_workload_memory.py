@@ -118,6 +118,13 @@ def test_a_publisher_that_cannot_have_memory_is_told_who_has_it(workload, member
         client.plan(key(1), MODEL)
 
 
+def test_a_model_that_never_fits_is_refused_at_once(member):
+    client = member()
+    client.open(key(1))
+    with pytest.raises(OutOfMemoryError, match="of a budget of 100 MiB with a reserve of 0 B: raise --budget"):
+        client.plan(key(1), [[1, (BUDGET + 1) * MIB]])
+
+
 def test_models_that_nobody_reads_are_evicted_before_a_workload_leaves(served, workload, member):
     client = member()
     client.publish(key(1), MODEL)

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from support.architectures import ARCHITECTURES, Architecture
 
-from shared_store.base.errors import StoreUnavailableError
+from shared_store.base.errors import DeclinedError, StoreUnavailableError
 from shared_store.client.session import Session
 
 if TYPE_CHECKING:
@@ -82,10 +82,28 @@ def examine(architecture: Architecture, checkpoint: Path, dtype: str, device_map
     if architecture.generates:
         answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
         facts["tokens"] = answer.tolist()
+    if device_map:
+        facts["swapped"] = swapped(model, inputs)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         facts["saved"] = saved(Path(directory))
     return facts
+
+
+def swapped(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Have this process swapped out; return its state then, and the outputs of the next call."""
+    from wooly_hf.workload import process
+
+    workload = process.current()
+    assert workload is not None
+    try:
+        with Session.connect(autostart=False, name="examiner") as session:
+            session.workloads.move(workload.name, out=True)
+    except DeclinedError as error:
+        return {"declined": str(error)}
+    state = workload.state.value
+    with torch.no_grad():
+        return {"state": state, "outputs": {name: described(it) for name, it in tensors("", model(**inputs))}}
 
 
 def counters() -> dict[str, int]:

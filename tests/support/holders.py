@@ -68,6 +68,11 @@ class Holder:
             self._changed.notify_all()
             self._changed.wait_for(lambda: step not in self.stops)
 
+    def give_up(self):
+        """Give its memory up by itself."""
+        self._copy = self._map[:]
+        self._map.madvise(mmap.MADV_REMOVE)
+
     # The mover.
 
     def leave(self, *, active, within_s, reached):
@@ -77,8 +82,7 @@ class Holder:
             raise DeclinedError(self.refusal or "it has requests")
         reached("leaving")
         self._at("leaving")
-        self._copy = self._map[:]
-        self._map.madvise(mmap.MADV_REMOVE)
+        self.give_up()
         self._at("")
         return self.holdings()
 
@@ -90,6 +94,9 @@ class Holder:
         self.allocate()
         self._at("")
         return self.holdings()
+
+    def prepare_checkpoint(self):
+        self.calls.append(("prepare checkpoint",))
 
     def holdings(self):
         return Holdings(

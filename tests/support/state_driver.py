@@ -70,11 +70,14 @@ class StateDriver(RuleBasedStateMachine):
         self.models = {}  # key: blobs of the committed model
         self.counted_on = {}  # key of a planned publication: digests that were committed before
         self.shared = {}  # token of a withdrawn model: its digests that are not quarantined
+        self.moving = []  # moves of host copies to files
         self.number = self.limit = 0
 
     def teardown(self):
         """Nothing is left after the last client disconnected and all models were removed."""
         plan_module.pack = pack
+        for moving in self.moving:
+            self._carry_out(self.state.cancel_moving(moving))
         for number in list(self.state.clients):
             self._lose(number)
         for name in list(self.models):

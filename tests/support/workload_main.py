@@ -45,6 +45,11 @@ class Workload:
         self._agent.joined_resident(self._holder.holdings())
         return waited
 
+    def deep(self, directory, device):
+        """Open a device, and have a helper that takes this process off it."""
+        self._device = Path(device).open("rb")  # noqa: SIM115 - as long as this process lives
+        self._agent.offer_checkpoints(Path(directory))
+
     def state(self):
         return self._agent.state.value
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from wooly_hf import compat
-from wooly_hf.workload.process import Workload, workload_of
+from wooly_hf.workload.process import current, workload_of
+from wooly_hf.workload.workload import Workload
 
 _CALLS: Final = nn.Module._call_impl.__code__.co_filename
 _NOTHING: Final = (getattr, (contextlib.nullcontext(), "__exit__"))
@@ -38,8 +39,25 @@ def install() -> None:
         compat.wrap_method(name, _changing_it)
 
 
+def watch_graphs(graphs: type[Any] = torch.cuda.CUDAGraph) -> None:
+    """Have replays of a class of graphs enter the gate: a graph has addresses of weights. Idempotent."""
+    stock = graphs.replay
+    if getattr(stock, "wooly", False):
+        return
+
+    @functools.wraps(stock)
+    def replay(self: Any) -> Any:
+        workload = current()
+        with contextlib.nullcontext() if workload is None else workload.gate.using():
+            return stock(self)
+
+    replay.wooly = True  # type: ignore[attr-defined]
+    graphs.replay = replay
+
+
 def guard(model: nn.Module, workload: Workload) -> None:
     """Have all uses of a model enter the gate of its workload."""
+    watch_graphs()
     model.register_forward_pre_hook(_Before(workload), prepend=True)
     model.register_forward_hook(_After(workload), always_call=True)
     for cls in type(model).__mro__:

@@ -6,7 +6,7 @@ models, and goes on once the gate is open. So the gate is closed with all thread
 inside; none of them is in a step then.
 
 Relies on frames: an exception that torch's hooks do not see (``KeyboardInterrupt``) leaves an entry behind whose frame
-runs no more; it is removed when the gate is closed or the thread enters again.
+runs no more; it is removed when the gate is closed, the thread enters again, or :meth:`Gate.look` is called.
 """
 
 from __future__ import annotations
@@ -141,6 +141,11 @@ class Gate:
             self.closed = False
             self._changed.notify_all()
 
+    def look(self) -> None:
+        """Look for entries whose frame has ended: the activity shows them until then."""
+        with self._lock:
+            self._drop_ended()
+
     @property
     def in_use(self) -> bool:
         """Whether threads are inside, or wait."""
@@ -180,17 +185,19 @@ class Gate:
 
     def _drop_ended(self, only: int | None = None) -> None:
         """Remove entries whose frame runs no more. ``only``: of this thread."""
-        threads = [only] if only in self._inside else [] if only is not None else list(self._inside)
-        frames = sys._current_frames() if any(_framed(self._inside[thread]) for thread in threads) else {}
+        threads = [thread for thread in self._inside if only in (None, thread) and _framed(self._inside[thread])]
+        if not threads:
+            return
+        frames, dropped = sys._current_frames(), 0
         for thread in threads:
-            entries = self._inside[thread]
-            if _framed(entries):
-                running = _stack(frames.get(thread))
-                entries = [entry for entry in entries if entry.frame is None or entry.frame in running]
-                if entries:
-                    self._inside[thread] = entries
-                else:
-                    del self._inside[thread]
+            entries, running = self._inside[thread], _stack(frames.get(thread))
+            left = [entry for entry in entries if entry.frame is None or entry.frame in running]
+            dropped += len(entries) - len(left)
+            self._inside[thread] = left
+            if not left:
+                del self._inside[thread]
+        if dropped:
+            self._say()
 
     def _say(self) -> None:
         """Write the activity: threads in models, and threads that wait."""

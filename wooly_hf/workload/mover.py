@@ -120,6 +120,10 @@ class ModelsMover:
         steps.end("weights")
         return self.holdings(moved.nbytes, steps.seconds)
 
+    def prepare_checkpoint(self) -> None:
+        """Decline: the program may call CUDA at any time, and would block. See the interface."""
+        raise DeclinedError("code of a program may call CUDA at any time")
+
     def holdings(self, moved: int = 0, steps: Mapping[str, float] | None = None) -> Holdings:
         """Return the private bytes that the process has now."""
         if self._gate.closed:

@@ -124,6 +124,11 @@ def _counts(registers: Collection[AbsentTensors], is_shared: IsShared) -> list[_
     ]
 
 
+def countable() -> bool:
+    """Whether this torch tells the references to tensors and storages."""
+    return hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+
+
 def _uses(tensor: Any) -> int:
     """Return the references of C++ code to a tensor, and of its Python object."""
     return int(tensor._use_count())

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from shared_store.base import envs
 from shared_store.base.errors import WoolyError
 from shared_store.sleep.sleeper import Sleeper
 from wooly_vllm import compat
@@ -25,7 +24,7 @@ def begin(worker: Any) -> None:
     loader = sharing_loader(worker.vllm_config)
     if loader is None or torch.device(worker.device).type != "cuda":
         return
-    if not (envs.SWAP_FROM_VRAM.get() if loader.options.swap is None else loader.options.swap):
+    if not loader.options.may_be_swapped:
         return
     sleepers = shared_models.sleepers(worker)
     if sleepers:

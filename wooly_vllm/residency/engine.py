@@ -135,6 +135,8 @@ def _start(engine: Any) -> None:
         if hasattr(engine, "input_queue"):
             workload.is_all_of_this_process()
         workload.started(engine)
+        if hasattr(engine, "input_queue"):
+            workload.offer_checkpoints()
 
 
 def _ending(stock: Callable[..., None]) -> Callable[..., None]:

@@ -26,6 +26,7 @@ class EngineMover:
         """Begin without an engine."""
         self._gate: Callable[[], Gate | None] = lambda: None
         self._refusal = ""
+        self._pinned = True
 
     def attach(self, gate: Gate, refusal: str) -> None:
         """Move the engine behind this gate from here on, unless there is a reason against it. Keeps neither alive."""
@@ -42,6 +43,20 @@ class EngineMover:
         """Return to the devices. See the interface."""
         gate = self._attached()
         return gate.boundary.run(lambda: self._come_back(gate))
+
+    def prepare_checkpoint(self) -> None:
+        """Unregister host memory of all workers from the driver. See the interface."""
+        gate = self._attached()
+        if not gate.away:
+            raise DeclinedError("the engine is not away")
+        self._pinned = False
+        gate.boundary.run(lambda: self._unpin(gate.engine))
+
+    @staticmethod
+    def _unpin(engine: Any) -> None:
+        reasons = _reasons(_rpc(engine, "wooly_unpin"))
+        if reasons:
+            raise DeclinedError(f"a worker cannot unregister host memory: {reasons[0]}")
 
     def holdings(self) -> Holdings:
         """Return the bytes that all workers have now."""
@@ -126,6 +141,10 @@ class EngineMover:
             _rpc(engine, "wooly_roll_back")
             raise OutOfMemoryError(f"this engine cannot return to its devices yet: {reasons[0]}")
         watch.passed("map")
+        if not self._pinned:
+            self._pinned = True
+            _rpc(engine, "wooly_pin")
+            watch.passed("pin")
         filled = self._fill(engine)
         watch.passed("fill")
         gate.open()

@@ -149,7 +149,8 @@ def _allocating(stock: Callable[..., Any]) -> Callable[..., Any]:
         if mover.refusal:
             mover.count_outside(cache_bytes(kv_cache_config))
             return stock(self, kv_cache_config, *args, **kwargs)
-        if self.vllm_config.lora_config is not None:
+        if self.vllm_config.lora_config is not None and not self.vllm_config.model_config.enable_sleep_mode:
+            # With sleep mode adapters are in vLLM's pool, which does not release what they leave there.
             mover.set_others(adapters.move_in(compat.models_of(self), mover.memory))
         workspaces.move_in(mover.memory)
         mover.reclaim()
@@ -172,7 +173,8 @@ def _getting_ready(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
-        if sharing_loader(self.vllm_config) is not None:
+        loader = sharing_loader(self.vllm_config)
+        if loader is not None and loader.options.may_be_swapped:
             mover = Mover.of(self)
             mover.get_ready()
             if not mover.refusal:

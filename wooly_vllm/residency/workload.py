@@ -119,6 +119,17 @@ class EngineWorkload:
         self._mover.attach(self.gate, refusal)
         self.agent.joined_resident()
 
+    def offer_checkpoints(self) -> None:
+        """Let the store have the engine's processes taken off their GPU while it is swapped, if they may be.
+
+        Only for an engine in a process of its own: in its caller's, any code may call CUDA.
+        """
+        if self._refusal or len(self.agent.devices) != 1 or self.agent.devices == ("cpu",):
+            return
+        if self._config.parallel_config.data_parallel_size > 1:
+            return  # engines share the process that started them
+        self.agent.offer_checkpoints(self._loader.options.runtime_dir or envs.RUNTIME_DIR.get())
+
     def close(self) -> None:
         """Leave the store. Idempotent."""
         if self.gate is not None:

@@ -15,6 +15,7 @@ from shared_store.cli.checks.environment import environment
 from shared_store.cli.checks.gpu import gpu
 from shared_store.cli.checks.host import file_limit, host_memory, python
 from shared_store.cli.checks.store import runtime_directory, store
+from shared_store.cli.checks.swap import swap_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,8 @@ __all__ = ["Check", "run_all", "transformers", "vllm"]
 
 def run_all(directory: Callable[[], Path]) -> list[Check]:
     """Run all checks. ``directory`` returns the runtime directory, or raises :class:`ConfigError`."""
-    done = [python(), environment(), vllm(), plugin(), transformers(), gpu(), host_memory(), file_limit(), catalog()]
+    done = [python(), environment(), vllm(), plugin(), transformers(), gpu(), host_memory(), file_limit()]
+    done += [swap_directory(), catalog()]
     try:
         found = directory()
     except ConfigError as error:

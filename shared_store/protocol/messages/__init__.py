@@ -6,7 +6,13 @@ A module has the messages of one subject, requests and replies together. The mes
 
 from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
-from shared_store.protocol.messages.checkpoint import CHECKPOINTS, Checkpoint, OfferCheckpoints, Restore
+from shared_store.protocol.messages.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    OfferCheckpoints,
+    PrepareCheckpoint,
+    Restore,
+)
 from shared_store.protocol.messages.codec import (
     ClientMessage,
     StoreMessage,
@@ -143,6 +149,7 @@ __all__ = [
     "Pin",
     "Plan",
     "Planned",
+    "PrepareCheckpoint",
     "Progress",
     "Push",
     "Quarantine",

@@ -6,12 +6,18 @@ itself (requests at once, ``Cancel``, requests of the store, tickets of offers) 
 
 from __future__ import annotations
 
-from shared_store.protocol.messages import activity, residency, workload
+from shared_store.protocol.messages import activity, checkpoint, residency, workload
 
 ABANDON_COMPACTION = "abandon_compaction"
 """The store accepts :class:`~shared_store.protocol.messages.AbandonCompaction`."""
 
-STORE: tuple[str, ...] = (activity.CAPABILITY, ABANDON_COMPACTION, residency.RESIDENCY, workload.WORKLOADS)
+STORE: tuple[str, ...] = (
+    activity.CAPABILITY,
+    ABANDON_COMPACTION,
+    residency.RESIDENCY,
+    workload.WORKLOADS,
+    checkpoint.CHECKPOINTS,
+)
 """Capabilities of this version's store."""
 
 CLIENT: tuple[str, ...] = ()

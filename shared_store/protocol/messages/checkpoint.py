@@ -24,6 +24,13 @@ class OfferCheckpoints(Request, frozen=True, tag="offer_checkpoints", omit_defau
     refusal: str = ""
 
 
+class PrepareCheckpoint(StoreRequest, frozen=True, tag="prepare_checkpoint"):
+    """Unregister host memory from the driver, so that the process can be checkpointed. For the workload's own client.
+
+    Answered by ``Done``; from there on nothing but a return calls CUDA. ``Failed`` (``declined``): it returns, say.
+    """
+
+
 class Checkpoint(StoreRequest, frozen=True, tag="checkpoint"):
     """Take the workload's processes off the GPU. Answered by ``Done`` once they are.
 

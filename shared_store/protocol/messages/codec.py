@@ -9,7 +9,7 @@ import msgspec
 from shared_store.base.errors import ProtocolError
 from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
-from shared_store.protocol.messages.checkpoint import Checkpoint, OfferCheckpoints, Restore
+from shared_store.protocol.messages.checkpoint import Checkpoint, OfferCheckpoints, PrepareCheckpoint, Restore
 from shared_store.protocol.messages.compaction import AbandonCompaction, Compact, Compacted, Compacting, Switched
 from shared_store.protocol.messages.envelope import VERSION, Accepted, Cancel, Message, Progress
 from shared_store.protocol.messages.models import (
@@ -130,6 +130,7 @@ StoreMessage = (
     | Explanation
     | SwapOut
     | SwapIn
+    | PrepareCheckpoint
     | Checkpoint
     | Restore
     | Cancel

@@ -32,6 +32,9 @@ class CopyToHost(Request, frozen=True, tag="copy_to_host", omit_defaults=True):
 
     While another client makes copies of the same segments, the reply waits. ``ahead``: the client does not leave now.
     The request fails (``out_of_memory``) unless the copies fit without taking anything from others.
+
+    A client that sleeps sends it again after a push ``host_copies``, whose detail is the key: its copies moved, and it
+    closes the fds that it has for those in the reply.
     """
 
     key: str

@@ -40,7 +40,8 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     :class:`~shared_store.base.workload_states.WorkloadState`. ``private``: bytes that it has on each of its devices
     now; ``stays``: those of them that a swap does not free; ``needs``: bytes that it has when it is resident.
     ``refusal``: why it must never be swapped out; empty if it may be. ``name``: that it has had in a store before this
-    one; empty: that of the client's identity.
+    one; empty: that of the client's identity. ``deep``: its processes may be taken off their GPU while it is swapped:
+    nothing but a return, which takes memory first, calls CUDA in them.
     """
 
     workload: str
@@ -51,6 +52,7 @@ class Join(Request, frozen=True, tag="join", omit_defaults=True):
     refusal: str = ""
     starting: bool = False
     name: str = ""
+    deep: bool = False
 
 
 class Joined(Reply, frozen=True, tag="joined"):
@@ -93,6 +95,7 @@ class ReportWorkload(Request, frozen=True, tag="report_workload", omit_defaults=
     refusal: str = ""
     moved: int = 0
     steps: tuple[StepTime, ...] = ()
+    deep: bool = False
 
 
 class SwapOut(StoreRequest, frozen=True, tag="swap_out", omit_defaults=True):

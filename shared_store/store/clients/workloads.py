@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from shared_store.base.errors import ProtocolError
+from shared_store.base.errors import ProtocolError, WoolyError
 from shared_store.base.text import one_line
 from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import MAX_NAME
 from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.deep import Deep
 from shared_store.store.residency.swapper import Swapper
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
@@ -42,6 +43,7 @@ class WorkloadRequests:
     _authority: Authority
     _swapper: Swapper
     _session_of: Callable[[int], Session | None]
+    _deep: Deep
 
     async def join(self, session: Session, request: messages.Join) -> Answer:
         """Add a workload; answer with its name and priority.
@@ -76,6 +78,7 @@ class WorkloadRequests:
             UnknownDeviceError: there is no such device on this node.
             RequestCancelledError: the client cancelled the request while it waited.
             ConnectionLostError: the client disconnected while it waited.
+            DeclinedError: the driver does not bring its processes back to their GPU.
         """
         workload = self._state.workloads.by(session.client, request.workload)
         needs = _by_device(request.needs)
@@ -88,6 +91,11 @@ class WorkloadRequests:
         since = time.monotonic()
         wait = Wait(since, workload.priority, needs, workload.id, start=workload.starting)
         preempted = await self._swapper.take(session, wait)
+        try:
+            await self._deep.bring_back(workload, session)
+        except WoolyError:
+            self._state.workloads.end_grant(workload)
+            raise
         return Answer(messages.RoomTaken(request.id, time.monotonic() - since, preempted))
 
     async def report(self, session: Session, request: messages.ReportWorkload) -> Answer:
@@ -129,8 +137,7 @@ class WorkloadRequests:
         if report.state is WorkloadState.SWAPPED and before is WorkloadState.RETURNING:
             self._signals.event("workload_rolled_back", name=workload.name)
         elif report.state in AWAY:
-            event = "workload_checkpointed" if report.state is WorkloadState.CHECKPOINTED else "workload_swapped_out"
-            self._signals.event(event, name=workload.name, bytes=report.moved, took_ms=took_ms)
+            self._signals.event("workload_swapped_out", name=workload.name, bytes=report.moved, took_ms=took_ms)
         elif report.state is WorkloadState.RESIDENT and before is WorkloadState.RETURNING:
             self._signals.event("workload_returned", name=workload.name, bytes=report.moved, took_ms=took_ms)
 
@@ -162,6 +169,7 @@ def _report(request: messages.Join | messages.ReportWorkload, *, refusal: str) -
         one_line(refusal, MAX_TEXT),
         min(max(0, moved), MAX_BYTES),
         {one_line(step.step, MAX_NAME): max(0.0, step.seconds) for step in steps if step.seconds < MAX_BYTES},
+        request.deep,
     )
 
 

@@ -63,23 +63,17 @@ class ResidencyRequests:
         """
         state, key, client = self._state, request.key, session.client.number
         await self._devices.find(HOST)
-        compacted, tier = request.ahead, FILES
-        while True:
-            segments = self._segments(session, key)
-            if state.tiers.being_copied(segments):
-                await self._copies_end(session)
-                continue
-            missing = state.tiers.without_host_copy(segments)
-            needed = sum(state.segments.at(segment).nbytes for segment in missing)
-            device = state.committed[key].manifest.device
-            if not missing or compacted or device == HOST:
-                break
-            await self._admission.compact(HOST, needed)
-            compacted = True
+        if self._away_with_copies(session, key):
+            return self._answer(request.id, key)
+        segments = await self._settled(session, key, compact=not request.ahead)
+        missing = state.tiers.without_host_copy(segments)
+        needed = sum(state.segments.at(segment).nbytes for segment in missing)
+        device = state.committed[key].manifest.device
+        tier = FILES
         if missing and request.ahead:
             tier = await self._budget.tier_ahead(device, needed)
-            segments = self._segments(session, key)
-            if state.tiers.without_host_copy(segments) != missing or state.tiers.being_copied(segments):
+            unchanged = self._segments(session, key) == segments and not state.tiers.being_copied(segments)
+            if not unchanged or state.tiers.without_host_copy(segments) != missing:
                 raise OutOfMemoryError(f"the segments of {key} changed: ask again")
         # From here on the client needs the copies, so that admission does not drop those that exist.
         self._effects.carry_out(state.need(key, client, segments))
@@ -95,6 +89,23 @@ class ResidencyRequests:
         except BaseException:
             self._release(session, key)
             raise
+
+    async def _settled(self, session: Session, key: str, *, compact: bool) -> tuple[int, ...]:
+        """Return the segments of a model once no client copies them, and with ``compact``, after a compaction for them.
+
+        Raises as :meth:`copy_to_host` does.
+        """
+        state = self._state
+        while True:
+            segments = self._segments(session, key)
+            if state.tiers.being_copied(segments):
+                await self._copies_end(session)
+                continue
+            missing = state.tiers.without_host_copy(segments)
+            if not missing or not compact or state.committed[key].manifest.device == HOST:
+                return segments
+            await self._admission.compact(HOST, sum(state.segments.at(segment).nbytes for segment in missing))
+            compact = False
 
     async def fill(self, session: Session, request: messages.FillHostCopy) -> Answer:
         """Allocate a promised host copy; answer with its descriptor.
@@ -219,6 +230,14 @@ class ResidencyRequests:
             raise DigestMismatchError(
                 f"the host copy of blob {blob.digest.hex()[:16]} is {found.hex()[:16]}: not accepted"
             )
+
+    def _away_with_copies(self, session: Session, key: str) -> bool:
+        """Whether a client sleeps with a model that has host copies: it asks for their descriptors again."""
+        state, client = self._state, session.client.number
+        model = state.models.get(key)
+        if model is None or key not in state.committed or client not in model.away:
+            return False
+        return state.tiers.needs(key, client) and not state.tiers.without_host_copy(state.segments_of(key))
 
     def _segments(self, session: Session, key: str) -> tuple[int, ...]:
         """Return the segments of a model that a client reads. Raises :class:`ModelNotFoundError`."""

@@ -49,8 +49,7 @@ class Authority:
 
     async def measure(self) -> None:
         """Measure the memory of all devices that have accounts, and try again where another store had the lock."""
-        for device in self._state.accounts.devices():
-            await self._measure(device)
+        await asyncio.gather(*map(self._measure, self._state.accounts.devices()))
 
     def close(self) -> None:
         """Give the locks up."""

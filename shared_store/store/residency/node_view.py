@@ -50,6 +50,10 @@ class NodeView:
     def needs(self, wait: Wait, used: Sharing) -> dict[str, int]:
         """Return the bytes that a wait is for, by device: its own, and segments that return with the workload."""
         found = {device: nbytes for device, nbytes in wait.needs.items() if self._state.accounts.open(device)}
+        workload = self._state.workloads.get(wait.workload)
+        for device, nbytes in (workload.off or {}).items() if workload is not None else ():
+            if self._state.accounts.open(device):
+                found[device] = found.get(device, 0) + nbytes  # what the driver brings back first
         for segment in used.absent.get(wait.workload, ()) if not wait.publishes else ():
             entry = self._state.segments.at(segment)
             if self._state.accounts.open(entry.device):
@@ -103,6 +107,7 @@ class NodeView:
             NEVER if workload.taken_at is None else workload.taken_at,
             workload.asked,
             workload.spared_until or NEVER,
+            workload.starting,
         )
 
     def _leaves(self, workload: Workload) -> dict[str, int]:

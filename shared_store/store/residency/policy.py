@@ -322,7 +322,8 @@ class _Decisions:
 
 def _candidate(workload: WorkloadView, request: MemoryRequest, settings: Settings, now: float) -> _Candidate | None:
     """Return from when on a workload may be taken from for a request; None: not as time passes."""
-    if not workload.swappable or workload.state not in (WorkloadState.RESIDENT, WorkloadState.RETURNING):
+    returns = workload.state is WorkloadState.RETURNING and not workload.starting
+    if not workload.swappable or not (returns or workload.state is WorkloadState.RESIDENT):
         return None
     busy = workload.running > 0 or workload.waiting > 0
     turn = max(settings.turn_s, TURN_SWAPS * workload.swap_s)
@@ -344,7 +345,6 @@ def _candidate(workload: WorkloadView, request: MemoryRequest, settings: Setting
     else:
         at = now if not workload.priority and not request.priority else stay_over
         reason = f"idle for {idle_s:.1f} s; {request.name} waits"
-    returns = workload.state is WorkloadState.RETURNING
     idle = max(1.0, min(idle_s, settings.idle_after_s))
     return _Candidate(
         workload.name,

@@ -42,7 +42,7 @@ class Publishers:
             needed: returns the bytes of the segments, as of now.
 
         Raises:
-            OutOfMemoryError: they did not fit in time.
+            OutOfMemoryError: they did not fit in time, or never can.
             RequestCancelledError: the client cancelled its request while it waited.
             ConnectionLostError: the client disconnected while it waited.
         """
@@ -62,7 +62,12 @@ class Publishers:
         return needed if needed > self._state.accounts.free(device) else 0
 
     async def _wait(self, session: Session, device: str, nbytes: int, until: float) -> None:
-        client = session.client
+        account, client = self._state.accounts.account(device), session.client
+        if account.budget is not None and nbytes > account.budget - account.reserve:
+            raise OutOfMemoryError(
+                f"not enough memory on {device}: {format_size(nbytes)} are needed, of a budget of "
+                f"{format_size(account.budget)} with a reserve of {format_size(account.reserve)}: raise --budget"
+            )
         workload = self._state.workloads.of(client)
         wait = Wait(
             time.monotonic(),

@@ -69,6 +69,7 @@ class WorkloadView:
         taken_at: when it was last chosen as a victim; ``NEVER`` if it was not.
         asked: it was asked to leave, and has not declined. As good as ``draining``.
         declined_until: it declined, and is not asked again before.
+        starting: it was not resident yet: a start takes long, so nobody keeps a place to wait for its end.
     """
 
     name: str
@@ -85,6 +86,7 @@ class WorkloadView:
     taken_at: float = NEVER
     asked: bool = False
     declined_until: float = NEVER
+    starting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

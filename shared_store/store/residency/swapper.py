@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from shared_store.base.errors import ConnectionLostError
 from shared_store.store.residency import policy
 from shared_store.store.residency.authority import Authority
+from shared_store.store.residency.deep import Deep
 from shared_store.store.residency.departing import Departing
 from shared_store.store.residency.node_view import NodeView, waits_by_name
 from shared_store.store.session import Session, cancelled
@@ -80,6 +81,7 @@ class Swapper:
         departing: Departing,
         signals: Signals,
         *,
+        deep: Deep,
         evict: Evict,
         confirmed: Confirmed,
         settings: policy.Settings,
@@ -90,6 +92,7 @@ class Swapper:
         self._authority = authority
         self._departing = departing
         self._signals = signals
+        self._deep = deep
         self._evict = evict
         self._confirmed = confirmed
         self._settings = settings
@@ -135,6 +138,7 @@ class Swapper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._departing.stop()
+        await self._deep.stop()
         self._authority.close()
 
     async def take(self, session: Session, wait: Wait) -> tuple[str, ...]:
@@ -219,7 +223,17 @@ class Swapper:
         for victim in decision.victims:
             self._leave(victim, by_name.get(victim.for_request))
         await self._carry_out(decision, by_name)
+        self._deep.look(self._pressed())
         return decision.wake_at
+
+    def _pressed(self) -> set[str]:
+        """Return the devices for whose memory a start waits."""
+        return {
+            device
+            for waiting in self._waiting
+            if waiting.wait.start and waiting.wait.blocked_by and not waiting.granted.done()
+            for device in waiting.wait.needs
+        }
 
     async def _carry_out(self, decision: policy.Decision, waiting: Mapping[str, Waiting]) -> None:
         """Grant memory, and evict models for it. After an eviction, decide anew with what is free then."""

@@ -78,6 +78,8 @@ def _held(snapshot: Snapshot, workload: WorkloadView, devices: Collection[str]) 
 def _why(workload: WorkloadView, at: float | None, now: float) -> str:
     if not workload.swappable:
         return f"not swappable ({workload.refusal})" if workload.refusal else "not swappable"
+    if workload.starting:
+        return "starts"
     if workload.state is not WorkloadState.RESIDENT:
         return f"{workload.state.value}"
     if now < workload.declined_until:

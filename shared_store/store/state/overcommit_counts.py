@@ -41,7 +41,11 @@ class OvercommitCounts:
         counted[0] += 1
         counted[1] += max(0, moved)
         for step, seconds in steps.items():
-            self._steps.setdefault(_bounded(step, self._steps), _Durations()).add(max(0.0, seconds))
+            self.took(step, seconds)
+
+    def took(self, step: str, seconds: float) -> None:
+        """Count a step that belongs to no swap, for example a checkpoint."""
+        self._steps.setdefault(_bounded(step, self._steps), _Durations()).add(max(0.0, seconds))
 
     def waited(self, priority: int, seconds: float) -> None:
         """Count a wait for memory that ended, granted or not. ``priority``: 0 (highest) to 4."""

@@ -21,7 +21,7 @@ from shared_store.store.state.models import Asker, Dropped, Models, Outcome, Sta
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
 from shared_store.store.state.residency import FILES, HOST, Residency
 from shared_store.store.state.segments import Segments
-from shared_store.store.state.tiers import HostCopying, Tiers, Use
+from shared_store.store.state.tiers import HostCopying, Moving, Tiers, Use
 from shared_store.store.state.turns import Turns
 from shared_store.store.state.workloads import Workloads
 
@@ -239,6 +239,24 @@ class StoreState:
     def end_copying(self, copying: HostCopying) -> list[Effect]:
         """Add verified host copies to their segments."""
         return [*map(Released, self.tiers.end_copying(copying)), *self.leave_devices()]
+
+    def end_moving(self, moving: Moving) -> tuple[bool, list[Effect]]:
+        """Make a verified file the host copy of its segment. Returns whether that is still possible, and effects."""
+        released = self.tiers.end_moving(moving)
+        if released is None:
+            return False, []
+        owners = self.segments.owners(moving.segment) & self.committed.keys()
+        # The keeper must have the file before it closes the memory.
+        return True, [*self._relocated(sorted(owners)), *map(Released, released)]
+
+    def cancel_moving(self, moving: Moving) -> list[Effect]:
+        """End a move that failed. Idempotent, and without effect after its end."""
+        return [*map(Released, self.tiers.cancel_moving(moving))]
+
+    def last_used(self, segment: int) -> float:
+        """Return when the last of the models in a segment was used last, in Unix seconds."""
+        models = map(self.models.get, self.segments.owners(segment))
+        return max((model.last_used for model in models if model is not None), default=0.0)
 
     def woke(self, client: int, key: str) -> bool:
         """Whether this attachment ends a client's sleep. Counts it."""

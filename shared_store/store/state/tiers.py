@@ -19,7 +19,7 @@ from shared_store.base.layout import Layout
 from shared_store.base.manifest import Blob
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Elsewhere
-from shared_store.store.state.residency import BELOW, HOST, Event, Residency
+from shared_store.store.state.residency import BELOW, FILES, HOST, Event, Residency
 from shared_store.store.state.segments import SegmentEntry, Segments
 
 
@@ -39,6 +39,16 @@ class HostCopying:
     key: str
     client: int
     copies: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Moving:
+    """A host copy that is moved to a file: ids of the segment, its host copy, and the file."""
+
+    token: str
+    segment: int
+    host: int
+    file: int
 
 
 class Tiers:
@@ -118,7 +128,52 @@ class Tiers:
                     self._segments.add_host_copy(segment, host)
         return self.cancel_copying(copying.key, copying.client)
 
+    def movable(self) -> list[int]:
+        """Return the segments that are in host memory alone, unless a client is making copies for them."""
+        return [
+            segment
+            for segment in self._segments.elsewhere - self._segments.filed
+            if self._segments.at(segment).residency is Residency.HOST
+        ]
+
+    def begin_moving(self, segment: int) -> Moving:
+        """Promise a file for the host copy of a segment that is in host memory alone."""
+        token = f"segment {segment} to a file"
+        file = self._segments.promise(FILES, self._segments.at(segment).nbytes, token)
+        self._segments.at(file).placed = self._segments.at(file).nbytes
+        return Moving(token, segment, self.host_of(segment), file)
+
+    def end_moving(self, moving: Moving) -> list[int] | None:
+        """Make a file that is filled and verified the host copy of its segment.
+
+        Returns the segments to release; None, without a change, if the segment is gone, or is not in host memory alone
+        any more.
+        """
+        if not self._segments.has(moving.segment):
+            return None
+        entry = self._segments.at(moving.segment)
+        if entry.host != moving.host or entry.residency is not Residency.HOST:
+            return None
+        self._segments.step(moving.segment, Event.SAVED)
+        released = self._segments.drop_host_copy(moving.segment)
+        self._segments.add_host_copy(moving.segment, moving.file)
+        return released
+
+    def cancel_moving(self, moving: Moving) -> list[int]:
+        """Return the segments to release after a move that failed. Idempotent, and without effect after its end."""
+        return self._segments.drop(moving.token)
+
     # Clients that need host copies.
+
+    def needing(self, segment: int) -> list[tuple[int, str]]:
+        """Return the clients that need the host copy of a segment, by number, and the model that each needs it for."""
+        references = self._segments.at(segment).references
+        return [
+            (client, key)
+            for client, keys in self._keys.items()
+            for key in sorted(keys)
+            if _owner(key, client) in references
+        ]
 
     def need(self, key: str, client: int, segments: Iterable[int]) -> list[int]:
         """Record that a client needs the host copies of these segments of a model.

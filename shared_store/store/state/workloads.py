@@ -42,6 +42,7 @@ class Report:
         refusal: why it must not be swapped out; empty if it may be.
         moved: bytes that the change copied between device and host.
         steps: seconds that the parts of the change took, by name.
+        deep: its processes may be taken off their GPU.
     """
 
     state: WorkloadState
@@ -51,6 +52,7 @@ class Report:
     refusal: str = ""
     moved: int = 0
     steps: Mapping[str, float] = field(default_factory=dict)
+    deep: bool = False
 
 
 @dataclass
@@ -130,6 +132,8 @@ class Workload:
         starved_s: seconds that its ended waits for memory lasted.
         out_s: seconds that its last way out took; 0: unknown.
         in_s: seconds that its last way back took; 0: unknown.
+        deep: its processes may be taken off their GPU.
+        off: private bytes that it has again once the driver brings it back; None: it is not off the GPU.
     """
 
     id: str
@@ -156,6 +160,8 @@ class Workload:
     starved_s: float = 0.0
     out_s: float = 0.0
     in_s: float = 0.0
+    deep: bool = False
+    off: dict[str, int] | None = None
 
     @property
     def cost_s(self) -> float:
@@ -298,9 +304,11 @@ class Workloads:
 
         A grant ends when the workload is resident, or away again.
         """
+        if report.state is not WorkloadState.SWAPPED:
+            self.bring_back(workload)  # it runs
         before, now = workload.state, self._now()
         self._take(workload, report)
-        if report.state is before:
+        if report.state is before or (workload.off is not None and report.state is WorkloadState.SWAPPED):
             return before
         workload.state, workload.since = report.state, now
         took = sum(report.steps.values())
@@ -373,7 +381,21 @@ class Workloads:
         """Take back what a workload was granted and did not use: it asks anew. Idempotent."""
         if workload.grant is not None:
             workload.grant = None
-            workload.state, workload.since = WorkloadState.SWAPPED, self._now()
+            workload.state = WorkloadState.SWAPPED if workload.off is None else WorkloadState.CHECKPOINTED
+            workload.since = self._now()
+
+    def take_off(self, workload: Workload) -> None:
+        """Record that the driver took a swapped workload off its GPU: it has no memory there."""
+        if workload.off is None:
+            workload.off, workload.private = workload.private, dict.fromkeys(workload.private, 0)
+            workload.state, workload.since = WorkloadState.CHECKPOINTED, self._now()
+
+    def bring_back(self, workload: Workload) -> None:
+        """Record that the driver brought a workload back: it is swapped, or returns if it was granted memory."""
+        if workload.off is not None:
+            workload.private, workload.off = workload.off, None
+            if workload.state is WorkloadState.CHECKPOINTED:
+                workload.state, workload.since = WorkloadState.SWAPPED, self._now()
 
     def published(self, client: Client, token: str, device: str, nbytes: int) -> None:
         """Record that a client plans to fill segments: they use the grant of its workload, if there is one."""
@@ -400,7 +422,11 @@ class Workloads:
 
     def _take(self, workload: Workload, report: Report) -> None:
         """Replace the memory of a workload."""
-        workload.private = dict(report.private)
+        if workload.off is None:
+            workload.private = dict(report.private)
+        else:
+            workload.off = dict(report.private)
+        workload.deep = report.deep
         workload.stays = {device: min(nbytes, report.private.get(device, 0)) for device, nbytes in report.stays.items()}
         workload.needs = dict(report.needs)
         workload.refusal = report.refusal
