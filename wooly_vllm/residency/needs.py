@@ -47,14 +47,14 @@ def of_a_start(vllm_config: Any, loader: SharingLoader) -> dict[str, int]:
 
 
 def _resident(vllm_config: Any) -> int:
-    """Return the bytes of the engine's models that are on its device; 0 for several workers, which have parts each."""
+    """Return the bytes of the engine's models that stay on its device; 0 for several workers, which have parts each."""
     parallel = vllm_config.parallel_config
     if parallel.world_size > 1:
         return 0
     if compat.device_of(vllm_config).type != "cuda":
-        return accounting.external_bytes(vllm_config)
+        return accounting.external_bytes(vllm_config, in_use=True)
     with torch.cuda.device(compat.gpu_of(local_ranks(parallel)[0])):
-        return accounting.external_bytes(vllm_config)
+        return accounting.external_bytes(vllm_config, in_use=True)
 
 
 def _on_gpu(vllm_config: Any, rank: int, resident: int) -> int:
