@@ -69,6 +69,7 @@ class Stranger:
     """An executor or scheduler of another package."""
 
 
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn about deprecations in torch
 def test_reasons_in_the_parts_of_an_engine(refusals: Any) -> None:
     assert "its executor is Stranger" in refusals.by_parts(
         SimpleNamespace(model_executor=Stranger(), scheduler=Stranger())
