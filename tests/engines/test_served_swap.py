@@ -5,6 +5,7 @@ The API server, the engine core and its loop are processes and threads as in pro
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import threading
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import SHARING, EngineProcess, status_of
+from support.engines import CPU_SETTINGS, SHARING, EngineProcess, status_of
 from support.plain_workload import PlainWorkload
 from support.servers import CPU_ENVIRONMENT, SMALL_ARGUMENTS, Server
 from support.stores import KeptStore
 from support.waiting import wait_until
 
+from shared_store.base.errors import DeclinedError
 from shared_store.base.workloads import WorkloadStatus
 from shared_store.client.session import Session
 
@@ -56,7 +58,7 @@ def store(module_runtime_dir: Path, tmp_path_factory: Any) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def served(store: Path, checkpoint: Any, tmp_path_factory: Any) -> Iterator[Server]:
     """A server whose dispatch of utilities is open to tests."""
-    environment = {**CPU_ENVIRONMENT, "WOOLY_RUNTIME_DIR": str(store), "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**CPU_ENVIRONMENT, **CPU_SETTINGS, "WOOLY_RUNTIME_DIR": str(store), "VLLM_SERVER_DEV_MODE": "1"}
     log = tmp_path_factory.mktemp("served") / "log"
     with Server("served", str(checkpoint("llama")), log, arguments=ARGUMENTS, environment=environment) as server:
         server.wait_ready(600)
@@ -147,7 +149,8 @@ def test_a_request_that_runs_is_swapped_and_ends_with_the_same_tokens(
     asking = Asking(served)
     wait_until(lambda: row(store).running > 0, "the request to run")
     while asking.waits and row(store).swaps < before + 3:
-        swap(store, out=True)
+        with contextlib.suppress(DeclinedError):  # it is returning already
+            swap(store, out=True)
     assert asking.join() == undisturbed
     assert row(store).swaps > before
 
@@ -169,9 +172,8 @@ def test_a_swapped_server_answers_what_needs_no_device_and_a_request_brings_it_b
 
 def test_a_call_that_needs_the_devices_brings_a_swapped_server_back(store: Path, served: Server) -> None:
     swap(store, out=True)
-    status, _ = asked(served, "POST", "/collective_rpc", {"method": "get_kv_cache_spec"})
-    assert status in {200, 500}  # the result has no JSON, in some versions
-    wait_until(lambda: row(store).state == "resident", "the server to be back")
+    assert asked(served, "POST", "/reset_mm_cache")[0] == 200
+    assert row(store).state == "resident"
 
 
 def test_a_request_waits_without_memory_and_says_whose_it_is(

@@ -163,7 +163,7 @@ class Gate:
             result = stock()
             if self.away:
                 self._changed()
-                if self.has_work():
+                if self.has_work() or self._deferred:
                     self._agent.wanted()
                 else:
                     self._agent.unwanted()
@@ -216,10 +216,9 @@ class Gate:
     def _guarded(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
         def method(*args: Any, **kwargs: Any) -> Any:
-            if _passes(args[0] if args else kwargs.get("method")):
-                return stock(*args, **kwargs)
-            with self.boundary.calling():
-                if not self.away:
+            passes = _passes(args[0] if args else kwargs.get("method"))
+            with self.boundary.calling():  # an executor has one answer at a time
+                if passes or not self.away:
                     return stock(*args, **kwargs)
             return self.resident(lambda: stock(*args, **kwargs))
 

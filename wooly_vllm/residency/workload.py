@@ -115,8 +115,7 @@ class EngineWorkload:
         if refusal:
             self.agent.refuse(refusal)
             compat.logger().warning("wooly: this engine cannot be swapped out: %s", refusal)
-        else:
-            self.gate.guard(engine.model_executor, GUARDED)
+        self.gate.guard(engine.model_executor, GUARDED)
         self._mover.attach(self.gate, refusal)
         self.agent.joined_resident()
 
