@@ -13,6 +13,7 @@ from support.waiting import wait_until
 
 import shared_store.memory.cuda.vmm
 from shared_store.base.errors import OutOfMemoryError, TimedOutError
+from shared_store.base.sizes import format_size
 from shared_store.memory.fake import FakeBackend
 from shared_store.protocol import messages
 from shared_store.runtime.device_lock import GRANTS, try_lock
@@ -158,12 +159,14 @@ def test_a_workload_returns_with_the_segments_that_left_with_it(served, workload
     assert {memory.device: memory.shared for memory in status(served, "one").memory}[DEVICE] >= 20 * MIB
     assert status(served, "one").models == (key(1),)
     one.leave = lambda *_: reader.sleep()
-    other = workload("other", 90)
+    segments = reader.segments
+    other = workload("other", 90, swap=False)
     other.enter()  # more than is free while the weights are there
     assert account(served).segments == 0
     waits = InThread(lambda: one.take_room(10))
     wait_until(lambda: status(served, "one").blocked_by, "the wait: 10 MiB are free, and the weights need 20")
-    assert "waits for 32.0 MiB" in one.explain().lines[0] or "waits for 30.0 MiB" in one.explain().lines[0]
+    needed = 10 * MIB + sum(segment.nbytes for segment in segments)
+    assert f"waits for {format_size(needed)}" in one.explain().lines[0]
     other.close()
     waits.join()
     assert reader.wake()[1] == 0  # nothing is private
