@@ -81,4 +81,8 @@ def kv_bytes_on_cpu(vllm_config: Any) -> int:
     blocks, fixed = cache.num_gpu_blocks_override, cache.kv_cache_memory_bytes
     if blocks is None:
         return int(fixed or 0)
-    return int(blocks) * compat.block_bytes(vllm_config)
+    try:
+        return int(blocks) * compat.block_bytes(vllm_config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        compat.logger().warning("wooly: the size of the KV cache is not known before it exists: %r", error)
+        return 0
