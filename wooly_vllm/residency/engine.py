@@ -32,7 +32,7 @@ def install() -> None:
     Raises:
         ConfigError: this vLLM does not have a name that is needed. Nothing is changed.
     """
-    core, proc = compat.find("vllm.v1.engine.core", "EngineCore", "EngineCoreProc")
+    core, proc, rank = compat.find("vllm.v1.engine.core", "EngineCore", "EngineCoreProc", "DPEngineCoreProc")
     (executor,) = compat.find("vllm.v1.executor.abstract", "Executor")
     compat.find("vllm.v1.core.sched.interface", "PauseState")
     if getattr(executor.__init__, "wooly", False):
@@ -47,7 +47,7 @@ def install() -> None:
         *((core, name, _through(Gate.step)) for name in ("step", "step_with_batch_queue")),
         *((core, name, _through(Gate.changing)) for name in ("add_request", "abort_requests", "reset_prefix_cache")),
         *((core, name, _through(Gate.resident)) for name in ("pause_scheduler", "resume_scheduler")),
-        (proc, "run_busy_loop", _looping),
+        *((kind, "run_busy_loop", _looping) for kind in (proc, rank)),
         (proc, "has_work", _through(Gate.loop_has_work)),
         (proc, "_notify_idle_state_callbacks", _through(Gate.idle)),
         (proc, "_handle_client_request", _messaged),
