@@ -31,7 +31,7 @@ from shared_store.client.session import Session
 from shared_store.memory import Access, Backend, Mapping
 from shared_store.protocol import messages
 from shared_store.runtime.fds import OwnedFd
-from shared_store.sleep.copied_model import copy_model
+from shared_store.sleep.copied_model import HOST, copy_model
 from shared_store.sleep.host_copy import HostCopy, SegmentCopies, copy_segments, fetch_again
 from shared_store.sleep.layout import ModelLayout
 from shared_store.sleep.model import NO_STORE, Model
@@ -240,6 +240,11 @@ class Sleeper:
                 return copy_segments(self._model, progress)
             except ModelNotFoundError as error:
                 log.debug("wooly: the host copy of %s is a model of its own: %s", self._model.manifest.name, error)
+        if self._model.backend.device == HOST:
+            raise UnsupportedError(
+                f"{self._model.manifest.name} cannot leave host memory: the store has it no longer, or its version "
+                "writes no files; restart this process to share it again"
+            )
         return copy_model(self._model, self._spans(), progress)
 
     def _spans(self) -> list[Span]:

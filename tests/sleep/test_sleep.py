@@ -248,6 +248,27 @@ def test_models_that_share_a_segment_wake_at_once(store, process):
         assert resident(store) == before
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+def test_compaction_moves_nothing_that_a_sleeper_will_map(store, process, asleep):
+    """Whether its segments are on the device or not, and although they have dead bytes."""
+    other = process("other")
+    other.publish(key=key(2), model=[[3, 30 * MIB], [9, 20 * MIB]])
+    (engine,) = published(process)
+    addresses = engine.addresses()
+    if not asleep:
+        engine.pin(key=KEY)
+    engine.sleep()
+    other.leave(key=key(2))
+    other.remove(key=key(2))
+    assert engine.compact(device=DEVICE)["freed_bytes"] == 0
+    assert store.status().counters.compactions == 0
+    if not asleep:
+        engine.pin(key=KEY, pinned=False)
+    assert engine.wake()[1] == 0
+    assert engine.addresses() == addresses
+    assert right(engine)
+
+
 def test_a_blob_that_moved_returns_to_host_memory(store, process):
     """A publisher that ended moved it to a segment without a host copy: that segment leaves, and the model is whole."""
     other = process("other")
