@@ -21,7 +21,7 @@ SLACK = 64 * MIB
 
 
 @pytest.fixture
-def store(gpu, directory):
+def store(directory):
     """A store without budgets; its catalog is unreachable."""
     started = StoreProcess(directory, redis_url=f"unix://{directory}/away").start()
     yield started
