@@ -160,7 +160,7 @@ def block_bytes(vllm_config: Any) -> int:
     """Return an estimate of the bytes of one KV block in one worker, for a decoder whose layers are alike."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     (narrow,) = find("vllm.utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE")
-    dtype = model.dtype if cache.cache_dtype == "auto" else narrow[cache.cache_dtype]
+    dtype = narrow.get(cache.cache_dtype, model.dtype)  # `auto` is none
     elements = model.get_num_kv_heads(parallel) * model.get_head_size() * (1 if model.use_mla else 2)
     tokens = cache.block_size or _BLOCK_TOKENS
     return int(model.get_num_layers(parallel) * elements * tokens * dtype.itemsize)

@@ -19,8 +19,13 @@ class SharingLoader(ABC):
     options: Options
 
     @abstractmethod
-    def resident_bytes(self, vllm_config: Any, model_config: Any) -> int:
+    def resident_bytes(self, vllm_config: Any, model_config: Any, *, in_use: bool = False) -> int:
         """Return the bytes of a committed model on the engine's device; 0 if the store does not have it.
+
+        Args:
+            vllm_config: vLLM's.
+            model_config: of the model.
+            in_use: only what stays there whatever the store needs memory for: of a model with readers, or pinned.
 
         Raises:
             WoolyError: the store or the checkpoint cannot be read.

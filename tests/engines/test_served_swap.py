@@ -113,14 +113,14 @@ class Asking:
 
 
 @pytest.fixture
-def full(store: Path, served: Server) -> Iterator[Callable[[], PlainWorkload]]:
+def full(store: Path, served: Server) -> Iterator[Callable[..., PlainWorkload]]:
     """Return a function that swaps the server out, and gives its memory to a workload that never leaves."""
     assert served
     made: list[PlainWorkload] = []
 
-    def take() -> PlainWorkload:
+    def take(mib: int = 24) -> PlainWorkload:
         swap(store, out=True)
-        made.append(PlainWorkload(store, "owner", device="cpu", needs=24, swap=False))
+        made.append(PlainWorkload(store, "owner", device="cpu", needs=mib, swap=False))
         made[-1].join("swapped", 0)
         made[-1].enter()
         return made[-1]
@@ -177,7 +177,7 @@ def test_a_call_that_needs_the_devices_brings_a_swapped_server_back(store: Path,
 
 
 def test_a_request_waits_without_memory_and_says_whose_it_is(
-    store: Path, served: Server, undisturbed: tuple[int, ...], full: Callable[[], PlainWorkload]
+    store: Path, served: Server, undisturbed: tuple[int, ...], full: Callable[..., PlainWorkload]
 ) -> None:
     owner = full()
     asking = Asking(served)
@@ -191,7 +191,7 @@ def test_a_request_waits_without_memory_and_says_whose_it_is(
 
 
 def test_a_request_that_is_aborted_while_it_waits_for_memory_ends_the_wait(
-    store: Path, served: Server, undisturbed: tuple[int, ...], full: Callable[[], PlainWorkload]
+    store: Path, served: Server, undisturbed: tuple[int, ...], full: Callable[..., PlainWorkload]
 ) -> None:
     owner = full()
     connection = http.client.HTTPConnection("127.0.0.1", served._port, timeout=60)
@@ -238,9 +238,9 @@ def test_an_engine_starts_by_taking_memory_of_an_idle_one_and_both_answer_in_tur
 
 
 def test_a_start_without_memory_fails_in_time_and_says_whose_it_is(
-    full: Callable[[], PlainWorkload], another: Callable[..., EngineProcess]
+    full: Callable[..., PlainWorkload], another: Callable[..., EngineProcess]
 ) -> None:
-    full()
+    full(38)
     process = another(WOOLY_START_TIMEOUT="3s")
     error = process.wait("failed")["error"]
     assert "TimedOutError" in error

@@ -70,8 +70,13 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
         """Return the shared bytes that vLLM counts as this engine's before it loads (vLLM 0.32 and later)."""
         return accounting.charged_bytes(vllm_config)
 
-    def resident_bytes(self, vllm_config: Any, model_config: Any) -> int:
+    def resident_bytes(self, vllm_config: Any, model_config: Any, *, in_use: bool = False) -> int:
         """Return the bytes of a committed model on the engine's device; 0 if the store does not have it.
+
+        Args:
+            vllm_config: vLLM's.
+            model_config: of the model.
+            in_use: only what stays there whatever the store needs memory for: of a model with readers, or pinned.
 
         Raises:
             WoolyError: the store or the checkpoint cannot be read.
@@ -84,9 +89,10 @@ class WoolyLoader(BaseModelLoader, SharingLoader):  # type: ignore[misc]  # vLLM
             # Only a model of this engine and version has a key of it. Without one, no key is needed, and the checkpoint
             # is hashed beside the load instead of here.
             committed = {
-                model.key: model.bytes
+                model.key: model.resident_bytes if in_use else model.bytes
                 for model in session.status().models
                 if (model.state, model.device, model.engine) == ("committed", device, settings.named)
+                and (not in_use or model.readers or model.pinned)
             }
             if not committed:
                 return 0

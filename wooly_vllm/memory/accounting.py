@@ -63,22 +63,23 @@ def charged_bytes(vllm_config: Any) -> int:
     return charge(external_bytes(vllm_config), total, vllm_config.cache_config)
 
 
-def external_bytes(vllm_config: Any) -> int:
+def external_bytes(vllm_config: Any, *, in_use: bool = False) -> int:
     """Return the bytes of an engine's models, with its draft model, that the store has on the engine's device.
 
-    0 for a model whose bytes cannot be determined, with a warning.
+    0 for a model whose bytes cannot be determined, with a warning. ``in_use``: only those that stay there, see
+    :meth:`~wooly_vllm.sharing_loader.SharingLoader.resident_bytes`.
     """
     loader = sharing_loader(vllm_config)
     if loader is None:
         return 0
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     models = [vllm_config.model_config, *([draft] if _has_own_checkpoint(vllm_config, draft) else [])]
-    return sum(_resident_bytes(loader, vllm_config, model) for model in models)
+    return sum(_resident_bytes(loader, vllm_config, model, in_use=in_use) for model in models)
 
 
-def _resident_bytes(loader: SharingLoader, vllm_config: Any, model_config: Any) -> int:
+def _resident_bytes(loader: SharingLoader, vllm_config: Any, model_config: Any, *, in_use: bool) -> int:
     try:
-        return loader.resident_bytes(vllm_config, model_config)
+        return loader.resident_bytes(vllm_config, model_config, in_use=in_use)
     except WoolyError as error:
         compat.logger().warning(
             "wooly: cannot determine the shared bytes of %s, the size of the KV cache may be wrong: %s",

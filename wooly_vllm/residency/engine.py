@@ -91,7 +91,13 @@ def _workload(vllm_config: Any) -> EngineWorkload | None:
         loader = sharing_loader(vllm_config)
     except (ConfigError, ValueError):
         return None  # vLLM makes the loader again, and raises
-    return None if loader is None else EngineWorkload(vllm_config, loader)
+    if loader is None:
+        return None
+    try:
+        return EngineWorkload(vllm_config, loader)
+    except (AttributeError, NotImplementedError, OSError, RuntimeError, ValueError) as error:  # its devices are unknown
+        compat.logger().warning("wooly: this engine is no workload, and never swapped out: %r", error)
+        return None
 
 
 def _started(stock: Callable[..., None]) -> Callable[..., None]:
@@ -125,7 +131,7 @@ def _looping(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _start(engine: Any) -> None:
     workload: EngineWorkload | None = getattr(engine.model_executor, _WORKLOAD, None)
-    if workload is None and not hasattr(engine, _LISTED):
+    if workload is None and not hasattr(engine, _LISTED) and sharing_loader(engine.vllm_config) is None:
         listed = ListedEngine(engine.vllm_config)
         setattr(engine, _LISTED, listed)
         weakref.finalize(engine, listed.close).atexit = False
@@ -187,7 +193,7 @@ def _sleeping(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
         workload = workload_of(self)
-        if workload is None:
+        if workload is None or not self.vllm_config.model_config.enable_sleep_mode:
             return stock(self, *args, **kwargs)
         call = functools.partial(stock, self, *args, **kwargs)
         result = call() if workload.gate is None else workload.gate.resident(call)
@@ -211,7 +217,9 @@ def _waking(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def wake_up(self: Any, tags: list[str] | None = None) -> Any:
         workload = workload_of(self)
-        if workload is None or not self.model_executor.is_sleeping:
+        if workload is None or not self.vllm_config.model_config.enable_sleep_mode:
+            return stock(self, tags)
+        if not self.model_executor.is_sleeping:
             return stock(self, tags)
         if tags is not None and set(tags) <= {"scheduling"}:
             return stock(self, tags)

@@ -80,7 +80,7 @@ class EngineMover:
         if gate.away:
             return holdings(gate)
         engine, watch = gate.engine, _Watch()
-        if engine.model_executor.is_sleeping:
+        if engine.model_executor.is_sleeping and engine.vllm_config.model_config.enable_sleep_mode:
             raise DeclinedError("its user put this engine to sleep")
         if not active and gate.has_work():
             raise DeclinedError("it has requests")

@@ -47,14 +47,14 @@ def of_a_start(vllm_config: Any, loader: SharingLoader) -> dict[str, int]:
 
 
 def _resident(vllm_config: Any) -> int:
-    """Return the bytes of the engine's models that are on its device; 0 for several workers, which have parts each."""
+    """Return the bytes of the engine's models that stay on its device; 0 for several workers, which have parts each."""
     parallel = vllm_config.parallel_config
     if parallel.world_size > 1:
         return 0
     if compat.device_of(vllm_config).type != "cuda":
-        return accounting.external_bytes(vllm_config)
+        return accounting.external_bytes(vllm_config, in_use=True)
     with torch.cuda.device(compat.gpu_of(local_ranks(parallel)[0])):
-        return accounting.external_bytes(vllm_config)
+        return accounting.external_bytes(vllm_config, in_use=True)
 
 
 def _on_gpu(vllm_config: Any, rank: int, resident: int) -> int:
@@ -81,4 +81,8 @@ def kv_bytes_on_cpu(vllm_config: Any) -> int:
     blocks, fixed = cache.num_gpu_blocks_override, cache.kv_cache_memory_bytes
     if blocks is None:
         return int(fixed or 0)
-    return int(blocks) * compat.block_bytes(vllm_config)
+    try:
+        return int(blocks) * compat.block_bytes(vllm_config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        compat.logger().warning("wooly: the size of the KV cache is not known before it exists: %r", error)
+        return 0

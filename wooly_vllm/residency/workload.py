@@ -175,7 +175,7 @@ class ListedEngine:
                 refusal=f"its weights are not shared (load format {config.load_config.load_format})",
             )
             agent.join()
-        except (WoolyError, OSError, RuntimeError, NotImplementedError) as error:  # of a platform, too
+        except (WoolyError, AttributeError, OSError, RuntimeError, ValueError) as error:  # of a platform, too
             compat.logger().debug("wooly: no store lists this engine: %s", error)
             return
         agent.joined_resident(Holdings())
