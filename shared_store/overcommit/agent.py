@@ -90,6 +90,7 @@ class Agent:
         self._helper: HelperProcess | None = None
         self._reason = ""
         self._progress: Callable[[str], None] | None = None
+        self._limit: _Limit | None = None
 
     @property
     def workload(self) -> str:
@@ -178,6 +179,8 @@ class Agent:
             self._helper.close()
         if self._moves is not None:
             self._moves.close()
+        if (limit := self._limit) is not None:
+            limit.end()
         if self._session is not None:
             self._session.close()
 
@@ -204,6 +207,7 @@ class Agent:
             TimedOutError: there was no memory in time. The message explains which workloads have it.
             OutOfMemoryError: there will never be so much.
             DeclinedError: it is between its states: :meth:`ensure_resident` comes first.
+            RequestCancelledError: the agent was closed.
         """
         record, room = self._record, self._room
         with record.changed:
@@ -216,7 +220,7 @@ class Agent:
             if record.starting:
                 record.expect(needs)
         self._progress = progress
-        limit = _Limit(timeout_s, self.explain)
+        limit = self._limit = _Limit(timeout_s, self.explain, record)
         try:
             with limit:
                 waited = room.take(needs, limit.withdrawal)
@@ -231,7 +235,7 @@ class Agent:
                 raise TimedOutError(f"no memory was free within {timeout_s:.0f} s. {limit.reason}".rstrip()) from None
             raise
         finally:
-            self._progress = None
+            self._progress = self._limit = None
         with record.changed:
             if not grows:
                 record.apply(WorkloadEvent.RETURN)
@@ -404,11 +408,12 @@ class _Limit:
         reason: why there was no memory.
     """
 
-    def __init__(self, timeout_s: float, explain: Callable[[], str]) -> None:
+    def __init__(self, timeout_s: float, explain: Callable[[], str], record: Record) -> None:
         self.withdrawal = Withdrawal()
         self.passed = False
         self.reason = ""
         self._explain = explain
+        self._record = record
         self._timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), self._pass)
         self._timer.daemon = True
 
@@ -421,7 +426,13 @@ class _Limit:
     def _pass(self) -> None:
         self.reason = self._explain()
         self.passed = True
-        self.withdrawal.withdraw()
+        self.end()
+
+    def end(self) -> None:
+        """End the wait, whether it is for memory or for a store."""
+        with self._record.changed:
+            self.withdrawal.withdraw()
+            self._record.changed.notify_all()
 
 
 def connect(identity: Identity) -> Session:

@@ -97,7 +97,8 @@ def test_strict(job, served, checkpoint):
     one = job("strict", WOOLY_STRICT="1")
     assert one.run("my_model = load(path); result = facts(my_model)[0] > 0", path=checkpoint("llama"))
     clients = [client for client in served().clients if client.pid == one.pid]
-    assert [(client.role, client.kind) for client in clients] == [("reader", "transformers")]
+    found = sorted((client.role, client.kind) for client in clients)
+    assert found == [("idle", "transformers"), ("reader", "transformers")]  # the workload's and the model's
 
 
 def test_everywhere_by_the_environment(job, checkpoint, tmp_path):

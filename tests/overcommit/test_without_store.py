@@ -6,7 +6,7 @@ import pytest
 from support.holders import STAYS
 from support.waiting import wait_until
 
-from shared_store.base.errors import OutOfMemoryError, StoreUnavailableError
+from shared_store.base.errors import OutOfMemoryError, RequestCancelledError, StoreUnavailableError, TimedOutError
 from shared_store.base.workload_states import WorkloadState
 from shared_store.overcommit import alone, moves, room
 from shared_store.protocol import messages
@@ -230,6 +230,24 @@ def test_a_start_without_a_store_goes_on(played, agents, caplog):
     _, join = played.joins()
     assert (join.state, join.starting) == ("resident", False)
     assert agent.wanted()
+
+
+def test_the_time_of_a_start_passes_without_a_store_too(played, agents):
+    agent, _ = agents()
+    played.joins(agent.join)
+    played.close()
+    with pytest.raises(TimedOutError, match="no memory was free within 0 s"):
+        agent.take_room({"cpu": NBYTES}, 0.1)
+
+
+def test_the_end_of_an_agent_ends_the_wait_of_a_start(played, agents):
+    agent, _ = agents()
+    played.joins(agent.join)
+    waits = in_background(agent.take_room, {"cpu": NBYTES}, LIMIT_S)
+    played.next(messages.TakeRoom)
+    agent.close()
+    with pytest.raises(RequestCancelledError):
+        waits()
 
 
 def test_unknown_free_memory_is_no_free_memory():
