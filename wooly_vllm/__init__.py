@@ -29,6 +29,7 @@ def register() -> None:
 
 def _register() -> None:
     from shared_store.base import envs
+    from shared_store.base.errors import ConfigError
     from wooly_vllm import compat, cpu_dispatch
     from wooly_vllm.loading.loader import AutoLoader, WoolyLoader
     from wooly_vllm.memory import accounting
@@ -37,7 +38,10 @@ def _register() -> None:
     compat.call_on_gpu(accounting.install)
     compat.call_on_gpu(sleep.install_in_engine)
     activity.install_in_engine()
-    engine.install()
+    try:
+        engine.install()
+    except ConfigError as error:
+        compat.logger().warning("wooly: engines of this vLLM are no workloads, and never swapped out: %s", error)
     _log_with_vllm()
     if envs.CPU_DISPATCH.get():
         cpu_dispatch.install()

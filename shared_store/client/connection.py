@@ -41,6 +41,7 @@ from shared_store.client.withdrawal import Withdrawal
 from shared_store.protocol import messages
 from shared_store.protocol.messages import capabilities
 from shared_store.protocol.messages.identity import Identity
+from shared_store.runtime.backoff import delays
 from shared_store.runtime.fds import OwnedFds
 from shared_store.runtime.paths import locate
 
@@ -138,7 +139,7 @@ class Connection:
             WoolyError: the error that the store answered.
         """
         deadline = time.monotonic() + timeout_s
-        while True:
+        for lost, delay in enumerate(delays(FIRST_DELAY_S, LONGEST_DELAY_S)):
             self._check()
             link = self._link
             try:
@@ -148,6 +149,9 @@ class Connection:
                     raise
                 self._check()
             self._reconnect(link, min(GREETING_TIMEOUT_S, max(1.0, deadline - time.monotonic())))
+            if lost:  # a store that closes the connection because of this request, each time, is not flooded with it
+                self._closed.wait(min(delay, max(0.0, deadline - time.monotonic())))
+        raise AssertionError  # the delays do not end
 
     def reconnect(self, lost: Link) -> None:
         """Replace a link that has ended. Raises as the constructor does."""

@@ -142,6 +142,7 @@ class Parts:
             evict=self.admission.evict,
             confirmed=self.confirmations.wait,
             settings=Settings(options.idle_after_s, options.min_resident_s, options.turn_s),
+            start_within_s=options.start_timeout_s,
         )
         self.confirmations.observe(self.swapper.changed)
         if inheritance is not None and (inheritance.restarts or inheritance.held.models):

@@ -10,9 +10,9 @@ import time
 import pytest
 from support.content import key
 from support.scripted import ScriptedStore
-from support.waiting import open_fds, process_state, wait_until
+from support.waiting import open_fds, process_state, readable, wait_until
 
-from shared_store.base.errors import TimedOutError
+from shared_store.base.errors import ConnectionLostError, TimedOutError
 from shared_store.client import channel
 from shared_store.client.session import Session
 from shared_store.protocol import messages
@@ -235,3 +235,31 @@ def test_a_session_with_a_store_of_protocol_1_comes_back_after_a_time_out(script
         peer.send(messages.Done(report.id))
         again.join(10)
         assert session.alive
+
+
+def test_a_store_that_closes_the_connection_at_each_request_is_not_flooded(scripted, directory):
+    """The delay between attempts doubles: in two seconds there are no more than eight of them."""
+    peer, session = scripted.welcome(connect(directory))
+    with session:
+        failures = []
+
+        def ask():
+            with pytest.raises((TimedOutError, ConnectionLostError)) as failed:
+                session._connection.call(messages.RecallFiles(1000, ()), messages.FileDigests, 2.0, repeat=True)
+            failures.append(failed.value)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        attempts = 0
+        while asking.is_alive():
+            assert peer.receive() == messages.RecallFiles(1000, ())
+            attempts += 1
+            peer.close()
+            while asking.is_alive() and not readable(scripted.listener, 0.1):
+                pass
+            if asking.is_alive():
+                peer, _ = scripted.accept()
+                peer.send(messages.Welcome(messages.VERSION, "0", os.getpid(), 1))
+                wait_until(lambda at=peer: readable(at.channel.sock, 0.1) or not asking.is_alive(), "an attempt")
+        assert failures
+        assert 3 <= attempts <= 9

@@ -11,6 +11,8 @@ import pytest
 from support.engines import SHARING, status_of
 from support.waiting import wait_until
 
+from shared_store.base.errors import ConfigError
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
@@ -74,6 +76,21 @@ def test_reasons_in_the_parts_of_an_engine(refusals: Any) -> None:
     assert "its executor is Stranger" in refusals.by_parts(
         SimpleNamespace(model_executor=Stranger(), scheduler=Stranger())
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn about deprecations in torch
+def test_a_vllm_without_a_name_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.executor.abstract import Executor
+
+    from wooly_vllm.residency import engine
+
+    before = dict(vars(EngineCore)), dict(vars(EngineCoreProc)), Executor.__init__
+    with monkeypatch.context() as without:
+        without.delattr(EngineCoreProc, "has_work")
+        with pytest.raises(ConfigError, match=r"no EngineCoreProc\.has_work where wooly looks for it"):
+            engine.install()
+    assert (dict(vars(EngineCore)), dict(vars(EngineCoreProc)), Executor.__init__) == before
 
 
 def swappable(runtime_dir: Path) -> dict[str, str]:

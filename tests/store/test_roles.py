@@ -128,6 +128,7 @@ def test_every_request_of_an_administrator_is_checked_before_its_handler():
         *(messages.CopyToHost, messages.FillHostCopy, messages.AddHostCopies),  # the sleep of a reader
         *(messages.GoAway, messages.ReleaseHostCopies),
         *(messages.Join, messages.TakeRoom, messages.ReportWorkload, messages.ExplainWorkload),
+        messages.OfferCheckpoints,  # of a workload of the client's own user
         *(messages.MoveWorkload, messages.SetPriority),  # their handler admits the workload's own user, too
         *(messages.Compacted, messages.AbandonCompaction),  # of a compaction that the client may begin
     }

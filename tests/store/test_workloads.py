@@ -13,6 +13,7 @@ from support.waiting import wait_until
 
 from shared_store.base.errors import (
     DeclinedError,
+    OutOfMemoryError,
     ProtocolError,
     TimedOutError,
     WorkloadNotFoundError,
@@ -24,8 +25,14 @@ BUDGET = 1000  # MiB; half of it is what a workload of these tests needs
 
 
 @pytest.fixture
-def served(directory):
-    options = {"budget": {"fake": BUDGET * MIB}, "vram_reserve": 0, "min_resident_s": 0.0, "turn_s": 0.2}
+def served(directory, request):
+    options = {
+        **getattr(request, "param", {}),
+        "budget": {"fake": BUDGET * MIB},
+        "vram_reserve": 0,
+        "min_resident_s": 0.0,
+        "turn_s": 0.2,
+    }
     with ServedStore(directory, FakeBackend("fake"), **options) as served:
         yield served
 
@@ -115,6 +122,21 @@ def test_a_wait_says_what_it_is_for(served, workload):
     holder.close()
     pending.join()
     assert statuses(served)["one"].starved_s > 0
+
+
+@pytest.mark.parametrize("served", [{"start_timeout_s": 0.3}], indirect=True)
+def test_a_start_waits_for_a_limited_time_and_says_what_for(served, workload):
+    """A return waits for as long as it takes."""
+    holder = workload("holder", swap=False)
+    holder.enter()
+    starting, returning = workload("one", starting=True), workload("two")
+    waits = returning.entering()
+    with pytest.raises(OutOfMemoryError, match=r"no memory was free within 0 s, .*holder"):
+        starting.take_room()
+    assert statuses(served)["one"].waits_s == 0
+    assert waits.waits
+    holder.close()
+    waits.join()
 
 
 def test_one_that_may_not_be_swapped_is_never_asked(served, workload):

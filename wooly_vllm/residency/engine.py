@@ -27,31 +27,38 @@ _LISTED = "_wooly_listed"
 
 
 def install() -> None:
-    """Make engines of this process workloads. Idempotent."""
-    core, proc = compat.find("vllm.v1.engine.core", "EngineCore", "EngineCoreProc")
+    """Make engines of this process workloads. Idempotent.
+
+    Raises:
+        ConfigError: this vLLM does not have a name that is needed. Nothing is changed.
+    """
+    core, proc, rank = compat.find("vllm.v1.engine.core", "EngineCore", "EngineCoreProc", "DPEngineCoreProc")
     (executor,) = compat.find("vllm.v1.executor.abstract", "Executor")
+    compat.find("vllm.v1.core.sched.interface", "PauseState")
     if getattr(executor.__init__, "wooly", False):
         return
-    executor.__init__ = _marked(_starting(executor.__init__))
-    core.__init__ = _started(core.__init__)
-    proc.run_busy_loop = _looping(proc.run_busy_loop)
-    core.shutdown = _ending(core.shutdown)
-    core.sleep, core.wake_up = _sleeping(core.sleep), _waking(core.wake_up)
-    for name in ("step", "step_with_batch_queue"):
-        setattr(core, name, _gated(getattr(core, name), Gate.step))
-    for name in ("add_request", "abort_requests", "reset_prefix_cache"):
-        setattr(core, name, _gated(getattr(core, name), Gate.changing))
-    for name in ("pause_scheduler", "resume_scheduler"):
-        setattr(core, name, _gated(getattr(core, name), Gate.resident))
-    core.is_scheduler_paused = _gated(core.is_scheduler_paused, Gate.paused)
-    proc.has_work = _gated(proc.has_work, Gate.loop_has_work)
-    proc._notify_idle_state_callbacks = _gated(proc._notify_idle_state_callbacks, Gate.idle)
-    proc._handle_client_request = _messaged(proc._handle_client_request)
-
-
-def _marked(method: Any) -> Any:
-    method.wooly = True
-    return method
+    wrappers: list[tuple[type, str, Callable[[Any], Any]]] = [
+        (executor, "__init__", _starting),
+        (core, "__init__", _started),
+        (core, "shutdown", _ending),
+        (core, "sleep", _sleeping),
+        (core, "wake_up", _waking),
+        (core, "is_scheduler_paused", _through(Gate.paused)),
+        *((core, name, _through(Gate.step)) for name in ("step", "step_with_batch_queue")),
+        *((core, name, _through(Gate.changing)) for name in ("add_request", "abort_requests", "reset_prefix_cache")),
+        *((core, name, _through(Gate.resident)) for name in ("pause_scheduler", "resume_scheduler")),
+        *((kind, "run_busy_loop", _looping) for kind in (proc, rank)),
+        (proc, "has_work", _through(Gate.loop_has_work)),
+        (proc, "_notify_idle_state_callbacks", _through(Gate.idle)),
+        (proc, "_handle_client_request", _messaged),
+    ]
+    missing = [f"{owner.__name__}.{name}" for owner, name, _ in wrappers if not hasattr(owner, name)]
+    missing += [f"EngineCoreProc.{name}" for name in ("is_running", "_process_engine_step") if not hasattr(proc, name)]
+    if missing:
+        raise compat.moved(missing[0], AttributeError(missing[0]))
+    for owner, name, wrap in wrappers:
+        setattr(owner, name, wrap(getattr(owner, name)))
+    executor.__init__.wooly = True
 
 
 def workload_of(engine: Any) -> EngineWorkload | None:
@@ -158,17 +165,20 @@ def _ending(stock: Callable[..., None]) -> Callable[..., None]:
     return shutdown
 
 
-def _gated(stock: Callable[..., Any], through: Callable[[Gate, Callable[[], Any]], Any]) -> Callable[..., Any]:
-    """Wrap a method of an engine core to go through its gate."""
+def _through(pass_gate: Callable[[Gate, Callable[[], Any]], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a wrapper of methods of an engine core, which go through its gate."""
 
-    @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gate = _gate_of(self)
-        if gate is None:
-            return stock(self, *args, **kwargs)
-        return through(gate, lambda: stock(self, *args, **kwargs))
+    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            gate = _gate_of(self)
+            if gate is None:
+                return stock(self, *args, **kwargs)
+            return pass_gate(gate, lambda: stock(self, *args, **kwargs))
 
-    return method
+        return method
+
+    return wrap
 
 
 def _messaged(stock: Callable[..., None]) -> Callable[..., None]:

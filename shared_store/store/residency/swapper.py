@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from shared_store.base.errors import ConnectionLostError
+from shared_store.base.errors import ConnectionLostError, OutOfMemoryError
 from shared_store.store.residency import policy
 from shared_store.store.residency.authority import Authority
 from shared_store.store.residency.deep import Deep
@@ -85,6 +85,7 @@ class Swapper:
         evict: Evict,
         confirmed: Confirmed,
         settings: policy.Settings,
+        start_within_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
@@ -96,6 +97,7 @@ class Swapper:
         self._evict = evict
         self._confirmed = confirmed
         self._settings = settings
+        self._start_within_s = start_within_s
         self._now = clock
         self._waiting: list[Waiting] = []
         self._task: asyncio.Task[None] | None = None
@@ -149,7 +151,9 @@ class Swapper:
         Raises:
             RequestCancelledError: the client cancelled its request.
             ConnectionLostError: the client disconnected.
+            OutOfMemoryError: a start waited for longer than it may. The message says what for.
         """
+        within_s = self._start_within_s if wait.start else None
         waiting = Waiting(wait, session, asyncio.get_running_loop().create_future())
         self._state.workloads.wait(wait)
         self._waiting.append(waiting)
@@ -157,7 +161,8 @@ class Swapper:
         gone = asyncio.ensure_future(session.gone.wait())
         try:
             with session.pending.waiting(lambda: self._revoke(waiting)):
-                await asyncio.wait((waiting.granted, gone), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((waiting.granted, gone), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+            passed = not gone.done()
         finally:
             gone.cancel()
             self._waiting.remove(waiting)
@@ -168,6 +173,10 @@ class Swapper:
             raise cancelled()
         if not waiting.granted.done():
             waiting.granted.cancel()
+            if passed:
+                raise OutOfMemoryError(
+                    f"no memory was free within {within_s:.0f} s, the store's WOOLY_START_TIMEOUT. {wait.text}".rstrip()
+                )
             raise ConnectionLostError("the client disconnected while it waited")
         return waiting.preempted
 
