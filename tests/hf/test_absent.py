@@ -45,7 +45,7 @@ NAMES = {
 }
 ACCESSES = {
     "item": lambda it: it["a"],
-    "missing": lambda it: missing(it),
+    "missing": missing,
     "get": lambda it: [it.get("a"), it.get("c", 3)],
     "items": lambda it: list(it.items()),
     "values": lambda it: list(it.values()),
