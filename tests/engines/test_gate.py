@@ -130,3 +130,11 @@ def test_a_paused_engine_is_swapped_as_it_is(engine: Gated, undisturbed: dict[st
 def test_an_engine_with_requests_leaves_only_if_it_may_be_active(engine: Gated) -> None:
     assert "it has requests" in engine.gate("decline")["declined"]
     assert engine.gate("facts")["state"] == "resident"
+
+
+def test_an_engine_whose_contents_are_lost_computes_nothing_any_more(engine: Gated) -> None:
+    """The last test of the engine: it ends."""
+    found = engine.gate("fail_to_return")
+    assert len(found["errors"]) == 2
+    assert "contents are lost" in found["errors"][-1]
+    assert found["away"]

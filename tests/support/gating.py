@@ -135,6 +135,24 @@ class Gating:
         self.engine.abort_request(["running"])
         return {"declined": error}
 
+    def fail_to_return(self) -> dict[str, Any]:
+        """Leave, and return to contents that cannot be restored; return the errors of the next steps."""
+        from wooly_vllm.residency import rows
+
+        def restore(*_: object) -> None:
+            raise RuntimeError("contents are lost")
+
+        self.leave()
+        rows.restore = restore
+        self._add("lost", PROMPTS[0])
+        errors = []
+        for _ in range(2):
+            try:
+                self.engine.step()
+            except Exception as error:  # noqa: BLE001 - returned to the test
+                errors.append(f"{type(error).__name__}: {error}")
+        return {"errors": errors, "away": self.workload.gate.away}  # type: ignore[union-attr]  # it is gated
+
     def _answered(self) -> dict[str, Any]:
         names = sorted(self.answers)
         return {

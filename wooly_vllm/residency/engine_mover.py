@@ -96,9 +96,16 @@ class EngineMover:
             reached("leaving")
             kept = blocks.choose(pool, _blocks_that_fit(engine))
             _agree(gate, _rpc(engine, "wooly_save", kept.ids))
-            left = self._unmap(engine)
         except BaseException:
             gate.open()
+            raise
+        try:
+            left = self._unmap(engine)
+        except DeclinedError:
+            gate.open()
+            raise
+        except BaseException as error:
+            gate.fail(error)
             raise
         blocks.drop(pool, kept.dropped)
         gate.shut()
@@ -145,7 +152,11 @@ class EngineMover:
             self._pinned = True
             _rpc(engine, "wooly_pin")
             watch.passed("pin")
-        filled = self._fill(engine)
+        try:
+            filled = self._fill(engine)
+        except BaseException as error:
+            gate.fail(error)
+            raise
         watch.passed("fill")
         gate.open()
         compat.logger().info("wooly: this engine is back on its devices after %.3f s", sum(watch.steps.values()))

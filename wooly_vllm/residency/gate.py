@@ -55,6 +55,9 @@ class Agent(Protocol):
     def ensure_resident(self, timeout_s: float | None = None) -> None:
         """Block until the workload is resident."""
 
+    def close(self) -> None:
+        """End: whoever waits for its return is told so."""
+
 
 class Gate:
     """The gate of one engine core.
@@ -81,6 +84,7 @@ class Gate:
         self._before = self._states.UNPAUSED
         self._outputs: deque[Any] = deque()
         self._closing = False
+        self._failed: BaseException | None = None
         self._deferred: list[tuple[Any, ...]] = []
 
     @property
@@ -119,6 +123,13 @@ class Gate:
         for message in deferred:
             engine._handle_client_request(*message)
 
+    def fail(self, error: BaseException) -> None:
+        """End the engine at its next step: a worker's memory is in an unknown state, and nothing may be computed."""
+        self.away = True
+        self._failed = error
+        compat.logger().error("wooly: this engine ends, as a move of its memory failed: %s", error)
+        self._agent.close()
+
     def has_work(self) -> bool:
         """Return True if a request could run, were the gate open."""
         scheduler = self.engine.scheduler
@@ -149,6 +160,8 @@ class Gate:
                     return self._outputs.popleft(), False
                 if not self.away:
                     return stock()
+                if self._failed is not None:
+                    raise RuntimeError(f"a move of this engine's memory failed: {self._failed}") from self._failed
                 if isinstance(self.boundary, LoopBoundary):
                     if not self.engine.is_running():
                         self.boundary.linger(_LINGER_S)
@@ -195,7 +208,7 @@ class Gate:
         """Return whether the loop should make steps. An engine that ends, but finishes its requests first, lingers."""
         if not self.away:
             return stock()
-        return not self.engine.is_running() and self.has_work()
+        return self._failed is not None or (not self.engine.is_running() and self.has_work())
 
     def idle(self, stock: Callable[[], None]) -> None:
         """Let the loop say that it is idle, to those that wait for the end of all requests."""
