@@ -99,6 +99,7 @@ class EngineMover:
         except BaseException:
             gate.open()
             raise
+        blocks.drop(pool, kept.dropped)  # their contents are lost, too, if a worker that cannot leave is brought back
         try:
             left = self._unmap(engine)
         except DeclinedError:
@@ -107,7 +108,6 @@ class EngineMover:
         except BaseException as error:
             gate.fail(error)
             raise
-        blocks.drop(pool, kept.dropped)
         gate.shut()
         compat.logger().info(
             "wooly: this engine left its devices: %d KV blocks kept (%d of them of running requests), %d dropped",
