@@ -111,8 +111,8 @@ class ModelsMover:
         for sleeper in sleepers.values():
             try:
                 sleeper.sleep()
-            except WoolyError as error:  # it counts as asleep, and returns as one that is
-                log.warning("wooly: could not take a model off its device completely: %s [%s]", error, error.code)
+            except (WoolyError, OSError) as error:  # it counts as asleep, and returns as one that is
+                log.warning("wooly: could not take a model off its device completely: %r", error)
         for device in self._devices():
             work_on(device).reclaim()
         steps.end("unmap")
