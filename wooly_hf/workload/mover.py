@@ -116,8 +116,11 @@ class ModelsMover:
         for device in self._devices():
             work_on(device).reclaim()
         steps.end("unmap")
-        stays = dict(self._private())
-        self._held = Holdings(stays, stays, needs, moved.nbytes, steps.seconds)
+        stays, shared = dict(self._private()), dict[str, int]()
+        for model, sleeper in sleepers.items():
+            device = store_device(self._models[model].device)
+            shared[device] = shared.get(device, 0) + sleeper.nbytes
+        self._held = Holdings(stays, stays, needs, moved.nbytes, steps.seconds, shared)
         return self._held
 
     def come_back(self) -> Holdings:

@@ -94,16 +94,18 @@ class Mover:
     def holdings(self) -> dict[str, Any]:
         """See :func:`~.worker.wooly_holdings`."""
         private, needs = self._private(), self._outside.needed() + self.memory.nbytes
+        sleepers = self._sleepers()
         return {
             "device": self.memory.backend.device,
             "private": private,
             "stays": private if self.refusal else self._outside.stays(),
             "needs": needs,
+            "shared": sum(sleeper.nbytes for sleeper in sleepers),
             "block_bytes": self.block_bytes,
             "host_bytes": self._space.host_bytes,
             "copy_room": max(0, self._space.room() - self._other_bytes()),
             "refusal": self.refusal,
-            "shares": bool(self._sleepers()),
+            "shares": bool(sleepers),
         }
 
     def prepare(self, blocks: int) -> str:
