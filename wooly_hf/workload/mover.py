@@ -118,8 +118,8 @@ class ModelsMover:
         steps.end("unmap")
         stays, shared = dict(self._private()), dict[str, int]()
         for model, sleeper in sleepers.items():
-            device = store_device(self._models[model].device)
-            shared[device] = shared.get(device, 0) + sleeper.nbytes
+            name = store_device(self._models[model].device)
+            shared[name] = shared.get(name, 0) + sleeper.nbytes
         self._held = Holdings(stays, stays, needs, moved.nbytes, steps.seconds, shared)
         return self._held
 

@@ -142,7 +142,7 @@ class Gate:
 
     def _needs_return(self) -> bool:
         """Return True if somebody waits for steps, for a deferred message, or for the end of all requests."""
-        return self.has_work() or bool(self._deferred or getattr(self.engine, "_idle_state_callbacks", ()))
+        return self.has_work() or bool(self._deferred) or bool(getattr(self.engine, "_idle_state_callbacks", ()))
 
     def _check(self) -> None:
         if self._failed is not None:
