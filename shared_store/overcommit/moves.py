@@ -408,10 +408,11 @@ class Moves:
     def _come_back(self) -> None:
         record = self._record
         with record.changed:
-            self.moving, self._prepared = True, False
+            self.moving = True
         reason, holdings = "", None
         try:
             self.bring_back()
+            self._prepared = False
             holdings = self._mover.come_back()
         except WoolyError as error:
             reason = f"{error} [{error.code}]"

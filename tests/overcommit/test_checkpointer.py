@@ -120,6 +120,29 @@ def test_the_successor_of_a_killed_checkpointer_leaves_all_processes_in_one_stat
     assert set(driver.states.values()) == {ProcessState.RUNNING}
 
 
+def test_an_unlock_that_fails_can_be_repeated():
+    driver = Driver()
+    one = checkpointer(driver)
+    one.take_off(1)
+    driver.failing = {("unlock", 102)}
+    with pytest.raises(MemoryBackendError):
+        one.bring_back()
+    driver.failing = set()
+    one.bring_back()
+    assert set(driver.states.values()) == {ProcessState.RUNNING}
+
+
+def test_a_process_that_ended_while_it_was_off_is_left_out():
+    driver, ended = Driver(), set()
+    one = Checkpointer(driver, lambda: PIDS, lambda pid: pid not in ended)
+    one.take_off(1)
+    ended.add(102)
+    successor = Checkpointer(driver, lambda: PIDS, lambda pid: pid not in ended)
+    successor.resume(PIDS)
+    successor.bring_back()
+    assert driver.states[101] is driver.states[103] is ProcessState.RUNNING
+
+
 def test_a_workload_without_a_gpu_declines():
     one = Checkpointer(Driver(), list)
     with pytest.raises(DeclinedError, match="no process"):

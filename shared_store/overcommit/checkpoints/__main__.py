@@ -32,7 +32,7 @@ from shared_store.client.workload import describe
 from shared_store.memory.cuda.checkpoint import Checkpoints
 from shared_store.overcommit.checkpoints.checkpointer import Checkpointer
 from shared_store.overcommit.checkpoints.helper import LOCKED, RUNNING
-from shared_store.overcommit.checkpoints.processes import with_gpu
+from shared_store.overcommit.checkpoints.processes import runs, with_gpu
 from shared_store.protocol import messages
 from shared_store.runtime import log_lines
 
@@ -53,7 +53,7 @@ class HelperServer:
         self._checkpointer: Checkpointer | None = None
         self.refusal = ""
         try:
-            found = Checkpointer(Checkpoints(), lambda: [pid for pid in with_gpu(leader) if pid != os.getpid()])
+            found = Checkpointer(Checkpoints(), lambda: [pid for pid in with_gpu(leader) if pid != os.getpid()], runs)
             found.resume(pids)
         except WoolyError as error:
             self.refusal = f"{error} [{error.code}]"

@@ -41,11 +41,20 @@ class Checkpointer:
         pids: of the processes that are off the GPU; empty while they run.
     """
 
-    def __init__(self, calls: Calls, find: Callable[[], Sequence[int]]) -> None:
-        """Begin. ``find`` returns the pids of the processes that have a GPU open."""
+    def __init__(
+        self, calls: Calls, find: Callable[[], Sequence[int]], runs: Callable[[int], bool] = lambda _: True
+    ) -> None:
+        """Begin.
+
+        Args:
+            calls: the driver's.
+            find: returns the pids of the processes that have a GPU open.
+            runs: returns whether a process has not ended.
+        """
         self.pids: tuple[int, ...] = ()
         self._calls = calls
         self._find = find
+        self._runs = runs
 
     def resume(self, pids: Sequence[int]) -> None:
         """Take over from a checkpointer that ended.
@@ -58,9 +67,9 @@ class Checkpointer:
         Raises:
             MemoryBackendError: a process cannot be brought back.
         """
-        states = {pid: self._calls.state(pid) for pid in pids}
+        states = {pid: self._calls.state(pid) for pid in pids if self._runs(pid)}
         if states and set(states.values()) == {ProcessState.CHECKPOINTED}:
-            self.pids = tuple(pids)
+            self.pids = tuple(states)
             return
         self._bring_back([pid for pid, state in states.items() if state is ProcessState.CHECKPOINTED])
         for pid, state in states.items():
@@ -114,9 +123,12 @@ class Checkpointer:
         self.pids = ()
 
     def _bring_back(self, pids: Sequence[int]) -> None:
-        self._restore(pids)
-        for pid in pids:
-            self._calls.unlock(pid)
+        """Restore and unlock processes, as far as an earlier attempt has not. Those that have ended are left out."""
+        left = [pid for pid in pids if self._runs(pid)]
+        self._restore(left)
+        for pid in left:
+            if self._calls.state(pid) is ProcessState.LOCKED:
+                self._calls.unlock(pid)
 
     def _restore(self, pids: Sequence[int]) -> None:
         """Restore those processes that are not restored already: an earlier attempt may have failed in between."""

@@ -27,6 +27,11 @@ def with_gpu(leader: int) -> list[int]:
     return [pid for pid in family if pid > 1 and has_gpu(pid)]
 
 
+def runs(pid: int) -> bool:
+    """Return True if a process has not ended."""
+    return (_PROC / str(pid)).exists()
+
+
 def has_gpu(pid: int) -> bool:
     """Return True if a process has a GPU open. False for one that ended, or is another user's."""
     try:
