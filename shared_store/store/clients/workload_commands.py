@@ -47,12 +47,13 @@ class WorkloadCommands:
             PermissionDeniedError: it is another user's, and the client is no administrator.
             DeclinedError: the workload must not be swapped out, or declines.
             TimedOutError: it did not move in time.
-            ConnectionLostError: it disconnected.
+            ConnectionLostError: it disconnected, or the client that waits.
+            RequestCancelledError: the client cancelled the request while it waited.
         """
         workload = self._own(session, request.name, "move")
         task = self._move_out(workload) if request.out else self._move_in(workload)
         if task is not None and request.wait:
-            await asyncio.shield(task)
+            await _end_of(task, session)
         return Answer(messages.Done(request.id, workload.state.value))
 
     async def set_priority(self, session: Session, request: messages.SetPriority) -> Answer:
@@ -119,3 +120,13 @@ class WorkloadCommands:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, WoolyError):
             log.warning("a workload was not swapped in: %s [%s]", error, error.code)
+
+
+async def _end_of(task: asyncio.Task[None], session: Session) -> None:
+    """Wait for the end of a move, which goes on without the client that waits. Raises what the move raised."""
+    done = asyncio.Event()
+    task.add_done_callback(lambda _: done.set())
+    await session.first_of(done)
+    if not task.done():
+        raise ConnectionLostError("the client disconnected while it waited")
+    task.result()

@@ -93,6 +93,7 @@ class WorkloadRequests:
         preempted = await self._swapper.take(session, wait)
         try:
             await self._deep.bring_back(workload, session)
+            session.pending.check()  # what it reported after its cancel did not end the grant of one that was off
         except WoolyError:
             self._state.workloads.end_grant(workload)
             raise

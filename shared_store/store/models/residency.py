@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from dataclasses import dataclass
 
 from shared_store.base.errors import (
@@ -150,6 +151,11 @@ class ResidencyRequests:
                 if not state.segments.has(host):
                     raise
             state.segments.move_promise(host, FILES)
+        if session.client.uid not in {os.getuid(), 0}:
+            raise OutOfMemoryError(
+                f"no host memory for a host copy of {entry.nbytes} bytes within WOOLY_HOST_BUDGET and the limit of "
+                f"{HOST}; a file could be changed by who writes it, so only uid {os.getuid()} may"
+            )
         try:
             return FILES, await self._admission.allocate(FILES, entry.nbytes, key, session.gone)
         except (OutOfMemoryError, ConfigError) as error:

@@ -190,8 +190,9 @@ class Deep:
                 if helper is None or waits or workload.state is not WorkloadState.SWAPPED or not workload.deep:
                     return
                 await self._ask(workload.client, messages.PrepareCheckpoint(0), PREPARE_WITHIN_S)
-                if self._state.workloads.wait_of(workload.id) is not None:
-                    return
+                waits = self._state.workloads.wait_of(workload.id) is not None
+                if waits or workload.state is not WorkloadState.SWAPPED:
+                    return  # it asked for memory meanwhile, or was granted it already
                 await self._ask(helper.client, messages.Checkpoint(0, LOCK_WITHIN_S), CHECKPOINT_WITHIN_S)
                 nbytes = sum(workload.private.values())
                 self._state.workloads.take_off(workload)
@@ -221,7 +222,8 @@ class Deep:
     def _helper(self, workload: Workload) -> Helper | None:
         """Return the helper of a workload, if it is connected."""
         helper = self._helpers.get(workload.id)
-        return helper if helper is not None and self._session_of(helper.client) is not None else None
+        session = None if helper is None else self._session_of(helper.client)
+        return None if session is None or session.gone.is_set() else helper
 
     async def _wait_for_helper(self, workload: Workload, session: Session, until: float) -> Helper:
         while (helper := self._helper(workload)) is None or helper.refusal:

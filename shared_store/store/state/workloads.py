@@ -388,6 +388,11 @@ class Workloads:
         """Record that the driver took a swapped workload off its GPU: it has no memory there."""
         if workload.off is None:
             workload.off, workload.private = workload.private, dict.fromkeys(workload.private, 0)
+            if (grant := workload.grant) is not None:  # it was granted memory meanwhile: it returns at once
+                for device, nbytes in workload.off.items():
+                    grant.nbytes[device] = grant.nbytes.get(device, 0) + nbytes
+                grant.private = dict(workload.private)
+                return
             workload.state, workload.since = WorkloadState.CHECKPOINTED, self._now()
 
     def bring_back(self, workload: Workload) -> None:
