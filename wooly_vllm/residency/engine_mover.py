@@ -6,17 +6,20 @@ one cannot take it. Workers answer with a reason instead of raising, so that eve
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from shared_store.base.errors import DeclinedError, OutOfMemoryError
+from shared_store.base.errors import DeclinedError, OutOfMemoryError, WoolyError
 from shared_store.overcommit.mover import Holdings, Reached
 from wooly_vllm import compat
 from wooly_vllm.residency import blocks
 from wooly_vllm.residency.boundary import deadline
 from wooly_vllm.residency.gate import Gate
+
+T = TypeVar("T")
 
 
 class EngineMover:
@@ -37,12 +40,14 @@ class EngineMover:
         gate, late = self._attached(), deadline(within_s)
         if self._refusal:
             raise DeclinedError(self._refusal)
-        return gate.boundary.run(lambda: self._leave(gate, late, reached, active=active), within_s)
+        return gate.boundary.run(
+            lambda: _whole(gate, lambda: self._leave(gate, late, reached, active=active)), within_s
+        )
 
     def come_back(self) -> Holdings:
         """Return to the devices. See the interface."""
         gate = self._attached()
-        return gate.boundary.run(lambda: self._come_back(gate))
+        return gate.boundary.run(lambda: _whole(gate, lambda: self._come_back(gate)))
 
     def prepare_checkpoint(self) -> None:
         """Unregister host memory of all workers from the driver. See the interface."""
@@ -50,7 +55,7 @@ class EngineMover:
         if not gate.away:
             raise DeclinedError("the engine is not away")
         self._pinned = False
-        gate.boundary.run(lambda: self._unpin(gate.engine))
+        gate.boundary.run(lambda: _whole(gate, lambda: self._unpin(gate.engine)))
 
     @staticmethod
     def _unpin(engine: Any) -> None:
@@ -190,6 +195,22 @@ class _Watch:
     def passed(self, step: str) -> None:
         now = time.monotonic()
         self.steps[step], self._since = now - self._since, now
+
+
+def _whole(gate: Gate, move: Callable[[], T]) -> T:
+    """Make a move. After an error that no worker answered, an engine with several workers computes nothing any more.
+
+    Their executor stops to read answers at the first worker that raises: it would take the others' for those to later
+    calls.
+    """
+    try:
+        return move()
+    except WoolyError:
+        raise
+    except Exception as error:
+        if gate.engine.vllm_config.parallel_config.world_size > 1:
+            gate.fail(error)
+        raise
 
 
 def _rpc(engine: Any, method: str, *args: Any) -> list[Any]:

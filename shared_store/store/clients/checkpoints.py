@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shared_store.base.errors import WorkloadNotFoundError
 from shared_store.base.text import one_line
+from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.store.residency.deep import MAX_REASON, Deep, Helper
 from shared_store.store.residency.swapper import Swapper
@@ -31,6 +32,7 @@ class CheckpointRequests:
         if workload is None or workload.uid != session.client.uid:
             raise WorkloadNotFoundError("no workload with this id has joined")
         helper = Helper(session.client.number, one_line(request.refusal, MAX_REASON))
-        self._deep.offer(workload, helper, off=request.off)
+        resident = workload.state is WorkloadState.RESIDENT  # a late offer: it was brought back meanwhile
+        self._deep.offer(workload, helper, off=request.off and not resident)
         self._swapper.wake()
         return Answer(messages.Done(request.id))
