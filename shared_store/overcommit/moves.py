@@ -133,7 +133,7 @@ class Moves:
                 self._record.changed.notify_all()
 
     def unwanted(self) -> None:
-        """Return no more, unless somebody waits for it."""
+        """Return no more, unless a caller waits for it."""
         with self._record.changed:
             self._wants = False
             if not self._needed():
