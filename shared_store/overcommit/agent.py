@@ -237,7 +237,7 @@ class Agent:
         finally:
             self._progress = self._limit = None
         with record.changed:
-            if not grows:
+            if not grows and record.state in AWAY:  # a store that came meanwhile may list no workloads
                 record.apply(WorkloadEvent.RETURN)
         return waited
 

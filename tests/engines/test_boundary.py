@@ -113,6 +113,27 @@ def test_a_posted_function_that_makes_steps_does_not_run_others_in_between(loop:
     assert inner == ["step", "other"]
 
 
+def test_a_method_that_a_step_calls_runs_no_posted_function(loop: Loop) -> None:
+    order: list[str] = []
+    step, going = threading.Event(), threading.Event()
+
+    def make_step() -> None:
+        going.set()
+        step.wait()
+        with loop.boundary.entered():  # as a step aborts requests, before it takes up its output
+            order.append("abort")
+        order.append("output")
+
+    loop.input_queue.put(make_step)
+    going.wait()
+    thread, _ = in_a_thread(lambda: loop.boundary.run(lambda: order.append("posted")))
+    while not loop.boundary._posted:
+        pass
+    step.set()
+    thread.join()
+    assert order == ["abort", "output", "posted"]
+
+
 def test_waiting_in_the_loop_runs_posted_functions(loop: Loop) -> None:
     open_again = threading.Event()
     loop.input_queue.put(lambda: loop.boundary.wait(open_again.is_set))

@@ -82,6 +82,16 @@ def test_a_step_that_fails_is_undone(step, pid):
     assert one.pids == ()
 
 
+def test_a_restore_that_fails_after_a_failed_step_can_be_repeated():
+    driver = Driver(failing={("checkpoint", 102), ("restore", 101)})
+    one = checkpointer(driver)
+    with pytest.raises(MemoryBackendError):
+        one.take_off(1)
+    driver.failing = set()
+    one.bring_back()
+    assert set(driver.states.values()) == {ProcessState.RUNNING}
+
+
 def test_a_restore_that_fails_can_be_repeated():
     driver = Driver()
     one = checkpointer(driver)

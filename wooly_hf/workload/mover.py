@@ -111,13 +111,16 @@ class ModelsMover:
         for sleeper in sleepers.values():
             try:
                 sleeper.sleep()
-            except WoolyError as error:  # it counts as asleep, and returns as one that is
-                log.warning("wooly: could not take a model off its device completely: %s [%s]", error, error.code)
+            except (WoolyError, OSError) as error:  # it counts as asleep, and returns as one that is
+                log.warning("wooly: could not take a model off its device completely: %r", error)
         for device in self._devices():
             work_on(device).reclaim()
         steps.end("unmap")
-        stays = dict(self._private())
-        self._held = Holdings(stays, stays, needs, moved.nbytes, steps.seconds)
+        stays, shared = dict(self._private()), dict[str, int]()
+        for model, sleeper in sleepers.items():
+            name = store_device(self._models[model].device)
+            shared[name] = shared.get(name, 0) + sleeper.nbytes
+        self._held = Holdings(stays, stays, needs, moved.nbytes, steps.seconds, shared)
         return self._held
 
     def come_back(self) -> Holdings:

@@ -97,6 +97,7 @@ class LoopBoundary(Boundary):
         self._posted: deque[_Posted] = deque()
         self._arrived = threading.Condition()
         self._running = False
+        self._inside = 0
         self._closed = False
 
     def run(self, function: Callable[[], T], within_s: float = 0.0) -> T:
@@ -117,9 +118,14 @@ class LoopBoundary(Boundary):
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Run what was posted, first."""
-        self._run_posted()
-        yield
+        """Run what was posted, first, unless this is called by another method: a step aborts requests in its middle."""
+        if not self._inside:
+            self._run_posted()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:

@@ -99,6 +99,7 @@ class EngineMover:
         except BaseException:
             gate.open()
             raise
+        blocks.drop(pool, kept.dropped)  # their contents are lost, too, if a worker that cannot leave is brought back
         try:
             left = self._unmap(engine)
         except DeclinedError:
@@ -107,7 +108,6 @@ class EngineMover:
         except BaseException as error:
             gate.fail(error)
             raise
-        blocks.drop(pool, kept.dropped)
         gate.shut()
         compat.logger().info(
             "wooly: this engine left its devices: %d KV blocks kept (%d of them of running requests), %d dropped",
@@ -230,8 +230,8 @@ def holdings(gate: Gate, steps: Mapping[str, float] | None = None, moved: Iterab
         copied += int(worker["moved"])
         for step, seconds in worker["steps"].items():
             times[step] = max(times.get(step, 0.0), float(seconds))
-    sums: dict[str, dict[str, int]] = {"private": {}, "stays": {}, "needs": {}}
+    sums: dict[str, dict[str, int]] = {"private": {}, "stays": {}, "needs": {}, "shared": {}}
     for worker in _rpc(gate.engine, "wooly_holdings"):
         for name, devices in sums.items():
             devices[worker["device"]] = devices.get(worker["device"], 0) + int(worker[name])
-    return Holdings(sums["private"], sums["stays"], sums["needs"], copied, times)
+    return Holdings(sums["private"], sums["stays"], sums["needs"], copied, times, sums["shared"])

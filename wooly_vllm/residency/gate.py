@@ -111,7 +111,7 @@ class Gate:
     def shut(self) -> None:
         """Say that the engine left: from here on, work waits for its return."""
         self.away = True
-        if self.has_work():
+        if self._needs_return():
             self._agent.wanted()
 
     def open(self) -> None:
@@ -140,6 +140,14 @@ class Gate:
         waiting -= getattr(scheduler, "num_waiting_for_streaming_input", 0)
         return bool(running or (waiting > 0 and paused == self._states.UNPAUSED))
 
+    def _needs_return(self) -> bool:
+        """Return True if somebody waits for steps, for a deferred message, or for the end of all requests."""
+        return self.has_work() or bool(self._deferred) or bool(getattr(self.engine, "_idle_state_callbacks", ()))
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise RuntimeError(f"a move of this engine's memory failed: {self._failed}") from self._failed
+
     def _make_step(self, engine: Any) -> None:
         if isinstance(self.boundary, LoopBoundary):
             engine._process_engine_step()
@@ -160,8 +168,7 @@ class Gate:
                     return self._outputs.popleft(), False
                 if not self.away:
                     return stock()
-                if self._failed is not None:
-                    raise RuntimeError(f"a move of this engine's memory failed: {self._failed}") from self._failed
+                self._check()
                 if isinstance(self.boundary, LoopBoundary):
                     if not self.engine.is_running():
                         self.boundary.linger(_LINGER_S)
@@ -176,7 +183,7 @@ class Gate:
             result = stock()
             if self.away:
                 self._changed()
-                if self.has_work() or self._deferred:
+                if self._needs_return():
                     self._agent.wanted()
                 else:
                     self._agent.unwanted()
@@ -198,9 +205,11 @@ class Gate:
             with self.boundary.entered():
                 if not self.away:
                     return stock()
+                self._check()
                 self._agent.wanted()
                 if isinstance(self.boundary, LoopBoundary):
-                    self.boundary.wait(lambda: not self.away)
+                    self.boundary.wait(lambda: not self.away or self._failed is not None)
+                    self._check()
                     return stock()
             self._agent.ensure_resident()
 

@@ -23,6 +23,7 @@ from shared_store.memory import Backend
 from shared_store.private.copies import Copy
 from shared_store.private.ranges import PrivateMemory
 from shared_store.sleep.sleeper import Sleeper
+from wooly_vllm import compat
 from wooly_vllm.residency import rows as tables
 from wooly_vllm.residency import shared_models
 from wooly_vllm.residency.host_space import HostSpace
@@ -93,16 +94,18 @@ class Mover:
     def holdings(self) -> dict[str, Any]:
         """See :func:`~.worker.wooly_holdings`."""
         private, needs = self._private(), self._outside.needed() + self.memory.nbytes
+        sleepers = self._sleepers()
         return {
             "device": self.memory.backend.device,
             "private": private,
             "stays": private if self.refusal else self._outside.stays(),
             "needs": needs,
+            "shared": sum(sleeper.nbytes for sleeper in sleepers),
             "block_bytes": self.block_bytes,
             "host_bytes": self._space.host_bytes,
             "copy_room": max(0, self._space.room() - self._other_bytes()),
             "refusal": self.refusal,
-            "shares": bool(self._sleepers()),
+            "shares": bool(sleepers),
         }
 
     def prepare(self, blocks: int) -> str:
@@ -142,15 +145,16 @@ class Mover:
         try:
             with self._timed("weights"):
                 for sleeper in self._sleepers():
+                    slept.append(sleeper)  # it may fail with a part unmapped
                     sleeper.sleep()
-                    slept.append(sleeper)
             with self._timed("unmap"):
                 self.memory.go_away()
                 self._outside.reclaim()
         except (WoolyError, OSError, RuntimeError) as error:
             # Memory that is gone returns before steps may run again: an error here ends the engine.
             self.memory.come_back()
-            self._fill_memory()
+            if lost := self._fill_memory():
+                raise DiskError(f"{_text(error)}; {lost}") from error
             for sleeper in slept:
                 sleeper.wake()
             self._drop_copies()
@@ -195,7 +199,10 @@ class Mover:
         """See :func:`~.worker.wooly_roll_back`."""
         if self._away:
             for sleeper in self._sleepers():
-                sleeper.sleep()
+                try:
+                    sleeper.sleep()
+                except WoolyError as error:  # its host copies are gone, or the store; it is awake for the next attempt
+                    compat.logger().warning("wooly: shared weights stay on this device: %s", _text(error))
             self.memory.go_away()
             self._outside.reclaim()
 

@@ -53,9 +53,9 @@ def wooly_holdings(worker: Any) -> dict[str, Any]:
     """Return the worker's private memory, in bytes.
 
     Keys: ``device`` (``cpu`` or a GPU's UUID); ``private``: on it now; ``stays``: those that a swap does not free;
-    ``needs``: on it when resident; ``host_bytes``: host memory for copies; ``block_bytes``: of one KV block, in all
-    layers of this worker; ``copy_room``: most bytes that copies of blocks may take now; ``refusal``: why this worker
-    cannot leave, or ""; ``shares``: whether its weights are shared.
+    ``needs``: on it when resident; ``shared``: of shared weights that it maps then; ``host_bytes``: host memory for
+    copies; ``block_bytes``: of one KV block, in all layers of this worker; ``copy_room``: most bytes that copies of
+    blocks may take now; ``refusal``: why this worker cannot leave, or ""; ``shares``: whether its weights are shared.
     """
     return Mover.of(worker).holdings()
 

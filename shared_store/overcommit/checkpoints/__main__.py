@@ -53,7 +53,7 @@ class HelperServer:
         self._checkpointer: Checkpointer | None = None
         self.refusal = ""
         try:
-            found = Checkpointer(Checkpoints(), lambda: with_gpu(leader))
+            found = Checkpointer(Checkpoints(), lambda: [pid for pid in with_gpu(leader) if pid != os.getpid()])
             found.resume(pids)
         except WoolyError as error:
             self.refusal = f"{error} [{error.code}]"

@@ -95,7 +95,9 @@ class Checkpointer:
                 self._calls.checkpoint(pid)
                 off.append(pid)
         except WoolyError as error:
+            self.pids = tuple(taken) if off else ()  # bring_back tries again if one cannot be restored now
             self._restore(off)
+            self.pids = ()
             for pid in taken:
                 with contextlib.suppress(MemoryBackendError):  # it ended; the first error is the one to report
                     self._calls.unlock(pid)
