@@ -251,26 +251,27 @@ MEMBER_OF: Variable[str] = Variable(
 )
 VRAM_RESERVE: Variable[int | None] = Variable(
     "WOOLY_VRAM_RESERVE",
-    "Memory that the store keeps free on each device, such as `2GiB`. Unset: `2GiB` on a GPU, `256MiB` on `cpu`.",
+    "Memory that stays free on each device, such as `2GiB`. Unset: `2GiB` on a GPU, `256MiB` on `cpu`.",
     "",
     _optional_amount,
 )
 IDLE_AFTER: Variable[float] = Variable(
     "WOOLY_IDLE_AFTER",
-    "Time without work after which a workload may be swapped out for any other that needs its memory.",
+    "Time without work after which a workload may be swapped out to restore the reserve. For a workload that waits, "
+    "see `WOOLY_MIN_RESIDENT`.",
     "300s",
     _duration,
 )
 MIN_RESIDENT: Variable[float] = Variable(
     "WOOLY_MIN_RESIDENT",
-    "Time for which a workload stays after it returned, although it has nothing to do; never less than four times "
-    "the measured cost of its swap. A P0 workload does not wait for it.",
+    "Time for which an idle workload stays after it returned, while others of its priority or a lower one wait; never "
+    "less than four times the measured cost of its swap. A P0 workload that waits does not wait for it.",
     "2s",
     _duration,
 )
 TURN: Variable[float] = Variable(
     "WOOLY_TURN",
-    "Time for which a workload with work stays after it returned, while others of its priority wait; never less than "
+    "Time for which a busy workload stays after it returned, while others of its priority wait; never less than "
     "ten times the measured cost of its swap.",
     "5s",
     _duration,
@@ -304,7 +305,7 @@ LOCK_DIR: Variable[Path] = Variable(
 )
 START_TIMEOUT: Variable[float] = Variable(
     "WOOLY_START_TIMEOUT",
-    "Longest time for which a start waits for memory. vLLM gives up at 600 seconds.",
+    "Longest time for which a start waits for memory. The limit of vLLM itself is 600 seconds.",
     "540s",
     _duration,
 )

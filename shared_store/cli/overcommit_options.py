@@ -43,7 +43,7 @@ IdleAfter = Annotated[
     typer.Option(
         "--idle-after",
         metavar="DURATION",
-        help="Time without work after which a workload may be swapped out for any other.  "
+        help="Time without work after which a workload may be swapped out to restore the reserve.  "
         "[default: WOOLY_IDLE_AFTER, else 300s]",
     ),
 ]
@@ -52,7 +52,7 @@ MinResident = Annotated[
     typer.Option(
         "--min-resident",
         metavar="DURATION",
-        help="Time for which a workload without work stays after its return.  [default: WOOLY_MIN_RESIDENT, else 2s]",
+        help="Time for which an idle workload stays after its return.  [default: WOOLY_MIN_RESIDENT, else 2s]",
     ),
 ]
 Turn = Annotated[
@@ -60,7 +60,7 @@ Turn = Annotated[
     typer.Option(
         "--turn",
         metavar="DURATION",
-        help="Time for which a workload with work stays after its return, while others of its priority wait.  "
+        help="Time for which a busy workload stays after its return, while others of its priority wait.  "
         "[default: WOOLY_TURN, else 5s]",
     ),
 ]

@@ -17,8 +17,7 @@ def command(
 ) -> None:
     """Set the priority of a workload.
 
-    It holds until the workload ends. The store must allow the workload's user the priority (`wooly serve
-    --max-priority`).
+    It lasts until the workload ends. `wooly serve --max-priority` may limit it for the workload's user.
 
     \b
     Example:

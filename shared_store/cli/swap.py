@@ -22,14 +22,14 @@ def command(
     ],
     name: WorkloadName,
     *,
-    wait: Annotated[bool, typer.Option("--wait", help="Return once it is there.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return once the swap is complete.")] = False,
     runtime_dir: RuntimeDir = None,
 ) -> None:
     """Swap a workload out, or in.
 
-    A workload that is out returns by itself when a request arrives, so nothing is lost. Requests that run are kept, and
-    go on after the return. To swap in takes memory as a request does: others may have to leave. Exit code 22: the
-    workload declined, with the reason.
+    A workload that is out returns by itself when a request arrives. Running requests are not lost, and go on after the
+    return. `wooly swap in` takes memory as a request does: other workloads may have to leave. Exit code 22: the
+    workload declined; the message has the reason.
 
     \b
     Examples:

@@ -5,7 +5,7 @@ from shared_store.cli.options import Json, RuntimeDir, WorkloadName, connect_for
 
 
 def command(name: WorkloadName, *, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
-    """Explain why a workload is where it is: what it waits for, who has the memory, and what would help.
+    """Explain a workload's state: the memory that it waits for, the workloads that have it, and what would help.
 
     \b
     Example:

@@ -253,7 +253,7 @@ class Agent:
             self._moved_by_itself(WorkloadState.RESIDENT, holdings)
 
     def left_by_itself(self, holdings: Holdings | None = None) -> None:
-        """Say that the engine gave its memory up by request of its user: it stays away until :meth:`take_room`.
+        """Say that the engine released its memory by request of its user: it stays away until :meth:`take_room`.
 
         Args:
             holdings: the bytes that it has; None: the agent asks the mover, in its own thread.

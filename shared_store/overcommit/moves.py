@@ -133,7 +133,7 @@ class Moves:
                 self._record.changed.notify_all()
 
     def unwanted(self) -> None:
-        """Return no more, unless somebody waits for it."""
+        """Return no more, unless a caller waits for it."""
         with self._record.changed:
             self._wants = False
             if not self._needed():
@@ -390,7 +390,7 @@ class Moves:
             self._said = reason
 
     def _return_alone(self, why: str) -> None:
-        """Return without a store, if nobody else does and there is room."""
+        """Return without a store, if no other process does and enough memory is free."""
         record = self._record
         with record.changed:
             needs = record.whole()

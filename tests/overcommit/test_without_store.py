@@ -155,7 +155,7 @@ def test_without_work_it_stays_away(played, swapped):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_without_room_beside_the_reserve_it_says_what_it_waits_for(played, swapped, monkeypatch, caplog):
+def test_without_memory_beside_the_reserve_it_says_what_it_waits_for(played, swapped, monkeypatch, caplog):
     monkeypatch.setenv("WOOLY_VRAM_RESERVE", "4096TiB")
     agent, holder = swapped()
     played.close()

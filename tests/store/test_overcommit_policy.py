@@ -333,7 +333,7 @@ def test_waking_up_brings_victims_and_not_too_late(snapshot):
 
 
 @given(ONE)
-def test_who_waits_is_told_the_names(snapshot):
+def test_a_waiting_workload_is_told_the_names(snapshot):
     """Everything that has memory of the devices that are short is named, and nothing that has none."""
     (request,) = snapshot.requests
     for wait in decide(snapshot, SETTINGS, NOW).waits:

@@ -165,7 +165,7 @@ def test_one_that_declines_is_counted_and_the_next_one_leaves(served, workload):
     assert ("swap_refused", {"name": "stubborn", "code": "declined", "reason": "a request arrived"}) in served.events
 
 
-def test_one_that_does_not_answer_is_given_up_and_the_next_one_leaves(served, workload):
+def test_one_that_does_not_answer_is_spared_and_the_next_one_leaves(served, workload):
     hung, other = workload("hung", 400, priority=2), workload("other", 400, priority=2)
     hung.enter()
     other.enter()

@@ -16,7 +16,7 @@ STAYS = 4096
 
 
 class Holder:
-    """Holds bytes in a memory file. A `Mover`: their pages are given back and come back with their content.
+    """Holds bytes in a memory file. A `Mover`: their pages are released and come back with their content.
 
     A step whose name is in `stops` waits until the test removes it. A return raises the errors in `failures` first.
     """
@@ -69,7 +69,7 @@ class Holder:
             self._changed.wait_for(lambda: step not in self.stops)
 
     def give_up(self):
-        """Give its memory up by itself."""
+        """Release its memory by itself."""
         self._copy = self._map[:]
         self._map.madvise(mmap.MADV_REMOVE)
 

@@ -39,7 +39,7 @@ class Workload:
         return self._agent.name
 
     def start(self, timeout_s=60.0):
-        """Take memory, and hold it. Returns the seconds that it waited."""
+        """Take memory, and allocate it. Returns the seconds that it waited."""
         waited = self._agent.take_room({"cpu": self._holder.nbytes}, timeout_s)
         self._holder.allocate()
         self._agent.joined_resident(self._holder.holdings())

@@ -51,7 +51,7 @@ def watch_graphs(graphs: type[Any] = torch.cuda.CUDAGraph) -> None:
         with contextlib.nullcontext() if workload is None else workload.gate.using():
             return stock(self)
 
-    replay.wooly = True  # type: ignore[attr-defined]
+    replay.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     graphs.replay = replay
 
 
@@ -73,7 +73,7 @@ def _using_it(stock: Callable[..., Any]) -> Callable[..., Any]:
         with _using(self):
             return stock(self, *args, **kwargs)
 
-    method.wooly = True  # type: ignore[attr-defined]
+    method.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     return method
 
 
@@ -88,7 +88,7 @@ def _changing_it(stock: Callable[..., Any]) -> Callable[..., Any]:
             workload.measure(self)
         return result
 
-    method.wooly = True  # type: ignore[attr-defined]
+    method.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     return method
 
 

@@ -2,7 +2,7 @@
 
 What leaves are shared weights. They are immutable, and their host copies are made before the gate closes, so that
 threads wait only while memory is unmapped. Private memory stays: heads, adapters, the cache of a generation that waits
-at the gate. On a GPU torch's unused memory is given back.
+at the gate. On a GPU torch's unused memory is released.
 """
 
 from __future__ import annotations

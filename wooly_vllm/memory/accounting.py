@@ -131,7 +131,7 @@ def _within_a_turn(init_device: Callable[[Any], Any]) -> Callable[[Any], Any]:
         finally:
             _current.clear()
 
-    wrapper.wooly = True  # type: ignore[attr-defined]
+    wrapper.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     return wrapper
 
 

@@ -106,5 +106,5 @@ def corrected(measure: Callable[[Any], None], others: Callable[[], Others | None
             self.cuda_memory -= taken
             self.non_torch_memory -= taken
 
-    wrapper.wooly = True  # type: ignore[attr-defined]
+    wrapper.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     return wrapper

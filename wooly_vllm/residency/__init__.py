@@ -1,1 +1,1 @@
-"""Shared weights that leave the device and return: sleep and wake."""
+"""Memory of engines that leaves the device and returns: sleep and wake, and swaps."""

@@ -28,7 +28,7 @@ _FROM_COUNTING: Final = 1
 def move_in(memory: PrivateMemory) -> int:
     """Move this process's workspaces into ranges. Returns their bytes.
 
-    A workspace of which somebody keeps a view stays.
+    A workspace stays if anything else has a view of it.
 
     Raises:
         OutOfMemoryError: the device has no memory for a second copy, which exists for a moment.

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class HelperProcess:
     """The helper of the workload that this process speaks for. Ends with this process, or :meth:`close`.
 
-    Relies on threads of this process: while one of them holds the interpreter's lock in a call into CUDA that is
+    Relies on threads of this process: while one of them has the interpreter's lock in a call into CUDA that is
     blocked, no other helper is started.
     """
 

@@ -34,7 +34,7 @@ class PrepareCheckpoint(StoreRequest, frozen=True, tag="prepare_checkpoint"):
 class Checkpoint(StoreRequest, frozen=True, tag="checkpoint"):
     """Take the workload's processes off the GPU. Answered by ``Done`` once they are.
 
-    ``Failed`` (``declined``): they run, and nothing changed. The helper gives up after ``within_s`` seconds.
+    ``Failed`` (``declined``): they run, and nothing changed. The helper stops trying after ``within_s`` seconds.
     """
 
     within_s: float

@@ -41,7 +41,7 @@ def _devices(status: Status) -> Iterator[Metric]:
     )
     yield gauge(
         "wooly_reserve_bytes",
-        "Bytes that the store keeps free.",
+        "Bytes that stay free.",
         ("device",),
         [((one.id,), one.reserve_bytes) for one in devices],
     )
@@ -95,7 +95,7 @@ def _workloads(status: Status) -> Iterator[Metric]:
         [((one.name, str(one.priority)), one.waits_s) for one in workloads],
     )
     starved = CounterMetricFamily(
-        "wooly_workload_starved_seconds", "How long a workload waited for memory in all.", labels=labels
+        "wooly_workload_starved_seconds", "How long a workload has waited for memory in total.", labels=labels
     )
     swaps = CounterMetricFamily("wooly_workload_swaps", "How often a workload was swapped out.", labels=labels)
     for one in workloads:
@@ -119,7 +119,7 @@ def _swaps(status: Status) -> Iterator[Metric]:
     yield durations("wooly_swap_step_seconds", "Duration of a swap's part.", "step", found.steps)
     yield durations(
         "wooly_memory_wait_seconds",
-        "How long workloads waited for memory, until they were granted it or gave up.",
+        "How long workloads waited for memory, until they were granted it or stopped waiting.",
         "priority",
         found.waits,
     )

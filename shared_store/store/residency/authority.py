@@ -52,7 +52,7 @@ class Authority:
         await asyncio.gather(*map(self._measure, self._state.accounts.devices()))
 
     def close(self) -> None:
-        """Give the locks up."""
+        """Release the locks."""
         for lock in self._locks.values():
             lock.close()
         self._locks.clear()

@@ -1,4 +1,4 @@
-"""Why a workload is where it is, in words: ``wooly why``."""
+"""The reasons for a workload's state, in words: ``wooly why``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Explanations:
         wait = self._state.workloads.wait_of(workload.id)
         lines = [self._head(workload, wait, used, now)]
         if wait is not None:
-            lines += wait.text.split("; ") if wait.text else ["it was not decided yet"]
+            lines += wait.text.split("; ") if wait.text else ["the store has not decided about it yet"]
             for device in self._view.needs(wait, used):
                 lines += self._device(device, used)
         if workload.refusal:
@@ -38,7 +38,7 @@ class Explanations:
 
     def _head(self, workload: Workload, wait: Wait | None, used: Sharing, now: float) -> str:
         begin = f"{workload.name} ({workload.kind}, P{workload.priority}) is {workload.state.value}"
-        since = f"since {max(0.0, now - workload.since):.1f} s"
+        since = f"for {max(0.0, now - workload.since):.1f} s"
         if wait is not None:
             needs = ", ".join(
                 f"{format_size(nbytes)} on {device}" for device, nbytes in self._view.needs(wait, used).items()
@@ -48,7 +48,7 @@ class Explanations:
         if workload.state is WorkloadState.RETURNING:
             return f"{begin} {since}: it was granted memory, and has not reported that it is resident"
         if workload.state in AWAY:
-            return f"{begin} {since}: no request arrived since"
+            return f"{begin} {since}: no request has arrived"
         if workload.asked:
             return f"{begin} {since}, and was asked to leave"
         return f"{begin} {since}"

@@ -19,10 +19,10 @@ class Settings:
     """Times of a node.
 
     Attributes:
-        idle_after_s: without work for so long, a workload may be taken from for the reserve, too.
-        min_resident_s: a workload with nothing to do keeps its memory for so long after it returned, and for
+        idle_after_s: a workload without work for so long leaves for the reserve.
+        min_resident_s: an idle workload stays for so long after it returned, and for
             ``MIN_RESIDENT_SWAPS`` times its swap cost at least.
-        turn_s: an active workload keeps its memory for so long while others of equal priority wait, and for
+        turn_s: a busy workload stays for so long after it returned, while others of equal priority wait, and for
             ``TURN_SWAPS`` times its swap cost at least.
     """
 
@@ -69,7 +69,7 @@ class WorkloadView:
         taken_at: when it was last chosen as a victim; ``NEVER`` if it was not.
         asked: it was asked to leave, and has not declined. As good as ``draining``.
         declined_until: it declined, and is not asked again before.
-        starting: it was not resident yet: a start takes long, so nobody keeps a place to wait for its end.
+        starting: it was not resident yet: a start takes long, so no request reserves memory until its end.
     """
 
     name: str

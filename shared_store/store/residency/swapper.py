@@ -1,6 +1,6 @@
 """Acts on the policy: grants memory to those that wait for it, evicts models, and asks workloads to leave.
 
-It decides after each change of the state while somebody waits, whenever the policy says, and now and then: steps of
+It decides after each change of the state while a request waits, whenever the policy says, and now and then: steps of
 engines and memory of other processes change without a message. After a restart of the store it decides nothing until
 workloads had time to join again, because their memory is not known before.
 """
@@ -35,10 +35,10 @@ PAUSE_S: Final = 0.005
 """Seconds between two decisions, however often the state changes."""
 
 LOOK_S: Final = 0.1
-"""Seconds between two decisions while somebody waits."""
+"""Seconds between two decisions while a request waits."""
 
 KEEP_S: Final = 5.0
-"""Seconds between two decisions while nobody waits, for the reserve."""
+"""Seconds between two decisions while no request waits, for the reserve."""
 
 PUSH: Final = "room"
 """Kind of the pushes that tell a client why it waits."""
@@ -118,7 +118,7 @@ class Swapper:
         return max(0.0, self._held_until - self._now(), self._state.grace.left_s)
 
     def changed(self) -> None:
-        """Decide again if somebody waits: the state changed."""
+        """Decide again if a request waits: the state changed."""
         if self._state.workloads.waits:
             self.wake()
 
@@ -290,7 +290,7 @@ class Swapper:
         self._signals.changed()
 
     def _leave(self, victim: policy.Victim, waiting: Waiting | None) -> None:
-        """Ask a victim to leave, for somebody that waits or for the reserve."""
+        """Ask a victim to leave, for a request or for the reserve."""
         workload = self._named(victim.name)
         if workload is None or workload.asked:
             return
@@ -299,7 +299,7 @@ class Swapper:
             waiting.asked[victim.name] = None
 
     def _explain(self, waiting: Waiting, blocked_by: tuple[str, ...], text: str) -> None:
-        """Record why somebody waits, and push it if it has changed."""
+        """Record why a request waits, and push the reason if it has changed."""
         wait = waiting.wait
         if blocked_by != wait.blocked_by or not wait.text:
             wait.blocked_by = blocked_by

@@ -60,7 +60,7 @@ def explain(
             lines.append(f"{FOREIGN} have {format_size(memory.foreign)} on {device}")
         if memory is not None and 0 < nbytes <= memory.reserve:
             blocked_by.append(RESERVE)
-            lines.append(f"the {RESERVE} of {format_size(memory.reserve)} would do")
+            lines.append(f"the {RESERVE} of {format_size(memory.reserve)} would be enough")
     lines.extend(_help(request, snapshot, missing, holders, times))
     return Wait(request.name, tuple(dict.fromkeys(blocked_by)), "; ".join(lines) or "waits for the next decision")
 
