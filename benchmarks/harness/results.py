@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +50,27 @@ def merge(file: Path, part: str, found: Figures, seconds: float, facts: dict[str
     result["raw"] |= found.raw
     figures = {name: value for name, value in result.items() if name not in ("versions", "parts", "raw")}
     write(file, {"versions": facts, **figures, **found.numbers, "parts": result["parts"], "raw": result["raw"]})
+
+
+def join(files: Iterable[Path], target: Path) -> None:
+    """Merge the parts of several files of :func:`merge` into one. A part of a later file replaces an earlier one.
+
+    Raises:
+        SystemExit: the files are from different machines or versions.
+    """
+    result = read(target)
+    for file in files:
+        found = read(file)
+        if result and result["versions"] != found["versions"]:
+            raise SystemExit(f"{file} has other versions than the files before: {found['versions']}")
+        result = result or {"versions": found["versions"], "parts": {}, "raw": {}}
+        for part, facts in found["parts"].items():
+            for name in result["parts"].get(part, {}).get("figures", ()):
+                result.pop(name, None)
+            for name in result["parts"].get(part, {}).get("raw", ()):
+                result["raw"].pop(name, None)
+            result["parts"][part] = facts
+            result |= {name: found[name] for name in facts["figures"]}
+            result["raw"] |= {name: found["raw"][name] for name in facts["raw"]}
+    figures = {name: value for name, value in result.items() if name not in ("versions", "parts", "raw")}
+    write(target, {"versions": result["versions"], **figures, "parts": result["parts"], "raw": result["raw"]})

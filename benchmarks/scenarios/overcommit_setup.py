@@ -83,7 +83,6 @@ class Setup:
         budget_s: seconds in which the part ``density`` starts engines.
         rate: requests a second for each model in the parts ``mix_*``.
         seconds: of the trace of the parts ``mix_*``.
-        eager: engines of ``density`` and of the families run without CUDA graphs; others have them on a GPU.
     """
 
     device: str
@@ -192,6 +191,7 @@ class Setup:
 
     def _environment(self, node: Node) -> dict[str, str]:
         found = {"WOOLY_SWAP_DIR": str(node.scratch / "swap"), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        found |= {"VLLM_SERVER_DEV_MODE": "1"}  # for `/sleep` and `/wake_up`
         if not self.on_gpu:
             found |= {name: value for name, value in CPU_ENVIRONMENT.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
             found |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
