@@ -10,8 +10,8 @@ merged into ``--out``: medians by name, and under ``raw`` the values of each med
 
 swap       An engine with 64 running requests and 16 GiB of KV cache is swapped out between two steps. ``swap_out_*``:
            from the request to the store until the memory is free; ``first``: the first swap of each of ``--firsts``
-           engines; ``later``: twelve or more of one. ``swap_in_*``: until the next step is done. The parts have the names
-           of the engine's steps. ``swapped_vram_mib``: what it keeps of the GPU while it has no requests.
+           engines; ``later``: twelve or more of one. ``swap_in_*``: until the next step is done. Parts have the names of
+           the engine's steps. ``swapped_vram_mib``: what it keeps of the GPU while it has no requests.
            30 GiB of GPU memory, 3 minutes.
 tokens     The same engine answers 64 requests five times and is swapped 20 times in each, with both model runners;
            ``*_different``: answers with other tokens than those before. 30 GiB, 3 minutes.
@@ -24,7 +24,8 @@ ttft       Time to first token of a server whose memory is free, over HTTP: ``*_
            idle, leaves first. ``*_first_added_s``: the first return. 30 GiB, 3 minutes.
 deep       The same for a server that was taken off its GPU, and what it keeps, there and of host memory. 4 minutes.
 density    Servers of one model (2 GiB of KV cache, without CUDA graphs, for short starts) in four times 13.7 GiB, each
-           of which answers in turn, twice. ``*_calculated``: from the measured bytes. 110 GiB of host memory, 7 minutes.
+           of which answers in turn, twice. ``*_calculated``: from the measured bytes. 110 GiB of host memory,
+           7 minutes.
 mix_*      Four models with 16 GiB of KV cache each on 80 GB, with the same Poisson arrivals for each way:
            ``mix_wooly``; stock as ``mix_fits`` (as many as fit, the important first), ``mix_sleep`` (sleep level 1 by a
            script) and ``mix_small_kv`` (all four, 6 GiB of KV cache each). 4 models (36 GB of disk, which should stay
@@ -111,9 +112,7 @@ def main() -> None:
         if name != "WOOLY_COMMIT":
             del os.environ[name]  # the user's settings
     facts = {**host(), **wooly(), **packages("vllm", "torch")} if arguments.cpu else required_gpu_stack()
-    out = arguments.out or (
-        RESULTS / "overcommit-cpu.json" if arguments.cpu else gpu_file(facts["gpu"], "overcommit.json")
-    )
+    usual = RESULTS / "overcommit-cpu.json" if arguments.cpu else gpu_file(facts["gpu"], "overcommit.json")
     setup = Setup(
         device="cpu" if arguments.cpu else first_gpu(),
         total=(1 << 40) if arguments.cpu else int(nvidia_smi("memory.total")) * MIB,

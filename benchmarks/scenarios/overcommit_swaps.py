@@ -32,7 +32,7 @@ def _start(child: Child) -> dict[str, Any]:
     facts = _ask(child, "facts")
     if facts["refusal"]:
         raise ChildError(f"{child.name} is never swapped out: {facts['refusal']}")
-    return facts
+    return {name: fact for name, fact in facts.items() if name not in ("event", "at")}
 
 
 def _put_steps(found: Figures, name: str, moves: Iterable[dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def _gpus() -> int:
 def families(setup: Setup) -> Figures:
     """Swap tiny engines of many kinds three times while their requests run, and compare all tokens."""
     found = Figures()
-    failed = {}
+    failed: dict[str, str] = {}
     kv = setup.scale.small_kv
     lanes = 4 if setup.on_gpu else 1
     with (
