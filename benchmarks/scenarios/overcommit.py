@@ -10,13 +10,13 @@ merged into ``--out``: medians by name, and under ``raw`` the values of each med
 
 swap       An engine with 64 running requests and 16 GiB of KV cache is swapped out between two steps. ``swap_out_*``:
            from the request to the store until the memory is free; ``first``: the first swap of each of ``--firsts``
-           engines; ``later``: twelve or more of one. ``swap_in_*``: until the next step is done. Parts have the names of
-           the engine's steps. ``swapped_vram_mib``: what it keeps of the GPU while it has no requests.
+           engines; ``later``: twelve or more of one. ``swap_in_*``: until the next step is done. Their parts have the
+           names of the engine's steps. ``swapped_vram_mib``: what it keeps of the GPU while it has no requests.
            30 GiB of GPU memory, 3 minutes.
 tokens     The same engine answers 64 requests five times and is swapped 20 times in each, with both model runners;
            ``*_different``: answers with other tokens than those before. 30 GiB, 3 minutes.
-families   Three swaps for tiny engines: dense, mixture of experts, MLA, hybrid, LoRA, a draft model, multimodal (texts
-           alone), fp8 KV cache (GPU), tensor parallel (two GPUs). 4 minutes.
+families   Three swaps for tiny engines: dense, mixture of experts, MLA, sliding windows, LoRA, a draft model; on a GPU
+           also hybrid, multimodal (texts alone) and fp8 KV cache, on two tensor parallel. 4 minutes.
 neighbour  Steps of an engine with 64 requests, alone and while an engine of another model goes out and in without
            pause, ten windows of four seconds each, in turn. 2 models, 60 GiB, 3 minutes.
 ttft       Time to first token of a server whose memory is free, over HTTP: ``*_added_s`` is above that of a resident

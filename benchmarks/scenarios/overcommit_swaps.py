@@ -100,6 +100,7 @@ def tokens(setup: Setup) -> Figures:
         children = {
             name: setup.engine(node, name, setup.first, kv, VLLM_USE_V2_MODEL_RUNNER=value)
             for name, value in RUNNERS.items()
+            if setup.on_gpu or name == "v1"  # the second one needs Triton
         }
         for name, child in children.items():
             facts = _start(child)
@@ -124,13 +125,12 @@ def _compared(child: Child, name: str, batches: int, swaps: int) -> dict[str, An
 
 def _families(setup: Setup, scratch: Path) -> dict[str, dict[str, Any]]:
     """Return model and job of each kind of engine."""
-    made = {name: random_model(name, setup.directory) for name in ("llama", "qwen3-moe", "deepseek-v3", "jamba")}
+    made = {name: random_model(name, setup.directory) for name in ("llama", "qwen3-moe", "deepseek-v3", "gemma3")}
     found: dict[str, dict[str, Any]] = {
         "dense": {"model": made["llama"]},
         "moe": {"model": made["qwen3-moe"]},
         "mla": {"model": made["deepseek-v3"]},
-        "hybrid": {"model": made["jamba"]},
-        "multimodal": {"model": random_model("qwen2-vl", setup.directory)},
+        "windows": {"model": made["gemma3"]},
         "lora": {
             "model": made["llama"],
             "adapter": str(random_adapter(made["llama"], scratch / "adapter", seed=1)),
@@ -147,7 +147,9 @@ def _families(setup: Setup, scratch: Path) -> dict[str, dict[str, Any]]:
             },
         },
     }
-    if setup.on_gpu:
+    if setup.on_gpu:  # a CPU does not run all of these
+        found["hybrid"] = {"model": random_model("jamba", setup.directory)}
+        found["multimodal"] = {"model": random_model("qwen2-vl", setup.directory)}
         found["fp8_kv"] = {"model": made["llama"], "settings": {"kv_cache_dtype": "fp8"}}
         if _gpus() > 1:
             found["tp2"] = {"model": made["llama"], "settings": {"tensor_parallel_size": 2}}
