@@ -33,6 +33,9 @@ STARTING = 6
 
 TOKENS = 16
 
+IDLE_S = 4.0
+"""Seconds for which a victim has been resident and idle; longer than four times the cost of a swap."""
+
 
 @dataclass
 class _Pair:
@@ -133,7 +136,8 @@ def ttft(setup: Setup) -> Figures:
         finally:
             owner.close()
         _put_added(found, "ttft_victim", awake, taken)
-        found.numbers["ttft_returns_private"] = pair.session.status().counters.returns
+        counters = pair.session.status().counters
+        found.numbers |= {"ttft_returns": counters.returns, "ttft_fallbacks": counters.fallbacks}
     return found
 
 
@@ -141,7 +145,7 @@ def _idle_victim(pair: _Pair) -> None:
     """Let the other server be resident, and idle for longer than the least residence."""
     pair.out(pair.server)
     pair.back(pair.other)
-    time.sleep(3.0 if pair.setup.on_gpu else 1.0)
+    time.sleep(IDLE_S)
 
 
 def deep(setup: Setup) -> Figures:
@@ -155,6 +159,7 @@ def deep(setup: Setup) -> Figures:
         awake = found.numbers["deep_awake_s"]
 
         def off_the_gpu() -> None:
+            wait_for_state(pair.session, "other", "resident")
             pair.out(pair.server)
             wait_for_state(pair.session, "server", off)
 
@@ -165,7 +170,7 @@ def deep(setup: Setup) -> Figures:
             wait_for_state(pair.session, "server", off)
 
         _put_added(found, "deep_host", awake, _measure(setup, both_off, lambda n: pair.ask(n, off)))
-        off_the_gpu()
+        both_off()
         private, _, stays = bytes_of(row(pair.session, "server"), setup.device)
         found.numbers |= {"deep_keeps_bytes": private, "deep_swapped_stays_bytes": stays}
         found.numbers["deep_host_pss_mib"] = round(_host_bytes(pair.server) / MIB)

@@ -120,7 +120,7 @@ class Setup:
 
     def share(self, kv: int) -> float:
         """Return ``gpu_memory_utilization`` for an engine with a KV cache of a fixed size."""
-        return min(0.92, self.awake(kv) / self.total)
+        return min(0.92, self.awake(kv) / self.total) if self.on_gpu else 0.1
 
     @contextlib.contextmanager
     def node(self, budget: int, **options: Any) -> Iterator[Node]:
