@@ -92,7 +92,7 @@ def main() -> None:
     options.add_argument("--firsts", type=int, default=3, help="engines whose first swap is measured (default 3)")
     options.add_argument("--engines", type=int, default=0, help="servers of the part density (default 16; CPU: 3)")
     options.add_argument(
-        "--start-budget", type=float, default=360, help="seconds in which density starts servers (default 360)"
+        "--start-budget", type=float, default=330, help="seconds in which density starts servers (default 330)"
     )
     options.add_argument(
         "--rate", type=float, default=0.5, help="requests a second for each model of mix (default 0.5)"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from support.servers import Server
+from support.servers import Server, ServerError
 
 from benchmarks.harness.figures import MIB, Figures
 from benchmarks.harness.node import Node
@@ -185,7 +185,7 @@ def _host_bytes(server: Server) -> int:
 def density(setup: Setup) -> Figures:
     """Start servers of one model in the memory of four, and let each answer in turn, again and again."""
     found = Figures()
-    kv, budget = setup.scale.small_kv, 4 * _awake_of_one(setup)
+    kv, budget = setup.scale.small_kv, _budget(setup)
     servers: list[Server] = []
     with (
         setup.node(budget, deep_after_s=setup.scale.deep_after_s, start_timeout_s=400.0) as node,
@@ -193,18 +193,27 @@ def density(setup: Setup) -> Figures:
         contextlib.ExitStack() as stack,
     ):
         began = time.monotonic()
+        failed: list[str] = []
 
         def start(number: int) -> Server | None:
             if time.monotonic() - began > setup.budget_s:
                 return None
             server = setup.server(node, f"server-{number}", setup.first, kv, eager=True)
             stack.callback(server.stop)
-            server.wait_ready(START_TIMEOUT_S)
-            server.complete(prompt(0), max_tokens=TOKENS, timeout_s=300)
+            try:
+                server.wait_ready(START_TIMEOUT_S)
+                server.complete(prompt(0), max_tokens=TOKENS, timeout_s=300)
+            except ServerError as error:
+                print(f"density: {error}", flush=True)
+                failed.append(server.name)
+                return None
             return server
 
         with ThreadPoolExecutor(STARTING if setup.on_gpu else 1) as pool:
             servers = [one for one in pool.map(start, range(setup.engines)) if one is not None]
+        if not servers:
+            raise ChildError("no server started")
+        found.numbers["density_failed"] = len(failed)
         found.numbers["density_start_s"] = round(time.monotonic() - began, 1)
         right = servers[0].complete(prompt(0), max_tokens=TOKENS, timeout_s=300).token_ids
         answered: dict[str, list[float]] = {}
@@ -235,17 +244,18 @@ def density(setup: Setup) -> Figures:
         "density_checkpointed": len(off),
         "density_resident_bytes": needs,
         "density_stays_bytes": stays,
-        "density_without_deep_calculated": 1 + max(0, budget - setup.reserve - needs) // max(1, stays),
         "density_host_engine_bytes": host,
         "density_host_copies_bytes": copies,
         "density_host_allows_calculated": max(0, _host_total() - copies) // max(1, host),
     }
+    if stays:
+        found.numbers["density_without_deep_calculated"] = 1 + (budget - setup.reserve - needs) // stays
     return found
 
 
-def _awake_of_one(setup: Setup) -> int:
-    """Return the bytes of one such engine: on a GPU as measured before, with CUDA graphs."""
-    return round(13.7 * 1024) * MIB if setup.on_gpu else setup.awake(setup.scale.small_kv)
+def _budget(setup: Setup) -> int:
+    """Return four times the bytes of such an engine with CUDA graphs, as measured before; on a CPU, those of two."""
+    return 4 * round(13.7 * 1024) * MIB if setup.on_gpu else 2 * setup.awake(setup.scale.small_kv)
 
 
 def _host_total() -> int:
