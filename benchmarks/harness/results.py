@@ -55,16 +55,21 @@ def merge(file: Path, part: str, found: Figures, seconds: float, facts: dict[str
 def join(files: Iterable[Path], target: Path) -> None:
     """Merge the parts of several files of :func:`merge` into one. A part of a later file replaces an earlier one.
 
+    A part from a file with other versions has these beside its date.
+
     Raises:
-        SystemExit: the files are from different machines or versions.
+        SystemExit: the files are from different kinds of GPUs.
     """
     result = read(target)
     for file in files:
         found = read(file)
-        if result and result["versions"] != found["versions"]:
-            raise SystemExit(f"{file} has other versions than the files before: {found['versions']}")
-        result = result or {"versions": found["versions"], "parts": {}, "raw": {}}
-        for part, facts in found["parts"].items():
+        versions = found["versions"]
+        result = result or {"versions": versions, "parts": {}, "raw": {}}
+        if result["versions"].get("gpu") != versions.get("gpu"):
+            raise SystemExit(f"{file} is from another kind of GPU than the files before: {versions.get('gpu')}")
+        other = {} if result["versions"] == versions else {"versions": versions}
+        for part, known in found["parts"].items():
+            facts = {**other, **known}
             for name in result["parts"].get(part, {}).get("figures", ()):
                 result.pop(name, None)
             for name in result["parts"].get(part, {}).get("raw", ()):

@@ -16,7 +16,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,11 @@ def mix_sleep(setup: Setup) -> Figures:
                 _call(server, "/sleep?level=1")
                 asleep = asleep or setup.used() - before
         fit = (_card(setup) - len(row.servers) * asleep) // (awake - asleep) if setup.on_gpu else 2
-        script = _Script(row.servers, max(1, int(fit)), call=setup.on_gpu)
+        script = Script(
+            row.servers,
+            max(1, int(fit)),
+            lambda model, path: _call(row.servers[model], path) if setup.on_gpu else time.sleep(0.1),
+        )
         for model in range(script.fit):  # each has slept once, so that its host memory is there
             with script.ready(model):
                 pass
@@ -161,17 +165,23 @@ def mix_sleep(setup: Setup) -> Figures:
         return _measured(setup, "sleep", row, lambda: {"swaps": script.swaps})
 
 
-class _Script:
+class Script:
     """Wakes servers in the order of requests; the one that was asked longest ago and has no requests goes to sleep."""
 
-    def __init__(self, servers: dict[int, Server], fit: int, *, call: bool) -> None:
+    def __init__(self, models: Iterable[int], fit: int, call: Callable[[int, str], None]) -> None:
+        """Begin with all servers asleep.
+
+        Args:
+            models: their numbers.
+            fit: how many may be awake.
+            call: calls a path of a server.
+        """
         self.fit = fit
         self.swaps = 0
-        self._servers = servers
         self._call = call
         self._changed = threading.Condition()
         self._next = self._served = 0
-        self._running = dict.fromkeys(servers, 0)
+        self._running = dict.fromkeys(models, 0)
         self._awake: list[int] = []
 
     @contextlib.contextmanager
@@ -204,14 +214,10 @@ class _Script:
             if len(self._awake) >= self.fit:
                 victim = next(one for one in self._awake if not self._running[one])
                 self._awake.remove(victim)
-                self._ask(victim, "/sleep?level=1")
+                self._call(victim, "/sleep?level=1")
                 self.swaps += 1
-            self._ask(model, "/wake_up")
+            self._call(model, "/wake_up")
         self._awake.append(model)
-
-    def _ask(self, model: int, path: str) -> None:
-        if self._call:
-            _call(self._servers[model], path)
 
 
 def _models(setup: Setup) -> list[Path]:

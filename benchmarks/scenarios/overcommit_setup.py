@@ -190,8 +190,9 @@ class Setup:
         return Server(name, str(model), log, arguments=[*given, *arguments], environment=environment)
 
     def _environment(self, node: Node) -> dict[str, str]:
-        found = {"WOOLY_SWAP_DIR": str(node.scratch / "swap"), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        found |= {"VLLM_SERVER_DEV_MODE": "1"}  # for `/sleep` and `/wake_up`
+        found = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_SERVER_DEV_MODE": "1"}  # it has `/sleep`
+        if (node.scratch / "swap").exists():
+            found["WOOLY_SWAP_DIR"] = str(node.scratch / "swap")
         if not self.on_gpu:
             found |= {name: value for name, value in CPU_ENVIRONMENT.items() if name != "VLLM_CPU_KVCACHE_SPACE"}
             found |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
