@@ -95,7 +95,11 @@ def mix_wooly(setup: Setup) -> Figures:
         for model, path in enumerate(_models(setup)):
             priority = PRIORITIES[model]
             server = setup.server(node, f"model-{model}", path, setup.scale.large_kv, priority=priority)
-            row.servers[model] = _ready(server, stack)
+            row.servers[model] = stack.enter_context(server)
+            if not setup.on_gpu:  # elsewhere they start at the same time, and take memory in turn
+                server.wait_ready(START_TIMEOUT_S)
+        for server in row.servers.values():
+            _answers(server)
         before = _swaps(node)
         return _measured(setup, "wooly", row, lambda: {"swaps": _swaps(node) - before})
 
@@ -234,9 +238,13 @@ def _card(setup: Setup) -> int:
 def _ready(server: Server, stack: contextlib.ExitStack) -> Server:
     """Wait for a server, which the stack stops, and let it answer once."""
     stack.enter_context(server)
+    _answers(server)
+    return server
+
+
+def _answers(server: Server) -> None:
     server.wait_ready(START_TIMEOUT_S)
     server.complete(prompt(0), max_tokens=8, timeout_s=REQUEST_TIMEOUT_S)
-    return server
 
 
 def _call(server: Server, path: str) -> None:
