@@ -18,7 +18,7 @@ def report(status: Status, *, hide_client: int | None = None) -> Group:
     if any(device.budget_bytes is not None for device in status.devices):
         parts += [Text(), accounts(status.devices)]
     if status.workloads:
-        parts += [Text(), workloads(status.workloads, status.models)]
+        parts += [Text(), workloads(status.workloads)]
     if status.models:
         parts += [Text(), models(status.models)]
     if status.quarantine:

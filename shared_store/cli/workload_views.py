@@ -6,19 +6,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shared_store.base.status import DeviceStatus, ModelStatus
+from shared_store.base.status import DeviceStatus
 from shared_store.base.workloads import WorkloadStatus
 from shared_store.cli.render import duration, plain, size, table
 
 NONE = "the store has no workloads; an engine with `--load-format wooly` is one"
 
 
-def report(rows: Sequence[WorkloadStatus], devices: Sequence[DeviceStatus], models: Sequence[ModelStatus]) -> Group:
+def report(rows: Sequence[WorkloadStatus], devices: Sequence[DeviceStatus]) -> Group:
     """Format the accounts of devices, the workloads, and the reasons of those that wait or are never swapped out."""
     parts: list[RenderableType] = []
     if any(device.budget_bytes is not None or device.overcommit_refusal for device in devices):
         parts += [accounts(devices), Text()]
-    parts.append(workloads(rows, models) if rows else Text(NONE))
+    parts.append(workloads(rows) if rows else Text(NONE))
     notes = [*(_note(row) for row in rows), *(_device_note(device) for device in devices)]
     shown = [Text(plain(note)) for note in notes if note]
     return Group(*parts, *([Text(), *shown] if shown else ()))
@@ -38,21 +38,24 @@ def accounts(rows: Sequence[DeviceStatus]) -> Table:
     )
 
 
-def workloads(rows: Sequence[WorkloadStatus], models: Sequence[ModelStatus] = ()) -> Table:
-    """Format workloads, one a row. ``models``: for the names of the models that they use."""
-    names = {model.key: model.name for model in models}
+def workloads(rows: Sequence[WorkloadStatus]) -> Table:
+    """Format workloads, one a row."""
     return table(
         (
-            *("WORKLOAD", "KIND", ">PID", "DEVICES", "PRIO", "STATE", ">PRIVATE", ">SHARED", ">AWAY"),
-            *("ACTIVITY", ">SWAPS", "SWAP", "WAITS FOR", "MODELS"),
+            *("WORKLOAD", "KIND", ">PID", "DEVICE", "PRIO", "STATE", ">PRIVATE", ">SHARED", ">AWAY"),
+            *("ACTIVITY", ">SWAPS", "WAITS FOR"),
         ),
         [
             (
-                *(row.name, row.kind, process(row), ", ".join(memory.device for memory in row.memory) or "-"),
+                *(
+                    row.name,
+                    row.kind,
+                    process(row),
+                    ", ".join(short_device(memory.device) for memory in row.memory) or "-",
+                ),
                 *(f"P{row.priority}", state(row)),
                 *(size(nbytes) for nbytes in totals(row)),
-                *(activity(row), str(row.swaps), "yes" if row.swappable else "no"),
-                *(", ".join(row.blocked_by) or "-", ", ".join(names.get(key, key[:12]) for key in row.models) or "-"),
+                *(activity(row), str(row.swaps), ", ".join(row.blocked_by) or "-"),
             )
             for row in rows
         ],
@@ -80,8 +83,14 @@ def process(row: WorkloadStatus) -> str:
 def activity(row: WorkloadStatus) -> str:
     """Format the requests, or how long it has had none; ``-`` if it does not say."""
     if row.busy or row.running or row.waiting:
-        return f"{row.running} running, {row.waiting} waiting"
-    return "-" if row.idle_s is None else f"idle for {duration(row.idle_s)}"
+        return f"{row.running} run, {row.waiting} wait"
+    return "-" if row.idle_s is None else f"idle {duration(row.idle_s)}"
+
+
+def short_device(device: str) -> str:
+    """Return the first part of a GPU's UUID, as people compare it with `nvidia-smi -L`; other names as they are."""
+    kind, dash, number = device.partition("-")
+    return f"{kind}-{number.partition('-')[0]}" if dash and kind in {"GPU", "MIG"} else device
 
 
 def _note(row: WorkloadStatus) -> str:

@@ -22,8 +22,9 @@ def command(
     """List the workloads, and the memory that they share.
 
     A workload is an engine with all its processes, or a transformers process. STATE is where its memory is; PRIVATE and
-    SHARED are its bytes on its devices, AWAY those that it lacks until it returns. SWAP says whether it may be swapped
-    out, WAITS FOR has the workloads whose memory it waits for. FREE is what could be granted now, beside the reserve.
+    SHARED are its bytes on its devices, AWAY those that it lacks until it returns. WAITS FOR has the workloads whose
+    memory it waits for. FREE is what could be granted now, beside the reserve. Below the table are the reasons of those
+    that wait, or are never swapped out.
 
     \b
     Examples:
@@ -45,4 +46,4 @@ def _json(status: "Status") -> "Workloads":
 def _view(status: "Status") -> "RenderableType":
     from shared_store.cli.workload_views import report
 
-    return report(status.workloads, status.devices, status.models)
+    return report(status.workloads, status.devices)

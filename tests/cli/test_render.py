@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from shared_store.base.errors import ConfigError
 from shared_store.base.sizes import parse_size
 from shared_store.base.status import ActivityStatus, ClientStatus
-from shared_store.cli import render, views
+from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
+from shared_store.cli import render, views, workload_views
 from shared_store.cli.overcommit_options import size
 
 
@@ -91,3 +93,36 @@ def test_activity_of_a_client(activity, shown):
 )
 def test_process_of_a_client(described, shown):
     assert views.process(ClientStatus(1, 0, 0, "", "", "idle", 0, 0, **described)) == shown
+
+
+WORKLOAD = WorkloadStatus("chat", "vllm", 7, 1000, 0, "swapped", (WorkloadMemory("cpu", 10, 5, 10, 90),))
+
+
+@pytest.mark.parametrize(
+    ("changed", "shown"),
+    [
+        ({}, "-"),
+        ({"idle_s": 75.0}, "idle 1 min 15 s"),
+        ({"idle_s": 75.0, "waiting": 2}, "0 run, 2 wait"),
+        ({"busy": True, "running": 1}, "1 run, 0 wait"),
+    ],
+)
+def test_activity_of_a_workload(changed, shown):
+    assert workload_views.activity(msgspec.structs.replace(WORKLOAD, **changed)) == shown
+
+
+def test_memory_of_a_workload_and_what_it_lacks():
+    assert workload_views.totals(WORKLOAD) == (10, 5, 80)
+
+
+def test_a_workload_that_starts_says_so():
+    assert workload_views.state(WORKLOAD) == "swapped"
+    assert workload_views.state(msgspec.structs.replace(WORKLOAD, starting=True)) == "swapped, starting"
+
+
+@pytest.mark.parametrize(
+    ("device", "shown"),
+    [("cpu", "cpu"), ("GPU-8f0a1b2c-11aa-22bb-33cc-445566778899", "GPU-8f0a1b2c"), ("a-b-c", "a-b-c")],
+)
+def test_devices_of_workloads_are_short(device, shown):
+    assert workload_views.short_device(device) == shown

@@ -61,7 +61,7 @@ def test_the_store_sees_an_engine_work_and_rest(engine: Any, checkpoint: Any, ru
     assert process.finish() == 0
 
 
-def test_an_engine_whose_workers_are_processes_reports_through_a_session_of_its_own(
+def test_an_engine_whose_workers_are_processes_reports_through_the_session_that_speaks_for_it(
     engine: Any, checkpoint: Any, runtime_dir: Path
 ) -> None:
     """The workers read the model; the process that makes the steps has nothing but the page."""

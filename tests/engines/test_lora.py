@@ -33,6 +33,11 @@ LARGER_LIMITS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "16")
 """Larger limits for adapters than those of ``LORA``."""
 
 
+def segments_of(status: Any) -> list[tuple[str, int, int, int]]:
+    """Return segments and their bytes on each device: free memory changes all the time."""
+    return [(one.id, one.segments, one.resident_bytes, one.dead_bytes) for one in status.devices]
+
+
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the directories of two adapters of the base, by name."""
@@ -174,7 +179,7 @@ def test_two_servers_share_the_base_and_load_adapters_while_they_run(
 
     after = status_of(module_runtime_dir)
     assert (after.counters.publishes, after.counters.fallbacks) == (2, 0)
-    assert after.devices == before.devices
+    assert segments_of(after) == segments_of(before)
     readers = [client for client in after.clients if client.role == "reader"]
     assert len(readers) == 2
     assert len({reader.key for reader in readers}) == 1

@@ -6,6 +6,7 @@ import pytest
 from hf.jobs import Job
 from support.models import large_llama
 from support.stores import store_without_catalog
+from support.waiting import wait_until
 
 from shared_store.base.errors import DeclinedError
 from shared_store.client.session import Session
@@ -53,6 +54,13 @@ def process(store, tmp_path_factory):
 def move(store):
     with Session.connect(store.directory, autostart=False, name="test") as session:
         yield lambda *, out: session.workloads.move("job", out=out)
+
+
+def test_host_copies_are_made_ahead(process, store):
+    """Before anything leaves, so that the first departure copies no weights."""
+    with Session.connect(store.directory, autostart=False, name="test") as session:
+        wait_until(lambda: sum(it.host_bytes for it in session.status().models) > 250 * MIB, "copies", timeout_s=60)
+    assert process.run("result = state()") == "resident"
 
 
 def test_vram_is_free_while_it_is_away(process, move):

@@ -61,7 +61,7 @@ def test_copies_of_sleepers_move_to_files(store, process, need, swap_dir):
         engine.sleep()
     before = [open_fds(engine.pid) for engine in engines]
     assert copies(store) == (WHOLE, 0)
-    need(150)
+    need(190)
     wait_until(lambda: copies(store) == (0, WHOLE), "the copies to move")
     keeper = store.status().keeper.pid
     pids = [keeper, store.store_pid, *(engine.pid for engine in engines)]
@@ -97,7 +97,7 @@ def test_store_killed_after_a_move(store, process, need):
     """The keeper has the files."""
     (engine,) = published(process)
     engine.sleep()
-    need(150)
+    need(190)
     wait_until(lambda: copies(store) == (0, WHOLE), "the copies to move")
     pid = store.kill_store()
     reconnected(engine, pid)
@@ -110,7 +110,7 @@ def test_keeper_and_store_killed_after_a_move(start, store, process, need, swap_
     """The process offers the files that it has by now."""
     (engine,) = published(process)
     engine.sleep()
-    need(150)
+    need(190)
     wait_until(lambda: copies(store) == (0, WHOLE), "the copies to move")
     wait_until(lambda: open_segments(engine.pid) == 0, "the process to exchange its descriptors")
     store.kill_both()

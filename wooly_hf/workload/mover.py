@@ -8,6 +8,7 @@ at the gate. On a GPU torch's unused memory is given back.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -60,10 +61,30 @@ class ModelsMover:
         self._asleep: weakref.WeakKeyDictionary[nn.Module, Sleeper] = weakref.WeakKeyDictionary()
         self._returned_private: dict[str, int] = {}
         self._held = Holdings()
+        self._copying = threading.Lock()
         self.failure: WoolyError | None = None
+
+    def copy_ahead(self) -> None:
+        """Make host copies of models on GPUs before they are needed, where they fit: the first departure is fast then.
+
+        On a CPU copies are files, which are made when they are needed.
+        """
+        with self._copying:
+            for shared in list(self._models.values()):
+                if self._gate.closed or self._refusal() or shared.device.type != "cuda":
+                    continue
+                try:
+                    if (sleeper := shared.sleeper()) is not None:
+                        sleeper.copy_ahead()
+                except WoolyError as error:
+                    log.info("wooly: no host copies of %s ahead: %s [%s]", shared.name, error, error.code)
 
     def leave(self, *, active: bool, within_s: float, reached: Reached) -> Holdings:
         """Leave, see :meth:`Mover.leave`. Threads wait at the gate from here on."""
+        with self._copying:  # of two sleepers of a model, one would release what the other needs
+            return self._leave(active, within_s, reached)
+
+    def _leave(self, active: bool, within_s: float, reached: Reached) -> Holdings:
         began = time.monotonic()
         if reason := self._refusal():
             raise DeclinedError(reason)

@@ -148,6 +148,7 @@ class Workload:
                     yield
                 finally:
                     self._agent.joined_resident(self._mover.holdings())
+            threading.Thread(target=self._mover.copy_ahead, name="wooly-copies-ahead", daemon=True).start()
         finally:
             self._loading -= 1
             self._emptied(self)

@@ -1,8 +1,8 @@
 """An engine says in its activity page whether it works: hooks around the steps of vLLM's ``EngineCore``.
 
 A step adds two stores to memory. The first step of an engine that shares its weights starts a thread that gets the
-page: over the session of a model in the same process, else, where workers are processes of their own, over a session
-that serves this alone. Steps never wait for the store, and no failure reaches them.
+page: over the session of a model in the same process, else, where workers are processes of their own, over the session
+that speaks for the engine, or one that serves this alone. Steps never wait for the store, and no failure reaches them.
 
 Relies on ``EngineCore.step`` and ``step_with_batch_queue``, of which the engine calls one for each step, and on
 ``Scheduler.get_request_counts``.
@@ -30,6 +30,14 @@ _sessions: list[weakref.ref[Session]] = []
 def may_report_through(session: Session) -> None:
     """Offer the session of a shared model in this process to its engine."""
     _sessions.append(weakref.ref(session))
+
+
+def report_through(engine: Any, session: Session) -> None:
+    """Let an engine without a model in this process report through a session that speaks for it anyway."""
+    vars(engine)[_SPEAKS] = session
+
+
+_SPEAKS = "_wooly_speaks"
 
 
 def install_in_engine() -> None:
@@ -88,7 +96,7 @@ class EngineActivity:
     def __init__(self, engine: Any, loader: SharingLoader) -> None:
         """Begin to get a page, in the background."""
         self.writer = ActivityWriter()
-        self._session = _take_session()
+        self._session = _take_session() or vars(engine).get(_SPEAKS)
         self._runtime_dir = loader.options.runtime_dir
         self._name = f"vllm {engine.vllm_config.model_config.model}"
         threading.Thread(target=self._get_page, name="wooly-activity", daemon=True).start()

@@ -172,6 +172,7 @@ class EngineMover:
                 "wooly: copies of KV blocks cannot be used (%s): running requests are computed again", lost[0]
             )
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+            blocks.drop_all(engine.scheduler.kv_cache_manager.block_pool)  # in case a block was in use in spite of it
         return filled
 
 

@@ -44,6 +44,7 @@ class EngineWorkload:
         self._mover = EngineMover()
         self._refusal = refusals.by_configuration(vllm_config)
         self.gate: Gate | None = None
+        self._session: Session | None = None
         self.agent = Agent(
             self._connect,
             self._mover,
@@ -55,8 +56,9 @@ class EngineWorkload:
         )
 
     def _connect(self, identity: Identity) -> Session:
-        options = self._loader.options
-        return Session.connect(options.runtime_dir, name=f"vllm {self._config.model_config.model}", identity=identity)
+        options, name = self._loader.options, f"vllm {self._config.model_config.model}"
+        self._session = Session.connect(options.runtime_dir, name=name, identity=identity)
+        return self._session
 
     def take_room(self) -> None:
         """Join, and wait for the memory of a start.
@@ -111,6 +113,8 @@ class EngineWorkload:
         """Make the engine swappable, or say why it is not, and end the grant of its start."""
         refusal = self._refusal or refusals.by_parts(engine)
         found = weakref.ref(engine)
+        if self._session is not None:
+            activity.report_through(engine, self._session)
         self.gate = Gate(engine, self.agent, lambda: activity.report(found()))
         if refusal:
             self.agent.refuse(refusal)

@@ -138,7 +138,9 @@ class Devices:
         mappings: list[MemoryMapping] = []
         try:
             mappings.append(self.map(source))
-            mappings.append(mapping_of(self.backend(device), target))
+            backend = self.backend(device)
+            with backend.export_writable(target) as fd:
+                mappings.append(MemoryMapping(backend, backend.import_fd(fd.fileno(), target.nbytes)))
         except BaseException:
             close_all(mappings)
             raise
