@@ -75,7 +75,7 @@ class _Pair:
 @contextlib.contextmanager
 def _pair(setup: Setup, **options: Any) -> Iterator[tuple[_Pair, Node]]:
     kv = setup.scale.small_kv
-    with setup.node(2 * setup.awake(kv) + setup.reserve, **options) as node, contextlib.ExitStack() as stack:
+    with setup.node(setup.room_for(2, kv), **options) as node, contextlib.ExitStack() as stack:
         servers = []
         for name in ("other", "server"):
             servers.append(stack.enter_context(setup.server(node, name, setup.first, kv)))
@@ -121,10 +121,11 @@ def ttft(setup: Setup) -> Figures:
         _put_added(found, "ttft_base_awake", awake, _measure(setup, base_awake, lambda n: pair.ask(n, "swapped")))
         on_host = _measure(setup, lambda: pair.out(pair.server, pair.other), lambda n: pair.ask(n, "swapped"))
         _put_added(found, "ttft_host", awake, on_host)
-        found.numbers["ttft_host_copies_bytes"] = account(pair.session, setup.device).host_bytes
-        found.numbers["ttft_model_bytes"] = setup.weights()
+        pair.out(pair.server, pair.other)
+        copies = account(pair.session, setup.device).host_bytes
+        found.numbers |= {"ttft_host_copies_bytes": copies, "ttft_host_copies": round(copies / setup.weights(), 3)}
         pair.back(pair.other)
-        wait_for_state(pair.session, "server", "resident")
+        pair.back(pair.server)
         private, _, stays = bytes_of(row(pair.session, "server"), setup.device)
         pair.out(pair.server)
         free = account(pair.session, setup.device).free_bytes
@@ -167,7 +168,8 @@ def deep(setup: Setup) -> Figures:
 
         def both_off() -> None:
             pair.out(pair.server, pair.other)
-            wait_for_state(pair.session, "server", off)
+            for server in (pair.server, pair.other):
+                wait_for_state(pair.session, server.name, off)
 
         _put_added(found, "deep_host", awake, _measure(setup, both_off, lambda n: pair.ask(n, off)))
         both_off()

@@ -118,6 +118,10 @@ class Setup:
         """Return the bytes that an engine may have while it is resident."""
         return self.weights() + kv + (BESIDE_KV if self.on_gpu else 16 * MIB)
 
+    def room_for(self, engines: int, kv: int) -> int:
+        """Return a budget in which so many engines are resident at the same time, with something to spare."""
+        return min(self.total, engines * self.awake(kv) + self.reserve + self.reserve)
+
     def share(self, kv: int) -> float:
         """Return ``gpu_memory_utilization`` for an engine with a KV cache of a fixed size."""
         return min(0.92, self.awake(kv) / self.total) if self.on_gpu else 0.1

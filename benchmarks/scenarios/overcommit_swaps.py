@@ -47,14 +47,14 @@ def swap(setup: Setup) -> Figures:
     """Swap an engine out while all its requests run, the first time and later; and what it keeps on its device."""
     found, firsts = Figures(), []
     kv = setup.scale.large_kv
-    with setup.node(setup.awake(kv) + setup.reserve) as node:
+    with setup.node(setup.room_for(1, kv)) as node:
         before = setup.used()
-        for number in range(setup.firsts):  # the last one is swapped again and again
-            child = setup.engine(node, f"engine-{number}", setup.first, kv)
+        children = [setup.engine(node, f"engine-{number}", setup.first, kv) for number in range(setup.firsts)]
+        for child in children:  # one at a time; the last one is swapped again and again
             facts = _start(child)
             _ask(child, "batch")
             firsts.append(_ask(child, "batch", swaps=1, first=setup.scale.tokens // 2)["swaps"][0])
-            if number < setup.firsts - 1:
+            if child is not children[-1]:
                 child.end()
         later: list[dict[str, Any]] = []
         while len(later) < max(MIN_SWAPS, setup.scale.repeats):
@@ -96,7 +96,7 @@ def tokens(setup: Setup) -> Figures:
     """Swap an engine a hundred times while its requests run, with both model runners, and compare all tokens."""
     found = Figures()
     kv = setup.scale.large_kv
-    with setup.node(setup.awake(kv) + setup.reserve) as node:
+    with setup.node(setup.room_for(1, kv)) as node:
         children = {
             name: setup.engine(node, name, setup.first, kv, VLLM_USE_V2_MODEL_RUNNER=value)
             for name, value in RUNNERS.items()
@@ -170,7 +170,7 @@ def families(setup: Setup) -> Figures:
     lanes = 4 if setup.on_gpu else 1
     with (
         tempfile.TemporaryDirectory(prefix="wooly-", dir="/tmp") as scratch,
-        setup.node(lanes * setup.awake(kv) + setup.reserve) as node,
+        setup.node(setup.room_for(lanes, kv)) as node,
     ):
         kinds = _families(setup, Path(scratch))
         names = list(kinds)
@@ -207,7 +207,7 @@ def neighbour(setup: Setup) -> Figures:
     first, second = setup.models(2)
     steps: dict[str, list[Sequence[float]]] = {"alone": [], "beside": []}
     moves = 0
-    with setup.node(2 * setup.awake(kv) + setup.reserve, min_resident_s=0.1) as node, node.session() as session:
+    with setup.node(setup.room_for(2, kv), min_resident_s=0.1) as node, node.session() as session:
         measured = setup.engine(node, "neighbour", first, kv)
         moved = setup.engine(node, "moved", second, kv)
         for child in (measured, moved):
