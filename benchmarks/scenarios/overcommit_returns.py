@@ -257,7 +257,7 @@ def density(setup: Setup) -> Figures:
 
 def _budget(setup: Setup) -> int:
     """Return four times the bytes of such an engine with CUDA graphs, as measured before; on a CPU, those of two."""
-    return 4 * round(13.7 * 1024) * MIB if setup.on_gpu else 2 * setup.awake(setup.scale.small_kv)
+    return 4 * round(13.7 * 1024) * MIB if setup.on_gpu else setup.weights() + 5 * setup.scale.small_kv // 2
 
 
 def _host_total() -> int:
