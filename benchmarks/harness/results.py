@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +50,32 @@ def merge(file: Path, part: str, found: Figures, seconds: float, facts: dict[str
     result["raw"] |= found.raw
     figures = {name: value for name, value in result.items() if name not in ("versions", "parts", "raw")}
     write(file, {"versions": facts, **figures, **found.numbers, "parts": result["parts"], "raw": result["raw"]})
+
+
+def join(files: Iterable[Path], target: Path) -> None:
+    """Merge the parts of several files of :func:`merge` into one. A part of a later file replaces an earlier one.
+
+    A part from a file with other versions has these beside its date.
+
+    Raises:
+        SystemExit: the files are from different kinds of GPUs.
+    """
+    result = read(target)
+    for file in files:
+        found = read(file)
+        versions = found["versions"]
+        result = result or {"versions": versions, "parts": {}, "raw": {}}
+        if result["versions"].get("gpu") != versions.get("gpu"):
+            raise SystemExit(f"{file} is from another kind of GPU than the files before: {versions.get('gpu')}")
+        other = {} if result["versions"] == versions else {"versions": versions}
+        for part, known in found["parts"].items():
+            facts = {**other, **known}
+            for name in result["parts"].get(part, {}).get("figures", ()):
+                result.pop(name, None)
+            for name in result["parts"].get(part, {}).get("raw", ()):
+                result["raw"].pop(name, None)
+            result["parts"][part] = facts
+            result |= {name: found[name] for name in facts["figures"]}
+            result["raw"] |= {name: found["raw"][name] for name in facts["raw"]}
+    figures = {name: value for name, value in result.items() if name not in ("versions", "parts", "raw")}
+    write(target, {"versions": result["versions"], **figures, "parts": result["parts"], "raw": result["raw"]})

@@ -4,7 +4,7 @@
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
-``overcommit-sim.json``: time to first token by policy.
+``overcommit-sim.json``: time to first token by policy. ``MACHINE/overcommit.json``: that of returns and of models.
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
@@ -12,6 +12,7 @@ matplotlib.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,42 @@ def overcommit(result: dict[str, Any]) -> Figures:
     }
 
 
+ADDED = {
+    "ttft_base_awake_added_s": "base awake\nin another",
+    "ttft_host_added_s": "weights\non the host",
+    "ttft_victim_added_s": "memory of\nan idle one",
+    "deep_base_awake_added_s": "off the GPU,\nbase awake",
+    "deep_host_added_s": "off the GPU",
+}
+"""Labels of times that a return adds to the first token."""
+
+WAYS = {
+    "wooly": "wooly",
+    "fits": "stock, what fits",
+    "sleep": "stock, sleep by a script",
+    "small_kv": "stock, small KV caches",
+}
+"""Labels of the ways to serve four models."""
+
+
+def overcommit_gpu(machine: str, result: dict[str, Any]) -> Figures:
+    """Draw what returns add to the first token, and times to first token of four models, as far as measured."""
+    where = result["versions"]["gpu"]
+    figures = {}
+    added: list[Bar] = [(label, result[name], WOOLY) for name, label in ADDED.items() if name in result]
+    if added:
+        title = f"Added to the time to first token by a return\n{where}"
+        figures[f"{machine}_overcommit_returns"] = bars(title, "seconds", added)
+    levels = ("p0", "p1", "p3", "all")
+    ways = {label: [result.get(f"mix_{way}_{level}_p99_s") for level in levels] for way, label in WAYS.items()}
+    drawn = {label: [one or math.nan for one in values] for label, values in ways.items() if any(values)}
+    if drawn:
+        title = f"Time to first token, four models of 9 GB on 80 GB\n{where}"
+        names = [level.upper() if level != "all" else level for level in levels]
+        figures[f"{machine}_overcommit_mix"] = lines(title, ("priority", "99th percentile, seconds"), names, drawn)
+    return figures
+
+
 def gpu(machine: str, result: dict[str, Any]) -> Figures:
     """Draw the plots of a GPU of which all figures were measured."""
     where = result["versions"]["gpu"]
@@ -219,7 +256,11 @@ def draw(results: Path) -> Figures:
         "scale.json": scale,
         "overcommit-sim.json": overcommit,
     }
-    of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {"gpu.json": gpu, "hf.json": hf_gpu}
+    of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {
+        "gpu.json": gpu,
+        "hf.json": hf_gpu,
+        "overcommit.json": overcommit_gpu,
+    }
     figures: Figures = {}
     for name, draw_cpu in of_cpu.items():
         if (results / name).exists():

@@ -96,6 +96,11 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        return self._port
+
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the server is healthy. Raises :class:`ServerError` if it exits or ``timeout_s`` passes."""
         deadline = self._began + timeout_s
