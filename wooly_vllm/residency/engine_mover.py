@@ -6,7 +6,6 @@ one cannot take it. Workers answer with a reason instead of raising, so that eve
 
 from __future__ import annotations
 
-import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
