@@ -141,7 +141,7 @@ class _Swapped:
             found.append(ended - before)
             before = ended
         self._engine.abort_request(names)
-        while self._engine.has_unfinished_requests():
+        while self._engine.has_unfinished_requests() or self._core.batch_queue:  # also batches in flight
             self._step(answers)
         return {"steps": found}
 
