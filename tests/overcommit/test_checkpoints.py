@@ -34,7 +34,9 @@ def driver(tmp_path, monkeypatch):
     monkeypatch.setenv("WOOLY_TEST_DRIVER", str(tmp_path))
     monkeypatch.setenv("WOOLY_LOCK_DIR", str(tmp_path))
     monkeypatch.setenv("WOOLY_VRAM_RESERVE", "0")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(site.parent.parent), os.environ["PYTHONPATH"]]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(site), str(site.parent.parent), os.environ.get("PYTHONPATH", "")])
+    )
     (tmp_path / "device0").touch()
     return FileDriver(tmp_path)
 

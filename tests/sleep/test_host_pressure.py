@@ -68,7 +68,7 @@ def test_copies_of_sleepers_move_to_files(store, process, need, swap_dir):
     for pid in pids:
         wait_until(lambda pid=pid: open_segments(pid) == 0, "the memory to be closed")
         assert files_of(pid, swap_dir)
-    assert [open_fds(engine.pid) for engine in engines] == before
+    wait_until(lambda: [open_fds(engine.pid) for engine in engines] == before, "no descriptor to be left")
     (model,) = store.status().models
     assert (model.away, model.resident_bytes, model.host_bytes, model.disk_bytes) == (2, 0, 0, model.bytes)
     assert [engine.wake() for engine in engines] == [[WHOLE, 0]] * 2
