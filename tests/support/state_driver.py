@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from shared_store.base.layout import pack
 from shared_store.base.manifest import Blob
 from shared_store.store.space.eviction import CachedModel, evict
 from shared_store.store.state import publish_plan as plan_module
+from shared_store.store.state import segments as segments_module
 from shared_store.store.state.committed import Committed
 from shared_store.store.state.effects import (
     Forgotten,
@@ -27,6 +29,7 @@ from shared_store.store.state.effects import (
 )
 from shared_store.store.state.models import Asker, State
 from shared_store.store.state.residency import BELOW
+from shared_store.store.state.segments import new_id
 from shared_store.store.state.store_state import StoreState
 
 MIB = 1 << 20
@@ -64,6 +67,8 @@ class StateDriver(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         plan_module.pack = functools.partial(pack, target=4 * MIB)  # models of a few blobs have several segments
+        ids = random.Random(1)
+        segments_module.new_id = lambda: 1 + ids.randrange((1 << 53) - 1)
         self.now = 1_000_000.0
         self.state = StoreState({}, clock=lambda: self.now)
         self.around = Around()
@@ -76,6 +81,7 @@ class StateDriver(RuleBasedStateMachine):
     def teardown(self):
         """Nothing is left after the last client disconnected and all models were removed."""
         plan_module.pack = pack
+        segments_module.new_id = new_id
         for moving in self.moving:
             self._carry_out(self.state.cancel_moving(moving))
         for number in list(self.state.clients):
