@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from shared_store.base.errors import ConfigError, UnsupportedError
+from shared_store.overcommit import support
 from shared_store.runtime import versions as supported
 
 
@@ -148,12 +149,12 @@ def bytes_of_gpu(rank: int) -> int:
 
 
 SWAPPED_ON_GPUS = ("0.26",)
-"""Versions of which engines on a GPU were swapped out and back with equal tokens."""
+"""Versions of which engines on a GPU may be swapped out, where :mod:`shared_store.overcommit.support` has GPUs."""
 
 
 def swaps_on_gpus() -> bool:
     """Return True for a version whose engines on a GPU may be swapped out."""
-    return version().startswith(tuple(f"{known}." for known in SWAPPED_ON_GPUS))
+    return support.GPUS and version().startswith(tuple(f"{known}." for known in SWAPPED_ON_GPUS))
 
 
 def block_bytes(vllm_config: Any) -> int:

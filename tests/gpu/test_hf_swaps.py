@@ -10,6 +10,7 @@ from support.waiting import wait_until
 
 from shared_store.base.errors import DeclinedError
 from shared_store.client.session import Session
+from shared_store.overcommit import support
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
 
@@ -37,6 +38,8 @@ def store(gpu, gpu_of_torch):
     assert gpu_of_torch == gpu
     for name in ("transformers", "accelerate"):
         pytest.importorskip(name)
+    if not support.GPUS:
+        pytest.skip(support.REFUSAL)
     yield from store_without_catalog(min_resident_s=0.0, turn_s=0.2)
 
 

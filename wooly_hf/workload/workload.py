@@ -23,6 +23,7 @@ from shared_store.base.errors import ConfigError, TimedOutError, UnsupportedErro
 from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.base.workload_states import WorkloadState
 from shared_store.client.session import Session
+from shared_store.overcommit import support
 from shared_store.overcommit.agent import Agent, connect
 from shared_store.protocol.messages.identity import Identity
 from shared_store.torch.devices import store_device
@@ -71,6 +72,8 @@ class Workload:
         self._emptied = emptied
         self.settings = settings.completed()
         self.refusal = "" if self.settings.swap else "its user does not let it be swapped out"
+        if not self.refusal and device.type == "cuda" and not support.GPUS:
+            self.refusal = support.REFUSAL
         if not self.refusal and not countable():
             self.refusal = f"torch {torch.__version__} does not tell the references to tensors"
         self._pid = os.getpid()
@@ -160,6 +163,8 @@ class Workload:
             TimedOutError: there was no memory in ``WOOLY_START_TIMEOUT``.
             OutOfMemoryError: there will never be so much.
         """
+        if device.type == "cuda" and not support.GPUS:
+            return
         limit_s = envs.START_TIMEOUT.get()
         self._agent.take_room({store_device(device): nbytes}, limit_s, self._say)
 

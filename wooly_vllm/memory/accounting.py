@@ -178,7 +178,7 @@ def _turn(worker: Any, options: Options) -> contextlib.ExitStack:
 def _compare_from_here_on(worker: Any, options: Options, starting: contextlib.ExitStack) -> None:
     """Leave out of measurements what other workloads take and give on the worker's GPU, until it has started."""
     member_of = envs.MEMBER_OF.get()
-    if not member_of:
+    if not member_of or not compat.swaps_on_gpus():
         return
     try:
         session = Session.connect(options.runtime_dir, name="vllm, starting", kind="vllm", autostart=False)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared_store.base.errors import ConfigError
+from shared_store.overcommit import support
 from wooly_vllm import compat
 
 EXECUTORS = (
@@ -38,7 +39,9 @@ def _by_configuration(config: Any) -> Iterator[str]:
         yield "its fault tolerance stops the loop of the engine, and starts it again, at any time"
     if getattr(parallel, "nnodes", 1) > 1:
         yield "it has workers on other nodes"
-    if compat.device_of(config).type == "cuda" and not compat.swaps_on_gpus():
+    if compat.device_of(config).type == "cuda" and not support.GPUS:
+        yield support.REFUSAL
+    elif compat.device_of(config).type == "cuda" and not compat.swaps_on_gpus():
         yield f"swapping vLLM {compat.version()} on a GPU was not tested; {', '.join(compat.SWAPPED_ON_GPUS)} was"
 
 

@@ -85,6 +85,8 @@ class EngineWorkload:
         def progress(reason: str) -> None:
             compat.logger().info("wooly: waiting for memory to %s: %s", purpose, reason)
 
+        if self.agent.devices != ("cpu",) and not compat.swaps_on_gpus():
+            return 0.0  # memory of GPUs is not granted by measure yet
         try:
             return self.agent.take_room(room, envs.START_TIMEOUT.get(), progress)
         except (TimedOutError, OutOfMemoryError):
