@@ -11,5 +11,3 @@ False until the tests in ``tests/gpu`` and ``python benchmarks overcommit`` have
 """
 
 REFUSAL: Final = "this version moves workloads in the memory of the host only: overcommit of GPUs is not enabled"
-    "this version of wooly moves workloads in the memory of the host only; overcommit of GPUs is not enabled"
-)

@@ -62,6 +62,8 @@ def test_reasons_in_a_configuration(refusals: Any, changes: dict[str, Any], reas
 def test_versions_that_were_not_swapped_on_a_gpu(refusals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu = configured(device_config=SimpleNamespace(device="cuda"))
     monkeypatch.setattr(refusals.compat, "version", lambda: "0.26.0")
+    assert refusals.by_configuration(on_a_gpu) == refusals.support.REFUSAL
+    monkeypatch.setattr(refusals.support, "GPUS", True)
     assert refusals.by_configuration(on_a_gpu) == ""
     monkeypatch.setattr(refusals.compat, "version", lambda: "0.27.1")
     assert "swapping vLLM 0.27.1 on a GPU was not tested" in refusals.by_configuration(on_a_gpu)
