@@ -34,9 +34,17 @@ def store():
 
 @pytest.fixture
 def move(store):
-    """Return a function that swaps a workload out or in, by its name."""
+    """Return a function that swaps a workload out or in, by its name, once the store has heard that it started."""
     with Session.connect(store.directory, autostart=False, name="test") as session:
-        yield lambda name="job", *, out: session.workloads.move(name, out=out)
+
+        def moved(name="job", *, out):
+            def started():
+                return name not in {one.name for one in session.status().workloads if one.starting}
+
+            wait_until(started, f"{name} to have started")
+            return session.workloads.move(name, out=out)
+
+        yield moved
 
 
 @pytest.fixture
