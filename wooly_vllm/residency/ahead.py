@@ -16,6 +16,7 @@ from shared_store.base.errors import WoolyError
 from shared_store.sleep.sleeper import Sleeper
 from wooly_vllm import compat
 from wooly_vllm.residency import shared_models
+from wooly_vllm.residency.refusals import by_configuration
 from wooly_vllm.sharing_loader import sharing_loader
 
 
@@ -24,7 +25,7 @@ def begin(worker: Any) -> None:
     loader = sharing_loader(worker.vllm_config)
     if loader is None or torch.device(worker.device).type != "cuda":
         return
-    if not loader.options.may_be_swapped:
+    if not loader.options.may_be_swapped or by_configuration(worker.vllm_config):
         return
     sleepers = shared_models.sleepers(worker)
     if sleepers:
