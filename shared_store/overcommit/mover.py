@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,24 @@ class Holdings:
     moved: int = 0
     steps: Mapping[str, float] = field(default_factory=dict)
     shared: Mapping[str, int] = field(default_factory=dict)
+
+
+class Steps:
+    """Times the steps of a move.
+
+    Attributes:
+        seconds: by step.
+    """
+
+    def __init__(self) -> None:
+        """Begin the first step."""
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def end(self, step: str) -> None:
+        """Say that a step has ended, and the next one begins."""
+        now = time.monotonic()
+        self.seconds[step], self._began = now - self._began, now
 
 
 class Mover(Protocol):

@@ -6,15 +6,15 @@ returns is full of ones where nothing restores or zeroes it.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.adapters import random_adapter
+from support.commands import Move, commanded, commands
 from support.engines import SHARING, EngineProcess
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -29,24 +29,10 @@ FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "mamba2")
 PREFIX = [[*range(100, 100 + 3 * BLOCK), 5]]
 """A prompt of three whole blocks and one token."""
 
-Move = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def swap_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("swap")
-
-
-def commands(process: EngineProcess) -> Move:
-    """Return a function that runs a command of `moving.py` in an engine."""
-
-    def run(what: str, **given: Any) -> dict[str, Any]:
-        words = json.dumps(given, separators=(",", ":"))
-        found = process.do(f"move {what} {words}")
-        assert "error" not in found, found["error"]
-        return found
-
-    return run
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
@@ -54,13 +40,8 @@ def move(request: pytest.FixtureRequest, module_runtime_dir: Path, checkpoint: A
     """Return a function that runs a command of `moving.py` in an engine that shares its weights."""
     job = {"models": [str(checkpoint("llama"))], "settings": SETTINGS, "obey": True, **SHARING}
     environment = {"VLLM_USE_V2_MODEL_RUNNER": request.param, "WOOLY_SWAP_DIR": str(swap_dir)}
-    process = EngineProcess(module_runtime_dir, job, **environment)
-    try:
-        yield commands(process)
-        process.tell("stop")
-        assert process.finish() == 0, "\n".join(process.log[-40:])
-    finally:
-        process.close()
+    with commanded(module_runtime_dir, job, **environment) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -215,13 +196,8 @@ def ranks(module_runtime_dir: Path, checkpoint: Any, swap_dir: Path) -> Iterator
     cpus = sorted(os.sched_getaffinity(0))
     # With fewer NUMA nodes than ranks, vLLM needs the processors of each rank.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cpus[0]}|{cpus[-1]}", "WOOLY_SWAP_DIR": str(swap_dir)}
-    process = EngineProcess(module_runtime_dir, job, **environment)
-    try:
-        yield commands(process)
-        process.tell("stop")
-        assert process.finish() == 0, "\n".join(process.log[-40:])
-    finally:
-        process.close()
+    with commanded(module_runtime_dir, job, **environment) as run:
+        yield run
 
 
 def test_all_ranks_leave_and_return(ranks: Move) -> None:

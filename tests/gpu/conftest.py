@@ -11,7 +11,16 @@ import pytest
 from support.engine_fixtures import checkpoint, engine, module_runtime_dir, runtime_dir
 from support.waiting import wait_until
 
-__all__ = ["checkpoint", "engine", "gpu", "gpu_of_torch", "module_runtime_dir", "runtime_dir", "vram_returned"]
+__all__ = [
+    "checkpoint",
+    "engine",
+    "gpu",
+    "gpu_of_torch",
+    "module_runtime_dir",
+    "runtime_dir",
+    "swappable",
+    "vram_returned",
+]
 
 BESIDE_OTHERS: dict[str, Any] = {
     "enforce_eager": True,
@@ -39,6 +48,16 @@ def gpu_of_torch() -> str:
     program = f"{names}; print(store_device(torch.device('cuda', 0)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     return found.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def swappable(gpu: str, gpu_of_torch: str) -> None:
+    """Skip where engines on a GPU are not swapped: an untested version of vLLM."""
+    assert gpu_of_torch == gpu
+    pytest.importorskip("vllm")
+    compat = pytest.importorskip("wooly_vllm.compat")
+    if not compat.swaps_on_gpus():
+        pytest.skip(f"engines of vLLM {compat.version()} are not swapped on a GPU")
 
 
 def used_mib(device: str) -> int:

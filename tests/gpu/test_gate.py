@@ -13,7 +13,7 @@ from support.plain_workload import MIB, PlainWorkload
 from support.stores import KeptStore
 from support.waiting import wait_until
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("swappable"), pytest.mark.timeout(590)]
 
 KV_BYTES = 1 << 30
 GRAPHS: dict[str, Any] = {
@@ -24,16 +24,6 @@ GRAPHS: dict[str, Any] = {
 }
 BUDGET = 12 << 30
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def swappable(gpu: str, gpu_of_torch: str) -> None:
-    """Skip where engines on a GPU are not swapped: an untested version of vLLM."""
-    assert gpu_of_torch == gpu
-    pytest.importorskip("vllm")
-    compat = pytest.importorskip("wooly_vllm.compat")
-    if not compat.swaps_on_gpus():
-        pytest.skip(f"engines of vLLM {compat.version()} are not swapped on a GPU")
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu.conftest import used_mib
 from support.adapters import random_adapter
+from support.commands import Move, commanded, commands
 from support.drafts import eagle_head
 from support.engines import SHARING, EngineProcess
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("swappable"), pytest.mark.timeout(590)]
 
 KV_BYTES = 2 << 30
 GRAPHS: dict[str, Any] = {
@@ -25,29 +25,6 @@ GRAPHS: dict[str, Any] = {
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
 }
 FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "jamba")
-Move = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def swappable(gpu: str, gpu_of_torch: str) -> None:
-    """Skip where engines on a GPU are not swapped: an untested version of vLLM."""
-    assert gpu_of_torch == gpu
-    pytest.importorskip("vllm")
-    compat = pytest.importorskip("wooly_vllm.compat")
-    if not compat.swaps_on_gpus():
-        pytest.skip(f"engines of vLLM {compat.version()} are not swapped on a GPU")
-
-
-def commands(process: EngineProcess) -> Move:
-    """Return a function that runs a command of `support/moving.py` in an engine."""
-
-    def run(what: str, **given: Any) -> dict[str, Any]:
-        words = json.dumps(given, separators=(",", ":"))
-        found = process.do(f"move {what} {words}")
-        assert "error" not in found, found["error"]
-        return found
-
-    return run
 
 
 def assert_moved(one: dict[str, Any]) -> None:
@@ -72,13 +49,8 @@ def move(
         "VLLM_USE_V2_MODEL_RUNNER": request.param,
         "WOOLY_SWAP_DIR": str(tmp_path_factory.mktemp("swap")),
     }
-    process = EngineProcess(module_runtime_dir, job, **environment)
-    try:
-        yield commands(process)
-        process.tell("stop")
-        assert process.finish() == 0, "\n".join(process.log[-40:])
-    finally:
-        process.close()
+    with commanded(module_runtime_dir, job, **environment) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

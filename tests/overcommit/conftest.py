@@ -9,6 +9,8 @@ import pytest
 from support.fixtures import actor, directory, start_store, store
 from support.holders import Holder
 from support.scripted import ScriptedStore
+from support.stores import StoreProcess
+from support.workloads import Workload
 
 from shared_store.client.session import Session
 from shared_store.overcommit.agent import Agent
@@ -17,6 +19,44 @@ from shared_store.protocol import messages
 __all__ = ["actor", "agents", "directory", "played", "start_store", "store"]
 
 NBYTES = 1 << 20
+
+
+@pytest.fixture
+def locks(monkeypatch, tmp_path):
+    """Locks of devices of this test alone; workloads without a store keep no reserve."""
+    monkeypatch.setenv("WOOLY_LOCK_DIR", str(tmp_path))
+    monkeypatch.setenv("WOOLY_VRAM_RESERVE", "0")
+
+
+@pytest.fixture
+def stores(directory, settings):
+    """Return a function that starts a store with a module's settings, with or without a keeper; end all afterwards."""
+    started = []
+
+    def start(kind=StoreProcess, **options):
+        started.append(kind(directory, redis_url=f"unix://{directory}/away", **{**settings, **options}))
+        return started[-1].start()
+
+    yield start
+    for one in reversed(started):
+        one.clean_up()
+
+
+@pytest.fixture
+def workloads(directory, nbytes):
+    """Return a function that starts workload processes of a module's size, which join; end all afterwards."""
+    made = []
+
+    def make(name, *, start=True, **given):
+        made.append(Workload(env=dict(os.environ)))
+        assert made[-1].join(directory=str(directory), name=name, nbytes=nbytes, **given) == name
+        if start:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.file_driver import PlayedDriver
 
 from shared_store.base.errors import DeclinedError, MemoryBackendError
 from shared_store.memory.cuda.checkpoint import ProcessState
@@ -23,7 +24,7 @@ class KilledError(Exception):
     """The checkpointer is killed here."""
 
 
-class Driver:
+class Driver(PlayedDriver):
     """The states that the driver has of processes, which outlive a checkpointer. Refuses what the driver refuses."""
 
     def __init__(self, failing=frozenset(), killed_at=None):
@@ -34,18 +35,6 @@ class Driver:
 
     def state(self, pid):
         return self.states[pid]
-
-    def lock(self, pid, _timeout_s):
-        self._step("lock", pid, ProcessState.RUNNING, ProcessState.LOCKED)
-
-    def checkpoint(self, pid):
-        self._step("checkpoint", pid, ProcessState.LOCKED, ProcessState.CHECKPOINTED)
-
-    def restore(self, pid):
-        self._step("restore", pid, ProcessState.CHECKPOINTED, ProcessState.LOCKED)
-
-    def unlock(self, pid):
-        self._step("unlock", pid, ProcessState.LOCKED, ProcessState.RUNNING)
 
     def _step(self, name, pid, before, after):
         if self.calls == self.killed_at:

@@ -11,7 +11,6 @@ from support.file_driver import FileDriver
 from support.holders import STAYS
 from support.stores import KeptStore, StoreProcess
 from support.waiting import wait_until
-from support.workloads import Workload
 
 from shared_store.client.session import Session
 from shared_store.memory.cuda.checkpoint import ProcessState
@@ -27,13 +26,14 @@ SETTINGS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("locks", "driver")
+
+
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
     """A driver that sees a device of this test."""
     site = Path(__file__).parent.parent / "support" / "driver_site"
     monkeypatch.setenv("WOOLY_TEST_DRIVER", str(tmp_path))
-    monkeypatch.setenv("WOOLY_LOCK_DIR", str(tmp_path))
-    monkeypatch.setenv("WOOLY_VRAM_RESERVE", "0")
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(site), str(site.parent.parent), os.environ.get("PYTHONPATH", "")])
     )
@@ -42,37 +42,28 @@ def driver(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stores(directory, driver):
-    """Return a function that starts a store; end it after the test."""
-    assert driver.directory.exists()
-    started = []
-
-    def start(kind=StoreProcess, **options):
-        started.append(kind(directory, redis_url=f"unix://{directory}/away", **{**SETTINGS, **options}))
-        return started[-1].start()
-
-    yield start
-    for one in reversed(started):
-        one.clean_up()
+def settings():
+    return SETTINGS
 
 
 @pytest.fixture
-def workloads(directory, driver):
-    """Return a function that starts workload processes with helpers; end all after the test."""
-    made = []
+def nbytes():
+    return NBYTES
+
+
+@pytest.fixture
+def workloads(workloads, directory, driver):
+    """Return a function that starts workload processes with helpers."""
 
     def make(name, *, start=True, helper=True):
-        made.append(Workload(env=dict(os.environ)))
-        made[-1].join(directory=str(directory), name=name, nbytes=NBYTES)
+        one = workloads(name, start=False)
         if helper:
-            made[-1].deep(directory=str(directory), device=str(driver.directory / "device0"))
+            one.deep(directory=str(directory), device=str(driver.directory / "device0"))
         if start:
-            made[-1].start()
-        return made[-1]
+            one.start()
+        return one
 
-    yield make
-    for one in made:
-        one.kill()
+    return make
 
 
 def listed(directory, name):

@@ -7,9 +7,8 @@ import signal
 import time
 
 import pytest
-from support.stores import KeptStore, StoreProcess
+from support.stores import KeptStore
 from support.waiting import wait_until
-from support.workloads import Workload
 
 from shared_store.client.session import Session
 
@@ -27,42 +26,17 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def locks(monkeypatch, tmp_path):
-    """Locks of devices of this test alone; workloads without a store leave nothing free but this."""
-    monkeypatch.setenv("WOOLY_LOCK_DIR", str(tmp_path))
-    monkeypatch.setenv("WOOLY_VRAM_RESERVE", "0")
+pytestmark = pytest.mark.usefixtures("locks")
 
 
 @pytest.fixture
-def stores(directory):
-    """Return a function that starts a store under a budget, with or without a keeper; end them after the test."""
-    started = []
-
-    def start(kind=StoreProcess, **options):
-        started.append(kind(directory, redis_url=f"unix://{directory}/away", **{**SETTINGS, **options}))
-        return started[-1].start()
-
-    yield start
-    for one in reversed(started):
-        one.clean_up()
+def settings():
+    return SETTINGS
 
 
 @pytest.fixture
-def workloads(directory):
-    """Return a function that starts workload processes, which join; end all after the test."""
-    made = []
-
-    def make(name, *, start=True, **given):
-        made.append(Workload(env=dict(os.environ)))
-        assert made[-1].join(directory=str(directory), name=name, nbytes=NBYTES, **given) == name
-        if start:
-            made[-1].start()
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.kill()
+def nbytes():
+    return NBYTES
 
 
 def states(directory):

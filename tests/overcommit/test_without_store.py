@@ -18,11 +18,7 @@ from .test_agent import LIMIT_S, in_background, resident, swapped
 __all__ = ["resident", "swapped"]
 
 
-@pytest.fixture(autouse=True)
-def locks(monkeypatch, tmp_path):
-    """Locks of this test alone, and room for everything."""
-    monkeypatch.setenv("WOOLY_LOCK_DIR", str(tmp_path))
-    monkeypatch.setenv("WOOLY_VRAM_RESERVE", "0")
+pytestmark = pytest.mark.usefixtures("locks")
 
 
 @pytest.fixture

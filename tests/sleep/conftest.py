@@ -10,12 +10,19 @@ from support.stores import KeptStore
 
 import shared_store.memory.cuda.vmm
 
-__all__ = ["directory", "process", "process_of", "start", "store"]
+__all__ = ["directory", "process", "process_of", "start", "store", "swap_dir"]
 
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch):
     monkeypatch.setattr(shared_store.memory.cuda.vmm, "CudaBackend", Device)
+
+
+@pytest.fixture
+def swap_dir(tmp_path):
+    path = tmp_path / "swap"
+    path.mkdir()
+    return path
 
 
 @pytest.fixture

@@ -23,13 +23,6 @@ WHOLE = 76 * MIB
 
 
 @pytest.fixture
-def swap_dir(tmp_path):
-    path = tmp_path / "swap"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
 def store(start, swap_dir):
     """Start a keeper and its store, which swaps to a directory of the test."""
     return start(swap_dir=str(swap_dir))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sleep.test_disk import files_of
+from sleep.test_disk import WHOLE, files_of
 from sleep.test_sleep import KEY, MIB, MODEL, away, published, resident, right
 from sleep.test_sleep_killed import reconnected
 from support.content import key
@@ -11,16 +11,6 @@ from support.devices import DEVICE
 from support.waiting import wait_until
 
 from shared_store.base.errors import DigestMismatchError
-
-WHOLE = 76 * MIB
-"""Bytes of the segments of `MODEL`."""
-
-
-@pytest.fixture
-def swap_dir(tmp_path):
-    path = tmp_path / "swap"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from sleep.test_disk import files_of
-from sleep.test_host_budget import WHOLE, copies, swap_dir
+from sleep.test_disk import WHOLE, files_of
+from sleep.test_host_budget import copies
 from sleep.test_sleep import KEY, MIB, published, resident, right
 from sleep.test_sleep_killed import reconnected
 from support.content import key
 from support.devices import DEVICE
 from support.plain_workload import PlainWorkload
 from support.waiting import open_fds, open_segments, wait_until
-
-__all__ = ["swap_dir"]
 
 BUDGET = 200 * MIB
 

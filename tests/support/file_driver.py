@@ -11,17 +11,8 @@ from shared_store.base.errors import MemoryBackendError
 from shared_store.memory.cuda.checkpoint import ProcessState
 
 
-class FileDriver:
-    """`Checkpoints` of processes, in the directory that WOOLY_TEST_DRIVER names."""
-
-    def __init__(self, directory=None):
-        self.directory = Path(directory or os.environ["WOOLY_TEST_DRIVER"])
-
-    def state(self, pid):
-        try:
-            return ProcessState[(self.directory / f"state-{pid}").read_text()]
-        except FileNotFoundError:
-            return ProcessState.RUNNING
+class PlayedDriver:
+    """The driver's calls, each a step between two states of a process."""
 
     def lock(self, pid, _timeout_s):
         self._step("lock", pid, ProcessState.RUNNING, ProcessState.LOCKED)
@@ -34,6 +25,19 @@ class FileDriver:
 
     def unlock(self, pid):
         self._step("unlock", pid, ProcessState.LOCKED, ProcessState.RUNNING)
+
+
+class FileDriver(PlayedDriver):
+    """`Checkpoints` of processes, in the directory that WOOLY_TEST_DRIVER names."""
+
+    def __init__(self, directory=None):
+        self.directory = Path(directory or os.environ["WOOLY_TEST_DRIVER"])
+
+    def state(self, pid):
+        try:
+            return ProcessState[(self.directory / f"state-{pid}").read_text()]
+        except FileNotFoundError:
+            return ProcessState.RUNNING
 
     def mark(self, kind, call):
         (self.directory / kind).write_text(call)

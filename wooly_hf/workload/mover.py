@@ -18,7 +18,7 @@ from torch import nn
 
 from shared_store.base.errors import DeclinedError, OutOfMemoryError, WoolyError
 from shared_store.memory.unmapping import captures
-from shared_store.overcommit.mover import Holdings, Reached
+from shared_store.overcommit.mover import Holdings, Reached, Steps
 from shared_store.sleep.model import NO_STORE
 from shared_store.sleep.sleeper import Sleeper
 from shared_store.torch.devices import store_device, work_on
@@ -90,7 +90,7 @@ class ModelsMover:
             raise DeclinedError(reason)
         if not active and self._gate.in_use:
             raise DeclinedError("its models are in use")
-        steps, moved, needs = _Steps(), _Count(), dict(self._private())
+        steps, moved, needs = Steps(), _Count(), dict(self._private())
         sleepers = self._prepared(moved)
         steps.end("copy")
         try:
@@ -125,7 +125,7 @@ class ModelsMover:
 
     def come_back(self) -> Holdings:
         """Return, see :meth:`Mover.come_back`. Threads pass the gate again."""
-        steps, moved = _Steps(), _Count()
+        steps, moved = Steps(), _Count()
         private: dict[str, int] = {}
         self.failure = None
         for model, sleeper in list(self._asleep.items()):
@@ -227,16 +227,3 @@ class _Count:
 
     def __call__(self, nbytes: int) -> None:
         self.nbytes += nbytes
-
-
-class _Steps:
-    """Times the steps of a move."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    def end(self, step: str) -> None:
-        """Say that a step has ended."""
-        now = time.monotonic()
-        self.seconds[step], self._began = now - self._began, now

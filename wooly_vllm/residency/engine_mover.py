@@ -6,13 +6,12 @@ one cannot take it. Workers answer with a reason instead of raising, so that eve
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from shared_store.base.errors import DeclinedError, OutOfMemoryError, WoolyError
-from shared_store.overcommit.mover import Holdings, Reached
+from shared_store.overcommit.mover import Holdings, Reached, Steps
 from wooly_vllm import compat
 from wooly_vllm.residency import blocks
 from wooly_vllm.residency.boundary import deadline
@@ -83,7 +82,7 @@ class EngineMover:
     def _leave(self, gate: Gate, late: Callable[[], bool], reached: Reached, *, active: bool) -> Holdings:
         if gate.away:
             return holdings(gate)
-        engine, watch = gate.engine, _Watch()
+        engine, steps = gate.engine, Steps()
         if engine.model_executor.is_sleeping and engine.vllm_config.model_config.enable_sleep_mode:
             raise DeclinedError("its user put this engine to sleep")
         if not active and gate.has_work():
@@ -93,9 +92,9 @@ class EngineMover:
         if late():
             _rpc(engine, "wooly_stay")
             raise DeclinedError("preparing host copies took too long; they are there for the next time")
-        watch.passed("prepare")
+        steps.end("prepare")
         gate.close()
-        watch.passed("drain")
+        steps.end("drain")
         try:
             reached("leaving")
             kept = blocks.choose(pool, _blocks_that_fit(engine))
@@ -119,7 +118,7 @@ class EngineMover:
             kept.running,
             len(kept.dropped),
         )
-        return holdings(gate, watch.steps, left)
+        return holdings(gate, steps.seconds, left)
 
     def _unmap(self, engine: Any) -> list[dict[str, Any]]:
         """Unmap everything on all workers. If one fails, bring the others back; if that fails too, all stay away.
@@ -146,25 +145,25 @@ class EngineMover:
     def _come_back(self, gate: Gate) -> Holdings:
         if not gate.away:
             return holdings(gate)
-        engine, watch = gate.engine, _Watch()
+        engine, steps = gate.engine, Steps()
         reasons = _reasons(_rpc(engine, "wooly_create"))
         if reasons:
             _rpc(engine, "wooly_roll_back")
             raise OutOfMemoryError(f"this engine cannot return to its devices yet: {reasons[0]}")
-        watch.passed("map")
+        steps.end("map")
         if not self._pinned:
             self._pinned = True
             _rpc(engine, "wooly_pin")
-            watch.passed("pin")
+            steps.end("pin")
         try:
             filled = self._fill(engine)
         except BaseException as error:
             gate.fail(error)
             raise
-        watch.passed("fill")
+        steps.end("fill")
         gate.open()
-        compat.logger().info("wooly: this engine is back on its devices after %.3f s", sum(watch.steps.values()))
-        return holdings(gate, watch.steps, filled)
+        compat.logger().info("wooly: this engine is back on its devices after %.3f s", sum(steps.seconds.values()))
+        return holdings(gate, steps.seconds, filled)
 
     @staticmethod
     def _fill(engine: Any) -> list[dict[str, Any]]:
@@ -178,22 +177,6 @@ class EngineMover:
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
             blocks.drop_all(engine.scheduler.kv_cache_manager.block_pool)  # in case a block was in use in spite of it
         return filled
-
-
-class _Watch:
-    """Measures the steps of a move.
-
-    Attributes:
-        steps: seconds by step.
-    """
-
-    def __init__(self) -> None:
-        self.steps: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def passed(self, step: str) -> None:
-        now = time.monotonic()
-        self.steps[step], self._since = now - self._since, now
 
 
 def _whole(gate: Gate, move: Callable[[], T]) -> T:

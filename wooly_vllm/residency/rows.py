@@ -9,7 +9,7 @@ rows are too small for a copy each. Everything runs on the current stream, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -56,14 +56,7 @@ def save(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
         OutOfMemoryError: host memory ends, or the device has none for a buffer.
         DiskError: the copy is a file, and the disk is full.
     """
-    numbers = list(ids)
-    if not numbers or not rows:
-        return
-    with _Buffer(rows[0].memory.device) as buffer:
-        there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
-        for table in rows:
-            _save_table(table.table(), there, copy, buffer)
-        buffer.wait()
+    _each_table(rows, ids, copy, _save_table)
 
 
 def restore(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
@@ -72,13 +65,23 @@ def restore(rows: Sequence[Rows], ids: Iterable[int], copy: Copy) -> None:
     Raises:
         DigestMismatchError, DiskError: as :meth:`Copy.next`. Some rows may have been written.
     """
+    _each_table(rows, ids, copy, _restore_table)
+
+
+def _each_table(
+    rows: Sequence[Rows],
+    ids: Iterable[int],
+    copy: Copy,
+    move: Callable[[torch.Tensor, torch.Tensor, Copy, _Buffer], None],
+) -> None:
+    """Move the rows with these numbers, of each table in turn."""
     numbers = list(ids)
     if not numbers or not rows:
         return
     with _Buffer(rows[0].memory.device) as buffer:
         there = torch.tensor(numbers, dtype=torch.int64, device=buffer.device)
         for table in rows:
-            _restore_table(table.table(), there, copy, buffer)
+            move(table.table(), there, copy, buffer)
         buffer.wait()
 
 
