@@ -101,6 +101,30 @@ def _priority(text: str) -> int:
     return int(digit)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%"))
+    except ValueError:
+        share = -1.0
+    if not (share == 0 or 1 <= share <= 100):
+        raise ValueError("use a percentage from 1 to 100, or 0 for an equal part")
+    return share
+
+
+def _percent(text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 100):
+        raise ValueError("use a whole percentage from 1 to 100")
+    return int(text)
+
+
+def _exclusive(text: str) -> bool:
+    if text.lower() not in {"exclusive", "shared"}:
+        raise ValueError("use Shared or Exclusive")
+    return text.lower() == "exclusive"
+
+
 def _uids(text: str) -> tuple[int, ...]:
     numbers = [number.strip() for number in text.split(",") if number.strip()]
     if not all(number.isascii() and number.isdigit() for number in numbers):
@@ -241,6 +265,26 @@ SWAP_FROM_VRAM: Variable[bool] = Variable(
     "1",
     _flag,
 )
+COMPUTE_SHARE: Variable[float] = Variable(
+    "WOOLY_COMPUTE_SHARE",
+    "Share of this process's workload in its devices' time, among workloads of its priority: a percentage from 1 to "
+    "100. 0: an equal part of what the others leave. What one does not use, the others get.",
+    "0",
+    _share,
+)
+GPU_MODE: Variable[bool] = Variable(
+    "GPU_MODE",
+    "`Exclusive`: no other workload may use the devices of this process's workload. `Shared`: others may.",
+    "Shared",
+    _exclusive,
+)
+MPS_PERCENT: Variable[int | None] = Variable(
+    "WOOLY_MPS_PERCENT",
+    "Cap of this process's workload under NVIDIA MPS: percentage of a GPU's threads that it may use, from 1 to 100. "
+    "Needs a running MPS control daemon. Under MPS the fault of one process kills its neighbours. Unset: no cap.",
+    "",
+    _percent,
+)
 MEMBER_OF: Variable[str] = Variable(
     "WOOLY_MEMBER_OF",
     "Id of the workload that this worker process belongs to. Set by wooly for the processes of an engine; not for "
@@ -280,6 +324,18 @@ DEEP_AFTER: Variable[float] = Variable(
     "WOOLY_DEEP_AFTER",
     "Time without work after which the driver takes a swapped workload off its GPU (`checkpointed`); 0: never.",
     "30m",
+    _duration,
+)
+ARBITER: Variable[bool] = Variable(
+    "WOOLY_ARBITER",
+    "1 or true: workloads of one device compute by priority and share. 0 or false: as the driver lets them.",
+    "1",
+    _flag,
+)
+MAX_HOLD: Variable[float] = Variable(
+    "WOOLY_MAX_HOLD",
+    "Time after which a workload that is held for a more important one makes one step all the same; 0: it makes none.",
+    "0",
     _duration,
 )
 HOST_BUDGET: Variable[int | None] = Variable(
@@ -353,12 +409,17 @@ REGISTRY: tuple[Variable[object], ...] = (  # type: ignore[assignment]  # Variab
     WORKLOAD,
     PRIORITY,
     SWAP_FROM_VRAM,
+    COMPUTE_SHARE,
+    GPU_MODE,
+    MPS_PERCENT,
     MEMBER_OF,
     VRAM_RESERVE,
     IDLE_AFTER,
     MIN_RESIDENT,
     TURN,
     DEEP_AFTER,
+    ARBITER,
+    MAX_HOLD,
     HOST_BUDGET,
     SWAP_DIR,
     LOCK_DIR,

@@ -212,6 +212,13 @@ class SharedWriteError(WoolyError):
     exit_code = 16
 
 
+class ExclusiveError(WoolyError):
+    """A workload may not use a device: another one has it for itself, or this one would, and others use it."""
+
+    code = "exclusive"
+    exit_code = 24
+
+
 class SavedModelError(WoolyError):
     """A saved model cannot be restored: it is incomplete, was changed, or has another format or version."""
 

@@ -27,13 +27,37 @@ class WorkloadMemory(msgspec.Struct, frozen=True, gc=False):
     needs: int = 0
 
 
+class ComputeStatus(msgspec.Struct, frozen=True, gc=False):
+    """What a workload computes.
+
+    ``share``: percent of its devices' time among workloads of its priority; 0: an equal part of what the others leave.
+    ``used_share``: fraction (0 to 1) of its devices' time in the last 10 seconds. ``device_s``: seconds of its devices
+    that it used; ``estimated_s``: the part of them in which steps of several workloads overlapped, and its part was
+    estimated. ``held_s``: seconds for which it was held; ``held``: it is now. ``stalled``: it has work and makes no
+    progress. ``gated`` is false with a reason, ``ungated``: why it is never held. ``exclusive``: no other workload may
+    use its devices.
+    """
+
+    share: float = 0.0
+    used_share: float = 0.0
+    device_s: float = 0.0
+    estimated_s: float = 0.0
+    held_s: float = 0.0
+    held: bool = False
+    stalled: bool = False
+    gated: bool = False
+    ungated: str = ""
+    exclusive: bool = False
+
+
 class WorkloadStatus(msgspec.Struct, frozen=True, gc=False):
     """One workload. ``id``: that its processes have in common, see ``Identity.member_of``.
 
     ``starting``: it waits for memory for its first time, or was granted it. ``swappable`` is false with a ``refusal``:
     why it is never swapped out. ``blocked_by``: names of the workloads (or ``foreign processes``, ``reserve``) that
     have the memory it waits for; empty if it does not wait. ``waits_s``: seconds that its oldest wait for memory
-    lasts; 0 without one. ``starved_s``: seconds that it waited so far in all.
+    lasts; 0 without one. ``starved_s``: seconds that it waited so far in all. ``compute``: what it computes; None: this
+    store has no arbiter.
     """
 
     name: str
@@ -61,6 +85,7 @@ class WorkloadStatus(msgspec.Struct, frozen=True, gc=False):
     refusals: int = 0
     models: tuple[str, ...] = ()
     id: str = ""
+    compute: ComputeStatus | None = None
 
 
 class Workloads(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,4 +43,6 @@ def describe(
         envs.POD_NAME.get(),
         envs.CONTAINER_NAME.get(),
         member_of or envs.MEMBER_OF.get(),
+        settings.compute_share,
+        settings.exclusive,
     ).cleaned()

@@ -42,6 +42,8 @@ class ServeOptions:
         swap_dir: directory for copies that do not lie in host memory; None is the default of ``WOOLY_SWAP_DIR``.
         max_priority: the highest priority (the lowest number) that a user id may claim; others may claim any.
         start_timeout_s: seconds for which a start waits for memory.
+        arbiter: whether workloads of one device take turns by priority and share.
+        max_hold_s: seconds after which a workload that is held makes one step; 0: it makes none.
     """
 
     runtime_dir: Path
@@ -66,6 +68,8 @@ class ServeOptions:
     swap_dir: Path | None = None
     max_priority: Mapping[int, int] = field(default_factory=dict)
     start_timeout_s: float = 540.0
+    arbiter: bool = True
+    max_hold_s: float = 0.0
 
     def reserve(self, device: str) -> int:
         """Return the bytes that stay free on a device (``cpu`` or a GPU's UUID)."""
@@ -116,4 +120,6 @@ class ServeOptions:
             host_budget=envs.HOST_BUDGET.get(),
             swap_dir=envs.SWAP_DIR.get(),
             start_timeout_s=envs.START_TIMEOUT.get(),
+            arbiter=envs.ARBITER.get(),
+            max_hold_s=envs.MAX_HOLD.get(),
         )

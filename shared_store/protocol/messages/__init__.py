@@ -29,6 +29,7 @@ from shared_store.protocol.messages.compaction import (
     Move,
     Switched,
 )
+from shared_store.protocol.messages.compute import COMPUTE, ComputeJoined, JoinCompute, SetShare
 from shared_store.protocol.messages.envelope import (
     OLDEST,
     VERSION,
@@ -101,6 +102,7 @@ from shared_store.protocol.messages.workload import (
 
 __all__ = [
     "CHECKPOINTS",
+    "COMPUTE",
     "OLDEST",
     "RESIDENCY",
     "VERSION",
@@ -119,6 +121,7 @@ __all__ = [
     "Compact",
     "Compacted",
     "Compacting",
+    "ComputeJoined",
     "CopyToHost",
     "DeviceBytes",
     "Done",
@@ -137,6 +140,7 @@ __all__ = [
     "HostCopies",
     "HostSegment",
     "Join",
+    "JoinCompute",
     "Joined",
     "Leave",
     "Message",
@@ -168,6 +172,7 @@ __all__ = [
     "RoomTaken",
     "SegmentInfo",
     "SetPriority",
+    "SetShare",
     "Shutdown",
     "StatusReply",
     "StepTime",

@@ -11,6 +11,7 @@ from shared_store.protocol.messages.activity import GetActivityPage, PageGranted
 from shared_store.protocol.messages.admin import GetStatus, Pin, Quarantine, Remove, Shutdown, StatusReply, Upgrade
 from shared_store.protocol.messages.checkpoint import Checkpoint, OfferCheckpoints, PrepareCheckpoint, Restore
 from shared_store.protocol.messages.compaction import AbandonCompaction, Compact, Compacted, Compacting, Switched
+from shared_store.protocol.messages.compute import ComputeJoined, JoinCompute, SetShare
 from shared_store.protocol.messages.envelope import VERSION, Accepted, Cancel, Message, Progress
 from shared_store.protocol.messages.models import (
     Abandon,
@@ -89,8 +90,10 @@ ClientMessage = (
     | TakeRoom
     | ReportWorkload
     | OfferCheckpoints
+    | JoinCompute
     | MoveWorkload
     | SetPriority
+    | SetShare
     | ExplainWorkload
     | GetStatus
     | GetActivityPage
@@ -127,6 +130,7 @@ StoreMessage = (
     | Push
     | Joined
     | RoomTaken
+    | ComputeJoined
     | Explanation
     | SwapOut
     | SwapIn

@@ -24,6 +24,9 @@ MAX_NAME: Final = 200
 MAX_GPUS: Final = 16
 """GPUs of one process; the rest is dropped. A greeting has at most 4 KiB."""
 
+MAX_SHARE: Final = 100.0
+"""Percent."""
+
 _LABEL: Final = 63  # of a namespace or container, as Kubernetes limits them
 _SUBDOMAIN: Final = 253  # of a pod
 _GPU: Final = re.compile(r"(GPU|MIG)-[0-9A-Za-z-]{1,60}")
@@ -42,6 +45,8 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
         pod: the pod's name.
         container: the container's name.
         member_of: the id of the workload whose process this is, the same in all of its processes; empty: none.
+        share: of its devices' time among workloads of its priority, in percent; 0: an equal part.
+        exclusive: True if no other workload may use its devices.
     """
 
     name: str = ""
@@ -53,6 +58,8 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
     pod: str = ""
     container: str = ""
     member_of: str = ""
+    share: float = 0.0
+    exclusive: bool = False
 
     def cleaned(self) -> Identity:
         """Return a copy whose texts are printable and of bounded length, with values in their ranges."""
@@ -66,6 +73,8 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
             one_line(self.pod, _SUBDOMAIN),
             one_line(self.container, _LABEL),
             one_line(self.member_of, _LABEL),
+            self.share if 1 <= self.share <= MAX_SHARE else 0.0,
+            self.exclusive,
         )
 
     @property

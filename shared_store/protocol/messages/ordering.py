@@ -7,6 +7,7 @@ thing while the answer to a cancelled request about it is under way.
 from __future__ import annotations
 
 from shared_store.protocol.messages.compaction import AbandonCompaction, Compact, Compacted
+from shared_store.protocol.messages.compute import JoinCompute
 from shared_store.protocol.messages.envelope import Request
 from shared_store.protocol.messages.session import Acquire, Yield
 from shared_store.protocol.messages.workload import Join, ReportWorkload, TakeRoom
@@ -25,7 +26,7 @@ def order_key(request: Request) -> Key | None:
         return ("turn", request.lease)
     if isinstance(request, Compact | Compacted | AbandonCompaction):
         return ("compaction", "")
-    if isinstance(request, Join | TakeRoom | ReportWorkload):
+    if isinstance(request, Join | TakeRoom | ReportWorkload | JoinCompute):
         return ("workload", request.workload)
     key = getattr(request, "key", None)
     return None if key is None else ("model", key)

@@ -134,6 +134,8 @@ class Workload:
         in_s: seconds that its last way back took; 0: unknown.
         deep: its processes may be taken off their GPU.
         off: private bytes that it has again once the driver brings it back; None: it is not off the GPU.
+        share: percent of its devices' time among workloads of its priority; 0: an equal part.
+        exclusive: no other workload may use its devices.
     """
 
     id: str
@@ -162,6 +164,8 @@ class Workload:
     in_s: float = 0.0
     deep: bool = False
     off: dict[str, int] | None = None
+    share: float = 0.0
+    exclusive: bool = False
 
     @property
     def cost_s(self) -> float:

@@ -1,0 +1,66 @@
+"""Messages between a store and its arbiter, over a socket pair: one message for each packet, with descriptors.
+
+The arbiter ends when the store's end closes. It answers nothing: it reports usage about twice a second.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """Take up a workload. The packet carries the descriptors of its page and of the arbiter's end of its socket.
+
+    ``share``: percent of the devices' time among equals; 0: an equal part of what is left. ``gated`` false: it is never
+    held, but counts for the others.
+    """
+
+    number: int
+    devices: tuple[str, ...]
+    priority: int
+    share: float = 0.0
+    gated: bool = True
+
+
+class Change(msgspec.Struct, frozen=True, tag="change"):
+    """A workload has another priority or share from here on."""
+
+    number: int
+    priority: int
+    share: float = 0.0
+
+
+class Drop(msgspec.Struct, frozen=True, tag="drop"):
+    """A workload is gone."""
+
+    number: int
+
+
+class Rules(msgspec.Struct, frozen=True, tag="rules"):
+    """Settings: the first message. ``max_hold_s``: seconds after which a held workload makes one step; 0: never."""
+
+    max_hold_s: float = 0.0
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """What one workload used so far.
+
+    ``device_s``: seconds of its devices that it used; ``estimated_s``: the part of them in which steps of several
+    workloads overlapped, and its part was estimated. ``held_s``: seconds for which it was held. ``used_share``:
+    fraction of the devices' time in the last 10 seconds. ``held``: it is held now. ``stalled``: it has work and makes
+    no progress, so that nobody waits for it.
+    """
+
+    number: int
+    device_s: float
+    estimated_s: float
+    held_s: float
+    used_share: float
+    held: bool
+    stalled: bool
+
+
+class Usage(msgspec.Struct, frozen=True, tag="usage"):
+    """What the workloads used."""
+
+    rows: tuple[Row, ...]
