@@ -127,10 +127,14 @@ def _choose(group: Sequence[Member], outcome: Outcome, history: History, setting
         ),
     )
     taken = {device for number in turns for device in by_number[number].devices}
+    in_flight: dict[str, set[int]] = {}
+    for member in group:
+        for device in member.devices if member.in_flight else ():
+            in_flight.setdefault(device, set()).add(member.number)
     left = 0
     for member in waiting:
-        in_flight = {device for one in group if one.in_flight and one is not member for device in one.devices}
-        if member.devices.isdisjoint(taken | in_flight):
+        own = {member.number}
+        if member.devices.isdisjoint(taken) and all(in_flight.get(device, own) <= own for device in member.devices):
             turns[member.number] = Turn(member.number, now + settings.quantum_s)
         else:
             left += 1
