@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 THREADS: Final = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 PIPES: Final = "CUDA_MPS_PIPE_DIRECTORY"
 DEFAULT_PIPES: Final = "/tmp/nvidia-mps"  # noqa: S108 - the daemon's default
+_OWN_FDS: Final = Path("/proc/self/fd")
 _USED_BY_CUDA: Final = "/dev/nvidia-uvm"
 
 DANGER: Final = (
@@ -37,11 +38,27 @@ DANGER: Final = (
 )
 
 
-def cap(devices: Sequence[str], fds: Path = Path("/proc/self/fd")) -> None:
+def prepare(fds: Path = _OWN_FDS) -> None:
+    """Set the cap ahead of :func:`cap`, which checks it, if it can still take effect: something may start CUDA before.
+
+    Without MPS the variable has no effect.
+
+    Args:
+        fds: directory with a link for each descriptor of this process.
+
+    Raises:
+        ConfigError: the percentage is invalid.
+    """
+    percent = envs.MPS_PERCENT.get()
+    if percent is not None and THREADS not in os.environ and not _started(fds):
+        os.environ[THREADS] = str(percent)
+
+
+def cap(devices: Sequence[str], fds: Path = _OWN_FDS) -> None:
     """Cap this workload, if ``WOOLY_MPS_PERCENT`` is set. Call it before CUDA starts in this process. Idempotent.
 
     Args:
-        devices: the store's names of the workload's devices.
+        devices: of the workload, as the store names them; of GPUs any name does.
         fds: directory with a link for each descriptor of this process.
 
     Raises:
@@ -59,8 +76,8 @@ def cap(devices: Sequence[str], fds: Path = Path("/proc/self/fd")) -> None:
         raise ConfigError(f"{name} and {THREADS}={given} contradict each other: unset one of them")
     if given is None and _started(fds):
         raise ConfigError(
-            f"{name}: CUDA has started in this process already, and reads a cap only then: use the GPU after the model "
-            f"was loaded, or set {THREADS}={percent} before the process starts"
+            f"{name}: CUDA has started in this process already, and reads a cap only then: set {THREADS}={percent} "
+            "before the process starts, or use the GPU first when the model is loaded"
         )
     os.environ[THREADS] = str(percent)
     log.warning("wooly: this workload may use %d%% of the threads of a GPU (%s): %s", percent, name, DANGER)

@@ -120,6 +120,17 @@ def test_after_cuda_started_only_a_cap_that_it_read_is_accepted(
         mps.cap(GPU, fds)
 
 
+def test_it_is_set_ahead_only_while_cuda_would_read_it(pipes: Path, tmp_path: Path) -> None:
+    """What is set ahead is checked when the workload joins, with or without a daemon."""
+    mps.prepare(links(tmp_path / "late", "/dev/nvidia-uvm"))
+    assert mps.THREADS not in os.environ
+    mps.prepare(links(tmp_path / "early", "/dev/nvidiactl"))
+    assert os.environ[mps.THREADS] == "25"
+    refused(match="needs an MPS control daemon")
+    with listening(pipes):
+        mps.cap(GPU, tmp_path / "late")
+
+
 def test_nvml_alone_does_not_count_as_cuda(pipes: Path, tmp_path: Path) -> None:
     fds = links(tmp_path / "fds", "/dev/nvidiactl", "/dev/nvidia0")
     with listening(pipes):
