@@ -21,8 +21,8 @@ LEAST: Final = 16
 FIRST: Final = 256
 """Tokens of a step before any prefill was measured."""
 
-_NEWEST: Final = 0.5
-"""Weight of the newest step in the measured speed."""
+_FASTER: Final = 0.5
+"""Weight of a step that was faster than those before. A slower one counts at once."""
 
 
 class ShortSteps:
@@ -33,13 +33,13 @@ class ShortSteps:
         self._scheduler = engine.scheduler
         self._per_request = 1 + int(getattr(engine.scheduler, "num_spec_tokens", 0) or 0)
         self._divides = _divides_prefills(engine)
-        self._tokens_per_s = 0.0
+        self._token_s = 0.0
         self._decoded = 0
 
     @property
     def budget(self) -> int:
         """Tokens that a short step may have, for the requests that run now."""
-        fits = int(self._tokens_per_s * STEP_S) if self._tokens_per_s else FIRST
+        fits = int(STEP_S / self._token_s) if self._token_s else FIRST
         return max(self._decoded_now() + LEAST, fits)
 
     def _decoded_now(self) -> int:
@@ -70,9 +70,8 @@ class ShortSteps:
 
     def measure(self, tokens: int, seconds: float) -> None:
         """Learn from a step that was mostly prefill, and ended."""
-        if seconds > 0:
-            speed = tokens / seconds
-            self._tokens_per_s += (speed - self._tokens_per_s) * (_NEWEST if self._tokens_per_s else 1.0)
+        slower = seconds / tokens - self._token_s
+        self._token_s += slower if slower > 0 else slower * _FASTER
 
 
 def _divides_prefills(engine: Any) -> bool:

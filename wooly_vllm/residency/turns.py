@@ -42,7 +42,6 @@ class Turns:
         self.exemption = exemption
         self._batches: deque[tuple[float, int]] = deque()
         self._ended_at = 0.0
-        self._works = False
         self._short = ShortSteps(engine)
         self._hook(engine.scheduler)
 
@@ -85,9 +84,7 @@ class Turns:
 
     def work(self, *, has: bool) -> None:
         """Say whether a request could run."""
-        if has != self._works:
-            self._works = has
-            self.compute.work(has=has)
+        self.compute.work(has=has)
         if has:
             self.held()
 
