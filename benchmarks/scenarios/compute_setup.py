@@ -22,7 +22,7 @@ from shared_store.base.workloads import WorkloadStatus
 from shared_store.runtime.options import ServeOptions
 
 START_TIMEOUT_S = 300.0
-LEAD_S = 0.5
+LEAD_S = 0.3
 """Seconds before a window at which processes are told of it."""
 
 HEAD_START_S = 1.0
@@ -51,9 +51,7 @@ class Way:
 PLAIN = Way("plain")
 HOLD_0 = Way("hold_0", arbiter=True)
 HOLD_2 = Way("hold_2", arbiter=True, max_hold_s=2.0)
-WAYS = {
-    way.name: way for way in (PLAIN, HOLD_0, HOLD_2, Way("mps", mps=True), Way("mps_capped", mps=True, percent=25))
-}
+WAYS = {way.name: way for way in (PLAIN, HOLD_0, HOLD_2, Way("mps", mps=True), Way("mps_capped", mps=True, percent=25))}
 """``plain``: as the driver (or the kernel, on a CPU) slices time."""
 
 
@@ -64,7 +62,8 @@ class Scale:
     Attributes:
         window_s: seconds of a window with steady load.
         rounds: windows of each kind.
-        requests_s: seconds of a window with Poisson arrivals.
+        requests_s: seconds of a window with Poisson arrivals at an engine.
+        step_requests_s: the same for synthetic steps, whose requests are shorter.
         share_s: seconds of a window in which shares are compared.
         share_rounds: windows of those.
         decode_s: of a synthetic step like one of a decode.
@@ -82,6 +81,7 @@ class Scale:
     window_s: float
     rounds: int
     requests_s: float
+    step_requests_s: float
     share_s: float
     share_rounds: int
     decode_s: float
@@ -96,8 +96,8 @@ class Scale:
     batch: int
 
 
-ON_GPU = Scale(3.0, 5, 15.0, 10.0, 3, 0.00173, 0.022, 2 * GIB, 8192, 8192, 128, 32, 4000, 4, 16)
-ON_CPU = Scale(3.0, 5, 10.0, 10.0, 3, 0.00173, 0.022, 32 * MIB, 512, 512, 32, 32, 440, 4, 4)
+ON_GPU = Scale(3.0, 5, 15.0, 5.0, 10.0, 3, 0.00173, 0.022, 2 * GIB, 8192, 8192, 128, 32, 4000, 4, 16)
+ON_CPU = Scale(3.0, 5, 10.0, 5.0, 10.0, 3, 0.00173, 0.022, 32 * MIB, 512, 512, 32, 32, 440, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,11 @@ class Fleet:
             "share": share,
         }
         child = self.node.launch(name, "steps", job, worker="compute-steps-worker", **self._environment(priority))
-        given = {"kind": kind}
-        commands = {"tokens": given, "load": given, "requests": {**given, "tokens": self.setup.scale.answer}}
+        commands: dict[str, dict[str, Any]] = {
+            "tokens": {"kind": kind},
+            "load": {"kind": kind},
+            "requests": {"kind": kind, "tokens": self.setup.scale.answer},
+        }
         return self._add(child, commands)
 
     def engine(self, name: str, priority: int = 2, *, role: str = "engine", **settings: Any) -> Tenant:
@@ -252,7 +255,7 @@ class Fleet:
         return self.tenants[-1]
 
 
-@dataclass
+@dataclass(eq=False)
 class Tenant:
     """A workload, and what it is told beside the time of a window, by command."""
 
@@ -275,7 +278,8 @@ Asked = tuple[Tenant, str, dict[str, Any]]
 
 def window(seconds: float, asked: Sequence[Asked], timeout_s: float = 180.0) -> list[dict[str, Any]]:
     """Run commands of several workloads in the same window of time; return their answers, in order."""
-    at = time.monotonic() + LEAD_S + HEAD_START_S
+    loaded = any(command == "load" for _, command, _ in asked)
+    at = time.monotonic() + LEAD_S + (HEAD_START_S if loaded else 0)
     for tenant, command, given in asked:
         span = {} if command == "requests" else {"seconds": seconds}
         lead = {"lead": HEAD_START_S} if command == "load" else {}

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.worker import Talk, now, play
@@ -52,8 +53,8 @@ def engine(talk: Talk, job: dict[str, Any]) -> None:
             )
         )
         if job["core"] is not None:
-            for thread in map(int, os.listdir("/proc/self/task")):
-                os.sched_setaffinity(thread, every - {job["core"]} or every)
+            for thread in Path("/proc/self/task").iterdir():
+                os.sched_setaffinity(int(thread.name), every - {job["core"]} or every)
         served = _Served(llm)
         await served.answer(0, 4, 8)
         talk.send("ready", seconds=now() - began)
@@ -207,9 +208,7 @@ def passes(talk: Talk, job: dict[str, Any]) -> None:
     if next(words, "") != "start":
         return
     spent = [0.0]
-    llm = LLM(
-        job["model"], load_format="wooly", model_loader_extra_config={"fallback": False}, **job["settings"]
-    )
+    llm = LLM(job["model"], load_format="wooly", model_loader_extra_config={"fallback": False}, **job["settings"])
     for name in PASSED:
         _time(ComputeGate, name, spent)
     talk.send("ready")
