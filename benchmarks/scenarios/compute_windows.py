@@ -76,9 +76,9 @@ def requests(
 ) -> None:
     """Measure Poisson requests to the important workload, alone and beside the busy one.
 
-    Puts, by the name of a pair, with ``requests`` after it, of windows of so many seconds: ``ttft_alone_p50_ms``, ``ttft_p50_ms`` (also ``p99``): from
-    the arrival to the first token, of all windows together; ``p50_ms`` and so on: as :func:`stream`, of tokens but
-    first ones; ``load``: fraction of time with a request while it was alone.
+    Puts, by the name of a pair, with ``requests`` after it, of windows of so many seconds: ``ttft_alone_p50_ms``,
+    ``ttft_p50_ms`` (also ``p99``): from the arrival to the first token, of all windows together; ``p50_ms`` and so on:
+    as :func:`stream`, of tokens but first ones; ``load``: fraction of time with a request while it was alone.
     """
     every: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"alone": [], "beside": []} for name in pairs}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}

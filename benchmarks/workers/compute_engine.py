@@ -53,8 +53,7 @@ def engine(talk: Talk, job: dict[str, Any]) -> None:
             )
         )
         if job["core"] is not None:
-            for thread in Path("/proc/self/task").iterdir():
-                os.sched_setaffinity(int(thread.name), every - {job["core"]} or every)
+            _leave_core(every - {job["core"]} or every)
         served = _Served(llm)
         await served.answer(0, 4, 8)
         talk.send("ready", seconds=now() - began)
@@ -64,6 +63,12 @@ def engine(talk: Talk, job: dict[str, Any]) -> None:
             talk.send(command, **await getattr(served, command)(**json.loads(given or "{}")))
 
     asyncio.run(serve())
+
+
+def _leave_core(cores: set[int]) -> None:
+    """Let all threads of this process run on other cores than the engine's core, whose process has started."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 class _Served:
