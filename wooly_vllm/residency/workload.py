@@ -16,6 +16,7 @@ from typing import Any
 from shared_store.base import envs
 from shared_store.base.errors import ConfigError, ExclusiveError, OutOfMemoryError, TimedOutError, WoolyError
 from shared_store.client.session import Session
+from shared_store.compute import mps
 from shared_store.overcommit.agent import Agent
 from shared_store.overcommit.mover import Holdings
 from shared_store.protocol.messages.identity import Identity
@@ -65,10 +66,12 @@ class EngineWorkload:
         """Join, and wait for the memory of a start.
 
         Raises:
+            ConfigError: a setting of the workload cannot be obeyed here.
             TimedOutError: there was none in time. The message says which workloads have it.
             OutOfMemoryError: there will never be so much.
             ExclusiveError: a workload has the devices for itself, or this one would, and others use them.
         """
+        mps.cap(self.agent.devices)  # CUDA starts with the workers, which do not exist yet
         try:
             self.agent.join()
         except (ConfigError, ExclusiveError):
