@@ -23,6 +23,7 @@ from shared_store.base.errors import ConfigError, TimedOutError, UnsupportedErro
 from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.base.workload_states import WorkloadState
 from shared_store.client.session import Session
+from shared_store.compute import mps
 from shared_store.compute import support as compute_support
 from shared_store.overcommit import support
 from shared_store.overcommit.agent import Agent, connect
@@ -71,8 +72,9 @@ class Workload:
             emptied: called when it may have become :attr:`empty`; not in the garbage collector.
 
         Raises:
-            ConfigError: an environment variable has an invalid value.
+            ConfigError: an environment variable has an invalid value, or asks for a cap that would have no effect.
         """
+        mps.cap([device.type])
         self._emptied = emptied
         self.settings = settings.completed()
         self.refusal = "" if self.settings.swap else "its user does not let it be swapped out"
