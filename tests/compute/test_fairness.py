@@ -126,6 +126,13 @@ def test_an_idle_share_goes_to_the_others_and_comes_back():
         assert world.works[number].computed_s == pytest.approx(7.5, abs=0.3)
 
 
+def test_a_turn_ends_early_when_its_holder_has_nothing_in_flight():
+    world = World([work(1, 0.005, share=75, gap_s=0.05), work(2, 0.005, share=25)])
+    world.run(10.0)
+    assert len(world.works[1].steps) > 0.7 * 10 / 0.055
+    assert sum(one.computed_s for one in world.works.values()) > 0.8 * 10
+
+
 def test_a_changed_share_holds_from_then_on():
     world = World([work(1, DECODE_S, share=50), work(2, PREFILL_S, share=50)])
     world.run(10.0)
