@@ -92,6 +92,7 @@ class Parts:
             clock: returns Unix seconds.
         """
         options = options or (inheritance.options if inheritance else ServeOptions(Path()))
+        self.max_hold_s = options.max_hold_s
         rules = MemoryRules(options.budget, options.reserve, options.max_priority)
         self.state = StoreState(limits, clock, rules=rules)
         self.devices = Devices({FILES: SwapFiles(options.swap_dir), **backends}, find_backend)
@@ -198,7 +199,7 @@ class Requests:
         attach = Attach(state, devices, effects, signals)
         file_copies = FileCopies(state, devices, parts.admission)
         publishers = Publishers(state, parts.authority, parts.swapper)
-        explanations = Explanations(state, parts.view, parts.statuses)
+        explanations = Explanations(state, parts.view, parts.statuses, parts.max_hold_s)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
             Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, publishers, attach),

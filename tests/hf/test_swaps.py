@@ -435,3 +435,9 @@ def test_threads_that_generate_are_interrupted_many_times(one, move):
         wait_until(lambda: _left(move), "it leaves")
     one.run("my_end.set()\nfor thread in my_threads: thread.join(60)")
     assert one.run("result = [all(my_found), len(my_found) > 3]") == [True, True]
+
+
+def test_a_cap_under_mps_is_refused_on_a_cpu(job, checkpoint):
+    with pytest.raises(JobError, match="WOOLY_MPS_PERCENT=25 caps a workload on GPUs") as raised:
+        job("capped", WOOLY_MPS_PERCENT="25").run("load(path)", path=checkpoint("llama-tied"))
+    assert raised.value.name == "ConfigError"
