@@ -152,6 +152,11 @@ class ComputeGate:
                 self._ring()
 
     @property
+    def contended(self) -> bool:
+        """Whether others share a device, so that it matters to them when a step has ended. Makes no system call."""
+        return bool(self._words[_CONTENDED])
+
+    @property
     def short(self) -> bool:
         """Whether steps should be short, as a more important workload works, or did within the last second."""
         until: int = self._words[layout.SHORT_UNTIL_WORD]
