@@ -77,8 +77,8 @@ ToArbiter = Rules | Add | Change | Drop
 ToStore = Usage
 
 _encoder = msgspec.msgpack.Encoder()
-_of_store = msgspec.msgpack.Decoder(ToArbiter)
-_of_arbiter = msgspec.msgpack.Decoder(ToStore)
+_of_store: msgspec.msgpack.Decoder[ToArbiter] = msgspec.msgpack.Decoder(ToArbiter)
+_of_arbiter: msgspec.msgpack.Decoder[ToStore] = msgspec.msgpack.Decoder(ToStore)
 
 
 def encode(message: ToArbiter | ToStore) -> bytes:

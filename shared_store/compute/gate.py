@@ -40,6 +40,8 @@ class ComputeGate:
             changed: called in a thread of this gate when steps may begin again; also when the arbiter is gone.
         """
         self._changed = changed
+        self._bell: Bell | None
+        self._words: memoryview
         self._begin_without()
         self._closed = False
         self._lost: Callable[[], None] = _nothing
@@ -226,7 +228,7 @@ class ComputeGate:
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._words = free_words()
-        self._bell: Bell | None = None
+        self._bell = None
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the page and the socket are the parent's, whose end must close the socket."""
