@@ -1,8 +1,9 @@
 """The entrances to a model: hooks of the module that ``from_pretrained`` returned, and wrappers of its methods.
 
 Each enters the gate. A call is a step, ``generate`` is work in steps. The base model has hooks of its own, because
-wrappers such as PEFT's call the ``forward`` of the module around it, without its hooks. Everything else that reaches a tensor through a module is caught by the module's registers, see
-:mod:`wooly_hf.absent`; entrances let the store know that the model is used, and keep it for as long as that takes.
+wrappers such as PEFT's call the ``forward`` of the module around it, without its hooks. Everything else that reaches a
+tensor through a module is caught by the module's registers, see :mod:`wooly_hf.absent`; entrances let the store know
+that the model is used, and keep it for as long as that takes.
 
 Relies on torch: it calls a module's hooks outside of compiled code, and ``__reduce_ex__`` of a hook when a module is
 copied or pickled. A copy has memory of its own, so its hooks do nothing.
