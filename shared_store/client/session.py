@@ -26,7 +26,6 @@ from shared_store.base import envs
 from shared_store.base.checkpoint import FileId
 from shared_store.base.errors import (
     ConnectionLostError,
-    ModelNotFoundError,
     ProtocolError,
     StoreUnavailableError,
     WoolyError,
@@ -38,8 +37,9 @@ from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.client.activity import attach_page
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S
-from shared_store.client.retained import RetainedHostCopies, RetainedModel
+from shared_store.client.retained import RetainedModel
 from shared_store.client.serving import Handler, Hearing
+from shared_store.client.sleeping import COPY_TIMEOUT_S, Sleeping
 from shared_store.client.workload import describe
 from shared_store.client.workloads import Workloads
 from shared_store.protocol import messages
@@ -51,9 +51,6 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=messages.Reply)
 S = TypeVar("S", bound=messages.StoreRequest)
 
-COPY_TIMEOUT_S = 600.0
-"""Seconds for an answer before which the store allocates or digests memory."""
-
 
 class Session:
     """A client of the store."""
@@ -63,6 +60,8 @@ class Session:
         self._connection = Connection(directory, name, timeout_s, identity)
         self.workloads = Workloads(self._connection)
         """Requests about workloads."""
+        self.sleeping = Sleeping(self._connection)
+        """Requests of a reader that sleeps."""
 
     @classmethod
     def connect(
@@ -369,85 +368,6 @@ class Session:
         with contextlib.suppress(ConnectionLostError):  # the old store ends when the new one takes over
             self._call(messages.Upgrade(self._next(), python, environment), messages.Done, repeat=False)
         self._connection.reconnect(before)
-
-    # Readers that sleep. The store must support "residency".
-
-    def copy_to_host(self, key: str, timeout_s: float, *, ahead: bool = False) -> tuple[messages.HostCopies, OwnedFds]:
-        """Ask for host copies of the segments of a model that this session reads.
-
-        Args:
-            key: the weight key.
-            timeout_s: seconds that another client, or the store, may take to make copies of the same segments.
-            ahead: only if they fit without taking anything from others. The store must support "workloads".
-
-        Returns:
-            The segments, and a descriptor of each host copy that exists. Those that are promised are to be made by
-            this process: :meth:`fill_host_copy`, then :meth:`add_host_copies`.
-
-        Raises:
-            ModelNotFoundError: this session does not read the model.
-            OutOfMemoryError: the copies do not fit under the limit of host memory.
-        """
-        request = messages.CopyToHost(self._next(), key, ahead)
-        return self._connection.call(request, messages.HostCopies, timeout_s, repeat=True)
-
-    def fill_host_copy(self, key: str, segment: int) -> OwnedFd:
-        """Have the promised host copy of a segment (by its id) allocated, and return its descriptor.
-
-        Raises:
-            OutOfMemoryError: host memory is full.
-        """
-        request = messages.FillHostCopy(self._next(), key, segment)
-        _, fds = self._connection.call(request, messages.Filled, COPY_TIMEOUT_S, repeat=False)
-        with fds:
-            if len(fds) != 1:
-                raise ProtocolError(f"the store answered FillHostCopy with {len(fds)} descriptors")
-            return fds.detach()[0]
-
-    def add_host_copies(self, key: str) -> tuple[messages.HostCopies, OwnedFds]:
-        """Have the promised host copies verified and added. Returns what :meth:`copy_to_host` does, without promises.
-
-        Raises:
-            DigestMismatchError: bytes do not match their digests. The copies were dropped.
-        """
-        request = messages.AddHostCopies(self._next(), key)
-        return self._connection.call(request, messages.HostCopies, COPY_TIMEOUT_S, repeat=False)
-
-    def retained_segments(self, key: str) -> tuple[tuple[messages.SegmentInfo, ...], OwnedFds]:
-        """Return the segments of a model that this session reads, with a new descriptor of each.
-
-        Raises:
-            ModelNotFoundError: this session does not read the model.
-        """
-        model = self._connection.retained.get(key)
-        if model is None:
-            raise ModelNotFoundError(f"this session does not read {key}")
-        return model.attached.segments, OwnedFds.duplicates(model.fds.filenos())
-
-    def go_away(self, manifest: Manifest, copies: messages.HostCopies, fds: OwnedFds) -> None:
-        """Sleep: be a reader of a model that maps nothing. A restarted store is offered the host copies.
-
-        Args:
-            manifest: the model's.
-            copies: the store's description of the host copies.
-            fds: their descriptors, borrowed.
-        """
-        # The descriptors of the device's memory are closed first, or it could not be released.
-        self.retain_host_copies(manifest, copies, fds)
-        self._call(messages.GoAway(self._next(), manifest.key), messages.Done)
-
-    def retain_host_copies(self, manifest: Manifest, copies: messages.HostCopies, fds: OwnedFds) -> None:
-        """Offer these host copies to a restarted store from here on. Arguments as of :meth:`go_away`."""
-        segments = tuple(messages.SegmentInfo(segment.id, segment.nbytes) for segment in copies.segments)
-        attached = messages.Attached(0, encode(manifest), copies.places, segments)
-        before = self._connection.retained.get(manifest.key)
-        asleep = RetainedHostCopies(attached, fds)
-        asleep.private_bytes = before.private_bytes if before is not None else 0
-        self._connection.retained[manifest.key] = asleep
-
-    def release_host_copies(self, key: str) -> None:
-        """Need no host copies of a model any more."""
-        self._call(messages.ReleaseHostCopies(self._next(), key), messages.Done)
 
     # Inside.
 

@@ -12,6 +12,7 @@ from shared_store.base.errors import StoreUnavailableError, UnsupportedError, Wo
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.withdrawal import Withdrawal
+from shared_store.compute.gate import ComputeGate
 from shared_store.protocol import messages
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,17 @@ class Workloads:
         self._joined = None if answer is None else link
         declared.joined(answer)
 
+    def join_compute(self, gate: ComputeGate, ungated: str = "") -> None:
+        """Have a gate obey the store's arbiter, and that of each later store, too. Call it after :meth:`join`.
+
+        It does not raise: without a store, or with one that has no arbiter, steps are free.
+
+        Args:
+            gate: of the workload.
+            ungated: why the workload must never be held; empty: it may be. It counts for the others all the same.
+        """
+        raise NotImplementedError
+
     # For the helper of a workload.
 
     def offer_checkpoints(self, offer: Callable[[int], messages.OfferCheckpoints], wanted: Callable[[], None]) -> None:
@@ -155,6 +167,21 @@ class Workloads:
     def set_priority(self, name: str, priority: int) -> str:
         """Set a workload's priority, 0 (highest) to 4, by its name. Returns the store's detail. Raises as above."""
         return self._done(messages.SetPriority(self._connection.next_id(), name, priority))
+
+    def set_share(self, name: str, percent: float) -> str:
+        """Set a workload's share of its devices' time among equals, by its name. Returns the store's detail.
+
+        Args:
+            name: of the workload.
+            percent: 1 to 100; 0: an equal part of what the others leave.
+
+        Raises:
+            ConfigError: there is no such share.
+            WorkloadNotFoundError: no workload has this name.
+            PermissionDeniedError: it is another user's.
+            UnsupportedError: the store has no arbiter.
+        """
+        raise NotImplementedError
 
     def explain(self, name: str, timeout_s: float = CALL_TIMEOUT_S) -> messages.Explanation:
         """Ask why a workload is where it is, by its name. Raises as above."""

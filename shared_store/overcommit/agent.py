@@ -33,6 +33,7 @@ from shared_store.client.serving import StoreCall
 from shared_store.client.session import Session
 from shared_store.client.withdrawal import Withdrawal
 from shared_store.client.workload import describe
+from shared_store.compute.gate import ComputeGate
 from shared_store.overcommit.checkpoints.helper import HelperProcess
 from shared_store.overcommit.mover import Holdings, Mover
 from shared_store.overcommit.moves import Leaving, Moves, Preparing
@@ -294,6 +295,18 @@ class Agent:
             self._moves.refresh()
         else:
             record.become(state, holdings)
+
+    def compute(self, gate: ComputeGate, ungated: str = "") -> None:
+        """Let the workload take part in turns of its devices, from here on and with each later store, too.
+
+        Call it once, after the first :meth:`joined_resident`. Without a store, or with one that has no arbiter, the
+        gate stays free. :meth:`close` closes the gate.
+
+        Args:
+            gate: of the workload's steps.
+            ungated: why the workload must never be held; empty: it may be. It counts for the others all the same.
+        """
+        raise NotImplementedError
 
     # Work.
 

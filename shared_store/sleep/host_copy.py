@@ -86,7 +86,7 @@ class SegmentCopies(HostCopy):
         session, key = model.session, self.manifest.key
         try:
             with self.duplicates() as fds:
-                session.go_away(self.manifest, self._copies, fds)
+                session.sleeping.go_away(self.manifest, self._copies, fds)
             session.report(key, private_bytes)
         except NO_STORE as error:
             log.debug("wooly: could not report to the store that %s sleeps: %s", key[:12], error)
@@ -97,7 +97,7 @@ class SegmentCopies(HostCopy):
     def leave(self, model: Model) -> None:  # noqa: D102 - documented by the interface
         self.close()
         try:
-            model.session.release_host_copies(self.manifest.key)
+            model.session.sleeping.release_host_copies(self.manifest.key)
         except NO_STORE as error:
             log.debug("wooly: could not release host copies of %s: %s", self.manifest.key[:12], error)
 
@@ -110,11 +110,11 @@ def fetch_again(model: Model) -> SegmentCopies:
         StoreUnavailableError: there is no store.
     """
     session, key = model.session, model.manifest.key
-    copies, fds = session.copy_to_host(key, model.timeout_s)
+    copies, fds = session.sleeping.copy_to_host(key, model.timeout_s)
     found = SegmentCopies(model.manifest, copies, fds)
     try:
         with found.duplicates() as held:
-            session.retain_host_copies(model.manifest, copies, held)
+            session.sleeping.retain_host_copies(model.manifest, copies, held)
     except BaseException:
         found.close()
         raise
@@ -136,19 +136,19 @@ def copy_segments(model: Model, progress: Progress = ignore_progress, *, ahead: 
         StoreUnavailableError: there is no store.
     """
     session, key = model.session, model.manifest.key
-    copies, fds = session.copy_to_host(key, model.timeout_s, ahead=ahead)
+    copies, fds = session.sleeping.copy_to_host(key, model.timeout_s, ahead=ahead)
     promised = [segment for segment in copies.segments if segment.promised]
     try:
         if promised:
             fds.close()  # the answer to the last request has all of them
             _fill(model, promised, progress)
-            copies, fds = session.add_host_copies(key)
+            copies, fds = session.sleeping.add_host_copies(key)
         return SegmentCopies(model.manifest, copies, fds)
     except BaseException:
         fds.close()
         if session.alive:
             with contextlib.suppress(WoolyError):  # the first error is the one to report
-                session.release_host_copies(key)
+                session.sleeping.release_host_copies(key)
         raise
 
 
@@ -156,7 +156,7 @@ def _fill(model: Model, promised: Sequence[messages.HostSegment], progress: Prog
     """Copy segments from their device to host memory, completely: they may have blobs of other models, too."""
     session, backend, key = model.session, model.backend, model.manifest.key
     with contextlib.ExitStack() as opened:
-        infos, fds = session.retained_segments(key)
+        infos, fds = session.sleeping.retained_segments(key)
         opened.enter_context(fds)
         source = dict(zip((info.id for info in infos), fds, strict=True))
         mappings = opened.enter_context(contextlib.ExitStack())
@@ -166,7 +166,7 @@ def _fill(model: Model, promised: Sequence[messages.HostSegment], progress: Prog
                     imported = backend.import_fd(source[segment.id].fileno(), segment.nbytes)
                     mapping = mappings.enter_context(Mapping(backend, imported))
                     mapping.map(Access.READ)
-                fd = session.fill_host_copy(key, segment.id)
+                fd = session.sleeping.fill_host_copy(key, segment.id)
                 file = opened.enter_context(OpenFile("a segment in host memory", fd))
                 workers.put(Piece(file, 0, mapping.address, segment.nbytes))
         with mapping_phase(session, backend):

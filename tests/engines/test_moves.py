@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.adapters import random_adapter
 from support.commands import Move, commanded, commands
-from support.engines import SHARING, EngineProcess
+from support.engines import LEFT_OUT, SHARING, EngineProcess, vllm_since
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ RUNNERS = [pytest.param("0", id="V1"), pytest.param("1", id="V2", marks=V2)]
 BLOCK = 32
 """Tokens of a KV block, so that a request has several."""
 SETTINGS: dict[str, Any] = {"block_size": BLOCK, "enable_prefix_caching": True, "max_num_seqs": 4}
-FAMILIES = ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "mamba2")
+FAMILIES = [name for name in ("gemma3", "deepseek-v2", "qwen3-moe", "gpt-oss", "mamba2") if name not in LEFT_OUT]
 """A sliding window, MLA, experts, sinks, and states only. Hybrids that vLLM runs on a CPU are not among the models."""
 PREFIX = [[*range(100, 100 + 3 * BLOCK), 5]]
 """A prompt of three whole blocks and one token."""
@@ -62,13 +62,18 @@ def assert_moved(one: dict[str, Any]) -> None:
     assert one["more_descriptors"] == 0
 
 
+def cache_ranges(facts: dict[str, Any]) -> int:
+    """Return how many ranges the KV cache has: one since vLLM 0.29, before that one for each layer's tensor."""
+    return 1 if vllm_since("0.29") else int(facts["tables"])
+
+
 def test_kv_cache_lies_in_ranges(move: Move) -> None:
     facts = move("facts")
     assert not facts["refusal"]
     assert facts["device"] == "cpu"
     assert facts["blocks"] * facts["block_bytes"] <= facts["private"] == facts["needs"]
     assert facts["stays"] == 0
-    assert len(facts["ranges"]) == 1
+    assert len(facts["ranges"]) == cache_ranges(facts)
 
 
 def test_running_requests_end_with_the_same_tokens(move: Move, undisturbed: list[list[int]]) -> None:
@@ -157,7 +162,7 @@ def test_adapters_return_with_their_contents(
         run = commands(process)
         facts = run("facts")
         assert facts["refusal"] == ""
-        assert len(facts["ranges"]) == 2
+        assert len(facts["ranges"]) == cache_ranges(facts) + 1
         right = process.do("answer")["answers"]
         for _ in range(3):
             moved = run("idle", most=0)

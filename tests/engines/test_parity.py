@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import EngineProcess, status_of, vllm_since
+from support.engines import HAS_FINAL_TENSORS, LEFT_OUT, EngineProcess, status_of
 from support.models import families
 
 RUN_WITHIN_S = 600.0
@@ -28,12 +28,6 @@ TAUGHT_BY = {
 }
 """Families that cover further features, and the features."""
 
-
-HAS_FINAL_TENSORS = vllm_since("0.30")
-"""Whether this vLLM has a way to mark a layer's tensors as final. Others pack experts on a CPU at each load."""
-SPARSE = ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss")
-LEFT_OUT = {name for name in SPARSE if not HAS_FINAL_TENSORS} | (set() if vllm_since("0.27") else {"mamba2"})
-"""Families that this version does not share, or (mamba2) that stock vLLM does not run on a CPU."""
 SMALL = [name for name in (*families.COMMON, *TAUGHT_BY) if name not in LEFT_OUT]
 FAMILIES = [*SMALL, "smollm2"]
 READ_TWICE = ("llama-tied", "gpt2", "bert", "smollm2")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+
 import pytest
 from sleep.test_disk import WHOLE, files_of
 from sleep.test_host_budget import copies
@@ -10,7 +13,11 @@ from sleep.test_sleep_killed import reconnected
 from support.content import key
 from support.devices import DEVICE
 from support.plain_workload import PlainWorkload
+from support.served import ServedStore
 from support.waiting import open_fds, open_segments, wait_until
+
+from shared_store.memory.fake import FakeBackend
+from shared_store.store.space import host_pressure
 
 BUDGET = 200 * MIB
 
@@ -129,3 +136,22 @@ def test_no_space_for_files(start, process_of, need, swap_dir):
     assert copies(store) == (WHOLE, 0)
     assert engine.wake() == [WHOLE, 0]
     assert right(engine)
+
+
+def test_an_unexpected_error_is_logged_and_the_store_looks_again(directory, monkeypatch, caplog):
+    """As when the store has no descriptor left to read the machine's free memory with."""
+    looked = threading.Semaphore(0)
+
+    async def relieve(_self):
+        looked.release()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(host_pressure, "LOOK_S", 0.01)
+    monkeypatch.setattr(host_pressure.HostPressure, "relieve", relieve)
+    with ServedStore(directory, FakeBackend("fake")) as served:
+        served.call(served.parts.host_pressure.start)
+        for _ in range(3):
+            assert looked.acquire(timeout=20)
+    said = [record for record in caplog.records if "freeing host memory" in record.getMessage()]
+    assert len(said) >= 2
+    assert all("Too many open files" in str(record.exc_info) for record in said)

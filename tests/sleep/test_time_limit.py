@@ -35,7 +35,7 @@ def test_an_engine_whose_sleep_timed_out_sleeps_later(store, client):
     engine, other = client("engine"), client("other")
     engine.publish(key(1), MODEL)
     assert other.open(key(1), publish=False) == "attached"
-    copies, fds = other.session.copy_to_host(key(1), 10.0)
+    copies, fds = other.session.sleeping.copy_to_host(key(1), 10.0)
     assert [segment.promised for segment in copies.segments] == [True]
     fds.close()
     engine.sleeper = Sleeper(
@@ -50,7 +50,7 @@ def test_an_engine_whose_sleep_timed_out_sleeps_later(store, client):
     with pytest.raises(TimedOutError):
         engine.sleep()
     assert engine.digests() == engine.expected()
-    other.session.release_host_copies(key(1))
+    other.session.sleeping.release_host_copies(key(1))
     engine.sleep()
     assert engine.mapped() == 0
     assert [(model.readers, model.away) for model in store.status().models] == [(1, 1)]

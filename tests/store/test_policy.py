@@ -12,7 +12,7 @@ from shared_store.base.manifest import Blob
 from shared_store.store.space.compaction_plan import choose
 from shared_store.store.space.eviction import CachedModel, evict, evict_one
 from shared_store.store.state.compactions import Source
-from shared_store.store.state.segments import OccupiedSegment
+from shared_store.store.state.segment_entry import OccupiedSegment
 
 NAMES = ("a", "b", "c", "d", "e")
 MODELS = st.tuples(

@@ -475,7 +475,7 @@ class StateMachine(StateDriver):
             for blob, host in zip(blobs, hosts, strict=True):
                 if host is not None:
                     below[self.state.segments.at(host).device] += blob.nbytes
-            assert self.state.tier_bytes(name) == (resident, below["cpu"], below["disk"])
+            assert self.state.model_bytes.by_tier(name) == (resident, below["cpu"], below["disk"])
 
     @invariant()
     def the_keeper_knows_all_models_and_their_locations(self):

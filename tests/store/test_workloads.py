@@ -88,6 +88,18 @@ def test_one_that_is_idle_leaves_for_one_that_waits(served, workload):
     assert kinds[-5:] == ["memory_waits", "swap_asked", "workload_swapped_out", "memory_granted", "workload_returned"]
 
 
+def test_nobody_has_more_than_the_devices_physical_memory(served, workload):
+    """Whatever it reports, when it joins and later: the account of the device stays one of memory that exists."""
+    total = served.backend.total_bytes()
+    beyond = (1 << 50) // MIB
+    one = workload("one", beyond, state="resident", stays=beyond)
+    assert account(served).private == statuses(served)["one"].memory[0].private == total
+    one.report("resident", 100)
+    assert account(served).private == 100 * MIB
+    one.report("resident")
+    assert account(served).private == total
+
+
 def test_nothing_leaves_while_memory_is_free(workload):
     first, second = workload("first", 400), workload("second", 400)
     first.enter()

@@ -169,12 +169,12 @@ class Client:
 
     def begin_host_copies(self, key):
         """Ask for host copies, and do not make them. Returns how many are promised."""
-        copies, fds = self.session.copy_to_host(key, 10.0)
+        copies, fds = self.session.sleeping.copy_to_host(key, 10.0)
         fds.close()
         return sum(segment.promised for segment in copies.segments)
 
     def release_host_copies(self, key):
-        self.session.release_host_copies(key)
+        self.session.sleeping.release_host_copies(key)
 
     def mapped(self):
         """Return the number of mapped segments."""

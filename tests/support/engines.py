@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from support.models import families
 from support.preloaded import Pool
 from support.waiting import process_state, wait_until
 
@@ -37,6 +38,12 @@ SHARING: dict[str, Any] = {"load_format": "wooly", "extra": {"fallback": False}}
 def vllm_since(version: str) -> bool:
     """Return whether the installed vLLM is this version or a later one."""
     return Range("vllm", version, "1").has(importlib.metadata.version("vllm"))
+
+
+HAS_FINAL_TENSORS = vllm_since("0.30")
+"""Whether this vLLM has a way to mark a layer's tensors as final. Others pack experts on a CPU at each load."""
+LEFT_OUT = ({*families.SPARSE} if not HAS_FINAL_TENSORS else set()) | (set() if vllm_since("0.27") else {"mamba2"})
+"""Families of models that this vLLM does not share, or (mamba2) that it does not run on a CPU."""
 
 
 class EngineProcess:

@@ -29,7 +29,7 @@ from shared_store.store.state.effects import (
 )
 from shared_store.store.state.models import Asker, State
 from shared_store.store.state.residency import BELOW
-from shared_store.store.state.segments import new_id
+from shared_store.store.state.segment_entry import new_id
 from shared_store.store.state.store_state import StoreState
 
 MIB = 1 << 20

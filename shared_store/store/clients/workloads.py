@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shared_store.base.errors import ProtocolError, WoolyError
@@ -27,7 +27,7 @@ MAX_DEVICES: Final = 64
 """Devices that a workload may name."""
 
 MAX_BYTES: Final = 1 << 50
-"""Highest number of bytes that is believed."""
+"""Highest number of bytes in a message. What a workload has is also limited to its device's physical memory."""
 
 MAX_STEPS: Final = 32
 MAX_TEXT: Final = 300
@@ -54,6 +54,7 @@ class WorkloadRequests:
         """
         report = _report(request, refusal=request.refusal or _own_refusal(session))
         await self._open(report.private, report.needs)
+        report = self._believed(report)
         if session.gone.is_set():
             return Answer(messages.Joined(request.id, "", 0))
         client = session.client
@@ -110,6 +111,7 @@ class WorkloadRequests:
         report = _report(request, refusal=request.refusal or _own_refusal(session))
         self._state.workloads.by(session.client, request.workload)
         await self._open(report.private, report.needs)
+        report = self._believed(report)
         workload = self._state.workloads.by(session.client, request.workload)
         before = self._state.workloads.report(workload, report)
         if before is not report.state:
@@ -130,6 +132,16 @@ class WorkloadRequests:
         devices = {device for memory in memories for device in memory if not accounts.known(device)}
         if devices:
             await self._authority.open(sorted(devices))
+
+    def _believed(self, report: Report) -> Report:
+        """Limit what a workload says that it has on a device to the device's physical memory, where that is known."""
+        physical = self._state.accounts.physical
+
+        def limited(amounts: Mapping[str, int]) -> dict[str, int]:
+            totals = {device: physical(device) for device in amounts}
+            return {device: min(nbytes, totals[device] or MAX_BYTES) for device, nbytes in amounts.items()}
+
+        return replace(report, private=limited(report.private), stays=limited(report.stays))
 
     def _say(self, workload: Workload, before: WorkloadState, report: Report) -> None:
         """Log a new state, and signal it where it is one that lasts."""

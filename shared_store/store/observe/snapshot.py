@@ -145,7 +145,7 @@ class Snapshots:
         shown = []
         for model in self._state.models.all():
             known = committed.get(model.key)
-            resident, host, disk = self._state.tier_bytes(model.key) if known else (0, 0, 0)
+            resident, host, disk = self._state.model_bytes.by_tier(model.key) if known else (0, 0, 0)
             shown.append(
                 status.ModelStatus(
                     key=model.key,

@@ -33,7 +33,7 @@ from shared_store.store.recovery.offered import OfferedModel, check_memory
 from shared_store.store.session import Answer, Session
 from shared_store.store.signals import Signals
 from shared_store.store.state.residency import BELOW, FILES, HOST
-from shared_store.store.state.segments import new_id
+from shared_store.store.state.segment_entry import new_id
 from shared_store.store.state.store_state import StoreState
 
 log = logging.getLogger(__name__)

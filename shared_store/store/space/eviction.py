@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shared_store.store.state.segments import OccupiedSegment
+from shared_store.store.state.segment_entry import OccupiedSegment
 
 
 @dataclass(frozen=True)

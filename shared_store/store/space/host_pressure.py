@@ -77,8 +77,11 @@ class HostPressure:
         while True:
             try:
                 await self.relieve()
-            except WoolyError as error:  # it is tried again
-                log.warning("cannot free host memory: %s", error)
+            except WoolyError as error:
+                log.warning("cannot free host memory: %s; trying again in %g s", error, LOOK_S)
+            except Exception:
+                # A defect must not end the watch: host memory would fill up without a word.
+                log.exception("internal error while freeing host memory; trying again in %g s", LOOK_S)
             await asyncio.sleep(LOOK_S)
 
     async def relieve(self) -> None:

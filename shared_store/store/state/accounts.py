@@ -111,6 +111,10 @@ class Accounts:
         """Return the budget of a device: as it was set, else its physical memory; None: unknown."""
         return self._budgets.get(device, self._total.get(device))
 
+    def physical(self, device: str) -> int | None:
+        """Return the physical memory of a device, in bytes; None: unknown."""
+        return self._total.get(device)
+
     def measured(self, device: str, free: int | None, total: int | None) -> None:
         """Record the free and the whole memory of a device, in bytes; None: unknown."""
         self._total[device] = total

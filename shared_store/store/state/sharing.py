@@ -84,7 +84,7 @@ def _add(found: Sharing, state: StoreState, model: Model, owner: Mapping[int, st
     held = model.pinned or model.state is not State.COMMITTED or any(client not in owner for client in model.awake)
     for workload in all_readers:
         found.models.setdefault(workload, []).append(model.key)
-    for segment in state.shares(model.key):
+    for segment in state.model_bytes.shares(model.key):
         entry = state.segments.at(segment)
         if entry.residency is Residency.RESIDENT:
             use = found.resident.setdefault(segment, SegmentUse(entry.device, entry.nbytes))

@@ -17,6 +17,7 @@ from shared_store.store.state.counts import Counts
 from shared_store.store.state.effects import Effect, Forgotten, Left, Released, Relocated
 from shared_store.store.state.files import FileDigests
 from shared_store.store.state.grace import Grace
+from shared_store.store.state.model_bytes import ModelBytes
 from shared_store.store.state.models import Asker, Dropped, Models, Outcome, State, Unplanned, Withdrawn
 from shared_store.store.state.publish_plan import Draft, PublishPlan, draft
 from shared_store.store.state.residency import FILES, HOST, Residency
@@ -66,10 +67,10 @@ class StoreState:
         self.counts = Counts()
         self.clients: dict[int, Client] = {}
         self.committed: dict[str, Committed] = {}
+        self.model_bytes = ModelBytes(self.segments, self.committed)
         self.withdrawn: dict[str, Committed] = {}  # by the tokens of `models`
         self.plans: dict[str, PublishPlan] = {}
         self._asleep: set[tuple[int, str]] = set()
-        self._shares: dict[str, dict[int, int]] = {}
 
     # Publications.
 
@@ -341,31 +342,6 @@ class StoreState:
         blobs = (self.segments.blobs.at(manifest.device, blob.digest) for blob in manifest.blobs)
         return tuple((blob.segment, blob.offset) for blob in blobs)
 
-    def tier_bytes(self, key: str) -> tuple[int, int, int]:
-        """Return the bytes of a committed model's blobs on its device, in host memory, and in files.
-
-        The last two are those of host copies: a blob may be on its device too.
-
-        Takes time for the model's segments, not for its blobs, unless these moved.
-        """
-        segments, nbytes = self.segments, self.committed[key].nbytes
-        if not segments.elsewhere and not segments.copied:
-            return nbytes, 0, 0
-        shares = self.shares(key)
-        lower = sum(share for segment, share in shares.items() if segment in segments.elsewhere)
-        copied = sum(share for segment, share in shares.items() if segment in segments.copied)
-        filed = sum(share for segment, share in shares.items() if segment in segments.filed)
-        return nbytes - lower, copied - filed, filed
-
-    def shares(self, key: str) -> Mapping[int, int]:
-        """Return the bytes that a committed model's blobs have in each of their segments, by the segments' ids."""
-        shares = self._shares.get(key)
-        if shares is None:
-            shares = self._shares[key] = {}
-            for (segment, _), blob in zip(self.locations_of(key), self.committed[key].manifest.blobs, strict=True):
-                shares[segment] = shares.get(segment, 0) + blob.nbytes
-        return shares
-
     def readmit(
         self,
         data: bytes,
@@ -439,7 +415,7 @@ class StoreState:
         """Record that blobs of committed models have other locations."""
         effects: list[Effect] = []
         for key in keys:
-            self._shares.pop(key, None)
+            self.model_bytes.forget(key)
             effects.append(Relocated(key))
         return effects
 
@@ -450,13 +426,13 @@ class StoreState:
             match outcome:
                 case Dropped(key):
                     effects += self.drop_plan(key)
-                    self._shares.pop(key, None)
+                    self.model_bytes.forget(key)
                     if self.committed.pop(key, None) is not None:
                         effects += [Forgotten(key), *self.drop(key)]
                     elif self.withdrawn.pop(key, None) is not None:
                         effects += self.drop(key)
                 case Withdrawn(key, token):
-                    self._shares.pop(key, None)
+                    self.model_bytes.forget(key)
                     self.withdrawn[token] = self.committed.pop(key)
                     effects.append(Forgotten(key))
                     self.segments.rename(key, token)

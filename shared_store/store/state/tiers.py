@@ -20,7 +20,8 @@ from shared_store.base.manifest import Blob
 from shared_store.store.state.owners import OwnerIndex
 from shared_store.store.state.publish_plan import Elsewhere
 from shared_store.store.state.residency import BELOW, FILES, HOST, Event, Residency
-from shared_store.store.state.segments import SegmentEntry, Segments
+from shared_store.store.state.segment_entry import SegmentEntry
+from shared_store.store.state.segments import Segments
 
 
 class Use(enum.Enum):
