@@ -46,6 +46,7 @@ class Arbiter:
         self._looked = monotonic()
         self._report_at = monotonic()
         self._wake_at: float | None = None
+        self._reported = False
         self._over = False
 
     def run(self) -> None:
@@ -63,7 +64,8 @@ class Arbiter:
 
     def _hear(self) -> None:
         """Wait for the store, a workload, or the next time to look; take up what they said."""
-        ends = [at for at in (self._wake_at, self._report_at if self._workloads else None) if at is not None]
+        reports = self._workloads or self._reported
+        ends = [at for at in (self._wake_at, self._report_at if reports else None) if at is not None]
         timeout = max(0.0, min(ends) - self._now()) if ends else None
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._store:
@@ -160,9 +162,9 @@ class Arbiter:
             self._report(now)
 
     def _report(self, now: float) -> None:
-        """Tell the store what was used. One that does not read is told next time."""
+        """Tell the store what was used, once more when there are no workloads. One that does not read is told later."""
         rows = tuple(workload.row(now) for workload in self._workloads.values())
-        if not rows:
+        if not rows and not self._reported:
             return
         try:
             self._store.send(control.encode(control.Usage(rows)), socket.MSG_NOSIGNAL)
@@ -171,6 +173,7 @@ class Arbiter:
         except OSError as error:
             log.warning("cannot report to the store: %s", error.strerror)
             self._over = True
+        self._reported = bool(rows)
 
 
 def _received(rights: list[tuple[int, int, bytes]]) -> OwnedFds:
