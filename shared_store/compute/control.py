@@ -1,6 +1,7 @@
 """Messages between a store and its arbiter, over a socket pair: one message for each packet, with descriptors.
 
-The arbiter ends when the store's end closes. It answers nothing: it reports usage about twice a second.
+The arbiter ends when the store's end closes. It answers nothing: while it has workloads it reports usage about twice a
+second, and once more when it has none. It drops a workload by itself when that closes its socket.
 """
 
 from __future__ import annotations
