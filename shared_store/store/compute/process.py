@@ -192,9 +192,7 @@ def _spawn() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     with theirs:
         command = [sys.executable, "-m", "shared_store.compute.arbiter", str(theirs.fileno())]
         try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), process_group=0)
         except BaseException:
             ours.close()
             raise
