@@ -326,8 +326,8 @@ def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, fresh, move):
         move("private", out=True)
 
 
-def test_an_unswappable_process_has_no_hooks(job, checkpoint):
-    """So code that compiles a caller of the model as one graph works."""
+def test_callers_of_an_unswappable_model_can_be_compiled_as_one_graph(job, checkpoint):
+    """Compiled code skips its hooks."""
     code = """
     my_model = load(path, wooly_swap=False)
     @torch.compile(fullgraph=True, backend="eager")
