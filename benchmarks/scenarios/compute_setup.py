@@ -193,6 +193,8 @@ class Fleet:
             "enforce_eager": not self.setup.on_gpu,
             **settings,
         }
+        if not self.setup.on_gpu:  # vLLM would start a worker that waits for its core by spinning on the same core
+            full["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
         job = {"model": str(self.setup.model), "settings": full, "core": self.setup.core}
         environment = {
             **self._environment(priority),

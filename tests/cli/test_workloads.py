@@ -70,11 +70,12 @@ def test_table_has_accounts_workloads_and_reasons(wooly, workload):
     assert accounts.split("  ")[0] == "cpu"
     assert "1000 MiB" in accounts
     assert "100 MiB" in accounts
-    rows = {line.split()[0]: line for line in shown.splitlines() if line and line.split()[0] in {"chat", "batch"}}
+    rows = {line.split()[0]: line for line in shown.splitlines() if " vllm " in line}
     assert "P3" in rows["batch"]
     assert "swapped" in rows["batch"]
     assert "490 MiB" in rows["batch"]  # what it lacks
     assert "chat is never swapped out: not today" in shown
+    assert "chat is not held: it has not joined the arbiter" in shown
     assert "chat" in wooly("status").stdout
 
 
