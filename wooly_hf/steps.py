@@ -160,8 +160,7 @@ class TransformersSteps:
         guards.watch(self._model)
         if self._workload is not None:
             self._workload.add(self._model, SharedModel(shared, self._device, shared.bound.private_bytes))
-            if self._workload.settings.swap:
-                guard(self._model, self._workload)
+            guard(self._model, self._workload, leaves=self._workload.settings.swap)
         return shared.bound
 
     def left_private(self, loaded: Loaded[Result]) -> None:
@@ -177,4 +176,5 @@ class TransformersSteps:
     def _stays_private(self, model: nn.Module) -> None:
         if self._workload is not None:
             self._workload.add_private(model, self._device)
+            guard(model, self._workload, leaves=False)
             self._workload.refuse("a model of it is not shared, so nothing else has its weights")

@@ -36,6 +36,9 @@ class Options:
         swap: whether this engine may be swapped out for others; None: ``WOOLYAI_SWAP_FROM_VRAM``.
         priority: of this engine, 0 (highest) to 4; None: ``WOOLY_PRIORITY``.
         workload: name of this engine in the status; None: ``WOOLY_WORKLOAD``.
+        compute_share: percent of its devices' time among engines of its priority, 1 to 100; 0: an equal part; None:
+            ``WOOLY_COMPUTE_SHARE``.
+        exclusive: whether no other workload may use its devices; None: ``GPU_MODE``.
         unproven: also share models with layer methods for which no comparison with stock vLLM has passed; for making
             that comparison.
     """
@@ -51,6 +54,8 @@ class Options:
     swap: bool | None = None
     priority: int | None = None
     workload: str | None = None
+    compute_share: float | None = None
+    exclusive: bool | None = None
 
     @property
     def falls_back(self) -> bool:
@@ -65,7 +70,7 @@ class Options:
     @property
     def workload_settings(self) -> WorkloadSettings:
         """The keys that describe the workload."""
-        return WorkloadSettings(self.workload, self.priority, self.swap)
+        return WorkloadSettings(self.workload, self.priority, self.swap, self.compute_share, self.exclusive)
 
 
 def parse(extra: Mapping[str, Any] | str | None) -> Options:

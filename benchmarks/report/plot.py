@@ -4,7 +4,8 @@
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
-``overcommit-sim.json``: time to first token by policy. ``MACHINE/overcommit.json``: that of returns and of models.
+``overcommit-sim.json``: time to first token by policy. ``compute-sim.json``: time between tokens by priority, and pauses
+by the length of turns. ``MACHINE/overcommit.json``: that of returns and of models.
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
@@ -184,6 +185,44 @@ def overcommit(result: dict[str, Any]) -> Figures:
     }
 
 
+COMPUTE_WAYS = {
+    "hold_0": "wooly",
+    "hold_2": "wooly, a forced step after 2 s",
+    "free": "time slicing",
+    "turns": "one step at a time",
+}
+"""Labels of the simulated ways to share a device's time."""
+
+
+def compute(result: dict[str, Any]) -> Figures:
+    """Draw the time between tokens by priority and way, and the longest pause of two equals by the quantum."""
+    levels = [f"p{level}" for level in range(5)]
+    by_way = {
+        label: [result["mixed"][way][level].get("p99", math.nan) for level in levels]
+        for way, label in COMPUTE_WAYS.items()
+    }
+    quanta = list(result["raw"]["shares"])
+    by_pair = {
+        pair: [result["raw"]["shares"][quantum][pair]["between_ms"]["max"] for quantum in quanta]
+        for pair in result["raw"]["shares"][quanta[0]]
+    }
+    mixes = f"simulated: {result['mixes']:,} mixes of 2 to 8 workloads, {result['seconds']:g} s"
+    return {
+        "compute_priorities": lines(
+            f"Time between tokens by that alone\n{mixes}",
+            ("priority", "99th percentile"),
+            [level.upper() for level in levels],
+            by_way,
+        ),
+        "compute_quantum": lines(
+            "Longest pause of the one of two equals that has 75%\nsimulated",
+            ("quantum", "milliseconds"),
+            quanta,
+            by_pair,
+        ),
+    }
+
+
 ADDED = {
     "ttft_base_awake_added_s": "base awake\nin another",
     "ttft_host_added_s": "weights\non the host",
@@ -255,6 +294,7 @@ def draw(results: Path) -> Figures:
         "cpu-hf.json": hf_cpu,
         "scale.json": scale,
         "overcommit-sim.json": overcommit,
+        "compute-sim.json": compute,
     }
     of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {
         "gpu.json": gpu,

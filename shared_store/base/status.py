@@ -279,6 +279,20 @@ class OvercommitStatus(msgspec.Struct, frozen=True):
     refusals: tuple[RefusalStatus, ...] = ()
 
 
+class ArbiterStatus(msgspec.Struct, frozen=True):
+    """The store's arbiter, which lets workloads of one device compute in turn.
+
+    ``state``: ``ok``; ``idle``: no workload has needed it yet; ``lost``: it ended, and is started again after a while;
+    meanwhile workloads compute freely. ``pid``: 0 without a process. ``restarts``: how often it was started again since
+    the store started. ``max_hold_s``: seconds after which a workload that is held makes one step; 0: it makes none.
+    """
+
+    state: Literal["ok", "idle", "lost"]
+    pid: int = 0
+    restarts: int = 0
+    max_hold_s: float = 0.0
+
+
 class Totals(msgspec.Struct, frozen=True):
     """Sums. ``saved_bytes``: bytes that readers map, minus one copy of every distinct blob of these."""
 
@@ -305,3 +319,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     loop: LoopStatus | None = None
     workloads: tuple[WorkloadStatus, ...] = ()
     overcommit: OvercommitStatus = OvercommitStatus()
+    arbiter: ArbiterStatus | None = None

@@ -39,6 +39,8 @@ class WorkloadSettings:
             raise ConfigError(f"exclusive {self.exclusive!r}: use true or false")
         if self.compute_share is not None:
             try:
+                if not isinstance(self.compute_share, int | float):
+                    raise ValueError("use a number")  # noqa: TRY004, TRY301 - as the check that follows
                 envs.COMPUTE_SHARE.parse(str(self.compute_share))
             except ValueError as error:
                 raise ConfigError(f"compute_share {self.compute_share!r}: {error}") from error

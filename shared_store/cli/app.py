@@ -16,6 +16,7 @@ from shared_store.cli.restore import command as restore
 from shared_store.cli.rm import command as rm
 from shared_store.cli.save import command as save
 from shared_store.cli.serve import command as serve
+from shared_store.cli.share import command as share
 from shared_store.cli.status import command as status
 from shared_store.cli.stop import command as stop
 from shared_store.cli.swap import command as swap
@@ -40,6 +41,7 @@ app.command("models")(models)
 app.command("workloads")(workloads)
 app.command("swap")(swap)
 app.command("priority")(priority)
+app.command("share")(share)
 app.command("why")(why)
 app.command("rm")(rm)
 app.command("verify")(verify)

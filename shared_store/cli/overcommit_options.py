@@ -1,4 +1,4 @@
-"""Options of ``wooly serve`` for overcommit. Each but the first two has a variable, which it overrides."""
+"""Options of ``wooly serve`` for overcommit and compute. Each but the first two has a variable, which it overrides."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,6 +97,24 @@ StartTimeout = Annotated[
         "--start-timeout",
         metavar="DURATION",
         help="Longest time for which a start waits for memory.  [default: WOOLY_START_TIMEOUT, else 540s]",
+    ),
+]
+Arbiter = Annotated[
+    bool | None,
+    typer.Option(
+        "--arbiter/--no-arbiter",
+        help="Let workloads of one device compute by priority and share, or as the driver lets them.  "
+        "[default: WOOLY_ARBITER, else --arbiter]",
+        show_default=False,
+    ),
+]
+MaxHold = Annotated[
+    str | None,
+    typer.Option(
+        "--max-hold",
+        metavar="DURATION",
+        help="Time after which a workload that is held for a more important one makes one step; 0: none.  "
+        "[default: WOOLY_MAX_HOLD, else 0]",
     ),
 ]
 

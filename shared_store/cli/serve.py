@@ -8,10 +8,12 @@ import typer
 from shared_store.base import envs
 from shared_store.cli.options import RuntimeDir
 from shared_store.cli.overcommit_options import (
+    Arbiter,
     Budget,
     DeepAfter,
     HostBudget,
     IdleAfter,
+    MaxHold,
     MaxPriority,
     MinResident,
     StartTimeout,
@@ -74,6 +76,8 @@ def command(
     swap_dir: SwapDir = None,
     start_timeout: StartTimeout = None,
     max_priority: MaxPriority = None,
+    arbiter: Arbiter = None,
+    max_hold: MaxHold = None,
     compact_share: Annotated[
         float,
         typer.Option(
@@ -171,6 +175,8 @@ def command(
         "swap_dir": value("--swap-dir", envs.SWAP_DIR, None if swap_dir is None else str(swap_dir)),
         "start_timeout_s": value("--start-timeout", envs.START_TIMEOUT, start_timeout),
         "max_priority": priorities(max_priority or ()),
+        "arbiter": arbiter,
+        "max_hold_s": value("--max-hold", envs.MAX_HOLD, max_hold),
         "compact_share": compact_share,
         "socket_group": group,
         "allow_uids": tuple(allow_uid or ()),

@@ -5,7 +5,9 @@ from shared_store.cli.options import Json, RuntimeDir, WorkloadName, connect_for
 
 
 def command(name: WorkloadName, *, as_json: Json = False, runtime_dir: RuntimeDir = None) -> None:
-    """Explain a workload's state: the memory that it waits for, the workloads that have it, and what would help.
+    """Explain a workload's state: what it waits for, the workloads that have it, and what would help.
+
+    That is memory, or its devices' time: the workloads for which it is held.
 
     \b
     Example:

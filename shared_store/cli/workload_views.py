@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared_store.base.status import DeviceStatus
-from shared_store.base.workloads import WorkloadStatus
+from shared_store.base.workloads import ComputeStatus, WorkloadStatus
 from shared_store.cli.render import duration, plain, size, table
 
 NONE = "the store has no workloads; an engine with `--load-format wooly` is one"
@@ -19,7 +19,11 @@ def report(rows: Sequence[WorkloadStatus], devices: Sequence[DeviceStatus]) -> G
     if any(device.budget_bytes is not None or device.overcommit_refusal for device in devices):
         parts += [accounts(devices), Text()]
     parts.append(workloads(rows) if rows else Text(NONE))
-    notes = [*(_note(row) for row in rows), *(_device_note(device) for device in devices)]
+    notes = [
+        *(_note(row) for row in rows),
+        *(_compute_note(row) for row in rows),
+        *(_device_note(device) for device in devices),
+    ]
     shown = [Text(plain(note)) for note in notes if note]
     return Group(*parts, *([Text(), *shown] if shown else ()))
 
@@ -39,11 +43,13 @@ def accounts(rows: Sequence[DeviceStatus]) -> Table:
 
 
 def workloads(rows: Sequence[WorkloadStatus]) -> Table:
-    """Format workloads, one a row."""
+    """Format workloads, one a row; with what they compute, if the store has an arbiter."""
+    computes = any(row.compute is not None for row in rows)
     return table(
         (
             *("WORKLOAD", "KIND", ">PID", "DEVICE", "PRIO", "STATE", ">PRIVATE", ">SHARED", ">AWAY"),
             *("ACTIVITY", ">SWAPS", "WAITS FOR"),
+            *((">SHARE", ">USED", ">DEVICE TIME", ">HELD") if computes else ()),
         ),
         [
             (
@@ -56,6 +62,7 @@ def workloads(rows: Sequence[WorkloadStatus]) -> Table:
                 *(f"P{row.priority}", state(row)),
                 *(size(nbytes) for nbytes in totals(row)),
                 *(activity(row), str(row.swaps), ", ".join(row.blocked_by) or "-"),
+                *(compute(row.compute) if computes else ()),
             )
             for row in rows
         ],
@@ -69,8 +76,26 @@ def totals(row: WorkloadStatus) -> tuple[int, int, int]:
 
 
 def state(row: WorkloadStatus) -> str:
-    """Format the state: with ``starting`` before the first time that it is resident."""
-    return f"{row.state}, starting" if row.starting else row.state
+    """Format the state: with ``starting`` before the first time that it is resident, and ``held`` while it is."""
+    if row.starting:
+        return f"{row.state}, starting"
+    return f"{row.state}, held" if row.compute is not None and row.compute.held else row.state
+
+
+def compute(found: ComputeStatus | None) -> tuple[str, str, str, str]:
+    """Format the share, what was used of the devices' time in the last seconds, and the times in all.
+
+    A device time with a part that was estimated begins with ``~``.
+    """
+    if found is None:
+        return ("-", "-", "-", "-")
+    share = f"{found.share:g}%" if found.share else "equal"
+    return (
+        "exclusive" if found.exclusive else share,
+        f"{found.used_share:.0%}",
+        f"{'~' if found.estimated_s else ''}{duration(found.device_s)}",
+        duration(found.held_s),
+    )
 
 
 def process(row: WorkloadStatus) -> str:
@@ -97,6 +122,16 @@ def _note(row: WorkloadStatus) -> str:
     if row.waits_s > 0:
         return f"{row.name} has waited {duration(row.waits_s)} for memory: `wooly why {row.name}`"
     return "" if row.swappable else f"{row.name} is never swapped out: {row.refusal or 'no reason given'}"
+
+
+def _compute_note(row: WorkloadStatus) -> str:
+    if row.compute is None:
+        return ""
+    if row.compute.stalled:
+        return f"{row.name} has work and makes no progress: no other workload waits for it"
+    if row.compute.held:
+        return f"{row.name} is held: `wooly why {row.name}`"
+    return f"{row.name} is not held: {row.compute.ungated}" if row.compute.ungated else ""
 
 
 def _device_note(row: DeviceStatus) -> str:

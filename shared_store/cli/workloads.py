@@ -23,8 +23,10 @@ def command(
 
     A workload is an engine with all its processes, or a transformers process. STATE is where its memory is; PRIVATE and
     SHARED are its bytes on its devices, AWAY those that it lacks until it returns. WAITS FOR has the workloads whose
-    memory it waits for. FREE is what could be granted now, beside the reserve. Below the table are the reasons of those
-    that wait, or are never swapped out.
+    memory it waits for. SHARE is of its devices' time among workloads of its priority, USED what it had of that time in
+    the last 10 seconds, DEVICE TIME what it used in all (~: a part is estimated), HELD how long it was held for others.
+    FREE is what could be granted now, beside the reserve. Below the table are the reasons of those that wait, are held,
+    or are never swapped out or held.
 
     \b
     Examples:

@@ -8,10 +8,18 @@ from typing import Final, Protocol
 
 import msgspec
 
-from shared_store.base.errors import StoreUnavailableError, UnsupportedError, WoolyError
+from shared_store.base.errors import (
+    ConnectionLostError,
+    ExclusiveError,
+    StoreUnavailableError,
+    UnsupportedError,
+    WoolyError,
+)
+from shared_store.client.compute import ComputeMembership
 from shared_store.client.connection import Connection
 from shared_store.client.link import CALL_TIMEOUT_S, Link
 from shared_store.client.withdrawal import Withdrawal
+from shared_store.compute.gate import ComputeGate
 from shared_store.protocol import messages
 
 log = logging.getLogger(__name__)
@@ -41,6 +49,8 @@ class Workloads:
         self._connection = connection
         self._declared: Declared | None = None
         self._joined: Link | None = None
+        self._workload = ""
+        self._compute: ComputeMembership | None = None
 
     # For the client that speaks for a workload.
 
@@ -51,10 +61,16 @@ class Workloads:
 
         Raises:
             ConnectionLostError: the connection ended before.
+            ExclusiveError: another workload has a device of this one for itself, or this one would have one for itself
+                that others use. Nothing is joined.
         """
         self._declared = declared
         self._connection.joining = self._join
-        self._join(self._connection.link)
+        try:
+            self._join(self._connection.link, first=True)
+        except ExclusiveError:
+            self._connection.joining = self._declared = None
+            raise
 
     def take_room(
         self, workload: str, needs: Mapping[str, int], timeout_s: float, withdrawal: Withdrawal | None = None
@@ -96,8 +112,8 @@ class Workloads:
         if link is not None:
             link.post(msgspec.structs.replace(report, id=self._connection.next_id()))
 
-    def _join(self, link: Link) -> None:
-        """Join the store of a new link."""
+    def _join(self, link: Link, *, first: bool = False) -> None:
+        """Join the store of a new link. ``first``: raise :class:`ExclusiveError`."""
         declared = self._declared
         if declared is None:
             return
@@ -105,16 +121,43 @@ class Workloads:
         if messages.WORKLOADS not in link.capabilities:
             log.info("wooly: the store (version %s) does not list workloads", link.welcome.version)
         else:
+            request = declared.request(self._connection.next_id())
+            self._workload = request.workload
             try:
-                answer, fds = link.call(declared.request(self._connection.next_id()), messages.Joined)
+                answer, fds = link.call(request, messages.Joined)
             except WoolyError as error:
-                if not link.alive:
+                if not link.alive or (first and isinstance(error, ExclusiveError)):
                     raise
                 log.warning("wooly: the store does not list this workload: %s [%s]", error, error.code)
             else:
                 fds.close()
         self._joined = None if answer is None else link
         declared.joined(answer)
+        if self._compute is not None and self._joined is not None:
+            self._compute.join(link)
+
+    def join_compute(self, gate: ComputeGate, ungated: str = "") -> None:
+        """Have a gate obey the store's arbiter, and that of each later store, too. Call it after :meth:`join`.
+
+        It does not raise: without a store, or with one that has no arbiter, steps are free.
+
+        Args:
+            gate: of the workload.
+            ungated: why the workload must never be held; empty: it may be. It counts for the others all the same.
+        """
+        compute = ComputeMembership(gate, self._workload, ungated, self._connection.next_id, lambda: self._joined)
+        self._compute = compute  # first: a store that is joined meanwhile is not missed
+        link = self._joined
+        if link is not None:
+            try:
+                compute.join(link)
+            except ConnectionLostError as error:
+                log.debug("wooly: the arbiter of the next store is joined: %s", error)
+
+    def leave_compute(self) -> None:
+        """Leave the arbiter, and close the gate. Idempotent."""
+        if self._compute is not None:
+            self._compute.close()
 
     # For the helper of a workload.
 
@@ -155,6 +198,27 @@ class Workloads:
     def set_priority(self, name: str, priority: int) -> str:
         """Set a workload's priority, 0 (highest) to 4, by its name. Returns the store's detail. Raises as above."""
         return self._done(messages.SetPriority(self._connection.next_id(), name, priority))
+
+    def set_share(self, name: str, percent: float) -> str:
+        """Set a workload's share of its devices' time among equals, by its name. Returns the store's detail.
+
+        Args:
+            name: of the workload.
+            percent: 1 to 100; 0: an equal part of what the others leave.
+
+        Raises:
+            ConfigError: there is no such share.
+            WorkloadNotFoundError: no workload has this name.
+            PermissionDeniedError: it is another user's.
+            UnsupportedError: the store has no arbiter.
+        """
+        link = self._connection.link
+        if messages.COMPUTE not in link.capabilities:
+            raise UnsupportedError(
+                f"the store (version {link.welcome.version}) has no arbiter, so there are no shares: it was started "
+                "with `--no-arbiter` or WOOLY_ARBITER=0, or has an earlier version, which `wooly upgrade` replaces"
+            )
+        return self._done(messages.SetShare(self._connection.next_id(), name, percent))
 
     def explain(self, name: str, timeout_s: float = CALL_TIMEOUT_S) -> messages.Explanation:
         """Ask why a workload is where it is, by its name. Raises as above."""

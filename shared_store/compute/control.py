@@ -1,11 +1,19 @@
 """Messages between a store and its arbiter, over a socket pair: one message for each packet, with descriptors.
 
-The arbiter ends when the store's end closes. It answers nothing: it reports usage about twice a second.
+The arbiter ends when the store's end closes. It answers nothing: while it has workloads it reports usage about twice a
+second, and once more when it has none. It drops a workload by itself when that closes its socket.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+from shared_store.base.errors import ProtocolError
+
+MAX_PACKET: Final = 1 << 17
+"""Longest packet in bytes: a report about more than a thousand workloads."""
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
@@ -64,3 +72,32 @@ class Usage(msgspec.Struct, frozen=True, tag="usage"):
     """What the workloads used."""
 
     rows: tuple[Row, ...]
+
+
+ToArbiter = Rules | Add | Change | Drop
+ToStore = Usage
+
+_encoder = msgspec.msgpack.Encoder()
+_of_store: msgspec.msgpack.Decoder[ToArbiter] = msgspec.msgpack.Decoder(ToArbiter)
+_of_arbiter: msgspec.msgpack.Decoder[ToStore] = msgspec.msgpack.Decoder(ToStore)
+
+
+def encode(message: ToArbiter | ToStore) -> bytes:
+    """Return a message as the bytes of a packet, in msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_from_store(packet: bytes) -> ToArbiter:
+    """Return the message of a packet of the store. Raises :class:`ProtocolError`."""
+    try:
+        return _of_store.decode(packet)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"no message to an arbiter: {error}") from error
+
+
+def decode_from_arbiter(packet: bytes) -> ToStore:
+    """Return the message of a packet of the arbiter. Raises :class:`ProtocolError`."""
+    try:
+        return _of_arbiter.decode(packet)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"no message of an arbiter: {error}") from error

@@ -19,6 +19,7 @@ index   word            content
 17      allowed         the arbiter's: a step may begin in any case while fewer than so many have begun
 18      contended       the arbiter's: 1: others share a device, so changes of the workload's state ring
 19      short until     the arbiter's: time before which steps should be short; :data:`FREE`: from now on; 0: no need
+20      looked          the arbiter's: time at which it last read the page; 0: never
 ======  ==============  ===========================================================================================
 """
 
@@ -31,8 +32,14 @@ SIZE: Final = 4096
 
 VERSION_WORD: Final = 0
 STATE_WORD, BEGUN_WORD, ENDED_WORD, BUSY_WORD, BUSY_SINCE_WORD, HELD_WORD, HELD_SINCE_WORD = range(1, 8)
-UNTIL_WORD, ALLOWED_WORD, CONTENDED_WORD, SHORT_UNTIL_WORD = range(16, 20)
+UNTIL_WORD, ALLOWED_WORD, CONTENDED_WORD, SHORT_UNTIL_WORD, LOOKED_WORD = range(16, 21)
 
 WORKING: Final = 1 << 63
 IN_FLIGHT: Final = (1 << 32) - 1
 FREE: Final = (1 << 64) - 1
+
+LOOK_S: Final = 0.5
+"""Longest time between two looks of an arbiter at a page, in seconds."""
+
+SILENT_S: Final = 5.0
+"""Time without a look after which a held workload counts its arbiter as gone: stopped, or stuck."""

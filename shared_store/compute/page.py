@@ -6,12 +6,45 @@ fault. What a workload writes is not trusted: it can only misrepresent itself.
 
 from __future__ import annotations
 
+import fcntl
+import mmap
+import os
+import sys
+
+from shared_store.base.errors import MemoryBackendError, ProtocolError, UnsupportedError
+from shared_store.compute import layout
 from shared_store.runtime.fds import OwnedFd
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def make_page() -> OwnedFd:
-    """Return the descriptor of a new page. Raises :class:`MemoryBackendError` if the kernel refuses it."""
-    raise NotImplementedError
+    """Return the descriptor of a new page, in which steps may begin until an arbiter says otherwise.
+
+    Raises:
+        MemoryBackendError: the kernel refuses a memfd, for example for lack of descriptors.
+    """
+    words = free_words()
+    try:
+        fd = OwnedFd(os.memfd_create("compute", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    except OSError as error:
+        raise MemoryBackendError(f"cannot create a compute page: {error.strerror}") from error
+    try:
+        os.ftruncate(fd.fileno(), layout.SIZE)
+        os.pwrite(fd.fileno(), words, 0)
+        fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, SEALS)
+    except OSError as error:
+        fd.close()
+        raise MemoryBackendError(f"cannot fill a compute page: {error.strerror}") from error
+    return fd
+
+
+def free_words() -> memoryview:
+    """Return the words of a new page, in this process's own memory."""
+    words = memoryview(bytearray(layout.SIZE)).cast("Q")
+    words[layout.VERSION_WORD] = layout.VERSION
+    words[layout.UNTIL_WORD] = layout.FREE
+    return words
 
 
 def map_page(fd: OwnedFd) -> memoryview:
@@ -21,4 +54,17 @@ def map_page(fd: OwnedFd) -> memoryview:
         ProtocolError: it is no compute page that stays mapped.
         UnsupportedError: this machine is big-endian.
     """
-    raise NotImplementedError
+    with fd:
+        if sys.byteorder != "little":
+            raise UnsupportedError("compute pages are little-endian")
+        try:
+            sealed = fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            size = os.fstat(fd.fileno()).st_size
+            if not sealed or size < layout.SIZE:
+                raise ProtocolError("the store sent something else than a compute page")
+            words = memoryview(mmap.mmap(fd.fileno(), layout.SIZE)).cast("Q")
+        except OSError as error:
+            raise ProtocolError(f"the compute page cannot be mapped: {error.strerror}") from error
+    if words[layout.VERSION_WORD] != layout.VERSION:
+        raise ProtocolError(f"the compute page has layout {words[layout.VERSION_WORD]}, not {layout.VERSION}")
+    return words

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -31,9 +30,10 @@ from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.base.workload_states import WorkloadEvent, WorkloadState
 from shared_store.client.serving import StoreCall
 from shared_store.client.session import Session
-from shared_store.client.withdrawal import Withdrawal
 from shared_store.client.workload import describe
+from shared_store.compute.gate import ComputeGate
 from shared_store.overcommit.checkpoints.helper import HelperProcess
+from shared_store.overcommit.limit import Limit
 from shared_store.overcommit.mover import Holdings, Mover
 from shared_store.overcommit.moves import Leaving, Moves, Preparing
 from shared_store.overcommit.record import AWAY, Record
@@ -90,7 +90,7 @@ class Agent:
         self._helper: HelperProcess | None = None
         self._reason = ""
         self._progress: Callable[[str], None] | None = None
-        self._limit: _Limit | None = None
+        self._limit: Limit | None = None
 
     @property
     def workload(self) -> str:
@@ -131,6 +131,7 @@ class Agent:
         """Connect, and join the store as a workload that starts: swapped, without memory. Starts the agent's thread.
 
         Raises:
+            ExclusiveError: the devices of another workload, or of this one, are for one alone.
             WoolyError: no session could be made. A store that does not list workloads is no error.
         """
         for attempt in range(1, _JOIN_ATTEMPTS + 1):
@@ -151,6 +152,12 @@ class Agent:
                 raise
             else:
                 break
+        if self._identity.exclusive and not session.supports(messages.EXCLUSIVE):
+            log.warning(
+                "wooly: the store (version %s) does not keep other workloads off the devices of %s: `wooly upgrade`",
+                session.store_version,
+                self._record.name,
+            )
         self._session = session
         self._room = Room(self._record, session)
         self._moves = Moves(self._record, self._mover, self._room)
@@ -182,6 +189,7 @@ class Agent:
         if (limit := self._limit) is not None:
             limit.end()
         if self._session is not None:
+            self._session.workloads.leave_compute()
             self._session.close()
 
     # Starts, wake-ups, and what the engine does by itself.
@@ -220,7 +228,7 @@ class Agent:
             if record.starting:
                 record.expect(needs)
         self._progress = progress
-        limit = self._limit = _Limit(timeout_s, self.explain, record)
+        limit = self._limit = Limit(timeout_s, self.explain, record)
         try:
             with limit:
                 waited = room.take(needs, limit.withdrawal)
@@ -294,6 +302,19 @@ class Agent:
             self._moves.refresh()
         else:
             record.become(state, holdings)
+
+    def compute(self, gate: ComputeGate, ungated: str = "") -> None:
+        """Let the workload take part in turns of its devices, from here on and with each later store, too.
+
+        Call it once, after the first :meth:`joined_resident`. Without a store, or with one that has no arbiter, the
+        gate stays free. :meth:`close` closes the gate.
+
+        Args:
+            gate: of the workload's steps.
+            ungated: why the workload must never be held; empty: it may be. It counts for the others all the same.
+        """
+        if self._session is not None:
+            self._session.workloads.join_compute(gate, ungated)
 
     # Work.
 
@@ -396,42 +417,6 @@ class Agent:
 
     def _wake(self) -> None:
         with self._record.changed:
-            self._record.changed.notify_all()
-
-
-class _Limit:
-    """The limit of a wait for memory: learns why it lasts before it ends the wait.
-
-    Attributes:
-        withdrawal: ends the wait.
-        passed: whether the time is over.
-        reason: why there was no memory.
-    """
-
-    def __init__(self, timeout_s: float, explain: Callable[[], str], record: Record) -> None:
-        self.withdrawal = Withdrawal()
-        self.passed = False
-        self.reason = ""
-        self._explain = explain
-        self._record = record
-        self._timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), self._pass)
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _pass(self) -> None:
-        self.reason = self._explain()
-        self.passed = True
-        self.end()
-
-    def end(self) -> None:
-        """End the wait, whether it is for memory or for a store."""
-        with self._record.changed:
-            self.withdrawal.withdraw()
             self._record.changed.notify_all()
 
 

@@ -15,6 +15,7 @@ from shared_store.base.status import Status
 from shared_store.catalog import Catalog, EmbeddedServer
 from shared_store.memory import MemfdBackend, backend_for
 from shared_store.protocol.durable_state import DurableState
+from shared_store.protocol.messages import capabilities
 from shared_store.runtime import log_lines
 from shared_store.runtime.claim import claim, listen
 from shared_store.runtime.fds import raise_file_limit
@@ -109,7 +110,9 @@ async def _serve(
     identity = identify(paths.directory, paths.node_id)
     embedded = None if options.redis_url else EmbeddedServer(paths.directory)
     catalog = Catalog(options.redis_url or (embedded.url if embedded else ""))
-    snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages)
+    snapshots = Snapshots(
+        parts.state, parts.devices, parts.keeper, parts.times, times, identity, parts.pages, parts.compute
+    )
     documents = CatalogDocuments(parts.state, snapshots, identity)
 
     async def status() -> Status:
@@ -119,7 +122,14 @@ async def _serve(
     address = options.metrics_address
     endpoint = await asyncio.to_thread(_endpoint, address, lambda: _from_thread(loop, status)) if address else None
     dispatch = parts.dispatch(status, stopping)
-    server = Server(inheritance.listen, access, dispatch, parts.sessions, parts.state.counts)
+    server = Server(
+        inheritance.listen,
+        access,
+        dispatch,
+        parts.sessions,
+        parts.state.counts,
+        capabilities.of_store(arbiter=options.arbiter),
+    )
     mirror = Mirror(catalog, documents)
     idle_compaction = IdleCompaction(parts.state, parts.devices, parts.host_compaction, options.compact_share)
     parts.signals.observe(mirror.changed, catalog.event)

@@ -15,6 +15,7 @@ from shared_store.runtime.options import ServeOptions
 from shared_store.store.activity_pages import ActivityPages
 from shared_store.store.clients.activity import ActivityRequests
 from shared_store.store.clients.checkpoints import CheckpointRequests
+from shared_store.store.clients.compute import ComputeRequests
 from shared_store.store.clients.files import FileRequests
 from shared_store.store.clients.process import ProcessRequests
 from shared_store.store.clients.reports import Reports
@@ -22,6 +23,7 @@ from shared_store.store.clients.sessions import Sessions
 from shared_store.store.clients.turns import TurnRequests
 from shared_store.store.clients.workload_commands import WorkloadCommands
 from shared_store.store.clients.workloads import WorkloadRequests
+from shared_store.store.compute.compute import Compute
 from shared_store.store.devices.devices import Devices
 from shared_store.store.dispatch import Dispatch, Table, plain
 from shared_store.store.effects import Effects
@@ -92,6 +94,7 @@ class Parts:
             clock: returns Unix seconds.
         """
         options = options or (inheritance.options if inheritance else ServeOptions(Path()))
+        self.max_hold_s = options.max_hold_s
         rules = MemoryRules(options.budget, options.reserve, options.max_priority)
         self.state = StoreState(limits, clock, rules=rules)
         self.devices = Devices({FILES: SwapFiles(options.swap_dir), **backends}, find_backend)
@@ -127,7 +130,8 @@ class Parts:
             self.host_budget,
             self.sessions.of,
         )
-        self.statuses = WorkloadStatuses(self.state, self.pages)
+        self.compute = Compute(self.state.workloads, self.signals, options.max_hold_s, enabled=options.arbiter)
+        self.statuses = WorkloadStatuses(self.state, self.pages, self.compute)
         self.view = NodeView(self.state, self.statuses)
         self.authority = Authority(self.state, self.devices, self.signals)
         self.departing = Departing(self.state, self.signals, self.sessions.of)
@@ -158,6 +162,7 @@ class Parts:
         """End all work, and release all memory. Clients are gone already."""
         await self.swapper.stop()
         await self.host_pressure.stop()
+        await self.compute.stop()
         self.devices.close()
 
     def dispatch(self, status: Callable[[], Awaitable[Status]], stopping: asyncio.Event) -> Dispatch:
@@ -189,6 +194,7 @@ class Requests:
     workloads: WorkloadRequests
     checkpoints: CheckpointRequests
     commands: WorkloadCommands
+    compute: ComputeRequests
 
     @staticmethod
     def of(parts: Parts) -> Requests:
@@ -198,7 +204,7 @@ class Requests:
         attach = Attach(state, devices, effects, signals)
         file_copies = FileCopies(state, devices, parts.admission)
         publishers = Publishers(state, parts.authority, parts.swapper)
-        explanations = Explanations(state, parts.view, parts.statuses)
+        explanations = Explanations(state, parts.view, parts.statuses, parts.max_hold_s)
         return Requests(
             Opening(state, devices, effects, signals, waiters, parts.arrivals, evictor, attach),
             Publishing(state, devices, effects, signals, keeper, parts.admission, parts.departures, publishers, attach),
@@ -216,6 +222,7 @@ class Requests:
             WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of, parts.deep),
             CheckpointRequests(state, parts.deep, parts.swapper),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
+            ComputeRequests(state, signals, parts.compute),
         )
 
     def table(self, process: ProcessRequests) -> Table:
@@ -252,6 +259,8 @@ class Requests:
             messages.ReportWorkload: plain(self.workloads.report),
             messages.OfferCheckpoints: plain(self.checkpoints.offer),
             messages.MoveWorkload: plain(self.commands.move),
+            messages.JoinCompute: plain(self.compute.join),
+            messages.SetShare: plain(self.compute.set_share),
             messages.SetPriority: plain(self.commands.set_priority),
             messages.ExplainWorkload: plain(self.commands.explain),
             messages.GetStatus: plain(process.get_status),

@@ -16,7 +16,6 @@ from shared_store.base.errors import (
 )
 from shared_store.base.text import one_line
 from shared_store.protocol import messages
-from shared_store.protocol.messages import capabilities
 from shared_store.protocol.messages.identity import MAX_NAME, Identity
 from shared_store.protocol.peers import peer_of
 from shared_store.store.clients.access import AccessRules
@@ -42,14 +41,21 @@ class Server:
     """Serves clients at a listening socket."""
 
     def __init__(
-        self, sock: socket.socket, access: AccessRules, dispatch: Dispatch, sessions: Sessions, counts: Counts
+        self,
+        sock: socket.socket,
+        access: AccessRules,
+        dispatch: Dispatch,
+        sessions: Sessions,
+        counts: Counts,
+        announced: tuple[str, ...],
     ) -> None:
-        """Take over a listening socket. :meth:`start` begins to accept."""
+        """Take over a listening socket. :meth:`start` begins to accept. ``announced``: the store's capabilities."""
         self._sock = sock
         self._access = access
         self._dispatch = dispatch
         self._sessions = sessions
         self._counts = counts
+        self._announced = announced
         self._numbers = itertools.count(1)
         self._pushes = itertools.count(1)
         self._connections: dict[int, Connection] = {}
@@ -148,7 +154,7 @@ class Server:
         return Exchange(connection, session, self._dispatch, protocol=hello.protocol)
 
     def _welcome(self, client: int, protocol: int) -> messages.Welcome:
-        announced = capabilities.STORE if protocol > 1 else ()
+        announced = self._announced if protocol > 1 else ()
         return messages.Welcome(protocol, shared_store.__version__, os.getpid(), client, announced)
 
     def _session(self, connection: Connection, hello: messages.Hello) -> Session:

@@ -145,9 +145,17 @@ def test_texts_that_are_no_durations(text):
         (envs.PRIORITY, "P3", 3),
         (envs.SWAP_FROM_VRAM, "True", True),
         (envs.SWAP_FROM_VRAM, "0", False),
+        (envs.COMPUTE_SHARE, "0", 0.0),
+        (envs.COMPUTE_SHARE, "33.3%", 33.3),
+        (envs.GPU_MODE, "Exclusive", True),
+        (envs.GPU_MODE, "shared", False),
+        (envs.MPS_PERCENT, "", None),
+        (envs.MPS_PERCENT, "25", 25),
+        (envs.ARBITER, "0", False),
+        (envs.MAX_HOLD, "2s", 2.0),
     ],
 )
-def test_values_of_overcommit(variable, text, value):
+def test_values_of_a_workload_and_a_node(variable, text, value):
     assert variable.parse(text) == value
 
 
@@ -159,20 +167,30 @@ def test_values_of_overcommit(variable, text, value):
         (envs.IDLE_AFTER, "five minutes", "300s, 30m or 2h"),
         (envs.PRIORITY, "5", r"0 \(highest\) to 4"),
         (envs.SWAP_FROM_VRAM, "maybe", "1 or 0, or true or false"),
+        (envs.COMPUTE_SHARE, "0.5", "a percentage from 1 to 100, or 0"),
+        (envs.COMPUTE_SHARE, "nan", "a percentage from 1 to 100, or 0"),
+        (envs.GPU_MODE, "alone", "Shared or Exclusive"),
+        (envs.MPS_PERCENT, "0", "a whole percentage from 1 to 100"),
+        (envs.MAX_HOLD, "long", "300s, 30m or 2h"),
     ],
 )
-def test_wrong_values_of_overcommit_list_the_right_ones(monkeypatch, variable, text, listed):
+def test_wrong_values_list_the_right_ones(monkeypatch, variable, text, listed):
     monkeypatch.setenv(variable.name, text)
     with pytest.raises(ConfigError, match=f"{variable.name}='{text}': .*{listed}"):
         variable.get()
 
 
 def test_settings_of_a_workload_complete_with_the_environments(home, monkeypatch):  # noqa: ARG001 - unsets variables
-    assert WorkloadSettings().completed() == CompleteSettings("", 0, swap=True)
+    def complete(name, priority, *, swap=True, share=0.0, exclusive=False):
+        return CompleteSettings(name, priority, swap=swap, compute_share=share, exclusive=exclusive)
+
+    assert WorkloadSettings().completed() == complete("", 0)
     monkeypatch.setenv("WOOLY_WORKLOAD", "batch")
     monkeypatch.setenv("PRIO", "4")
-    assert WorkloadSettings(swap=False).completed() == CompleteSettings("batch", 4, swap=False)
-    assert WorkloadSettings("chat", 0).completed() == CompleteSettings("chat", 0, swap=True)
+    monkeypatch.setenv("WOOLY_COMPUTE_SHARE", "12.5%")
+    monkeypatch.setenv("GPU_MODE", "exclusive")
+    assert WorkloadSettings(swap=False).completed() == complete("batch", 4, swap=False, share=12.5, exclusive=True)
+    assert WorkloadSettings("chat", 0, compute_share=0, exclusive=False).completed() == complete("chat", 0)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +200,11 @@ def test_settings_of_a_workload_complete_with_the_environments(home, monkeypatch
         ({"priority": True}, "0 .highest. to 4"),
         ({"swap": "no"}, "true or false"),
         ({"workload": 3}, "a text"),
+        ({"compute_share": 0.5}, "a percentage from 1 to 100, or 0"),
+        ({"compute_share": 101}, "a percentage from 1 to 100, or 0"),
+        ({"compute_share": float("nan")}, "a percentage from 1 to 100, or 0"),
+        ({"compute_share": True}, "a percentage from 1 to 100, or 0"),
+        ({"exclusive": 1}, "true or false"),
     ],
 )
 def test_wrong_settings_of_a_workload_list_the_right_ones(given, listed):

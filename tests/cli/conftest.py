@@ -13,6 +13,7 @@ from support.waiting import process_state, wait_until
 
 from shared_store.base.errors import StoreUnavailableError
 from shared_store.base.status import (
+    ArbiterStatus,
     CatalogStatus,
     ClientStatus,
     Counters,
@@ -32,7 +33,7 @@ from shared_store.base.status import (
     SwapStatus,
     Totals,
 )
-from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
+from shared_store.base.workloads import ComputeStatus, WorkloadMemory, WorkloadStatus
 from shared_store.client.session import Session
 
 __all__ = ["actor", "directory", "start_store", "store"]
@@ -182,6 +183,7 @@ def status():
                 swaps=2,
                 refusals=1,
                 models=("a1" * 32,),
+                compute=ComputeStatus(75.0, 0.625, 3725.5, 12.25, 1.5, gated=True),
             ),
             WorkloadStatus(
                 *(
@@ -201,6 +203,9 @@ def status():
                 blocked_by=("chat", "reserve"),
                 waits_s=2.5,
                 starved_s=4.5,
+                compute=ComputeStatus(
+                    used_share=0.125, device_s=61.0, held_s=42.5, ungated="ranks wait for each other"
+                ),
             ),
         ),
         overcommit=OvercommitStatus(
@@ -212,4 +217,5 @@ def status():
             (0, 0, 0, 1, 0),
             (RefusalStatus("declined", 1),),
         ),
+        arbiter=ArbiterStatus("ok", 43, 2, 2.0),
     )

@@ -8,7 +8,7 @@ import pytest
 from shared_store.base.errors import ConfigError
 from shared_store.base.sizes import parse_size
 from shared_store.base.status import ActivityStatus, ClientStatus
-from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
+from shared_store.base.workloads import ComputeStatus, WorkloadMemory, WorkloadStatus
 from shared_store.cli import render, views, workload_views
 from shared_store.cli.overcommit_options import size
 
@@ -126,3 +126,51 @@ def test_a_workload_that_starts_says_so():
 )
 def test_devices_of_workloads_are_short(device, shown):
     assert workload_views.short_device(device) == shown
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        (None, ("-", "-", "-", "-")),
+        (ComputeStatus(), ("equal", "0%", "0 s", "0 s")),
+        (ComputeStatus(12.5, 0.756, 61.0, 0.0, 2.0, held=True), ("12.5%", "76%", "1 min 1 s", "2 s")),
+        (ComputeStatus(0.0, 1.0, 61.0, 0.5, exclusive=True), ("exclusive", "100%", "~1 min 1 s", "0 s")),
+    ],
+)
+def test_what_a_workload_computes(found, shown):
+    assert workload_views.compute(found) == shown
+
+
+def printed(*rows):
+    """Return the lines of the report."""
+    made = render.console()
+    with made.capture() as capture:
+        made.print(workload_views.report(rows, ()))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def computing(name, **found):
+    return msgspec.structs.replace(WORKLOAD, name=name, state="resident", compute=ComputeStatus(**found))
+
+
+def test_turns_have_columns_and_reasons():
+    lines = printed(
+        computing("chat", share=75.0, used_share=0.5),
+        computing("batch", held=True, held_s=3.0),
+        computing("ranks", ungated="ranks wait for each other"),
+        computing("stuck", stalled=True, held=True),
+    )
+    assert lines[0].split("  ")[-1].strip() == "HELD"
+    chat, batch = lines[1:3]
+    assert "75%" in chat
+    assert "50%" in chat
+    assert "resident, held" in batch
+    assert lines[lines.index("") + 1 :] == [
+        "batch is held: `wooly why batch`",
+        "ranks is not held: ranks wait for each other",
+        "stuck has work and makes no progress: no other workload waits for it",
+    ]
+
+
+def test_a_store_without_an_arbiter_has_no_columns_of_turns():
+    assert "HELD" not in printed(WORKLOAD)[0]

@@ -70,11 +70,12 @@ def test_table_has_accounts_workloads_and_reasons(wooly, workload):
     assert accounts.split("  ")[0] == "cpu"
     assert "1000 MiB" in accounts
     assert "100 MiB" in accounts
-    rows = {line.split()[0]: line for line in shown.splitlines() if line and line.split()[0] in {"chat", "batch"}}
+    rows = {line.split()[0]: line for line in shown.splitlines() if " vllm " in line}
     assert "P3" in rows["batch"]
     assert "swapped" in rows["batch"]
     assert "490 MiB" in rows["batch"]  # what it lacks
     assert "chat is never swapped out: not today" in shown
+    assert "chat is not held: it has not joined the arbiter" in shown
     assert "chat" in wooly("status").stdout
 
 
@@ -124,7 +125,7 @@ def test_a_workload_that_declines_is_exit_code_22(wooly, workload):
     assert listed(wooly)["chat"].refusals == 1
 
 
-@pytest.mark.parametrize("command", ["swap out none", "priority none 2", "why none"])
+@pytest.mark.parametrize("command", ["swap out none", "priority none 2", "share none 50", "why none"])
 def test_an_unknown_name_lists_the_names(wooly, workload, command):
     workload("chat")
     done = wooly(*command.split())
@@ -137,6 +138,42 @@ def test_priority_is_set_until_the_workload_ends(wooly, workload):
     done = wooly("priority", "chat", "P2")
     assert (done.returncode, done.stdout) == (0, "chat has priority P2\n"), done.stderr
     assert listed(wooly)["chat"].priority == 2
+
+
+def test_a_share_is_set_until_the_workload_ends(wooly, workload):
+    workload("chat", share=75.0)
+    assert listed(wooly)["chat"].compute.share == 75.0
+    for text, share, said in (("12.5%", 12.5, "chat has a share of 12.5%\n"), ("0", 0.0, "chat has an equal part\n")):
+        done = wooly("share", "chat", text)
+        assert (done.returncode, done.stdout) == (0, said), done.stderr
+        assert listed(wooly)["chat"].compute.share == share
+
+
+@pytest.mark.parametrize("wrong", ["101", "0.5", "-1", "half"])
+def test_a_wrong_share_lists_the_right_ones(wooly, workload, wrong):
+    workload("chat")
+    done = wooly("share", "chat", "--", wrong)
+    assert done.returncode == 2
+    assert "a percentage from 1 to 100, or 0 for an equal part" in done.stderr
+
+
+def test_without_an_arbiter_there_are_no_shares(wooly, directory):
+    started = wooly("serve", "--detach", *BUDGET, "--no-arbiter")
+    assert started.returncode == 0, started.stderr
+    with PlainWorkload(directory, "chat", device="cpu", needs=10) as chat:
+        chat.join()
+        assert listed(wooly)["chat"].compute is None
+        assert "HELD" not in wooly("workloads").stdout
+        done = wooly("share", "chat", "50")
+    assert done.returncode == 13
+    assert "no arbiter" in done.stderr
+    assert json.loads(wooly("status", "--json").stdout)["arbiter"] is None
+
+
+def test_options_of_the_arbiter_reach_the_store(wooly):
+    started = wooly("serve", "--detach", *BUDGET, "--max-hold", "2s")
+    assert started.returncode == 0, started.stderr
+    assert json.loads(wooly("status", "--json").stdout)["arbiter"]["max_hold_s"] == 2.0
 
 
 @pytest.mark.parametrize("wrong", ["5", "-1", "high"])
@@ -186,6 +223,7 @@ def test_names_are_completed(wooly, workload):
         ("--budget cpu=lots", "--budget 'cpu=lots' is not of the form DEVICE=SIZE"),
         ("--vram-reserve 2GB", "--vram-reserve '2GB': use a size such as 2GiB, or 0"),
         ("--idle-after soon", "--idle-after 'soon': use a duration such as 300s, 30m or 2h"),
+        ("--max-hold soon", "--max-hold 'soon': use a duration such as 300s, 30m or 2h"),
         ("--host-budget -1", "--host-budget '-1': use a size such as 2GiB, or 0"),
         ("--max-priority root=1", "--max-priority 'root=1' is not of the form UID=P, such as 1000=2"),
         ("--max-priority 1000=7", "--max-priority '1000=7': use 0 (highest) to 4"),

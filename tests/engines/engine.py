@@ -244,6 +244,10 @@ def do(llm: Any, adapters: dict[str, str], what: str, *words: str) -> dict[str, 
         from support import gating
 
         return gating.run(llm, words[0], json.loads(words[1]) if words[1:] else {})
+    elif what == "turn":
+        from support import turning
+
+        return turning.run(llm, words[0], json.loads(words[1]) if words[1:] else {})
     elif what == "move":
         from support import moving
 

@@ -23,6 +23,8 @@ VALID = {
     "swap": False,
     "priority": 3,
     "workload": "chat",
+    "compute_share": 12.5,
+    "exclusive": True,
 }
 PATHS = ("restore_from", "runtime_dir")
 
@@ -90,6 +92,12 @@ def test_an_unknown_key_lists_the_valid_ones():
         {"priority": True},
         {"priority": "high"},
         {"workload": 3},
+        {"compute_share": 0.5},
+        {"compute_share": 101},
+        {"compute_share": "25%"},
+        {"compute_share": float("nan")},
+        {"exclusive": "yes"},
+        {"exclusive": 1},
     ],
     ids=str,
 )

@@ -7,11 +7,13 @@ import threading
 import time
 
 import pytest
+import torch
 from support.waiting import wait_until
 
 from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import DeclinedError, OutOfMemoryError
 from wooly_hf.workload.gate import Gate
+from wooly_hf.workload.turns import Turns
 
 
 class Activity(ActivityWriter):
@@ -29,7 +31,11 @@ class Models:
         self.activity = Activity()
         self.back = threading.Event()
         self.error = None
-        self.gate = Gate(self.come_back, self.activity)
+        self.turns = Turns(self.changed, torch.device("cpu"))
+        self.gate = Gate(self.come_back, self.activity, self.turns)
+
+    def changed(self):
+        self.gate.changed()
 
     def come_back(self):
         assert self.back.wait(30)

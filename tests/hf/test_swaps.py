@@ -326,8 +326,8 @@ def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, fresh, move):
         move("private", out=True)
 
 
-def test_an_unswappable_process_has_no_hooks(job, checkpoint):
-    """So code that compiles a caller of the model as one graph works."""
+def test_callers_of_an_unswappable_model_can_be_compiled_as_one_graph(job, checkpoint):
+    """Compiled code skips its hooks."""
     code = """
     my_model = load(path, wooly_swap=False)
     @torch.compile(fullgraph=True, backend="eager")
@@ -435,3 +435,9 @@ def test_threads_that_generate_are_interrupted_many_times(one, move):
         wait_until(lambda: _left(move), "it leaves")
     one.run("my_end.set()\nfor thread in my_threads: thread.join(60)")
     assert one.run("result = [all(my_found), len(my_found) > 3]") == [True, True]
+
+
+def test_a_cap_under_mps_is_refused_on_a_cpu(job, checkpoint):
+    with pytest.raises(JobError, match="WOOLY_MPS_PERCENT=25 caps a workload on GPUs") as raised:
+        job("capped", WOOLY_MPS_PERCENT="25").run("load(path)", path=checkpoint("llama-tied"))
+    assert raised.value.name == "ConfigError"

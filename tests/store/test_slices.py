@@ -48,7 +48,9 @@ def add(parts, model, blobs):
 
 
 def snapshots_of(parts):
-    return Snapshots(parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), IDENTITY, parts.pages)
+    return Snapshots(
+        parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), IDENTITY, parts.pages, parts.compute
+    )
 
 
 def test_other_callbacks_run_between_slices():

@@ -10,6 +10,7 @@ from support.client import Client
 from support.hostmemory import peek, poke
 
 from shared_store.memory import Access
+from shared_store.protocol.messages import capabilities
 from shared_store.runtime.claim import listen
 from shared_store.runtime.options import ServeOptions
 from shared_store.runtime.paths import prepare
@@ -56,14 +57,21 @@ class ServedStore:
         parts.signals.observe(on_event=lambda kind, **fields: self.events.append((kind, fields)))
         options = self._options
         identity = identify(self.paths.directory, self.paths.node_id)
-        snapshots = Snapshots(parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), identity, parts.pages)
+        snapshots = Snapshots(
+            parts.state, parts.devices, parts.keeper, parts.times, LoopTimes(), identity, parts.pages, parts.compute
+        )
 
         async def status():
             return snapshots.take(catalog_url="", catalog_state="ok")
 
         dispatch = parts.dispatch(status, self._stopping)
         server = Server(
-            listen(self.paths, options), AccessRules.of(options), dispatch, parts.sessions, parts.state.counts
+            listen(self.paths, options),
+            AccessRules.of(options),
+            dispatch,
+            parts.sessions,
+            parts.state.counts,
+            capabilities.of_store(arbiter=options.arbiter),
         )
         server.start()
         self._ready.set()

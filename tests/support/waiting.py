@@ -40,12 +40,14 @@ def open_fds(pid="self"):
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def is_segment(fd, pid="self"):
+    """Return whether a process's open fd is a segment in host memory; False for one that is closed."""
+    try:
+        return str(Path(f"/proc/{pid}/fd/{fd}").readlink()).startswith("/memfd:wooly")
+    except FileNotFoundError:
+        return False
+
+
 def open_segments(pid="self"):
     """Return the number of a process's fds that are segments in host memory."""
-    targets = []
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            targets.append(str(fd.readlink()))
-        except FileNotFoundError:
-            continue  # closed since it was listed
-    return sum(target.startswith("/memfd:wooly") for target in targets)
+    return sum(is_segment(entry.name, pid) for entry in Path(f"/proc/{pid}/fd").iterdir())

@@ -1,4 +1,4 @@
-"""Arguments of ``from_pretrained`` about the workload: ``wooly_workload``, ``wooly_priority``, ``wooly_swap``."""
+"""Arguments of ``from_pretrained`` about the workload, such as ``wooly_priority``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Final
 from shared_store.base.errors import ConfigError
 from shared_store.base.workload_settings import WorkloadSettings
 
-NAMES: Final = ("wooly_workload", "wooly_priority", "wooly_swap")
+NAMES: Final = ("wooly_workload", "wooly_priority", "wooly_swap", "wooly_compute_share", "wooly_exclusive")
+"""In the order of the fields of :class:`WorkloadSettings`."""
 
 
 def take_out(arguments: dict[str, Any]) -> WorkloadSettings | None:

@@ -1,7 +1,10 @@
 """The entrances to a model: hooks of the module that ``from_pretrained`` returned, and wrappers of its methods.
 
-Each enters the gate. Everything else that reaches a tensor through a module is caught by the module's registers, see
-:mod:`wooly_hf.absent`; entrances let the store know that the model is used, and keep it for as long as that takes.
+Each enters the gate. A call is a step, ``generate`` is work in steps. Parts that compute a whole pass without a call of
+the module around them have hooks of their own: the base model, as wrappers such as PEFT's call the ``forward`` of the
+module around it, without its hooks; and the encoder, which ``generate`` calls by itself. Everything else that reaches a
+tensor through a module is caught by the module's registers, see :mod:`wooly_hf.absent`; entrances let the store know
+that the model is used, and keep it for as long as that takes.
 
 Relies on torch: it calls a module's hooks outside of compiled code, and ``__reduce_ex__`` of a hook when a module is
 copied or pickled. A copy has memory of its own, so its hooks do nothing.
@@ -12,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Final
@@ -21,6 +24,8 @@ import torch
 from torch import nn
 
 from wooly_hf import compat
+from wooly_hf.workload import backward
+from wooly_hf.workload.gate import Use
 from wooly_hf.workload.process import current, workload_of
 from wooly_hf.workload.workload import Workload
 
@@ -48,29 +53,40 @@ def watch_graphs(graphs: type[Any] = torch.cuda.CUDAGraph) -> None:
     @functools.wraps(stock)
     def replay(self: Any) -> Any:
         workload = current()
-        with contextlib.nullcontext() if workload is None else workload.gate.using():
+        with contextlib.nullcontext() if workload is None else workload.gate.using(Use.STEP):
             return stock(self)
 
     replay.wooly = True  # type: ignore[attr-defined]  # a mark on a function
     graphs.replay = replay
 
 
-def guard(model: nn.Module, workload: Workload) -> None:
-    """Have all uses of a model enter the gate of its workload."""
+def guard(model: nn.Module, workload: Workload, *, leaves: bool) -> None:
+    """Have all uses of a model enter the gate of its workload.
+
+    Args:
+        model: as ``from_pretrained`` returns it.
+        workload: of this process.
+        leaves: whether the model may leave its device. Else compiled code skips the hooks, so that a caller of the
+            model can be compiled as one graph.
+    """
     watch_graphs()
-    model.register_forward_pre_hook(_Before(workload), prepend=True)
-    model.register_forward_hook(_After(workload), always_call=True)
+    before, after = (_Before, _After) if leaves else (_BeforeUnlessCompiled, _AfterUnlessCompiled)
+    model.register_forward_pre_hook(before(workload), prepend=True)
+    model.register_forward_hook(after(workload), always_call=True)
+    for part in compat.parts_called_alone(model):
+        part.register_forward_pre_hook(_BeforeUnlessCompiled(workload, inner=True), prepend=True)
+        part.register_forward_hook(_AfterUnlessCompiled(workload), always_call=True)
     for cls in type(model).__mro__:
         if "generate" in vars(cls):
             _wrap(cls, "generate")
 
 
-def _using_it(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _using_it(stock: Callable[..., Any], use: Use = Use.WEIGHTS) -> Callable[..., Any]:
     """Wrap a method of a model, which is in use until the method ends."""
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _using(self):
+        with _using(self, use):
             return stock(self, *args, **kwargs)
 
     method.wooly = True  # type: ignore[attr-defined]  # a mark on a function
@@ -94,12 +110,12 @@ def _changing_it(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap(cls: Any, name: str) -> None:
     if not getattr(vars(cls)[name], "wooly", False):
-        setattr(cls, name, _using_it(vars(cls)[name]))
+        setattr(cls, name, _using_it(vars(cls)[name], Use.WORK))
 
 
-def _using(model: Any) -> AbstractContextManager[None]:
+def _using(model: Any, use: Use = Use.WEIGHTS) -> AbstractContextManager[None]:
     workload = workload_of(model) if isinstance(model, nn.Module) else None
-    return contextlib.nullcontext() if workload is None else workload.gate.using()
+    return contextlib.nullcontext() if workload is None else workload.gate.using(use)
 
 
 def _outside_of_compiled_code(hook: Callable[..., None]) -> Callable[..., None]:
@@ -109,17 +125,31 @@ def _outside_of_compiled_code(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Before:
-    """The hook before a call of the model."""
+    """The hook before a call of the model. ``inner``: the module is called inside of calls of another one, too."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, *, inner: bool = False) -> None:
         self._workload = workload
+        self._inner = inner
 
     @_outside_of_compiled_code
     def __call__(self, module: nn.Module, _args: Any) -> None:
-        self._workload.gate.enter(id(module), _frame_of_call())
+        self._enter(module)
+
+    def _enter(self, module: nn.Module) -> None:
+        gate = self._workload.gate
+        if not (self._inner and gate.stepping):
+            gate.enter(id(module), _frame_of_call(), Use.STEP)
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _NOTHING
+
+
+class _BeforeUnlessCompiled(_Before):
+    """The same, which compiled code skips."""
+
+    def __call__(self, module: nn.Module, _args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._enter(module)
 
 
 class _After:
@@ -130,12 +160,26 @@ class _After:
 
     @_outside_of_compiled_code
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
-        self._workload.gate.leave(id(module))
-        if not self._workload.refusal and _requires_grad(output):
-            self._workload.refuse(_GRAD)
+        self._leave(module, output)
+
+    def _leave(self, module: nn.Module, output: Any) -> None:
+        workload = self._workload
+        ended = workload.gate.leave(id(module))
+        if not workload.refusal and any(tensor.requires_grad for tensor in backward.tensors_of(output)):
+            workload.refuse(_GRAD)
+        if ended and torch.is_grad_enabled():
+            backward.watch(output, workload.turns)
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return _NOTHING
+
+
+class _AfterUnlessCompiled(_After):
+    """The same, which compiled code skips."""
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._leave(module, output)
 
 
 def _frame_of_call() -> FrameType | None:
@@ -144,17 +188,3 @@ def _frame_of_call() -> FrameType | None:
     while frame is not None and frame.f_code.co_filename != _CALLS:
         frame = frame.f_back
     return frame
-
-
-def _requires_grad(output: Any) -> bool:
-    """Whether a tensor in the output of a model has a graph of autograd."""
-    if isinstance(output, torch.Tensor):
-        return output.requires_grad
-    parts: Iterable[Any]
-    if isinstance(output, dict):
-        parts = output.values()
-    elif isinstance(output, (list, tuple)):
-        parts = output
-    else:
-        return False
-    return any(map(_requires_grad, parts))

@@ -1,5 +1,8 @@
 """The gate of a process: counts threads that use models, and holds them at its boundary while the models are away.
 
+Threads whose next step has to wait for other workloads of the device (:mod:`~wooly_hf.workload.turns`) wait at the same
+boundaries, so the models may leave meanwhile. A step is the outermost call of a model in a thread.
+
 A thread *enters* at a boundary: the call of a model, the beginning of ``generate``. Boundaries nest: in ``generate``
 each call of the model is one. While the gate is closed, a thread waits at the boundary that it meets, asks for the
 models, and goes on once the gate is open. So the gate is closed with all threads outside, or waiting at a boundary
@@ -17,78 +20,109 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from types import FrameType
 from typing import Final
 
 from shared_store.activity.writer import ActivityWriter
 from shared_store.base.errors import DeclinedError
+from wooly_hf.workload.turns import Turns
 
 _LOOK_AGAIN_S: Final = 1.0
-"""Seconds after which the gate looks again for entries whose frame has ended."""
+"""Seconds after which the gate looks again: for entries whose frame has ended, and whether a step may begin."""
 
 
-@dataclass(frozen=True)
+class Use(Enum):
+    """What a thread does with the models inside of a boundary."""
+
+    WEIGHTS = "it uses weights"
+    WORK = "it computes in steps, each of which is a boundary inside"
+    STEP = "it computes"
+
+
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """One passage of a boundary. ``frame``: runs until the thread has left it; None: it always leaves."""
 
     key: Hashable
     frame: FrameType | None
+    use: Use
 
 
 class Gate:
     """One for each process. Thread-safe."""
 
-    def __init__(self, come_back: Callable[[], None], activity: ActivityWriter) -> None:
+    def __init__(self, come_back: Callable[[], None], activity: ActivityWriter, turns: Turns) -> None:
         """Begin open.
 
         Args:
             come_back: waits until the models are back, in a thread that met the closed gate. It may raise; the thread
                 does not enter then.
             activity: says how many threads use models, and how many wait.
+            turns: says whether steps may begin. Call :meth:`changed` when that changes.
         """
         self._come_back = come_back
         self._activity = activity
+        self._turns = turns
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inside: dict[int, list[_Entry]] = {}
         self._waiting: set[int] = set()
+        self._held: set[int] = set()
+        self._steps: dict[int, _Entry] = {}
         self.closed = False
         """Whether threads wait at it."""
 
-    def enter(self, key: Hashable, frame: FrameType | None = None) -> None:
-        """Pass a boundary, or wait at it while the gate is closed.
+    def enter(self, key: Hashable, frame: FrameType | None = None, use: Use = Use.WEIGHTS) -> None:
+        """Pass a boundary, or wait at it while the gate is closed, or while a step may not begin.
 
         Args:
             key: for :meth:`leave`.
             frame: of a function that runs until the thread leaves; None if it is sure to leave.
+            use: what the thread does inside.
 
         Raises:
             WoolyError: the models could not return. The thread has not entered.
         """
-        me, entry = threading.get_ident(), _Entry(key, frame)
+        me, entry = threading.get_ident(), _Entry(key, frame, use)
         with self._lock:
             self._drop_ended(me)
             self._inside.setdefault(me, []).append(entry)
             try:
                 self._wait()
+                self._say()
+                if use is Use.STEP and me not in self._steps:
+                    self._wait_for_turn(me)
+                    self._steps[me] = entry
+                    self._turns.begin()
             except BaseException:
                 self._remove(me, entry)
                 raise
-            self._say()
 
-    def leave(self, key: Hashable) -> None:
-        """Leave the innermost boundary with a key. Does nothing without one."""
+    def leave(self, key: Hashable) -> bool:
+        """Leave the innermost boundary with a key. Does nothing without one. Returns whether a step ended."""
         me = threading.get_ident()
         with self._lock:
             entry = next((entry for entry in reversed(self._inside.get(me, ())) if entry.key == key), None)
+            ends = entry is not None and self._steps.get(me) is entry
         if entry is not None:
-            self._remove(me, entry)
+            try:
+                if ends:
+                    self._turns.settle()
+            finally:
+                self._remove(me, entry)
+        return ends
+
+    @property
+    def stepping(self) -> bool:
+        """Whether this thread is in a step."""
+        return threading.get_ident() in self._steps
 
     @contextlib.contextmanager
-    def using(self) -> Iterator[None]:
+    def using(self, use: Use = Use.WEIGHTS) -> Iterator[None]:
         """Be inside for a block."""
         key = object()
-        self.enter(key)
+        self.enter(key, use=use)
         try:
             yield
         finally:
@@ -141,10 +175,17 @@ class Gate:
             self.closed = False
             self._changed.notify_all()
 
+    def changed(self) -> None:
+        """Let threads look whether their steps may begin."""
+        with self._lock:
+            if self._held:
+                self._changed.notify_all()
+
     def look(self) -> None:
         """Look for entries whose frame has ended: the activity shows them until then."""
         with self._lock:
             self._drop_ended()
+        self._turns.look()
 
     @property
     def in_use(self) -> bool:
@@ -168,6 +209,22 @@ class Gate:
                 self._waiting.discard(me)
                 self._say()
 
+    def _wait_for_turn(self, me: int) -> None:
+        """Wait until a step of this thread may begin, and the gate is open. The caller has the lock, once."""
+        while not self._turns.may_begin():
+            self._waiting.add(me)
+            self._held.add(me)
+            try:
+                self._say()
+                self._changed.notify_all()
+                self._turns.hold()
+                self._changed.wait(_LOOK_AGAIN_S)
+            finally:
+                self._waiting.discard(me)
+                self._held.discard(me)
+                self._say()
+            self._wait()
+
     def _working(self) -> list[int]:
         """Return the threads that are inside and do not wait."""
         self._drop_ended()
@@ -180,8 +237,14 @@ class Gate:
                 self._inside[thread] = entries
             else:
                 self._inside.pop(thread, None)
+            self._end_step(thread, entry)
             self._say()
             self._changed.notify_all()
+
+    def _end_step(self, thread: int, entry: _Entry) -> None:
+        if self._steps.get(thread) is entry:
+            del self._steps[thread]
+            self._turns.end()
 
     def _drop_ended(self, only: int | None = None) -> None:
         """Remove entries whose frame runs no more. ``only``: of this thread."""
@@ -194,14 +257,24 @@ class Gate:
             left = [entry for entry in entries if entry.frame is None or entry.frame in running]
             dropped += len(entries) - len(left)
             self._inside[thread] = left
+            for entry in entries:
+                if entry not in left:
+                    self._end_step(thread, entry)
             if not left:
                 del self._inside[thread]
         if dropped:
             self._say()
 
     def _say(self) -> None:
-        """Write the activity: threads in models, and threads that wait."""
+        """Write the activity: threads in models, and threads that wait. Say whether there is work for the device."""
         self._activity.end(sum(thread not in self._waiting for thread in self._inside), len(self._waiting))
+        self._turns.work(has=any(map(self._computes, self._inside)))
+
+    def _computes(self, thread: int) -> bool:
+        """Whether a thread computes, or would if it were not held. One that waits for the models has nothing to do."""
+        if thread in self._waiting and thread not in self._held:
+            return False
+        return any(entry.use is not Use.WEIGHTS for entry in self._inside[thread])
 
 
 def _framed(entries: list[_Entry]) -> bool:

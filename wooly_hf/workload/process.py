@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import nn
 
-from shared_store.base.errors import ConfigError, WoolyError
+from shared_store.base.errors import ConfigError, ExclusiveError, WoolyError
 from shared_store.base.workload_settings import WorkloadSettings
 from wooly_hf.workload.workload import Workload
 
@@ -46,6 +46,7 @@ def joined(name: str, device: torch.device, settings: WorkloadSettings) -> Workl
 
     Raises:
         ConfigError: the settings are not those of the workload.
+        ExclusiveError: another workload has the device for itself, or this one would, and others use it.
     """
     global _current  # noqa: PLW0603 - one workload a process
     with _lock:
@@ -56,7 +57,7 @@ def joined(name: str, device: torch.device, settings: WorkloadSettings) -> Workl
         made = Workload(name, device, settings, _close_empty)
         try:
             made.join()
-        except ConfigError:
+        except (ConfigError, ExclusiveError):
             raise
         except WoolyError as error:
             log.debug("wooly: this process is no workload: %s [%s]", error, error.code)

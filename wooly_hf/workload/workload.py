@@ -23,15 +23,19 @@ from shared_store.base.errors import ConfigError, TimedOutError, UnsupportedErro
 from shared_store.base.workload_settings import WorkloadSettings
 from shared_store.base.workload_states import WorkloadState
 from shared_store.client.session import Session
+from shared_store.compute import mps
+from shared_store.compute import support as compute_support
 from shared_store.overcommit import support
 from shared_store.overcommit.agent import Agent, connect
 from shared_store.protocol.messages.identity import Identity
 from shared_store.torch.devices import store_device
 from wooly_hf.sharing import stats
+from wooly_hf.workload import ranks
 from wooly_hf.workload.gate import Gate
 from wooly_hf.workload.mover import ModelsMover
 from wooly_hf.workload.references import countable
 from wooly_hf.workload.shared_model import SharedModel
+from wooly_hf.workload.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class Workload:
     """One for each process.
 
     Attributes:
+        turns: of the device: what other workloads learn of the steps of this one.
         gate: of all models.
         refusal: why the models must not leave; empty if they may.
     """
@@ -67,8 +72,9 @@ class Workload:
             emptied: called when it may have become :attr:`empty`; not in the garbage collector.
 
         Raises:
-            ConfigError: an environment variable has an invalid value.
+            ConfigError: an environment variable has an invalid value, or asks for a cap that would have no effect.
         """
+        mps.cap([device.type])
         self._emptied = emptied
         self.settings = settings.completed()
         self.refusal = "" if self.settings.swap else "its user does not let it be swapped out"
@@ -82,7 +88,9 @@ class Workload:
         self._loading = 0
         self._closed = threading.Event()
         self._activity = ActivityWriter()
-        self.gate = Gate(self._come_back, self._activity)
+        self._turns_as: str | None = None
+        self.turns = Turns(self._changed, device, _ungated(device))
+        self.gate = Gate(self._come_back, self._activity, self.turns)
         self._mover = ModelsMover(self.gate, self._shared, lambda: self.refusal, self._private_bytes)
         devices = [store_device(device)]
         self._agent = Agent(
@@ -125,6 +133,7 @@ class Workload:
     def join(self) -> None:
         """Join the store. Raises :class:`WoolyError` if there is none."""
         self._agent.join()
+        self.turns.start()
         threading.Thread(target=self._look, name="wooly-gate", daemon=True).start()
 
     def check(self, settings: WorkloadSettings) -> None:
@@ -134,6 +143,8 @@ class Workload:
             ("wooly_workload", own.workload, settings.workload),
             ("wooly_priority", own.priority, settings.priority),
             ("wooly_swap", own.swap, settings.swap),
+            ("wooly_compute_share", own.compute_share, settings.compute_share),
+            ("wooly_exclusive", own.exclusive, settings.exclusive),
         ):
             if given is not None and given != mine:
                 raise ConfigError(
@@ -151,10 +162,22 @@ class Workload:
                     yield
                 finally:
                     self._agent.joined_resident(self._mover.holdings())
+                    self._take_turns()
             threading.Thread(target=self._mover.copy_ahead, name="wooly-copies-ahead", daemon=True).start()
         finally:
             self._loading -= 1
             self._emptied(self)
+
+    def _take_turns(self) -> None:
+        """Tell the store once that this workload takes part in turns, and again when the process became a rank."""
+        ungated = self.turns.ungated
+        if self._turns_as != ungated:
+            self._turns_as = ungated
+            self._agent.compute(self.turns.gate, ungated)
+
+    def _changed(self) -> None:
+        """Steps may begin again."""
+        self.gate.changed()
 
     def take_memory(self, device: torch.device, nbytes: int) -> None:
         """Wait until a model may be loaded onto a device, in a load.
@@ -196,12 +219,15 @@ class Workload:
         """Leave the store."""
         self._closed.set()
         if self.alive:
+            self.turns.close()
             self._agent.close()
 
     def _look(self) -> None:
         """See that a call that was interrupted does not count as work for long."""
         while not self._closed.wait(INTERRUPTED_S):
             self.gate.look()
+            if self._turns_as is not None:
+                self._take_turns()
 
     def _come_back(self) -> None:
         """Wait until the models are back."""
@@ -252,3 +278,10 @@ class Workload:
         """A model was collected: with the last one the workload ends. The collector may run in any thread."""
         if self.alive and self.empty:
             threading.Thread(target=self._emptied, args=(self,), name="wooly-end", daemon=True).start()
+
+
+def _ungated(device: torch.device) -> str:
+    """Return why steps on a device are never held; empty if they may be."""
+    if device.type == "cuda" and not compute_support.GPUS:
+        return compute_support.UNGATED
+    return ranks.reason()

@@ -49,6 +49,10 @@ class Boundary(ABC):
         """Call a method of the executor, possibly in the middle of a step: posted functions do not run meanwhile."""
 
     @abstractmethod
+    def wake(self) -> None:
+        """Let a loop that waits for messages look at its engine again. From any thread."""
+
+    @abstractmethod
     def close(self) -> None:
         """Run nothing any more: functions that wait are refused. Idempotent."""
 
@@ -80,6 +84,9 @@ class CallersBoundary(Boundary):
 
     calling = entered
 
+    def wake(self) -> None:
+        """Do nothing: there is no loop."""
+
     def close(self) -> None:
         """Refuse what comes later; a function that runs ends first."""
         self._closed = True
@@ -110,7 +117,7 @@ class LoopBoundary(Boundary):
                 raise DeclinedError(CLOSED)
             self._posted.append(posted)
             self._arrived.notify_all()
-        self._queue.put_nowait(self._wakeup)
+        self.wake()
         if within_s and not posted.begun.wait(within_s) and posted.refuse():
             raise DeclinedError(_late(within_s))
         posted.ended.wait()
@@ -131,6 +138,15 @@ class LoopBoundary(Boundary):
     def calling(self) -> Iterator[None]:
         """Do nothing: posted functions run in the thread that calls."""
         yield
+
+    def wake(self) -> None:
+        """Post a message that says nothing."""
+        self._queue.put_nowait(self._wakeup)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the loop's thread is in no method and no posted function: the loop itself asks."""
+        return not self._inside and not self._running
 
     def _run_posted(self) -> None:
         if self._running or not self._posted:  # a posted function makes steps, too

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared_store.base import envs
-from shared_store.base.errors import ConfigError, OutOfMemoryError, TimedOutError, WoolyError
+from shared_store.base.errors import ConfigError, ExclusiveError, OutOfMemoryError, TimedOutError, WoolyError
 from shared_store.client.session import Session
+from shared_store.compute import mps
 from shared_store.overcommit.agent import Agent
 from shared_store.overcommit.mover import Holdings
 from shared_store.protocol.messages.identity import Identity
 from wooly_vllm import compat
-from wooly_vllm.residency import activity, needs, refusals
+from wooly_vllm.residency import activity, exemptions, needs, refusals
 from wooly_vllm.residency.engine_mover import EngineMover
 from wooly_vllm.residency.gate import Gate
 from wooly_vllm.sharing_loader import SharingLoader
@@ -43,6 +44,7 @@ class EngineWorkload:
         self._loader = loader
         self._mover = EngineMover()
         self._refusal = refusals.by_configuration(vllm_config)
+        self._exemption = exemptions.by_process() or exemptions.by_configuration(vllm_config)
         self.gate: Gate | None = None
         self._session: Session | None = None
         self.agent = Agent(
@@ -64,12 +66,15 @@ class EngineWorkload:
         """Join, and wait for the memory of a start.
 
         Raises:
+            ConfigError: a setting of the workload cannot be obeyed here.
             TimedOutError: there was none in time. The message says which workloads have it.
             OutOfMemoryError: there will never be so much.
+            ExclusiveError: a workload has the devices for itself, or this one would, and others use them.
         """
+        mps.cap(self.agent.devices)  # CUDA starts with the workers, which do not exist yet
         try:
             self.agent.join()
-        except ConfigError:
+        except (ConfigError, ExclusiveError):
             raise
         except WoolyError as error:
             compat.logger().warning("wooly: this engine starts without a store: %s [%s]", error, error.code)
@@ -117,13 +122,17 @@ class EngineWorkload:
         found = weakref.ref(engine)
         if self._session is not None:
             activity.report_through(engine, self._session)
-        self.gate = Gate(engine, self.agent, lambda: activity.report(found()))
+        exemption = self._exemption or exemptions.by_parts(engine)
+        self.gate = Gate(engine, self.agent, lambda: activity.report(found()), exemption)
         if refusal:
             self.agent.refuse(refusal)
             compat.logger().warning("wooly: this engine cannot be swapped out: %s", refusal)
         self.gate.guard(engine.model_executor, GUARDED)
         self._mover.attach(self.gate, refusal)
         self.agent.joined_resident()
+        if exemption:
+            compat.logger().info("wooly: this engine is never held for others: %s", exemption)
+        self.agent.compute(self.gate.turns.compute, exemption)
 
     def offer_checkpoints(self) -> None:
         """Let the store have the engine's processes taken off their GPU while it is swapped, if they may be.
@@ -140,6 +149,7 @@ class EngineWorkload:
         """Leave the store. Idempotent."""
         if self.gate is not None:
             self.gate.boundary.close()
+            self.gate.turns.close()
         self.agent.close()
 
     # vLLM's sleep mode.

@@ -29,7 +29,7 @@ from shared_store.protocol.messages.compaction import (
     Move,
     Switched,
 )
-from shared_store.protocol.messages.compute import COMPUTE, ComputeJoined, JoinCompute, SetShare
+from shared_store.protocol.messages.compute import COMPUTE, EXCLUSIVE, ComputeJoined, JoinCompute, SetShare
 from shared_store.protocol.messages.envelope import (
     OLDEST,
     VERSION,
@@ -103,6 +103,7 @@ from shared_store.protocol.messages.workload import (
 __all__ = [
     "CHECKPOINTS",
     "COMPUTE",
+    "EXCLUSIVE",
     "OLDEST",
     "RESIDENCY",
     "VERSION",

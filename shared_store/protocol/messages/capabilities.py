@@ -6,7 +6,7 @@ itself (requests at once, ``Cancel``, requests of the store, tickets of offers) 
 
 from __future__ import annotations
 
-from shared_store.protocol.messages import activity, checkpoint, residency, workload
+from shared_store.protocol.messages import activity, checkpoint, compute, residency, workload
 
 ABANDON_COMPACTION = "abandon_compaction"
 """The store accepts :class:`~shared_store.protocol.messages.AbandonCompaction`."""
@@ -17,8 +17,15 @@ STORE: tuple[str, ...] = (
     residency.RESIDENCY,
     workload.WORKLOADS,
     checkpoint.CHECKPOINTS,
+    compute.EXCLUSIVE,
+    compute.COMPUTE,
 )
 """Capabilities of this version's store."""
 
 CLIENT: tuple[str, ...] = ()
 """Capabilities of this version's clients."""
+
+
+def of_store(*, arbiter: bool) -> tuple[str, ...]:
+    """Return the capabilities of a store with or without an arbiter."""
+    return tuple(one for one in STORE if arbiter or one != compute.COMPUTE)

@@ -7,6 +7,9 @@ from shared_store.protocol.messages.envelope import Reply, Request
 COMPUTE = "compute"
 """The capability of stores that answer these messages."""
 
+EXCLUSIVE = "exclusive"
+"""The capability of stores that refuse workloads beside one that is alone on its devices (``Identity.exclusive``)."""
+
 
 class JoinCompute(Request, frozen=True, tag="join_compute", omit_defaults=True):
     """Let a workload that has joined take part in turns of its devices. Answered by :class:`ComputeJoined`.

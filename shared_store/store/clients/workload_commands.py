@@ -12,6 +12,7 @@ from shared_store.base.errors import ConfigError, ConnectionLostError, DeclinedE
 from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import PRIORITIES
+from shared_store.store.clients.ownership import own_workload
 from shared_store.store.clients.sessions import Sessions
 from shared_store.store.residency.departing import Departing
 from shared_store.store.residency.explanation import Explanations
@@ -50,7 +51,7 @@ class WorkloadCommands:
             ConnectionLostError: it disconnected, or the client that waits.
             RequestCancelledError: the client cancelled the request while it waited.
         """
-        workload = self._own(session, request.name, "move")
+        workload = own_workload(self._state, session, request.name, "move")
         task = self._move_out(workload) if request.out else self._move_in(workload)
         if task is not None and request.wait:
             await _end_of(task, session)
@@ -67,7 +68,7 @@ class WorkloadCommands:
         """
         if request.priority not in PRIORITIES:
             raise ConfigError(f"priorities are {PRIORITIES[0]} (highest) to {PRIORITIES[-1]}")
-        workload = self._own(session, request.name, "set the priority of")
+        workload = own_workload(self._state, session, request.name, "set the priority of")
         allowed = self._state.workloads.allowed_priority(workload.uid, request.priority)
         if allowed != request.priority:
             session.require_admin(f"raise the priority of {workload.name} above {allowed} (--max-priority)")
@@ -83,13 +84,6 @@ class WorkloadCommands:
         workload = self._state.workloads.named(request.name)
         lines, blocked_by = self._explanations.of(workload, time.monotonic())
         return Answer(messages.Explanation(request.id, lines, blocked_by))
-
-    def _own(self, session: Session, name: str, action: str) -> Workload:
-        """Return a workload that a client may command. Raises as the handlers do."""
-        workload = self._state.workloads.named(name)
-        if workload.uid != session.client.uid:
-            session.require_admin(f"{action} {workload.name}, a workload of uid {workload.uid}")
-        return workload
 
     def _move_out(self, workload: Workload) -> asyncio.Task[None] | None:
         if workload.state in AWAY:

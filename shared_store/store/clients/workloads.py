@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shared_store.base.errors import ProtocolError, WoolyError
+from shared_store.base.errors import ExclusiveError, ProtocolError, WoolyError
 from shared_store.base.text import one_line
 from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import MAX_NAME
+from shared_store.store.clients.exclusive import check_exclusive
 from shared_store.store.residency.authority import Authority
 from shared_store.store.residency.deep import Deep
 from shared_store.store.residency.swapper import Swapper
@@ -51,6 +52,8 @@ class WorkloadRequests:
         Raises:
             ProtocolError: the message is malformed, or the id is not that of the client's identity.
             UnknownDeviceError: there is no such device on this node.
+            ExclusiveError: it starts on a device that another workload has for itself, or would have one for itself
+                that others use.
         """
         report = _report(request, refusal=request.refusal or _own_refusal(session))
         await self._open(report.private, report.needs)
@@ -60,6 +63,13 @@ class WorkloadRequests:
         client = session.client
         self._replace_lost(request.workload)
         name = one_line(request.name or client.identity.name or client.name, MAX_NAME)
+        devices = {*report.private, *report.needs}
+        try:
+            check_exclusive(self._state.workloads, request.workload, name, devices, exclusive=client.identity.exclusive)
+        except ExclusiveError as error:
+            if request.starting:
+                raise
+            log.warning("%s; it joins all the same, since it runs already", error)
         workload = self._state.workloads.join(client, request.workload, name, report, starting=request.starting)
         log.info("%s speaks for workload %s (P%d, %s)", client, workload.name, workload.priority, workload.state.value)
         self._signals.event(
@@ -80,6 +90,8 @@ class WorkloadRequests:
             RequestCancelledError: the client cancelled the request while it waited.
             ConnectionLostError: the client disconnected while it waited.
             DeclinedError: the driver does not bring its processes back to their GPU.
+            ExclusiveError: as for :meth:`join`: a workload that runs joined a restarted store later than one that
+                starts.
         """
         workload = self._state.workloads.by(session.client, request.workload)
         needs = _by_device(request.needs)
@@ -88,6 +100,9 @@ class WorkloadRequests:
         workload = self._state.workloads.by(session.client, request.workload)
         if self._state.workloads.waits_for_room(workload.id):
             raise ProtocolError(f"{workload.name} waits for memory already")
+        if workload.starting:
+            workloads, devices = self._state.workloads, workload.devices
+            check_exclusive(workloads, workload.id, workload.name, devices, exclusive=workload.exclusive)
         self._state.workloads.end_grant(workload)
         since = time.monotonic()
         wait = Wait(since, workload.priority, needs, workload.id, start=workload.starting)

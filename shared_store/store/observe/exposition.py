@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from shared_store.base.status import LATENCY_BOUNDS_S, PAUSE_BOUNDS_S, Counters, PauseStatus, Status
+from shared_store.store.observe.compute_exposition import compute
 from shared_store.store.observe.families import buckets, gauge, single
 from shared_store.store.observe.overcommit_exposition import overcommit
 
@@ -44,6 +45,7 @@ class StatusCollector(Collector):
         yield self._requests()
         yield from self._loop()
         yield from overcommit(self._status)
+        yield from compute(self._status)
 
     def _node(self) -> Iterator[Metric]:
         status = self._status

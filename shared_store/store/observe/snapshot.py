@@ -15,6 +15,7 @@ from shared_store.base import status
 from shared_store.base.manifest import Manifest
 from shared_store.protocol.messages.identity import PRIORITIES
 from shared_store.store.activity_pages import ActivityPages
+from shared_store.store.compute.compute import Compute
 from shared_store.store.devices.devices import Devices
 from shared_store.store.keeper_link.link import KeeperLink
 from shared_store.store.observe.identity import Identity
@@ -46,6 +47,7 @@ class Snapshots:
         loop: LoopTimes,
         identity: Identity,
         pages: ActivityPages,
+        compute: Compute,
     ) -> None:
         self._state = state
         self._devices = devices
@@ -54,7 +56,8 @@ class Snapshots:
         self._loop = loop
         self._identity = identity
         self._pages = pages
-        self._workloads = WorkloadStatuses(state, pages)
+        self._compute = compute
+        self._workloads = WorkloadStatuses(state, pages, compute)
         self._committed = BlobUnion()  # of all committed models
         self._mapped = BlobUnion()  # of those that have readers that are awake
 
@@ -102,6 +105,7 @@ class Snapshots:
             loop=self._loop.status(),
             workloads=self._workloads.workload_statuses(time.monotonic()),
             overcommit=self._overcommit(),
+            arbiter=self._compute.arbiter_status(),
         )
 
     def devices(self) -> tuple[status.DeviceStatus, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shared_store.activity.layout import Activity
 from shared_store.base.workloads import WorkloadMemory, WorkloadStatus
 from shared_store.store.activity_pages import ActivityPages
+from shared_store.store.compute.compute import Compute
 from shared_store.store.state.clients import Client
 from shared_store.store.state.sharing import Sharing, sharing
 from shared_store.store.state.store_state import StoreState
@@ -20,6 +21,7 @@ class WorkloadStatuses:
 
     _state: StoreState
     _pages: ActivityPages
+    _compute: Compute
 
     def workload_statuses(self, now: float) -> tuple[WorkloadStatus, ...]:
         """Return the status of each workload, in the order in which they joined. ``now``: monotonic seconds."""
@@ -81,4 +83,5 @@ class WorkloadStatuses:
             refusals=workload.refusals,
             models=tuple(used.models.get(workload.id, ())),
             id=workload.id,
+            compute=self._compute.status(workload),
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shared_store.base.sizes import format_size
 from shared_store.base.workload_states import WorkloadState
+from shared_store.store.observe import holding
 from shared_store.store.observe.workloads import WorkloadStatuses
 from shared_store.store.residency.node_view import NodeView
 from shared_store.store.state.sharing import Sharing, sharing
@@ -16,11 +17,16 @@ from shared_store.store.state.workloads import AWAY, Wait, Workload
 
 @dataclass(frozen=True, eq=False)
 class Explanations:
-    """Explains the states and waits of workloads."""
+    """Explains the states and waits of workloads.
+
+    Attributes:
+        max_hold_s: seconds after which a workload that is held makes one step; 0: it makes none.
+    """
 
     _state: StoreState
     _view: NodeView
     _statuses: WorkloadStatuses
+    max_hold_s: float = 0.0
 
     def of(self, workload: Workload, now: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return lines for people, and the names of those that block a workload."""
@@ -33,8 +39,12 @@ class Explanations:
                 lines += self._device(device, used)
         if workload.refusal:
             lines.append(f"it is never swapped out: {workload.refusal}")
+        rows = self._statuses.workload_statuses(now)
+        row = next(one for one in rows if one.id == workload.id)
+        lines += holding.lines(row, rows, self.max_hold_s)
         lines += [f"{device}: {reason}" for device in workload.devices if (reason := self._refusal(device))]
-        return tuple(lines), () if wait is None else wait.blocked_by
+        blocked_by = tuple(one.name for one in holding.holders(row, rows)) if wait is None else wait.blocked_by
+        return tuple(lines), blocked_by
 
     def _head(self, workload: Workload, wait: Wait | None, used: Sharing, now: float) -> str:
         begin = f"{workload.name} ({workload.kind}, P{workload.priority}) is {workload.state.value}"

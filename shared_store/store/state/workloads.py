@@ -25,7 +25,6 @@ AWAY: Final = frozenset({WorkloadState.SWAPPED, WorkloadState.CHECKPOINTED})
 GOING: Final = frozenset({WorkloadState.DRAINING, WorkloadState.LEAVING})
 """States between ``resident`` and ``swapped``."""
 
-
 STILL: Final = frozenset({WorkloadState.RESIDENT, WorkloadState.DRAINING})
 """States in which a workload has not begun to leave."""
 
@@ -291,6 +290,8 @@ class Workloads:
             joined=now,
             since=now,
             starting=starting and report.state is not WorkloadState.RESIDENT,
+            share=identity.share,
+            exclusive=identity.exclusive,
         )
         if report.state is WorkloadState.RESIDENT or report.state in GOING:
             workload.resident_since = now
