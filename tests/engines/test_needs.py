@@ -1,4 +1,4 @@
-"""The bytes that a start takes are not below those that the engine will have, before vLLM has chosen all its settings."""
+"""The bytes that a start takes are not below those of the engine, before vLLM has chosen all its settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKEN_BYTES = 2 * 2 * 4 * 32 * 2
 def test_bytes_of_a_kv_cache_before_the_model_is_loaded(
     given: dict[str, int], said: int, latent: bool, tokens: int
 ) -> None:
-    """vLLM 0.33 chooses the size of a block afterwards; its configuration says 16 tokens until then."""
+    """In vLLM 0.33 the size of a block is chosen afterwards; its configuration says 16 tokens until then."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own imports warn about deprecations in torch
         from vllm.config import CacheConfig
