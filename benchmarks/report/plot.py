@@ -4,8 +4,8 @@
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
-``overcommit-sim.json``: time to first token by policy. ``compute-sim.json``: time between tokens by priority, and pauses
-by the length of turns. ``MACHINE/overcommit.json``: that of returns and of models.
+``overcommit-sim.json``: time to first token by policy. ``compute-sim.json``: time between tokens by priority, and
+pauses by quantum. ``MACHINE/overcommit.json``: time to first token of returns and of models.
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
