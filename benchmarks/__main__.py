@@ -34,6 +34,7 @@ COMMANDS = {
     "pushes": ("benchmarks.scenarios.pushes", "requests of the store while a client waits, and cancels"),
     "fuzz": ("benchmarks.scenarios.fuzz", "damaged conversations of the protocol, with descriptors"),
     "overcommit_sim": ("benchmarks.scenarios.overcommit_sim", "the overcommit policy on a simulated fleet"),
+    "compute_sim": ("benchmarks.scenarios.compute_sim", "turns on simulated devices, against other ways to share one"),
     "overcommit": ("benchmarks.scenarios.overcommit", "swaps, returns, density and a mix of models on a GPU"),
     "compute": (
         "benchmarks.scenarios.compute",

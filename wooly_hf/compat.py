@@ -8,6 +8,7 @@ anything is replaced, so that a transformers that moved one of these names is re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -119,6 +120,16 @@ def wrap_method(name: str, wrap: Wrapper) -> None:
             return getattr(super(PreTrainedModel, self), name)(*args, **kwargs)
 
     setattr(PreTrainedModel, name, wrap(stock))
+
+
+def parts_called_alone(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that are also called without it: the base model, and the text encoder."""
+    found: Any = model
+    parts = [found.base_model]
+    with contextlib.suppress(AttributeError):  # a class's own `get_encoder` may need a part that this model lacks
+        parts.append(found.get_encoder())
+    unique = {id(part): part for part in parts if isinstance(part, nn.Module) and part is not model}
+    return list(unique.values())
 
 
 def replace_warmup(wrap: Wrapper) -> None:

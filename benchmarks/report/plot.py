@@ -4,7 +4,10 @@
 
 ``cpu.json``: memory and speed by role. ``MACHINE/gpu.json``: attaching, memory, speed and capacity. ``cpu-hf.json`` and
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
-``overcommit-sim.json``: time to first token by policy. ``MACHINE/overcommit.json``: that of returns and of models.
+``overcommit-sim.json``: time to first token by policy. ``compute-sim.json``: time between tokens by priority, and
+pauses by quantum. ``MACHINE/overcommit.json``: time to first token of returns and of models.
+``MACHINE/compute.json``: time per token and throughput by the way to share a device.
+
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
@@ -23,7 +26,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import GIB, MIB
 from benchmarks.harness.results import RESULTS
-from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, growth, lines, pairs
+from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, groups, growth, lines, pairs
 
 ROLES = {"stock": STOCK, "stock_dispatch": OTHER, "publisher": WOOLY, "reader": WOOLY}
 LABELS = {"stock_dispatch": "stock,\nwooly's kernels"}
@@ -184,6 +187,44 @@ def overcommit(result: dict[str, Any]) -> Figures:
     }
 
 
+COMPUTE_WAYS = {
+    "hold_0": "wooly",
+    "hold_2": "wooly, a forced step after 2 s",
+    "free": "time slicing",
+    "turns": "one step at a time",
+}
+"""Labels of the simulated ways to share a device's time."""
+
+
+def compute(result: dict[str, Any]) -> Figures:
+    """Draw the time between tokens by priority and way, and the longest pause of two equals by the quantum."""
+    levels = [f"p{level}" for level in range(5)]
+    by_way = {
+        label: [result["mixed"][way][level].get("p99", math.nan) for level in levels]
+        for way, label in COMPUTE_WAYS.items()
+    }
+    quanta = list(result["raw"]["shares"])
+    by_pair = {
+        pair: [result["raw"]["shares"][quantum][pair]["between_ms"]["max"] for quantum in quanta]
+        for pair in result["raw"]["shares"][quanta[0]]
+    }
+    mixes = f"simulated: {result['mixes']:,} mixes of 2 to 8 workloads, {result['seconds']:g} s"
+    return {
+        "compute_priorities": lines(
+            f"Time between tokens by that alone\n{mixes}",
+            ("priority", "99th percentile"),
+            [level.upper() for level in levels],
+            by_way,
+        ),
+        "compute_quantum": lines(
+            "Longest pause of the one of two equals that has 75%\nsimulated",
+            ("quantum", "milliseconds"),
+            quanta,
+            by_pair,
+        ),
+    }
+
+
 ADDED = {
     "ttft_base_awake_added_s": "base awake\nin another",
     "ttft_host_added_s": "weights\non the host",
@@ -217,6 +258,40 @@ def overcommit_gpu(machine: str, result: dict[str, Any]) -> Figures:
         title = f"Time to first token, four models of 9 GB on 80 GB\n{where}"
         names = [level.upper() if level != "all" else level for level in levels]
         figures[f"{machine}_overcommit_mix"] = lines(title, ("priority", "99th percentile, seconds"), names, drawn)
+    return figures
+
+
+SHARING = {
+    "plain": "time slicing",
+    "mps": "MPS",
+    "mps_capped": "MPS, the other one\nat 25% of threads",
+    "hold_0": "wooly",
+    "hold_2": "wooly, a step\nevery 2 s",
+}
+"""Labels of the ways to share a device."""
+
+LOADS = {"steps": "synthetic steps", "engines": "two vLLM engines"}
+
+
+def compute_ways(machine: str, result: dict[str, Any]) -> Figures:
+    """Draw times per token beside a busy workload, and the throughput of both, by the way to share a device."""
+    where = result["versions"].get("gpu") or f"one core, {result['versions']['cpu']}"
+    figures = {}
+    for load, what in LOADS.items():
+        ways = {way: label for way, label in SHARING.items() if f"{load}_{way}_p50_ratio" in result}
+        if not ways:
+            continue
+        labels = list(ways.values())
+
+        def of(figure: str, load: str = load, ways: dict[str, str] = ways) -> list[float]:
+            return [result[f"{load}_{way}_{figure}"] for way in ways]
+
+        title = f"Time per token of an important workload beside a busy one\n{what}, {where}"
+        values = {"median": of("p50_ratio"), "99th percentile": of("p99_ratio")}
+        figures[f"{machine}_compute_{load}"] = groups(title, "by the time alone", labels, values, (WOOLY, OTHER))
+        title = f"Throughput of both together, by what each does alone\n{what}, {where}"
+        values = {"tokens without pause": of("together"), "requests at 30% load": of("requests_together")}
+        figures[f"{machine}_compute_{load}_together"] = groups(title, "sum", labels, values, (WOOLY, OTHER))
     return figures
 
 
@@ -255,11 +330,13 @@ def draw(results: Path) -> Figures:
         "cpu-hf.json": hf_cpu,
         "scale.json": scale,
         "overcommit-sim.json": overcommit,
+        "compute-sim.json": compute,
     }
     of_gpu: dict[str, Callable[[str, dict[str, Any]], Figures]] = {
         "gpu.json": gpu,
         "hf.json": hf_gpu,
         "overcommit.json": overcommit_gpu,
+        "compute.json": compute_ways,
     }
     figures: Figures = {}
     for name, draw_cpu in of_cpu.items():

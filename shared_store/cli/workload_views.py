@@ -131,7 +131,7 @@ def _compute_note(row: WorkloadStatus) -> str:
         return f"{row.name} has work and makes no progress: no other workload waits for it"
     if row.compute.held:
         return f"{row.name} is held: `wooly why {row.name}`"
-    return f"{row.name} is never held: {row.compute.ungated}" if row.compute.ungated else ""
+    return f"{row.name} is not held: {row.compute.ungated}" if row.compute.ungated else ""
 
 
 def _device_note(row: DeviceStatus) -> str:

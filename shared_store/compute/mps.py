@@ -70,7 +70,7 @@ def cap(devices: Sequence[str], fds: Path = _OWN_FDS) -> None:
     name = f"{envs.MPS_PERCENT.name}={percent}"
     if "cpu" in devices:
         raise ConfigError(f"{name} caps a workload on GPUs, and this one computes on cpu: unset it")
-    _check_daemon(name)
+    check_daemon()
     given = os.environ.get(THREADS)
     if given is not None and given != str(percent):
         raise ConfigError(f"{name} and {THREADS}={given} contradict each other: unset one of them")
@@ -83,8 +83,8 @@ def cap(devices: Sequence[str], fds: Path = _OWN_FDS) -> None:
     log.warning("wooly: this workload may use %d%% of the threads of a GPU (%s): %s", percent, name, DANGER)
 
 
-def _check_daemon(name: str) -> None:
-    """Raise :class:`ConfigError` if no daemon has the control socket open. Connects to nothing."""
+def check_daemon() -> None:
+    """Raise :class:`ConfigError` if no MPS daemon can be reached from this process. Connects to nothing."""
     path = Path(os.environ.get(PIPES) or DEFAULT_PIPES, "control")
     advice = (
         "start one with `nvidia-cuda-mps-control -d`, as the user of this process, set "
@@ -97,7 +97,9 @@ def _check_daemon(name: str) -> None:
             os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))  # a pipe: fails without a reader
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"{name} needs an MPS control daemon, and {path} has none ({reason}): {advice}") from error
+        raise ConfigError(
+            f"{envs.MPS_PERCENT.name} needs an MPS control daemon, and {path} has none ({reason}): {advice}"
+        ) from error
 
 
 def _knock(path: Path) -> None:

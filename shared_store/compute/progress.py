@@ -35,8 +35,6 @@ def _watched(member: Member, old: Watched | None, unseen: float, settings: Setti
         since, stalled = member.progressed, False
     else:
         since, stalled = now if old.since is None else old.since + unseen, old.stalled
-    if old is not None and old.since is None:
-        since = now
     since = min(since, now)
     return Watched(member.progressed, since, stalled or now - since >= settings.stall_s)
 

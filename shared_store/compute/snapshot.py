@@ -14,7 +14,7 @@ class Settings:
     Attributes:
         max_hold_s: after which a held workload makes one step; 0: never.
         quantum_s: of a turn among equals.
-        idle_s: without anything in flight, after which a turn ends early.
+        idle_s: without anything in flight, after which a turn ends early; half of what was used in it, if that is more.
         stall_s: without progress, after which a workload counts as without work.
         short_s: after the last work of a more important workload, for which steps should be short.
         debt_s: of its devices, the most that a workload can have used too much: what it used before is forgotten.
@@ -22,7 +22,7 @@ class Settings:
 
     max_hold_s: float = 0.0
     quantum_s: float = 0.03
-    idle_s: float = 0.002
+    idle_s: float = 0.005
     stall_s: float = 1.0
     short_s: float = 1.0
     debt_s: float = 1.0
@@ -65,11 +65,13 @@ class Turn:
 
     Attributes:
         number: of the workload.
-        until: monotonic seconds at which its last step may begin.
+        until: monotonic seconds before which steps may begin.
+        used_s: its :attr:`Member.used_s` when it began to compute without another one in between.
     """
 
     number: int
     until: float
+    used_s: float
 
 
 @dataclass(frozen=True)

@@ -108,18 +108,18 @@ def charge(group: Sequence[Member], history: History, settings: Settings) -> dic
 def _choose(group: Sequence[Member], outcome: Outcome, history: History, settings: Settings, now: float) -> None:
     """Let turns go on, and begin others: the one that used least comes next, and reserves its devices until then."""
     by_number = {member.number: member for member in group}
-    turns = {
-        turn.number: replace(turn, until=min(turn.until, now + settings.quantum_s))
-        for turn in history.turns
-        if turn.number in by_number
-    }
-    turns = {
-        number: turn
-        for number, turn in turns.items()
-        if now < min(turn.until, _ends(by_number[number], turn, settings))
-    }
+    last = {turn.number: turn for turn in history.turns if turn.number in by_number}
+    turns: dict[int, Turn] = {}
+    for number, turn in last.items():
+        going = replace(turn, until=min(turn.until, now + settings.quantum_s))
+        if now < min(going.until, _ends(by_number[number], going, settings)):
+            turns[number] = going
     waiting = sorted(
-        (member for member in group if member.number not in turns and _wants(member, settings, now)),
+        (
+            member
+            for member in group
+            if member.number not in turns and _wants(member, last.get(member.number), settings, now)
+        ),
         key=lambda one: (
             outcome.credits[one.number].used,
             now if one.held_since is None else one.held_since,
@@ -135,7 +135,9 @@ def _choose(group: Sequence[Member], outcome: Outcome, history: History, setting
     for member in waiting:
         own = {member.number}
         if member.devices.isdisjoint(taken) and all(in_flight.get(device, own) <= own for device in member.devices):
-            turns[member.number] = Turn(member.number, now + settings.quantum_s)
+            before = last.get(member.number)
+            used_s = member.used_s if before is None else before.used_s
+            turns[member.number] = Turn(member.number, now + settings.quantum_s, used_s)
         else:
             left += 1
         taken |= member.devices
@@ -154,14 +156,20 @@ def _ends(member: Member, turn: Turn, settings: Settings) -> float:
     """Return when a turn ends early, as the workload has nothing in flight."""
     if member.in_flight or member.held_since is not None or member.idle_since is None:
         return turn.until
-    return max(member.idle_since, turn.until - settings.quantum_s) + settings.idle_s
+    return max(member.idle_since, turn.until - settings.quantum_s) + _pause(member, turn, settings)
 
 
-def _wants(member: Member, settings: Settings, now: float) -> bool:
+def _wants(member: Member, last: Turn | None, settings: Settings, now: float) -> bool:
     """Whether it would use a turn: it waits, something is in flight, or was until now."""
     if member.held_since is not None or member.in_flight or member.idle_since is None:
         return True
-    return now - member.idle_since < settings.idle_s
+    return now - member.idle_since < _pause(member, last, settings)
+
+
+def _pause(member: Member, turn: Turn | None, settings: Settings) -> float:
+    """Return for how long a workload may pause between steps: never longer than a quantum."""
+    used_s = 0.0 if turn is None else member.used_s - turn.used_s
+    return max(settings.idle_s, min(used_s / 2, settings.quantum_s))
 
 
 def _meet(one: Member, other: Member) -> bool:

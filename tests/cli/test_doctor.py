@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import venv
@@ -47,7 +48,7 @@ def test_healthy(examine, wooly, store):
     code, found = examine()
     assert code == 0
     assert set(found) == {
-        *("python", "environment", "vllm", "vllm plugin", "transformers", "gpu", "host memory", "open files"),
+        *("python", "environment", "vllm", "vllm plugin", "transformers", "gpu", "mps", "host memory", "open files"),
         *("swap directory", "catalog", "runtime directory", "store"),
     }
     assert f"pid {store.pid}" in found["store"]["found"]
@@ -217,6 +218,19 @@ def test_swap_directories(examine, tmp_path):
     assert code == 0
     assert found["swap directory"]["found"].startswith(f"{tmp_path}, ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cap_under_mps_needs_a_daemon(examine, without, tmp_path):  # noqa: ARG001 - unsets variables
+    variables = {"WOOLY_MPS_PERCENT": "25", "CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    code, found = examine(**variables)
+    assert (code, found["mps"]["result"]) == (1, "failed")
+    assert "nvidia-cuda-mps-control -d" in found["mps"]["found"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        daemon.listen()
+        code, found = examine(**variables)
+    assert (code, found["mps"]["result"]) == (0, "warning")
+    assert "a fault of one process" in found["mps"]["advice"]
 
 
 def test_no_store_and_no_autostart(examine):

@@ -167,7 +167,7 @@ def test_turns_have_columns_and_reasons():
     assert "resident, held" in batch
     assert lines[lines.index("") + 1 :] == [
         "batch is held: `wooly why batch`",
-        "ranks is never held: ranks wait for each other",
+        "ranks is not held: ranks wait for each other",
         "stuck has work and makes no progress: no other workload waits for it",
     ]
 

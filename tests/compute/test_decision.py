@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_store.compute.decision import Kind, Member, Settings, Snapshot, decide
+from shared_store.compute.decision import Credit, History, Kind, Member, Settings, Snapshot, decide
 from shared_store.compute.turns import groups
 
 NOW = 1000.0
@@ -296,6 +296,30 @@ def test_a_less_important_workload_does_not_slip_in_while_equals_change_turns():
     comes = Member(2, 2, CPU, 50, working=True, progressed=NOW, held_since=NOW - 1)
     decision = decide(Snapshot((leaves, comes, replace(WAITS, number=3))), Settings(), NOW)
     assert decision.permits[3].kind is Kind.HELD
+
+
+def test_a_forced_step_stays_allowed_until_it_begins():
+    hold = Settings(max_hold_s=0.5)
+    decision = decide(Snapshot((BUSY, WAITS)), hold, NOW)
+    assert kinds(decision)[2] is Kind.HELD
+    assert decision.wake_at is not None
+    decision = decide(Snapshot((replace(BUSY, progressed=NOW + 0.5), WAITS), decision.history), hold, NOW + 0.5)
+    allowed = decision.permits[2]
+    assert allowed.kind is Kind.ONE_STEP
+    decision = decide(Snapshot((replace(BUSY, progressed=NOW + 0.51), WAITS), decision.history), hold, NOW + 0.51)
+    assert decision.permits[2] == allowed
+    made = replace(WAITS, held_since=NOW + 0.55, progressed=NOW + 0.55)
+    busy = replace(BUSY, progressed=NOW + 0.6)
+    decision = decide(Snapshot((busy, made), decision.history), hold, NOW + 0.6)
+    assert kinds(decision)[2] is Kind.HELD
+
+
+def test_a_workload_owes_no_more_than_a_second_of_its_devices():
+    equals = tuple(Member(number, 2, CPU, 50, working=True, held_since=NOW, progressed=NOW) for number in (1, 2))
+    owed = {1: Credit(1000.0, 0.0, joined=True), 2: Credit(0.0, 0.0, joined=True)}
+    decision = decide(Snapshot(equals, History(credits=owed)), Settings(), NOW)
+    assert decision.history.credits[1].used == pytest.approx(1 / 0.5)
+    assert kinds(decision) == {1: Kind.HELD, 2: Kind.TURN}
 
 
 def test_64_workloads_are_decided_on_one_device():

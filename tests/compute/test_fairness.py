@@ -126,6 +126,21 @@ def test_an_idle_share_goes_to_the_others_and_comes_back():
         assert world.works[number].computed_s == pytest.approx(7.5, abs=0.3)
 
 
+@pytest.mark.parametrize(("step_s", "pause_s"), [(DECODE_S, 0.003), (PREFILL_S, 0.01), (0.1, 0.02)])
+def test_engines_that_pause_between_steps_keep_their_shares(step_s, pause_s):
+    world = World([work(1, step_s, share=75, gap_s=pause_s), work(2, step_s, share=25, gap_s=pause_s)])
+    world.run(20.0)
+    first, second = (world.works[number].computed_s for number in (1, 2))
+    assert first / (first + second) == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_turn_ends_early_when_its_holder_has_nothing_in_flight():
+    world = World([work(1, 0.005, share=75, gap_s=0.05), work(2, 0.005, share=25)])
+    world.run(10.0)
+    assert len(world.works[1].steps) > 0.7 * 10 / 0.055
+    assert sum(one.computed_s for one in world.works.values()) > 0.8 * 10
+
+
 def test_a_changed_share_holds_from_then_on():
     world = World([work(1, DECODE_S, share=50), work(2, PREFILL_S, share=50)])
     world.run(10.0)
@@ -194,8 +209,8 @@ def test_a_holder_that_is_stopped_is_waited_for_about_a_second(share):
     assert not world.decision.stalled
     before, other = len(second.steps), len(first.steps)
     world.run(6.5)
-    assert len(first.steps) - other > 150
-    assert len(second.steps) - before < 250
+    assert len(first.steps) - other > 100  # It owes what it was charged while its step was in flight.
+    assert len(second.steps) - before < 300
     if not share:
         assert len(second.steps) == before
 

@@ -126,7 +126,7 @@ def test_it_is_set_ahead_only_while_cuda_would_read_it(pipes: Path, tmp_path: Pa
     assert mps.THREADS not in os.environ
     mps.prepare(links(tmp_path / "early", "/dev/nvidiactl"))
     assert os.environ[mps.THREADS] == "25"
-    refused(match="needs an MPS control daemon")
+    refused(match="WOOLY_MPS_PERCENT needs an MPS control daemon")
     with listening(pipes):
         mps.cap(GPU, tmp_path / "late")
 

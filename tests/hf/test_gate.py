@@ -31,8 +31,11 @@ class Models:
         self.activity = Activity()
         self.back = threading.Event()
         self.error = None
-        self.turns = Turns(lambda: self.gate.changed(), torch.device("cpu"))
+        self.turns = Turns(self.changed, torch.device("cpu"))
         self.gate = Gate(self.come_back, self.activity, self.turns)
+
+    def changed(self):
+        self.gate.changed()
 
     def come_back(self):
         assert self.back.wait(30)

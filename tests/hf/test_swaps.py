@@ -301,6 +301,9 @@ def test_arguments_describe_the_workload(job, checkpoint, move):
         ("wooly_priority=7", "priority 7: use 0"),
         ("wooly_swap='maybe'", "swap 'maybe': use true or false"),
         ("wooly_workload=3", "workload 3: use a text"),
+        ("wooly_compute_share=101", "compute_share 101: use a percentage from 1 to 100"),
+        ("wooly_compute_share='half'", "compute_share 'half': use a number"),
+        ("wooly_exclusive='maybe'", "exclusive 'maybe': use true or false"),
     ],
 )
 def test_wrong_arguments_are_errors_that_name_right_ones(job, checkpoint, arguments, message):
@@ -326,8 +329,8 @@ def test_a_model_that_is_not_shared_makes_it_stay(job, checkpoint, fresh, move):
         move("private", out=True)
 
 
-def test_an_unswappable_process_has_no_hooks(job, checkpoint):
-    """So code that compiles a caller of the model as one graph works."""
+def test_callers_of_an_unswappable_model_can_be_compiled_as_one_graph(job, checkpoint):
+    """Compiled code skips its hooks."""
     code = """
     my_model = load(path, wooly_swap=False)
     @torch.compile(fullgraph=True, backend="eager")

@@ -71,7 +71,7 @@ def test_other_states_have_a_line() -> None:
     """Of a workload that is held no more, never held, exclusive, stalled; with an estimated time."""
     assert next(lines(BATCH, (BATCH,))) == "it is held for work that has ended since"
     for row, line in (
-        (workload("one", ungated="ranks wait"), "it is never held: ranks wait"),
+        (workload("one", ungated="ranks wait"), "it is not held: ranks wait"),
         (workload("one", exclusive=True), "no other workload may use its devices (GPU_MODE=Exclusive)"),
         (
             workload("one", device_s=2.5, estimated_s=0.25, used_share=0.5),

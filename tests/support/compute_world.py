@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from shared_store.compute.decision import Decision, History, Kind, Member, Settings, Snapshot, decide
 from shared_store.compute.usage import charge
 
-BELL_S = 60e-6
-"""From a ring to what it causes: half of a turn through a socket, as measured."""
+BELL_S = 30e-6
+"""From a ring to what it causes: half of a turn through a socket, of which 30 to 60 us were measured."""
 
 SLICE_S, SWITCH_S = 2.35e-3, 0.05e-3
 """A device's slice, and its change from one process to another."""

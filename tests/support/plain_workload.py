@@ -24,10 +24,23 @@ class PlainWorkload:
     `asked`: the store's requests to leave, in order. `away`: set once it left, until it takes memory again.
     """
 
-    def __init__(self, directory, name, *, device="fake", priority=0, needs=0, stays=0, swap=True, member_of="", exclusive=False):
+    def __init__(
+        self,
+        directory,
+        name,
+        *,
+        device="fake",
+        priority=0,
+        needs=0,
+        stays=0,
+        swap=True,
+        member_of="",
+        share=0.0,
+        exclusive=False,
+    ):
         self.id = member_of or uuid.uuid4().hex
         self.device, self.needs, self.stays = device, needs, stays
-        identity = Identity(name, "vllm", priority, swap, member_of=self.id, exclusive=exclusive)
+        identity = Identity(name, "vllm", priority, swap, member_of=self.id, share=share, exclusive=exclusive)
         self.session = Session(directory, name, identity=identity)
         self.asked = []
         self.away = threading.Event()

@@ -53,7 +53,7 @@ class _Pass:
                 return
             self._running = True
         self._turns.begin()
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]  # as FSDP
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # as FSDP does
 
     def _end(self) -> None:
         try:

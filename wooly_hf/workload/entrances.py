@@ -1,8 +1,10 @@
 """The entrances to a model: hooks of the module that ``from_pretrained`` returned, and wrappers of its methods.
 
-Each enters the gate. A call is a step, ``generate`` is work in steps. The base model has hooks of its own, because
-wrappers such as PEFT's call the ``forward`` of the module around it, without its hooks. Everything else that reaches a tensor through a module is caught by the module's registers, see
-:mod:`wooly_hf.absent`; entrances let the store know that the model is used, and keep it for as long as that takes.
+Each enters the gate. A call is a step, ``generate`` is work in steps. Parts that compute a whole pass without a call of
+the module around them have hooks of their own: the base model, as wrappers such as PEFT's call the ``forward`` of the
+module around it, without its hooks; and the encoder, which ``generate`` calls by itself. Everything else that reaches a
+tensor through a module is caught by the module's registers, see :mod:`wooly_hf.absent`; entrances let the store know
+that the model is used, and keep it for as long as that takes.
 
 Relies on torch: it calls a module's hooks outside of compiled code, and ``__reduce_ex__`` of a hook when a module is
 copied or pickled. A copy has memory of its own, so its hooks do nothing.
@@ -71,10 +73,9 @@ def guard(model: nn.Module, workload: Workload, *, leaves: bool) -> None:
     before, after = (_Before, _After) if leaves else (_BeforeUnlessCompiled, _AfterUnlessCompiled)
     model.register_forward_pre_hook(before(workload), prepend=True)
     model.register_forward_hook(after(workload), always_call=True)
-    base = getattr(model, "base_model", model)
-    if base is not model and isinstance(base, nn.Module):
-        base.register_forward_pre_hook(_BeforeUnlessCompiled(workload, inner=True), prepend=True)
-        base.register_forward_hook(_AfterUnlessCompiled(workload), always_call=True)
+    for part in compat.parts_called_alone(model):
+        part.register_forward_pre_hook(_BeforeUnlessCompiled(workload, inner=True), prepend=True)
+        part.register_forward_hook(_AfterUnlessCompiled(workload), always_call=True)
     for cls in type(model).__mro__:
         if "generate" in vars(cls):
             _wrap(cls, "generate")

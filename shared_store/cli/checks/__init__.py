@@ -14,6 +14,7 @@ from shared_store.cli.checks.engines import plugin, transformers, vllm
 from shared_store.cli.checks.environment import environment
 from shared_store.cli.checks.gpu import gpu
 from shared_store.cli.checks.host import file_limit, host_memory, python
+from shared_store.cli.checks.mps import mps
 from shared_store.cli.checks.store import runtime_directory, store
 from shared_store.cli.checks.swap import swap_directory
 
@@ -26,7 +27,7 @@ __all__ = ["Check", "run_all", "transformers", "vllm"]
 
 def run_all(directory: Callable[[], Path]) -> list[Check]:
     """Run all checks. ``directory`` returns the runtime directory, or raises :class:`ConfigError`."""
-    done = [python(), environment(), vllm(), plugin(), transformers(), gpu(), host_memory(), file_limit()]
+    done = [python(), environment(), vllm(), plugin(), transformers(), gpu(), mps(), host_memory(), file_limit()]
     done += [swap_directory(), catalog()]
     try:
         found = directory()

@@ -6,7 +6,8 @@ import os
 import socket
 import sys
 
-from shared_store.compute.arbiter.arbiter import Arbiter
+from shared_store.compute.arbiter.link import Link
+from shared_store.compute.arbiter.loop import Arbiter
 from shared_store.runtime import log_lines
 from shared_store.runtime.fds import raise_file_limit
 
@@ -17,7 +18,7 @@ def main() -> None:
     os.set_inheritable(number, False)
     log_lines.configure("INFO")
     raise_file_limit()
-    Arbiter(socket.socket(fileno=number)).run()
+    Arbiter(Link(socket.socket(fileno=number))).run()
 
 
 if __name__ == "__main__":

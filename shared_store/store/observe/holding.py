@@ -41,7 +41,7 @@ def lines(row: WorkloadStatus, workloads: Sequence[WorkloadStatus], max_hold_s: 
     if found.held:
         yield from _held(row, found, workloads, max_hold_s)
     if found.ungated:
-        yield f"it is never held: {found.ungated}"
+        yield f"it is not held: {found.ungated}"
     if found.exclusive:
         yield "no other workload may use its devices (GPU_MODE=Exclusive)"
     if found.device_s or found.held_s:
