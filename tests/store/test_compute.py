@@ -196,8 +196,7 @@ def test_a_killed_store_is_replaced_with_its_arbiter(kept, stepping):
         wait_for(lambda: low.attached and high.attached, "the workloads to join it")
         wait_until_held(kept, "low")
         wait_for_steps(high)
-    wait_for_steps_after = computes(kept, "low")
-    assert wait_for_steps_after.gated
+    assert computes(kept, "low").gated
 
 
 def test_an_arbiter_ends_with_its_store(arbitrating, stepping):
@@ -241,7 +240,7 @@ class TestAlone:
     def test_it_is_refused_beside_others(self, arbitrating, stepping):
         stepping("first")
         stepping("second")
-        with pytest.raises(ExclusiveError, match="alone asks for cpu alone .* is used by: first, second. Stop these"):
+        with pytest.raises(ExclusiveError, match=r"alone asks for cpu alone .* is used by: first, second\. Stop these"):
             stepping("alone", exclusive=True)
         assert {one.name for one in arbitrating.client().session.status().workloads} == {"first", "second"}
 
@@ -264,7 +263,8 @@ class TestAlone:
         with alone.working():
             wait_for_steps(alone)
 
-    def test_a_start_that_was_faster_than_its_return_gets_no_memory(self, arbitrating, directory):
+    @pytest.mark.usefixtures("arbitrating")
+    def test_a_start_that_was_faster_than_its_return_gets_no_memory(self, directory):
         """After a restart of the store, one that starts may join before one that has the device for itself."""
         with (
             PlainWorkload(directory, "starts", device="cpu") as starts,
