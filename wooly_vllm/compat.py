@@ -163,7 +163,9 @@ def block_bytes(vllm_config: Any) -> int:
     (narrow,) = find("vllm.utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE")
     dtype = narrow.get(cache.cache_dtype, model.dtype)  # `auto` is none
     elements = model.get_num_kv_heads(parallel) * model.get_head_size() * (1 if model.use_mla else 2)
-    tokens = cache.block_size or _BLOCK_TOKENS
+    tokens = cache.block_size
+    if not cache.user_specified_block_size and not model.use_mla and tokens in (None, cache.DEFAULT_BLOCK_SIZE):
+        tokens = _BLOCK_TOKENS  # 0.33 chooses it once the model is loaded, and has its least default until then
     return int(model.get_num_layers(parallel) * elements * tokens * dtype.itemsize)
 
 

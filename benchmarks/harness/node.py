@@ -11,9 +11,10 @@ from benchmarks.harness.store import TemporaryStore
 class Node(TemporaryStore):
     """As a context manager, ends all workers, then stops the store they started, and removes the directory."""
 
-    def __init__(self, worker: str = "engine-worker") -> None:
-        """``worker`` is the command of the workers; see ``benchmarks/__main__.py``."""
+    def __init__(self, worker: str = "engine-worker", *, own_sessions: bool = True) -> None:
+        """``worker`` is the command of the workers; see ``benchmarks/__main__.py``, and :class:`Child`."""
         super().__init__()
+        self._own_sessions = own_sessions
         self._worker = worker
         self._children: list[Child] = []
 
@@ -30,5 +31,6 @@ class Node(TemporaryStore):
         """Start a worker of this node, which finds the node's store."""
         log = self.scratch / f"{len(self._children):03d}-{role}.log"
         environment |= {"WOOLY_RUNTIME_DIR": str(self.directory)}
-        self._children.append(Child(name, worker or self._worker, role, job, log, environment))
+        command = worker or self._worker
+        self._children.append(Child(name, command, role, job, log, environment, own_session=self._own_sessions))
         return self._children[-1]

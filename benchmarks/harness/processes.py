@@ -37,9 +37,21 @@ class Child:
     """A running worker. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     def __init__(
-        self, name: str, worker: str, role: str, job: dict[str, Any], log: Path, environment: dict[str, str]
+        self,
+        name: str,
+        worker: str,
+        role: str,
+        job: dict[str, Any],
+        log: Path,
+        environment: dict[str, str],
+        *,
+        own_session: bool = True,
     ) -> None:
-        """Start ``role`` of ``worker`` with ``job``. Its stderr goes to ``log``."""
+        """Start ``role`` of ``worker`` with ``job``. Its stderr goes to ``log``.
+
+        Without ``own_session`` it only gets a process group: the kernel shares cores between sessions first, and then
+        between the threads of each (``sched(7)``, autogroups).
+        """
         self.name = name
         self.spawned = time.monotonic()
         self._log = log
@@ -51,7 +63,8 @@ class Child:
                 stderr=stream,
                 text=True,
                 env={**os.environ, **ENVIRONMENT, **environment},
-                start_new_session=True,
+                start_new_session=own_session,
+                process_group=None if own_session else 0,
             )
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)

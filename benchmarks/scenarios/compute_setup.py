@@ -97,7 +97,7 @@ class Scale:
 
 
 ON_GPU = Scale(3.0, 5, 15.0, 5.0, 10.0, 3, 0.00173, 0.022, 2 * GIB, 8192, 8192, 128, 32, 4000, 4, 16)
-ON_CPU = Scale(3.0, 5, 10.0, 5.0, 10.0, 3, 0.00173, 0.022, 32 * MIB, 512, 512, 32, 32, 440, 4, 4)
+ON_CPU = Scale(2.0, 3, 6.0, 4.0, 10.0, 3, 0.00173, 0.022, 32 * MIB, 512, 512, 32, 32, 440, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Setup:
         if way.mps and not self.on_gpu:
             raise ChildError("NVIDIA's Multi-Process Service needs a GPU")
         with contextlib.ExitStack() as stack:
-            node = stack.enter_context(Node("compute-engine-worker"))
+            # In sessions of their own, one engine on a shared core was not scheduled for seconds beside another one.
+            node = stack.enter_context(Node("compute-engine-worker", own_sessions=self.on_gpu))
             options = ServeOptions(
                 node.directory,
                 budget={self.device: self.total},

@@ -9,6 +9,7 @@ import signal
 import msgspec
 import pytest
 from support.plain_workload import MIB, PlainWorkload
+from support.stepping import Stepping
 from support.waiting import wait_until
 
 from shared_store.base.errors import DeclinedError
@@ -138,6 +139,30 @@ def test_priority_is_set_until_the_workload_ends(wooly, workload):
     done = wooly("priority", "chat", "P2")
     assert (done.returncode, done.stdout) == (0, "chat has priority P2\n"), done.stderr
     assert listed(wooly)["chat"].priority == 2
+
+
+def test_why_names_those_for_which_a_workload_is_held(wooly, directory, store):  # noqa: ARG001 - starts it
+    """And the step that it suggests acts on the running workload."""
+    with Stepping(directory, "chat") as chat, Stepping(directory, "batch", priority=3) as batch:
+        wait_until(lambda: chat.attached and batch.attached, "both to have joined the arbiter")
+        with chat.working(), batch.working():
+            wait_until(lambda: listed(wooly)["batch"].compute.held, "the less important workload to be held")
+            wait_until(lambda: listed(wooly)["chat"].compute.used_share > 0.01, "the time of the other to be counted")
+            shown = wooly("workloads").stdout
+            assert "resident, held" in shown
+            assert "batch is held: `wooly why batch`" in shown
+            done = wooly("why", "batch")
+            assert "held while more important workloads work: chat (P0, " in done.stdout
+            assert "`wooly priority batch 0`" in done.stdout
+            assert json.loads(wooly("why", "batch", "--json").stdout)["blocked_by"] == ["chat"]
+            before = batch.steps
+            done = wooly("priority", "batch", "0")
+            assert done.returncode == 0, done.stderr
+            wait_until(lambda: batch.steps > before + 10, "it to make steps")
+            wait_until(lambda: not listed(wooly)["batch"].compute.held, "its state to be shown")
+        found = listed(wooly)
+    assert found["batch"].compute.held_s > 0
+    assert found["chat"].compute.device_s > 0
 
 
 def test_a_share_is_set_until_the_workload_ends(wooly, workload):

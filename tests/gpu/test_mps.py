@@ -36,12 +36,13 @@ def service(gpu: str, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: ARG0
     for directory in (pipes, logs):
         directory.mkdir()
     variables = {mps.PIPES: str(pipes), "CUDA_MPS_LOG_DIRECTORY": str(logs)}
-    environment = {**os.environ, **variables}
+    # With CUDA_VISIBLE_DEVICES set, the service would number GPUs differently from its clients.
+    environment = {**{name: text for name, text in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}, **variables}
     subprocess.run([CONTROL, "-d"], env=environment, check=True, timeout=60)
     try:
         yield variables
     finally:
-        subprocess.run([CONTROL], input="quit -t 5\n", text=True, env=environment, check=False, timeout=120)
+        subprocess.run([CONTROL], input="quit\n", text=True, env=environment, check=False, timeout=120)
 
 
 def run(code: str, variables: dict[str, str], percent: int | None) -> subprocess.CompletedProcess[str]:
