@@ -223,9 +223,9 @@ def arbiter_of(store: Path) -> int:
         parent = session.store_pid
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError):
-            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                if b"shared_store.compute.arbiter" in (entry / "cmdline").read_bytes():
-                    return int(entry.name)
+            child = entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if child and b"shared_store.compute.arbiter" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
     raise AssertionError("the store has no arbiter")
 
 
