@@ -19,6 +19,7 @@ from benchmarks.harness.node import Node
 from benchmarks.harness.processes import Child, ChildError
 from benchmarks.scenarios.overcommit_setup import BESIDE_KV, weights_of
 from shared_store.base.workloads import WorkloadStatus
+from shared_store.compute import support
 from shared_store.runtime.options import ServeOptions
 
 START_TIMEOUT_S = 300.0
@@ -130,6 +131,8 @@ class Setup:
         """Run a store for workloads that share the device in a way, until the block ends."""
         if way.mps and not self.on_gpu:
             raise ChildError("NVIDIA's Multi-Process Service needs a GPU")
+        if way.arbiter and self.on_gpu and not support.GPUS:
+            raise ChildError(f"{support.UNGATED}: set GPUS in shared_store/compute/support.py to measure them")
         with contextlib.ExitStack() as stack:
             # In sessions of their own, one engine on a shared core was not scheduled for seconds beside another one.
             node = stack.enter_context(Node("compute-engine-worker", own_sessions=self.on_gpu))
