@@ -255,6 +255,17 @@ def ends_without_errors(process: EngineProcess) -> None:
     assert process.finish() == 0
 
 
+def test_an_engine_that_wants_its_devices_for_itself_does_not_start_beside_others(
+    important: Stepping, saturated: Callable[..., EngineProcess]
+) -> None:
+    assert important.attached
+    process = saturated("alone", priority=2, environment={"GPU_MODE": "Exclusive"})
+    error = process.wait("failed")["error"]
+    assert "ExclusiveError" in error
+    assert "important" in error
+    assert process.finish() != 0
+
+
 def test_engines_share_their_device_by_weight_and_one_that_is_killed_leaves_it_to_the_other(
     store: Path, saturated: Callable[..., EngineProcess]
 ) -> None:
