@@ -235,7 +235,7 @@ def saturated(store: Path, checkpoint: Any) -> Iterator[Callable[..., EngineProc
     started: list[EngineProcess] = []
 
     def start(name: str, *, priority: int, share: float = 0, **settings: Any) -> EngineProcess:
-        job = {"models": [str(checkpoint("llama"))], **SHARING, "settings": settings, "load": True}
+        job = {"models": [str(checkpoint("llama"))], **SHARING, "settings": settings, "load": True, "count": 200}
         environment = {"WOOLY_WORKLOAD": name, "WOOLY_PRIORITY": str(priority), "WOOLY_COMPUTE_SHARE": str(share)}
         environment |= settings.pop("environment", {})
         started.append(EngineProcess(store, job, **environment))
