@@ -126,9 +126,7 @@ def parts_called_alone(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model that are also called without it: the base model, and the text encoder."""
     found: Any = model
     parts = [found.base_model]
-    with contextlib.suppress(
-        AttributeError
-    ):  # of a class with a `get_encoder` of its own that not all configurations fit
+    with contextlib.suppress(AttributeError):  # a class's own `get_encoder` may need a part that this model lacks
         parts.append(found.get_encoder())
     unique = {id(part): part for part in parts if isinstance(part, nn.Module) and part is not model}
     return list(unique.values())

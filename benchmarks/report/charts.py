@@ -1,4 +1,4 @@
-"""Charts: single bars, pairs of bars without and with wooly, lines of growth, and lines by name."""
+"""Charts: single bars, pairs of bars, lines of growth, and lines by name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,27 @@ def bars(title: str, unit: str, values: Sequence[Bar]) -> Figure:
 
 def pairs(title: str, unit: str, labels: Sequence[str], stock: Sequence[float], wooly: Sequence[float]) -> Figure:
     """Return a chart with two bars per label: stock and wooly."""
-    figure, axes = _chart(title, unit, 1.5 * len(labels), [*stock, *wooly])
-    for side, (name, colour, values) in enumerate((("stock", STOCK, stock), ("wooly", WOOLY, wooly))):
+    return groups(title, unit, labels, {"stock": stock, "wooly": wooly}, (STOCK, WOOLY))
+
+
+def groups(
+    title: str, unit: str, labels: Sequence[str], values: Mapping[str, Sequence[float]], colours: Sequence[str]
+) -> Figure:
+    """Return a chart with two bars per label.
+
+    Args:
+        title: the title.
+        unit: of the values.
+        labels: of the places.
+        values: two by name, one for each place.
+        colours: of the names.
+    """
+    heights = [value for several in values.values() for value in several]
+    figure, axes = _chart(title, unit, 1.5 * len(labels), heights)
+    for side, ((name, several), colour) in enumerate(zip(values.items(), colours, strict=True)):
         places = [place + 0.4 * side - 0.2 for place in range(len(labels))]
-        drawn = axes.bar(places, values, width=0.38, label=name, color=colour)
-        axes.bar_label(drawn, labels=[_written(value, 3) for value in values], padding=2, fontsize="small")
+        drawn = axes.bar(places, several, width=0.38, label=name, color=colour)
+        axes.bar_label(drawn, labels=[_written(value, 3) for value in several], padding=2, fontsize="small")
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(frameon=False)
     return figure

@@ -6,6 +6,8 @@
 ``MACHINE/hf.json``: transformers' memory, load time and speed. ``scale.json``: growth of costs with a store's size.
 ``overcommit-sim.json``: time to first token by policy. ``compute-sim.json``: time between tokens by priority, and
 pauses by quantum. ``MACHINE/overcommit.json``: time to first token of returns and of models.
+``MACHINE/compute.json``: time per token and throughput by the way to share a device.
+
 Prints the names of plots whose figures were not measured. Equal JSON gives equal bytes under the same version of
 matplotlib.
 """
@@ -24,7 +26,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness.arguments import parser
 from benchmarks.harness.figures import GIB, MIB
 from benchmarks.harness.results import RESULTS
-from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, growth, lines, pairs
+from benchmarks.report.charts import OTHER, STOCK, WOOLY, Bar, bars, groups, growth, lines, pairs
 
 ROLES = {"stock": STOCK, "stock_dispatch": OTHER, "publisher": WOOLY, "reader": WOOLY}
 LABELS = {"stock_dispatch": "stock,\nwooly's kernels"}
@@ -259,6 +261,40 @@ def overcommit_gpu(machine: str, result: dict[str, Any]) -> Figures:
     return figures
 
 
+SHARING = {
+    "plain": "time slicing",
+    "mps": "MPS",
+    "mps_capped": "MPS, the other one\nat 25% of threads",
+    "hold_0": "wooly",
+    "hold_2": "wooly, a step\nevery 2 s",
+}
+"""Labels of the ways to share a device."""
+
+LOADS = {"steps": "synthetic steps", "engines": "two vLLM engines"}
+
+
+def compute_ways(machine: str, result: dict[str, Any]) -> Figures:
+    """Draw times per token beside a busy workload, and the throughput of both, by the way to share a device."""
+    where = result["versions"].get("gpu") or f"one core, {result['versions']['cpu']}"
+    figures = {}
+    for load, what in LOADS.items():
+        ways = {way: label for way, label in SHARING.items() if f"{load}_{way}_p50_ratio" in result}
+        if not ways:
+            continue
+        labels = list(ways.values())
+
+        def of(figure: str, load: str = load, ways: dict[str, str] = ways) -> list[float]:
+            return [result[f"{load}_{way}_{figure}"] for way in ways]
+
+        title = f"Time per token of an important workload beside a busy one\n{what}, {where}"
+        values = {"median": of("p50_ratio"), "99th percentile": of("p99_ratio")}
+        figures[f"{machine}_compute_{load}"] = groups(title, "by the time alone", labels, values, (WOOLY, OTHER))
+        title = f"Throughput of both together, by what each does alone\n{what}, {where}"
+        values = {"tokens without pause": of("together"), "requests at 30% load": of("requests_together")}
+        figures[f"{machine}_compute_{load}_together"] = groups(title, "sum", labels, values, (WOOLY, OTHER))
+    return figures
+
+
 def gpu(machine: str, result: dict[str, Any]) -> Figures:
     """Draw the plots of a GPU of which all figures were measured."""
     where = result["versions"]["gpu"]
@@ -300,6 +336,7 @@ def draw(results: Path) -> Figures:
         "gpu.json": gpu,
         "hf.json": hf_gpu,
         "overcommit.json": overcommit_gpu,
+        "compute.json": compute_ways,
     }
     figures: Figures = {}
     for name, draw_cpu in of_cpu.items():

@@ -204,7 +204,12 @@ def status():
                 waits_s=2.5,
                 starved_s=4.5,
                 compute=ComputeStatus(
-                    used_share=0.125, device_s=61.0, held_s=42.5, ungated="ranks wait for each other"
+                    used_share=0.125,
+                    device_s=61.0,
+                    held_s=42.5,
+                    held=True,
+                    stalled=True,
+                    ungated="ranks wait for each other",
                 ),
             ),
         ),

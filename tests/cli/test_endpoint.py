@@ -9,11 +9,13 @@ import socket
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.scraping import LOCAL, get, metrics_port, scrape
 from support.waiting import wait_until
 
 from shared_store.base.errors import ConfigError
+from shared_store.base.status import ArbiterStatus
 from shared_store.store.observe import endpoint as module
 from shared_store.store.observe.endpoint import MAX_REQUESTS, Endpoint, parse_address
 
@@ -84,6 +86,25 @@ OVERCOMMIT = {
     **{("wooly_memory_wait_seconds_sum", priority): count / 4 for priority, count in WAITS},
     **{("wooly_memory_waiting", priority): int(priority == "3") for priority, _ in WAITS},
     ("wooly_swap_refusals_total", "declined"): 1,
+}
+
+COMPUTE = {
+    ("wooly_arbiter_up",): 1,
+    ("wooly_arbiter_restarts_total",): 2,
+    ("wooly_workload_device_seconds_total", *CHAT): 3725.5,
+    ("wooly_workload_device_estimated_seconds_total", *CHAT): 12.25,
+    ("wooly_workload_held_seconds_total", *CHAT): 1.5,
+    ("wooly_workload_held", *CHAT): 0,
+    ("wooly_workload_stalled", *CHAT): 0,
+    ("wooly_workload_share_ratio", *CHAT): 0.75,
+    ("wooly_workload_used_share_ratio", *CHAT): 0.625,
+    ("wooly_workload_device_seconds_total", *BATCH): 61.0,
+    ("wooly_workload_device_estimated_seconds_total", *BATCH): 0,
+    ("wooly_workload_held_seconds_total", *BATCH): 42.5,
+    ("wooly_workload_held", *BATCH): 1,
+    ("wooly_workload_stalled", *BATCH): 1,
+    ("wooly_workload_share_ratio", *BATCH): 0,
+    ("wooly_workload_used_share_ratio", *BATCH): 0.125,
 }
 
 
@@ -159,6 +180,7 @@ def test_metrics_equal_the_status(serve, status):
         ("wooly_loop_callback_longest_seconds",): 0.25,
         ("wooly_loop_callback_longest_cpu_seconds",): 0.0625,
         **OVERCOMMIT,
+        **COMPUTE,
     }
 
 
@@ -317,3 +339,13 @@ def tcp_sockets(pid):
     }
     targets = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
     return known & {target.removeprefix("socket:[").removesuffix("]") for target in targets}
+
+
+def test_a_store_without_an_arbiter_has_no_metrics_of_one(serve, status):
+    """No metric says 0 for what is not measured."""
+    rows = tuple(msgspec.structs.replace(one, compute=None) for one in status.workloads)
+    without = msgspec.structs.replace(status, arbiter=None, workloads=rows)
+    found = set(samples(serve(lambda: without).port))
+    assert found.isdisjoint(COMPUTE)
+    lost = msgspec.structs.replace(status, arbiter=ArbiterStatus("lost", restarts=3))
+    assert samples(serve(lambda: lost).port)[("wooly_arbiter_up",)] == 0

@@ -1,4 +1,4 @@
-"""transformers processes take turns with other workloads of a store: calls, generations, training, killed, and ranks."""
+"""transformers processes take turns with other workloads: calls, generations, training, killed while they hold."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ with ThreadPoolExecutor(3) as pool:
     result = all(pool.map(lambda _: tokens_of(my_model) == my_tokens, range(3)))
 """,
     "an assistant": """
-result = my_model.generate(my_ids, max_new_tokens=12, do_sample=False, assistant_model=my_assistant).tolist() == my_tokens
+found = my_model.generate(my_ids, max_new_tokens=12, do_sample=False, assistant_model=my_assistant)
+result = found.tolist() == my_tokens
 """,
     "a wrapper": """
 import peft
@@ -161,7 +162,7 @@ def test_a_wrapper_counts_as_one_step(one):
     assert one.run(code) == [1, 1]
 
 
-def test_a_generation_stops_between_two_tokens(one, urgent, working, tmp_path):
+def test_a_generation_stops_between_two_tokens(one, working, tmp_path):
     one.begin("result = stream(mark) == my_stream", mark=tmp_path / "mark")
     wait_until((tmp_path / "mark").exists, "it streams", WITHIN_S)
     with working("job"):
@@ -200,7 +201,7 @@ threading.Thread(target=my_generate, daemon=True).start()
 
 
 @pytest.fixture
-def other(store, compute):
+def other(store):
     """Return a P2 workload that makes steps while it is asked to."""
     with Stepping(store.directory, "other", priority=2) as made:
         wait_until(lambda: made.attached, "it has an arbiter")
@@ -278,7 +279,8 @@ def test_share_and_exclusive_use_are_arguments(job, compute, checkpoint):
     assert raised.value.name == "ConfigError"
 
 
-def test_exclusive_use_is_refused_beside_others(job, urgent, checkpoint):
+@pytest.mark.usefixtures("urgent")
+def test_exclusive_use_is_refused_beside_others(job, checkpoint):
     """As an error: the model is not loaded without wooly instead."""
     with pytest.raises(JobError, match="urgent") as raised:
         job("two").run("my_model = load(path, wooly_exclusive=True)", path=checkpoint("llama-tied"))

@@ -301,6 +301,9 @@ def test_arguments_describe_the_workload(job, checkpoint, move):
         ("wooly_priority=7", "priority 7: use 0"),
         ("wooly_swap='maybe'", "swap 'maybe': use true or false"),
         ("wooly_workload=3", "workload 3: use a text"),
+        ("wooly_compute_share=101", "compute_share 101: use a percentage from 1 to 100"),
+        ("wooly_compute_share='half'", "compute_share 'half': use a number"),
+        ("wooly_exclusive='maybe'", "exclusive 'maybe': use true or false"),
     ],
 )
 def test_wrong_arguments_are_errors_that_name_right_ones(job, checkpoint, arguments, message):

@@ -26,8 +26,19 @@ class Stepping:
     `steps`: made so far.
     """
 
-    def __init__(self, directory: Path, name: str, *, priority: int = 0, share: float = 0.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        priority: int = 0,
+        share: float = 0.0,
+        exclusive: bool = False,
+        ungated: str = "",
+    ) -> None:
         self.steps = 0
+        self._closed = False
+        self._directory = directory
         self._holder = Holder(4096)
         self._gate = ComputeGate(lambda: None)
         self._agent = Agent(
@@ -36,11 +47,29 @@ class Stepping:
             kind="vllm",
             name=name,
             devices=("cpu",),
-            settings=WorkloadSettings(name, priority, swap=False, compute_share=share),
+            settings=WorkloadSettings(name, priority, swap=False, compute_share=share, exclusive=exclusive),
         )
-        self._agent.join()
-        self._agent.joined_resident(Holdings())
-        self._agent.compute(self._gate)
+        try:
+            self._agent.join()
+            self._agent.joined_resident(Holdings())
+            self._agent.compute(self._gate, ungated)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in the store."""
+        return self._agent.name
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self._agent.workload
+
+    def session(self) -> Session:
+        """Return a session of another client."""
+        return Session.connect(self._directory, autostart=False)
 
     @property
     def attached(self) -> bool:
@@ -75,5 +104,11 @@ class Stepping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._agent.close()
-        self._holder.close()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the store. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._agent.close()
+            self._holder.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from typing import Final
+from typing import Final, Literal
 
 from shared_store.base.errors import MemoryBackendError
 from shared_store.base.status import ArbiterStatus
@@ -134,7 +134,7 @@ class Compute:
         if not self.enabled:
             return None
         pid = self._arbiter.pid
-        state = "ok" if pid is not None else "lost" if self._lost else "idle"
+        state: Literal["ok", "idle", "lost"] = "ok" if pid is not None else "lost" if self._lost else "idle"
         return ArbiterStatus(state, pid or 0, self.restarts, self._max_hold_s)
 
     async def stop(self) -> None:
