@@ -11,6 +11,9 @@ from benchmarks.scenarios.compute_setup import PLAIN, WAYS
 
 LOADS = ("steps", "engines")
 
+NO_WORSE = 1.05
+"""Windows of one way differ by so much."""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -39,7 +42,7 @@ def _aims() -> Iterator[Aim]:
         yield Aim(f"{load}_shares_two_points", most=5)
         for count in ("two", "many"):
             for percent in ("p50", "p99"):
-                yield Aim(f"{load}_{count}_{percent}_of_plain", most=1.0)
+                yield Aim(f"{load}_{count}_{percent}_of_plain", most=NO_WORSE)
         yield Aim(f"{load}_shares_many_least", least=0.8)
     yield Aim("gate_of_synthetic_step", most=0.005)
     yield Aim("gate_of_engine_step", most=0.005)

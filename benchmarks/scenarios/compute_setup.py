@@ -16,12 +16,14 @@ from support.servers import CPU_ENVIRONMENT
 from benchmarks.harness.figures import GIB, MIB
 from benchmarks.harness.gpu import Mps
 from benchmarks.harness.node import Node
-from benchmarks.harness.processes import Child, ChildError
+from benchmarks.harness.processes import Child, ChildError, wait_until
 from benchmarks.scenarios.overcommit_setup import BESIDE_KV, weights_of
 from shared_store.base.workloads import WorkloadStatus
+from shared_store.compute import support
 from shared_store.runtime.options import ServeOptions
 
 START_TIMEOUT_S = 300.0
+ARBITER_TIMEOUT_S = 30.0
 LEAD_S = 0.3
 """Seconds before a window at which processes are told of it."""
 
@@ -130,6 +132,8 @@ class Setup:
         """Run a store for workloads that share the device in a way, until the block ends."""
         if way.mps and not self.on_gpu:
             raise ChildError("NVIDIA's Multi-Process Service needs a GPU")
+        if way.arbiter and self.on_gpu and not support.GPUS:
+            raise ChildError(f"{support.UNGATED}: set GPUS in shared_store/compute/support.py to measure them")
         with contextlib.ExitStack() as stack:
             # In sessions of their own, one engine on a shared core was not scheduled for seconds beside another one.
             node = stack.enter_context(Node("compute-engine-worker", own_sessions=self.on_gpu))
@@ -226,11 +230,18 @@ class Fleet:
                 self.check_gated(tenant.child.name)
 
     def check_gated(self, name: str) -> None:
-        """Raise :class:`ChildError` if the arbiter never holds a workload."""
-        found = self.row(name).compute
-        if found is None or not found.gated:
+        """Raise :class:`ChildError` if the arbiter, which may just be starting, does not hold a workload."""
+
+        def gated() -> bool:
+            found = self.row(name).compute
+            return found is not None and found.gated
+
+        try:
+            wait_until(gated, "the arbiter", ARBITER_TIMEOUT_S)
+        except TimeoutError:
+            found = self.row(name).compute
             reason = "the store has no arbiter" if found is None else found.ungated
-            raise ChildError(f"{name} is never held: {reason}")
+            raise ChildError(f"{name} is never held: {reason}") from None
 
     def row(self, name: str) -> WorkloadStatus:
         """Return what the store knows of a workload."""

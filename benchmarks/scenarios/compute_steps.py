@@ -113,6 +113,7 @@ def gate(setup: Setup) -> Figures:
         passed = _engine_passes(engine, fleet)
     found.put("gate_engine_step_ms", [1e3 * one["step_s"] for one in passed])
     found.put("gate_engine_us", [1e6 * one["gate_s"] for one in passed])
+    found.put("gate_engine_calls", [one["calls"] for one in passed])
     found.put("gate_of_engine_step", [one["gate_s"] / one["step_s"] for one in passed])
     return found
 

@@ -47,7 +47,7 @@ def engine(talk: Talk, job: dict[str, Any]) -> None:
     async def serve() -> None:
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                job["model"],
+                model=job["model"],
                 load_format="wooly",
                 model_loader_extra_config={"fallback": False},
                 **job["settings"],
@@ -202,7 +202,7 @@ def passes(talk: Talk, job: dict[str, Any]) -> None:
     """Start an engine in this process; for each word, decode for some seconds and send times of steps and of the gate.
 
     ``job``: as for :func:`engine`; the core is not used. An event has medians of steps: ``step_s``, and the part of it
-    in the gate, ``gate_s``, with the cost of timing it.
+    in the gate, ``gate_s``, without the cost of timing it; and ``calls``: calls of the gate in a step.
     """
     from vllm import LLM, SamplingParams
 
@@ -214,10 +214,11 @@ def passes(talk: Talk, job: dict[str, Any]) -> None:
     words = talk.words()
     if next(words, "") != "start":
         return
-    spent = [0.0]
+    spent = [0.0, 0.0]
     llm = LLM(job["model"], load_format="wooly", model_loader_extra_config={"fallback": False}, **job["settings"])
     for name in PASSED:
         _time(ComputeGate, name, spent)
+    timing = _cost_of_timing()
     talk.send("ready")
     for number, word in enumerate(words):
         given = json.loads(word)
@@ -225,19 +226,36 @@ def passes(talk: Talk, job: dict[str, Any]) -> None:
         core = llm.llm_engine
         core.add_request(f"{number:08d}", {"prompt_token_ids": list(range(10, 42))}, greedy)
         core.step()  # the prompt
-        steps, gates = zip(*_steps(core, spent), strict=True)
-        talk.send("passed", step_s=statistics.median(steps), gate_s=statistics.median(gates))
+        steps, gates, calls = (statistics.median(several) for several in zip(*_steps(core, spent), strict=True))
+        talk.send("passed", step_s=steps, gate_s=gates - calls * timing, calls=calls)
 
 
-def _steps(core: Any, spent: list[float]) -> Iterator[tuple[float, float]]:
+def _steps(core: Any, spent: list[float]) -> Iterator[tuple[float, float, float]]:
+    """Make steps; yield the seconds of each, those in the gate, and the calls of the gate."""
     while core.has_unfinished_requests():
-        spent[0], began = 0.0, now()
+        spent[:] = 0.0, 0.0
+        began = now()
         core.step()
-        yield now() - began, spent[0]
+        yield now() - began, spent[0], spent[1]
+
+
+def _cost_of_timing(calls: int = 10_000) -> float:
+    """Return the seconds that :func:`_time` adds for each call of a method."""
+    spent = [0.0, 0.0]
+
+    class Empty:
+        def method(self, *, has: bool) -> None:
+            """Do nothing."""
+
+    empty = Empty()
+    _time(Empty, "method", spent)
+    for _ in range(calls):
+        empty.method(has=True)
+    return spent[0] / calls
 
 
 def _time(owner: Any, name: str, spent: list[float]) -> None:
-    """Add the duration of all future calls of a method to ``spent``."""
+    """Add the duration of all future calls of a method, and their number, to ``spent``."""
     stock = getattr(owner, name)
 
     @functools.wraps(stock)
@@ -247,6 +265,7 @@ def _time(owner: Any, name: str, spent: list[float]) -> None:
             return stock(*args, **kwargs)
         finally:
             spent[0] += now() - began
+            spent[1] += 1
 
     setattr(owner, name, timed)
 

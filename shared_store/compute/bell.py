@@ -118,8 +118,10 @@ class Bell:
                     data = self._socket.recv(4096, socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     continue
+                except ConnectionError:  # it ended with unread bytes
+                    data = b""
                 except OSError as error:
-                    return error.strerror or str(error)
+                    return f"its socket failed ({error.strerror})"
                 if not data:
                     return "it has ended"
                 waits = 0

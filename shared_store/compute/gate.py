@@ -85,9 +85,9 @@ class ComputeGate:
         with self._lock:
             words = self._words
             state = words[_STATE]
-            if bool(state & _WORKING) == has:
+            if bool(state & _WORKING) == has and (has or not words[_HELD_SINCE]):
                 return
-            words[_STATE] = state ^ _WORKING
+            words[_STATE] = state | _WORKING if has else state & ~_WORKING
             if not has:
                 self._end_hold(words)
             if words[_CONTENDED]:
@@ -142,9 +142,11 @@ class ComputeGate:
             words = self._words
             words[_ENDED] += 1
             words[_STATE] = words[_STATE] & _WORKING | in_flight
-            if in_flight:
-                return
             since = words[_BUSY_SINCE]
+            if in_flight:
+                if not since:
+                    words[_BUSY_SINCE] = monotonic_ns()
+                return
             if since:
                 words[_BUSY_SINCE] = 0  # first: a reader in between sees too little, and never counts twice
                 words[_BUSY] += monotonic_ns() - since
@@ -181,7 +183,7 @@ class ComputeGate:
                 return
             self._news.notify_all()
         if self.may_begin():
-            self._changed()
+            _call(self._changed)
 
     def gone(self, bell: Bell, why: str) -> None:
         """Go on without the arbiter."""
@@ -192,8 +194,8 @@ class ComputeGate:
             lost, self._lost = self._lost, _nothing
             self._move(free_words())
         log.warning("The arbiter is gone: %s. Steps begin without turns until there is another one.", why)
-        self._changed()
-        lost()
+        _call(self._changed)
+        _call(lost)
 
     def held(self, bell: Bell) -> int | None:
         """Return the time of the arbiter's last look if the workload is held; None if it is not."""
@@ -236,6 +238,14 @@ class ComputeGate:
         self._begin_without()
         if bell is not None:
             bell.forget()
+
+
+def _call(told: Callable[[], None]) -> None:
+    """Call a function of the workload's. Its errors must not end the thread that listens to the arbiter."""
+    try:
+        told()
+    except Exception:
+        log.exception("The workload was not told of a change of its turns")
 
 
 def _nothing() -> None:

@@ -38,8 +38,8 @@ WORKING: Final = 1 << 63
 IN_FLIGHT: Final = (1 << 32) - 1
 FREE: Final = (1 << 64) - 1
 
-LOOK_S: Final = 0.5
-"""Longest time between two looks of an arbiter at a page, in seconds."""
+LOOK_S: Final = 0.4
+"""Longest time between two looks of an arbiter at a page, in seconds: short enough to notice a lack of progress."""
 
 SILENT_S: Final = 5.0
 """Time without a look after which a held workload counts its arbiter as gone: stopped, or stuck."""

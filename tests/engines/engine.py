@@ -44,14 +44,14 @@ def wait_for(word: str) -> None:
         raise SystemExit(f"expected {word!r} on stdin, got {line!r}")
 
 
-def tokens_of(llm: Any) -> list[list[float]]:
+def tokens_of(llm: Any, count: int = TOKENS) -> list[list[float]]:
     """Return the greedy tokens of each prompt; of an embedding model, the embeddings."""
     from vllm import SamplingParams
 
     if llm.llm_engine.vllm_config.model_config.runner_type == "pooling":
         prompts = [{"prompt_token_ids": list(p)} for p in PROMPTS]
         return [list(output.outputs.embedding) for output in llm.embed(prompts, use_tqdm=False)]
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=count, detokenize=False, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in PROMPTS], greedy, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -116,12 +116,12 @@ def where_weights_lie(llm: Any) -> dict[str, int]:
     }
 
 
-def under_load(llm: Any, right: list[list[float]]) -> dict[str, int]:
+def under_load(llm: Any, right: list[list[float]], count: int) -> dict[str, int]:
     """Answer until the test sends a line; return the number of rounds, and of answers that differ from `right`."""
     rounds = wrong = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
         rounds += 1
-        wrong += tokens_of(llm) != right
+        wrong += tokens_of(llm, count) != right
     wait_for("stop")
     return {"rounds": rounds, "wrong": wrong}
 
@@ -165,11 +165,12 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
     except Exception as error:
         say("failed", model=model, error=f"{type(error).__name__}: {error}")
         raise
+    count = job.get("count", TOKENS)
     facts: dict[str, Any] = {
         "model": model,
         "bytes_read": bytes_read() - read_before,
         "kv_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
-        "tokens": tokens_of(llm),
+        "tokens": tokens_of(llm, count),
     }
     if job.get("lease", job.get("load_format") == "wooly"):
         facts |= lease_of_this_process()
@@ -183,7 +184,7 @@ def run_model(engine: Any, model: str, settings: dict[str, Any], job: dict[str, 
         make_it_write(llm)
         say("answered after a write", model=model, tokens=tokens_of(llm))
     if job.get("load"):
-        say("worked", model=model, **under_load(llm, facts["tokens"]))
+        say("worked", model=model, **under_load(llm, facts["tokens"], count))
     if job.get("obey"):
         obey(llm, job)
     if job.get("hold"):

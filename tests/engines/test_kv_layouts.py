@@ -73,6 +73,10 @@ def test_groups_that_overlay_each_other_are_one_table() -> None:
 def test_bytes_of_a_cache_are_those_of_its_allocations() -> None:
     assert cache_bytes(cache_of(layers_outermost(64, 2), layers_outermost(64, 2))) == 64 * 2 * BLOCKS
     assert cache_bytes(cache_of({"size": 60}, {"size": 30})) == 90
+    packed = {"size": 90 * BLOCKS, "block_stride": 90}  # until 0.28, in one allocation
+    assert cache_bytes(cache_of(packed, packed)) == 90 * BLOCKS
+    (row,) = blocks_of(cache_of(packed, packed), [bytes_of(90 * BLOCKS)])
+    assert (row.start, row.stride, row.nbytes) == (0, 90, 90)
     assert cache_bytes(cache_of()) == 0
 
 

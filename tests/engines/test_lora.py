@@ -20,6 +20,10 @@ from support.adapters import random_adapter
 from support.engines import STARTED_WITHIN_S, EngineProcess, status_of
 from support.mapped import segment_ranges
 from support.servers import CPU_ENVIRONMENT, Server
+from support.waiting import wait_until
+
+from shared_store.base.workloads import WorkloadStatus
+from shared_store.client.session import Session
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -74,8 +78,13 @@ def shared(module_runtime_dir: Path, checkpoint: Any, adapters: dict[str, str]) 
 
 
 @pytest.fixture(scope="module")
+def swap_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("swap")
+
+
+@pytest.fixture(scope="module")
 def servers(
-    module_runtime_dir: Path, checkpoint: Any, shared: Any, tmp_path_factory: pytest.TempPathFactory
+    module_runtime_dir: Path, checkpoint: Any, shared: Any, swap_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Server]]:
     """Start two servers over the resident base, with larger limits for adapters."""
     assert shared
@@ -83,6 +92,7 @@ def servers(
     environment = CPU_ENVIRONMENT | {
         "WOOLY_RUNTIME_DIR": str(module_runtime_dir),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "WOOLY_SWAP_DIR": str(swap_dir),
     }
     with contextlib.ExitStack() as stack:
         started = [
@@ -188,3 +198,45 @@ def test_two_servers_share_the_base_and_load_adapters_while_they_run(
         ranges = segment_ranges(reader.pid)
         assert sum(found.end - found.start for found in ranges) >= reader.mapped_bytes
         assert sum(found.private_bytes for found in ranges) == 0
+
+
+def _workload(server: Server, runtime_dir: Path) -> WorkloadStatus | None:
+    """Return what the store knows of a server; None if it does not list it."""
+    pids = server.pids()
+    return next((one for one in status_of(runtime_dir).workloads if one.pid in pids), None)
+
+
+def _damage(pids: set[int], directory: Path) -> None:
+    """Change a byte at the beginning of each swap file that processes have open: adapters come first."""
+    damaged = set()
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            if str(path.readlink()).startswith(str(directory)) and path.stat().st_ino not in damaged:
+                damaged.add(path.stat().st_ino)
+                with path.open("r+b", buffering=0) as file:
+                    byte = file.read(1)
+                    file.seek(0)
+                    file.write(bytes([byte[0] ^ 1]))
+    assert damaged
+
+
+def test_a_server_whose_adapters_are_lost_while_it_is_away_ends_and_the_other_goes_on(
+    servers: list[Server], stock: dict[str, Any], module_runtime_dir: Path, swap_dir: Path
+) -> None:
+    """They cannot be computed again: no request is answered with wrong ones, and the store forgets the workload."""
+    first, second = servers
+    found = _workload(second, module_runtime_dir)
+    assert found is not None
+    with Session.connect(module_runtime_dir, autostart=False) as session:
+        session.workloads.move(found.name, out=True)
+    _damage(second.pids(), swap_dir)
+    with pytest.raises((urllib.error.URLError, ConnectionError)) as failed:
+        _tokens(second, "one")
+    if isinstance(failed.value, urllib.error.HTTPError):
+        failed.value.close()
+        assert failed.value.code >= 500
+    wait_until(lambda: _workload(second, module_runtime_dir) is None, "the store to forget the workload")
+    wait_until(lambda: second._process.poll() is not None, "the server to end", 60.0)
+    assert "this engine ends, as a move of its memory failed" in second.log.read_text()
+    assert _tokens(first, "one") == stock["one"]
+    assert [one.state for one in status_of(module_runtime_dir).workloads] == ["resident"]

@@ -235,7 +235,7 @@ def saturated(store: Path, checkpoint: Any) -> Iterator[Callable[..., EngineProc
     started: list[EngineProcess] = []
 
     def start(name: str, *, priority: int, share: float = 0, **settings: Any) -> EngineProcess:
-        job = {"models": [str(checkpoint("llama"))], **SHARING, "settings": settings, "load": True}
+        job = {"models": [str(checkpoint("llama"))], **SHARING, "settings": settings, "load": True, "count": 200}
         environment = {"WOOLY_WORKLOAD": name, "WOOLY_PRIORITY": str(priority), "WOOLY_COMPUTE_SHARE": str(share)}
         environment |= settings.pop("environment", {})
         started.append(EngineProcess(store, job, **environment))
@@ -253,6 +253,17 @@ def ends_without_errors(process: EngineProcess) -> None:
     assert worked["rounds"] > 0
     assert worked["wrong"] == 0
     assert process.finish() == 0
+
+
+def test_an_engine_that_wants_its_devices_for_itself_does_not_start_beside_others(
+    important: Stepping, saturated: Callable[..., EngineProcess]
+) -> None:
+    assert important.attached
+    process = saturated("alone", priority=2, environment={"GPU_MODE": "Exclusive"})
+    error = process.wait("failed")["error"]
+    assert "ExclusiveError" in error
+    assert "important" in error
+    assert process.finish() != 0
 
 
 def test_engines_share_their_device_by_weight_and_one_that_is_killed_leaves_it_to_the_other(

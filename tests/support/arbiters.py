@@ -177,6 +177,7 @@ class Gated:
     def close(self):
         self.finish()
         self.gate.close()
+        self.words = None
 
 
 class SteppingProcess(Actor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -122,6 +123,13 @@ class Stepping:
 
     def short(self):
         return self._gate.short
+
+    def fork(self):
+        """Start a child that has inherited everything, and does nothing. Returns its pid."""
+        child = os.fork()
+        if not child:
+            signal.pause()
+        return child
 
     def close(self):
         self.rest()

@@ -58,7 +58,11 @@ class Allocating(TorchFunctionMode):
 def cache_bytes(kv_cache_config: Any) -> int:
     """Return the bytes that vLLM allocates for a cache."""
     sizes = [int(tensor.size) for tensor in kv_cache_config.kv_cache_tensors]
-    one_for_all = any(hasattr(tensor, "layer_stride") for tensor in kv_cache_config.kv_cache_tensors)
+    # Since 0.29 there is one allocation for all; before that for those that are packed, which have a block stride.
+    one_for_all = any(
+        hasattr(tensor, "layer_stride") or getattr(tensor, "block_stride", 0) > 0
+        for tensor in kv_cache_config.kv_cache_tensors
+    )
     return max(sizes, default=0) if one_for_all else sum(sizes)
 
 

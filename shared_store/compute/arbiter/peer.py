@@ -105,7 +105,8 @@ class Peer:
         passed = max(0, now - seen.at)
         busy_s = min(max(0, busy - seen.busy), passed) * _S
         held_s = min(max(0, held - seen.held), passed) * _S
-        working, in_flight = bool(state & layout.WORKING), min(state & layout.IN_FLIGHT, MOST_IN_FLIGHT)
+        working = bool(state & layout.WORKING or held_since)  # to wait for a step is to have work
+        in_flight = min(state & layout.IN_FLIGHT, MOST_IN_FLIGHT)
         stepped = begun != seen.begun or ended != seen.ended
         idle_since = old.idle_since
         if in_flight:

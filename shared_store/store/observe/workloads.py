@@ -25,6 +25,8 @@ class WorkloadStatuses:
 
     def workload_statuses(self, now: float) -> tuple[WorkloadStatus, ...]:
         """Return the status of each workload, in the order in which they joined. ``now``: monotonic seconds."""
+        if not self._state.workloads.all():
+            return ()  # without them a status takes no time for the use of segments
         used = sharing(self._state)
         return tuple(self._status(workload, used, now) for workload in self._state.workloads.all())
 
