@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 from support.plain_workload import PlainWorkload
@@ -197,6 +198,22 @@ def test_a_killed_store_is_replaced_with_its_arbiter(kept, stepping):
         wait_until_held(kept, "low")
         wait_for_steps(high)
     assert computes(kept, "low").gated
+
+
+def test_an_upgraded_store_has_another_arbiter(kept, stepping):
+    """Of the store that it replaces, none is left."""
+    low, high = stepping("low", priority=3), stepping("high")
+    with low.working(), high.working():
+        wait_until_held(kept, "low")
+        pid = arbiter(kept).pid
+        python = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+        with low.session() as session:
+            session.upgrade_store(sys.executable, python)
+        wait_for(lambda: arbiter(kept).pid not in {0, pid}, "the arbiter of the next store")
+        wait_for(lambda: process_state(pid) in {"", "Z"}, "the arbiter of the store before to end")
+        wait_for(lambda: low.attached and high.attached, "the workloads to join it")
+        wait_until_held(kept, "low")
+        wait_for_steps(high)
 
 
 def test_an_arbiter_ends_with_its_store(arbitrating, stepping):

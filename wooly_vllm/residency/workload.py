@@ -94,7 +94,7 @@ class EngineWorkload:
             return 0.0  # memory of GPUs is not granted by measure yet
         try:
             return self.agent.take_room(room, envs.START_TIMEOUT.get(), progress)
-        except (TimedOutError, OutOfMemoryError):
+        except (TimedOutError, OutOfMemoryError, ExclusiveError):
             raise
         except WoolyError as error:
             compat.logger().warning("wooly: this engine does not wait for memory: %s [%s]", error, error.code)
