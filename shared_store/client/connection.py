@@ -65,6 +65,7 @@ class Connection:
         retained: models that this client reads, by key.
         turns: names of the turns that this client has, in order.
         handlers: of requests of the store.
+        identity: this process's description of itself, for the next store.
         activity: writes this client's activity page; None if it has none.
         joining: joins the store of a new link as a workload; None if this client speaks for none.
     """
@@ -88,7 +89,7 @@ class Connection:
         self.joining: Callable[[Link], None] | None = None
         self._directory = directory
         self._name = name
-        self._identity = identity
+        self.identity = identity
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._closed = threading.Event()
@@ -221,7 +222,7 @@ class Connection:
 
     def _hello(self, protocol: int) -> messages.Hello:
         announced = capabilities.CLIENT if protocol > 1 else ()
-        return messages.Hello(protocol, self._name, shared_store.__version__, announced, self._identity)
+        return messages.Hello(protocol, self._name, shared_store.__version__, announced, self.identity)
 
     def _link_ended(self, link: Link) -> None:
         """Reconnect if there is something to claim. Called in the reading thread of a link that has ended."""

@@ -66,6 +66,7 @@ class Workloads:
         """
         self._declared = declared
         self._connection.joining = self._join
+        self._connection.handlers.hear(messages.SETTINGS, self._hear_settings)
         try:
             self._join(self._connection.link, first=True)
         except ExclusiveError:
@@ -135,6 +136,17 @@ class Workloads:
         declared.joined(answer)
         if self._compute is not None and self._joined is not None:
             self._compute.join(link)
+
+    def _hear_settings(self, detail: str) -> None:
+        """Hear that priority or share were set: the next store is joined with them."""
+        identity = self._connection.identity
+        try:
+            priority, share = detail.split()
+            if identity is not None:
+                described = msgspec.structs.replace(identity, priority=int(priority), share=float(share))
+                self._connection.identity = described.cleaned()
+        except ValueError:
+            log.warning("wooly: the store set a priority or share that this version does not know: %s", detail)
 
     def join_compute(self, gate: ComputeGate, ungated: str = "") -> None:
         """Have a gate obey the store's arbiter, and that of each later store, too. Call it after :meth:`join`.

@@ -222,7 +222,7 @@ class Requests:
             WorkloadRequests(state, signals, parts.authority, parts.swapper, parts.sessions.of, parts.deep),
             CheckpointRequests(state, parts.deep, parts.swapper),
             WorkloadCommands(state, signals, parts.sessions, parts.departing, parts.swapper, explanations),
-            ComputeRequests(state, signals, parts.compute),
+            ComputeRequests(state, signals, parts.compute, parts.sessions.of),
         )
 
     def table(self, process: ProcessRequests) -> Table:

@@ -200,6 +200,20 @@ def test_a_killed_store_is_replaced_with_its_arbiter(kept, stepping):
     assert computes(kept, "low").gated
 
 
+def test_what_was_set_is_kept_when_the_store_is_replaced(kept, stepping):
+    one = stepping("one", priority=1)
+    with one.session() as session:
+        session.workloads.set_priority("one", 2)
+        session.workloads.set_share("one", 25)
+    kept.kill_store()
+
+    def settings():
+        return [(found.priority, found.compute.share) for found in kept.status().workloads]
+
+    wait_for(settings, "it to join again")
+    assert settings() == [(2, 25)]
+
+
 def test_an_upgraded_store_has_another_arbiter(kept, stepping):
     """Of the store that it replaces, none is left."""
     low, high = stepping("low", priority=3), stepping("high")

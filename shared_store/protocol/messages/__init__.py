@@ -29,7 +29,7 @@ from shared_store.protocol.messages.compaction import (
     Move,
     Switched,
 )
-from shared_store.protocol.messages.compute import COMPUTE, EXCLUSIVE, ComputeJoined, JoinCompute, SetShare
+from shared_store.protocol.messages.compute import COMPUTE, EXCLUSIVE, SETTINGS, ComputeJoined, JoinCompute, SetShare
 from shared_store.protocol.messages.envelope import (
     OLDEST,
     VERSION,
@@ -106,6 +106,7 @@ __all__ = [
     "EXCLUSIVE",
     "OLDEST",
     "RESIDENCY",
+    "SETTINGS",
     "VERSION",
     "WORKLOADS",
     "Abandon",

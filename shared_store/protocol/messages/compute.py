@@ -10,6 +10,9 @@ COMPUTE = "compute"
 EXCLUSIVE = "exclusive"
 """The capability of stores that refuse workloads beside one that is alone on its devices (``Identity.exclusive``)."""
 
+SETTINGS = "workload_settings"
+"""The kind of the push to a workload whose priority or share was set. Its detail has both, in this order."""
+
 
 class JoinCompute(Request, frozen=True, tag="join_compute", omit_defaults=True):
     """Let a workload that has joined take part in turns of its devices. Answered by :class:`ComputeJoined`.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared_store.base.errors import ConfigError, UnsupportedError
 from shared_store.base.text import one_line
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import MAX_SHARE
-from shared_store.store.clients.ownership import own_workload
+from shared_store.store.clients.ownership import own_workload, tell_settings
 from shared_store.store.clients.workloads import MAX_TEXT
 from shared_store.store.compute.compute import Compute
 from shared_store.store.session import Answer, Session
@@ -26,6 +27,7 @@ class ComputeRequests:
     _state: StoreState
     _signals: Signals
     _compute: Compute
+    _session_of: Callable[[int], Session | None]
 
     async def join(self, session: Session, request: messages.JoinCompute) -> Answer:
         """Answer with the descriptors of a compute page and of a socket to the arbiter.
@@ -54,6 +56,7 @@ class ComputeRequests:
             raise ConfigError("shares are 1 to 100 percent, or 0 for an equal part of what the others leave")
         workload = own_workload(self._state, session, request.name, "set the share of")
         workload.share = request.percent
+        tell_settings(workload, self._session_of)
         log.info("%s set the share of %s to %g percent", session.client, workload.name, workload.share)
         self._signals.event("share_set", name=workload.name, percent=f"{workload.share:g}")
         self._signals.changed()

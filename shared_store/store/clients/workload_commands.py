@@ -12,7 +12,7 @@ from shared_store.base.errors import ConfigError, ConnectionLostError, DeclinedE
 from shared_store.base.workload_states import WorkloadState
 from shared_store.protocol import messages
 from shared_store.protocol.messages.identity import PRIORITIES
-from shared_store.store.clients.ownership import own_workload
+from shared_store.store.clients.ownership import own_workload, tell_settings
 from shared_store.store.clients.sessions import Sessions
 from shared_store.store.residency.departing import Departing
 from shared_store.store.residency.explanation import Explanations
@@ -73,6 +73,7 @@ class WorkloadCommands:
         if allowed != request.priority:
             session.require_admin(f"raise the priority of {workload.name} above {allowed} (--max-priority)")
         workload.priority = request.priority
+        tell_settings(workload, self._sessions.of)
         log.info("%s set the priority of %s to %d", session.client, workload.name, workload.priority)
         self._signals.event("priority_set", name=workload.name, priority=workload.priority)
         self._signals.changed()
