@@ -306,8 +306,8 @@ class Agent:
     def compute(self, gate: ComputeGate, ungated: str = "") -> None:
         """Let the workload take part in turns of its devices, from here on and with each later store, too.
 
-        Call it once, after the first :meth:`joined_resident`. Without a store, or with one that has no arbiter, the
-        gate stays free. :meth:`close` closes the gate.
+        Call it after the first :meth:`joined_resident`, and again when ``ungated`` changes. Without a store, or with
+        one that has no arbiter, the gate stays free. :meth:`close` closes the gate.
 
         Args:
             gate: of the workload's steps.

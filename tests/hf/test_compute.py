@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from hf.jobs import Job, JobError
+from hf.stock_ways import quantize
 from hf.test_swaps import OBSERVE, PROMPT
 from support.stepping import Stepping
 from support.stores import store_without_catalog
@@ -297,3 +298,60 @@ def test_a_rank_is_never_held(job, working, compute, checkpoint):
     assert not found.gated
     assert "one of 2 ranks" in found.ungated
     assert found.held_s == 0
+
+
+def test_an_encoder_that_generate_calls_by_itself_is_a_step(job, tmp_path):
+    code = (
+        STEPS
+        + """
+    my_config = transformers.T5Config(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4,
+        decoder_start_token_id=0, tie_word_embeddings=True)
+    transformers.T5ForConditionalGeneration(my_config).save_pretrained(path)
+    my_model = load(path, cls=transformers.AutoModelForSeq2SeqLM)
+    before = begun()
+    my_model.generate(torch.arange(3, 20)[None], max_new_tokens=4, min_new_tokens=4)
+    result = begun() - before
+    """.replace("\n    ", "\n")
+    )
+    two = job("two")
+    two.run(OBSERVE)
+    assert two.run(code, path=tmp_path) == 5
+
+
+def test_a_model_that_transformers_loads_alone_takes_turns(job, compute, fresh, working):
+    """With others of its process, as its workload computes on their device all the same."""
+    path = fresh("llama")
+    quantize(path)
+    two = job("two")
+    code = "my_model = load(path, wooly_workload='private', wooly_priority=3)\nresult = facts(my_model)[0]"
+    assert two.run(PROMPT + OBSERVE + STEPS + code, path=path) == 0
+    assert compute("private").gated
+    with working():
+        two.run("wait_until_held()")
+        two.begin("before = begun()\nlogits_of(my_model)\nresult = begun() - before")
+        wait_until(lambda: compute("private").held, "it is held", WITHIN_S)
+        assert not two.answered()
+    assert two.finish() == 1
+
+
+def test_a_process_that_becomes_a_rank_is_held_no_more(job, checkpoint, compute, working, tmp_path):
+    """Although no launcher said so when it loaded its model; the store hears of it a moment later."""
+    ranks = [job(name) for name in ("one", "two")]
+    for number, process in enumerate(ranks):
+        load(process, checkpoint("llama-tied"), f"wooly_workload='late{number}', wooly_priority=3")
+        assert compute(f"late{number}").gated
+    for number, process in enumerate(ranks):
+        code = "torch.distributed.init_process_group('gloo', init_method=method, rank=number, world_size=2)"
+        process.begin(code, method=f"file://{tmp_path}/meeting", number=number)
+    for process in ranks:
+        process.finish()
+    try:
+        with working():
+            for process in ranks:
+                process.begin("wait_until_held()\nresult = tokens_of(my_model) == my_tokens")
+            assert [process.finish() for process in ranks] == [True, True]
+            for number in (0, 1):
+                wait_until(lambda number=number: compute(f"late{number}").ungated, "the store to know it", WITHIN_S)
+    finally:
+        for process in ranks:
+            process.run("torch.distributed.destroy_process_group()")
