@@ -10,9 +10,16 @@ import pytest
 from support.plain_workload import PlainWorkload
 from support.stepping import Stepping
 from support.stores import KeptStore
+from support.users import NOBODY, needs_root, wooly_as
 from support.waiting import process_state, wait_until
 
-from shared_store.base.errors import ConfigError, ExclusiveError, UnsupportedError, WorkloadNotFoundError
+from shared_store.base.errors import (
+    ConfigError,
+    ExclusiveError,
+    PermissionDeniedError,
+    UnsupportedError,
+    WorkloadNotFoundError,
+)
 from shared_store.protocol import messages
 
 WITHIN_S = 40.0
@@ -127,6 +134,16 @@ def test_a_share_acts_on_running_workloads(arbitrating, stepping):
                 session.workloads.set_share("one", percent)
         with pytest.raises(WorkloadNotFoundError, match="there are: one, two"):
             session.workloads.set_share("three", 10)
+
+
+@needs_root
+def test_another_user_may_not_set_a_share(start_store, directory, stepping):
+    store = start_store(redis_url=f"unix://{directory}/away", allow_uids=[NOBODY])
+    stepping("one")
+    done = wooly_as("share", "one", "50", uid=NOBODY)
+    assert done.returncode == PermissionDeniedError.exit_code
+    assert f"uid {NOBODY} may not set the share of one, a workload of uid 0" in done.stderr
+    assert computes(store, "one").share == 0
 
 
 def test_a_workload_that_must_not_be_held_is_not(arbitrating, stepping):

@@ -127,9 +127,13 @@ def test_every_request_of_an_administrator_is_checked_before_its_handler():
         *(messages.GetStatus, messages.GetActivityPage),
         *(messages.CopyToHost, messages.FillHostCopy, messages.AddHostCopies),  # the sleep of a reader
         *(messages.GoAway, messages.ReleaseHostCopies),
-        *(messages.Join, messages.TakeRoom, messages.ReportWorkload, messages.ExplainWorkload),
+        *(messages.Join, messages.TakeRoom, messages.ReportWorkload, messages.ExplainWorkload, messages.JoinCompute),
         messages.OfferCheckpoints,  # of a workload of the client's own user
-        *(messages.MoveWorkload, messages.SetPriority),  # their handler admits the workload's own user, too
+        *(
+            messages.MoveWorkload,
+            messages.SetPriority,
+            messages.SetShare,
+        ),  # their handler admits the workload's own user, too
         *(messages.Compacted, messages.AbandonCompaction),  # of a compaction that the client may begin
     }
     requests = {cls for cls in get_args(messages.ClientMessage) if issubclass(cls, messages.Request)}
