@@ -52,7 +52,7 @@ class ComputeMembership:
         self._joined = joined
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._attempts = 0
+        self._attempts = self._attached = 0
         self._since = 0.0
         self._waits: Iterator[float] = delays()
         self._lost = self._told = False
@@ -91,7 +91,7 @@ class ComputeMembership:
         if len(fds) != _FDS:
             fds.close()
             raise ProtocolError(f"the store sent {len(fds)} descriptors, not a page and a socket")
-        attempt = self._attempts
+        attempt = self._attached = self._attempts
         page, bell = fds.detach()
         self._gate.attach(page, bell, lambda: self._is_lost(attempt))
         self._since = time.monotonic()
@@ -102,7 +102,7 @@ class ComputeMembership:
     def _is_lost(self, attempt: int) -> None:
         """Hear that the arbiter of an attempt is gone; in a thread of the gate."""
         with self._lock:
-            if attempt == self._attempts:
+            if attempt == self._attached:
                 self._lost = True
                 self._again()
 

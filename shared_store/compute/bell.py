@@ -127,7 +127,7 @@ class Bell:
                 waits = 0
                 if not self._ending:
                     self._hearer.heard(self)
-            looked = self._held()
+            looked = self._held() if ready else self._still_held()
             if looked is None or looked != last_look or ready:
                 last_look, waits = -1 if looked is None else looked, 0
             else:
@@ -135,6 +135,13 @@ class Bell:
                 if waits >= _PATIENCE:
                     return f"it has not looked at this workload for {SILENT_S:.0f} s"
         return None
+
+    def _still_held(self) -> int | None:
+        """As :meth:`_held`, after a look in vain. An end of the hold that no byte told is heard of now."""
+        looked = self._held()
+        if looked is None:
+            self._hearer.heard(self)
+        return looked
 
     def _held(self) -> int | None:
         """Return the time of the arbiter's last look while it has to be looked after."""

@@ -31,9 +31,10 @@ class Add(msgspec.Struct, frozen=True, tag="add"):
 
 
 class Change(msgspec.Struct, frozen=True, tag="change"):
-    """A workload has another priority or share from here on."""
+    """A workload has another priority or share, or other devices, from here on."""
 
     number: int
+    devices: tuple[str, ...]
     priority: int
     share: float = 0.0
 

@@ -103,10 +103,9 @@ class ComputeGate:
         """Say that a step would begin, were it not held. Idempotent; ends with :meth:`begin`, or without work."""
         with self._lock:
             words = self._words
-            if words[_HELD_SINCE]:
-                return
-            words[_HELD_SINCE] = monotonic_ns()
-            self._ring()
+            if not words[_HELD_SINCE]:
+                words[_HELD_SINCE] = monotonic_ns()
+                self._ring()
             if self._bell is not None:
                 self._bell.watch()
 
@@ -150,8 +149,8 @@ class ComputeGate:
             if since:
                 words[_BUSY_SINCE] = 0  # first: a reader in between sees too little, and never counts twice
                 words[_BUSY] += monotonic_ns() - since
-            if words[_CONTENDED] and not self.may_begin():
-                self._ring()
+            if words[_CONTENDED] and (not words[_STATE] & _WORKING or not self.may_begin()):
+                self._ring()  # nobody has to wait any more: the work ended before, or the turn
 
     @property
     def contended(self) -> bool:

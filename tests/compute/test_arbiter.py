@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+from time import monotonic_ns
+
 import pytest
 from support.clocks import Clock
 from support.descriptors import no_leak_in
 from support.waiting import wait_until
 
 from shared_store.compute import control
+from shared_store.compute.arbiter.peer import Peer
+from shared_store.compute.page import make_page, map_page
+from shared_store.compute.snapshot import Kind, Permit
+from shared_store.runtime.fds import OwnedFd
 
 GPUS = ("cuda:GPU-1", "cuda:GPU-2")
 
@@ -48,6 +55,39 @@ def test_a_hold_that_is_said_too_late_is_answered(arbiter, gated):
         assert low.changed.wait(30)
         low.gate.begin()
         low.gate.end()
+
+
+def test_a_workload_that_is_held_again_before_it_looked_is_told_again(arbiter, gated):
+    """It waits all the time, and says so once: between two looks of its loop its steps might have begun."""
+    low, high = gated(1, 3, of=arbiter), gated(2, 0, of=arbiter)
+    high.gate.work(has=True)
+    low.held()
+    low.gate.work(has=True)
+    low.gate.hold()
+    for _ in range(5):
+        arbiter.look()
+        low.changed.clear()
+        high.gate.work(has=False)
+        assert low.changed.wait(30)
+        high.gate.work(has=True)
+        low.held()
+        low.gate.hold()
+
+
+def test_a_permit_for_one_step_is_given_again_after_another_permit():
+    """The decision repeats it while the step has not begun, whatever it allowed in between."""
+    ours, theirs = socket.socketpair()
+    with ours, make_page() as page, map_page(page.dup()) as words:
+        peer = Peer(control.Add(1, ("cpu",), 1), page.dup(), OwnedFd(theirs.detach()), monotonic_ns())
+        for between in (Kind.FREE, Kind.TURN):
+            for permit in (Permit(Kind.ONE_STEP, 5.0), Permit(between, 1.0), Permit(Kind.ONE_STEP, 5.0)):
+                peer.allow(permit)
+            assert peer.may_begin(monotonic_ns())
+            peer.allow(Permit(Kind.HELD))
+            words[2] += 1  # the step began
+            assert not peer.may_begin(monotonic_ns())
+            peer.allow(Permit(Kind.FREE))
+        peer.close()
 
 
 def test_workloads_without_a_device_in_common_do_not_hold_each_other(arbiter, gated):
@@ -98,10 +138,20 @@ def test_a_changed_priority_acts_on_a_running_workload(arbiter, gated):
     low, high = gated(1, 3, of=arbiter), gated(2, 1, of=arbiter)
     high.gate.work(has=True)
     low.held()
-    arbiter.send(control.Change(1, 0))
+    arbiter.send(control.Change(1, ("cpu",), 0))
     low.free()
     low.gate.work(has=True)
     high.held()
+
+
+def test_a_workload_that_comes_to_use_another_device_is_held_there(arbiter, gated):
+    low, high = gated(1, 3, of=arbiter, devices=GPUS[:1]), gated(2, 0, of=arbiter, devices=GPUS[1:])
+    high.gate.work(has=True)
+    arbiter.look()
+    assert low.gate.may_begin()
+    arbiter.send(control.Change(1, GPUS, 3))
+    low.held()
+    assert high.words[18]
 
 
 def test_a_changed_share_acts_on_running_workloads(arbiter, gated):
@@ -112,7 +162,7 @@ def test_a_changed_share_acts_on_running_workloads(arbiter, gated):
     arbiter.look()
     assert first.gate.may_begin()
     assert second.gate.may_begin()
-    arbiter.send(control.Change(1, 1, 50.0))
+    arbiter.send(control.Change(1, ("cpu",), 1, 50.0))
     wait_until(lambda: not (first.gate.may_begin() and second.gate.may_begin()), "one of them to be held", 30)
 
 
@@ -167,7 +217,6 @@ def test_a_workload_that_joins_anew_replaces_itself(arbiter, gated):
     low.held()
     low.attach(*arbiter.add(1, 3))
     low.held()
-    assert not low.losses
     high.gate.work(has=False)
     low.free()
 

@@ -189,7 +189,7 @@ def test_packets_that_are_none_harm_nobody(arbiter, gated):
         arbiter.send_bytes(add, page.fileno(), bell.fileno(), other.fileno())
         arbiter.send_bytes(add, other.fileno(), bell.fileno())
         arbiter.send_bytes(add, page.fileno(), other.fileno())
-        arbiter.send_bytes(control.encode(control.Change(9, 0)), other.fileno())
+        arbiter.send_bytes(control.encode(control.Change(9, ("cpu",), 0)), other.fileno())
         assert_it_arbitrates(arbiter, gated)
         assert 2 not in arbiter.report()
 

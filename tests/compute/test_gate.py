@@ -186,6 +186,21 @@ def test_steps_should_be_short_before_a_time(played):
         assert gate.short == short
 
 
+def test_it_rings_when_the_last_batch_ends_after_its_work(played):
+    """Requests were aborted meanwhile: others were still waiting for the device."""
+    gate, words = played.gate, played.attach().words
+    words[layout.CONTENDED_WORD] = 1
+    gate.work(has=True)
+    gate.begin()
+    gate.begin()
+    gate.work(has=False)
+    assert played.rings() == 2  # work begins, work ends
+    gate.end(1)
+    assert played.rings() == 0
+    gate.end()
+    assert played.rings() == 1
+
+
 def test_it_rings_only_while_others_share_a_device(played):
     gate, words = played.gate, played.attach().words
     for _ in range(3):

@@ -68,6 +68,7 @@ class Arbiter:
                     self._forget(peer.member.number)
                 elif peer.rings > MOST_RINGS:
                     self._selector.unregister(peer)
+                    peer.listened = False
         for message, fds in self._link.read():
             with fds:
                 self._take(message, fds)
@@ -80,6 +81,7 @@ class Arbiter:
         elif isinstance(message, control.Change):
             if (peer := self._peers.get(message.number)) is not None:
                 peer.change(message)
+                self._contend()
         else:
             self._accounts.pop(message.number, None)
             self._forget(message.number)
@@ -108,7 +110,7 @@ class Arbiter:
         peer = self._peers.pop(number, None)
         if peer is None:
             return
-        if peer.rings <= MOST_RINGS:
+        if peer.listened:
             self._selector.unregister(peer)
         peer.close()
         self._contend()
@@ -168,6 +170,7 @@ class Arbiter:
             rows.append(account.row(now * _S, held=held, stalled=number in self._stalled))
         self._link.report(rows)
         for peer in self._peers.values():
-            if peer.rings > MOST_RINGS:
+            if not peer.listened:
                 self._selector.register(peer, selectors.EVENT_READ)
+                peer.listened = True
             peer.rings = 0

@@ -59,6 +59,7 @@ class Peer:
         self._one_step: float | None = None
         self._rung: tuple[int, int, int] | None = None
         self.rings = 0
+        self.listened = True
         self.contended = False
         self.member = Member(
             add.number,
@@ -75,8 +76,10 @@ class Peer:
         return self._socket.fileno()
 
     def change(self, change: Change) -> None:
-        """Give it another priority or share."""
-        self.member = dataclasses.replace(self.member, priority=change.priority, share=change.share)
+        """Give it another priority or share, or other devices."""
+        self.member = dataclasses.replace(
+            self.member, priority=change.priority, share=change.share, devices=frozenset(change.devices)
+        )
 
     def contend(self, *, contended: bool) -> None:
         """Say whether others share a device. Look at the page after that: earlier changes did not ring."""
@@ -138,12 +141,14 @@ class Peer:
         if permit == old:
             return
         self._permit = permit
+        self._rung = None  # what it gives now has to be told, also where the workload knew and lost the same before
         if permit.short != old.short:
             words[layout.SHORT_UNTIL_WORD] = layout.FREE if permit.short else 0
         if permit.kind is Kind.ONE_STEP and permit.until != self._one_step:
             self._one_step = permit.until
             words[layout.ALLOWED_WORD] = (words[layout.BEGUN_WORD] + 1) & layout.FREE
         elif permit.kind in _BEGINS:
+            self._one_step = None
             words[layout.ALLOWED_WORD] = 0
         if permit.kind is Kind.FREE:
             words[layout.UNTIL_WORD] = layout.FREE
@@ -152,8 +157,9 @@ class Peer:
 
     @property
     def moved(self) -> bool:
-        """Whether a step began since the last look."""
-        return bool(self._words[layout.BEGUN_WORD] != self._seen.begun)
+        """Whether a step began or ended since the last look."""
+        words, seen = self._words, self._seen
+        return (words[layout.BEGUN_WORD], words[layout.ENDED_WORD]) != (seen.begun, seen.ended)
 
     def may_begin(self, now: int) -> bool:
         """Return whether the workload may begin a step."""

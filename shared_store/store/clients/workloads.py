@@ -91,7 +91,7 @@ class WorkloadRequests:
             ConnectionLostError: the client disconnected while it waited.
             DeclinedError: the driver does not bring its processes back to their GPU.
             ExclusiveError: as for :meth:`join`: a workload that runs joined a restarted store later than one that
-                starts.
+                starts, or comes to use another device.
         """
         workload = self._state.workloads.by(session.client, request.workload)
         needs = _by_device(request.needs)
@@ -100,9 +100,7 @@ class WorkloadRequests:
         workload = self._state.workloads.by(session.client, request.workload)
         if self._state.workloads.waits_for_room(workload.id):
             raise ProtocolError(f"{workload.name} waits for memory already")
-        if workload.starting:
-            workloads, devices = self._state.workloads, workload.devices
-            check_exclusive(workloads, workload.id, workload.name, devices, exclusive=workload.exclusive)
+        self._check_alone(workload, needs)
         self._state.workloads.end_grant(workload)
         since = time.monotonic()
         wait = Wait(since, workload.priority, needs, workload.id, start=workload.starting)
@@ -114,6 +112,14 @@ class WorkloadRequests:
             self._state.workloads.end_grant(workload)
             raise
         return Answer(messages.RoomTaken(request.id, time.monotonic() - since, preempted))
+
+    def _check_alone(self, workload: Workload, needs: Mapping[str, int]) -> None:
+        """Check devices of a start, and those that a workload comes to use. Raises :class:`ExclusiveError`."""
+        own = set(workload.devices)
+        devices = own | set(needs) if workload.starting else set(needs) - own
+        if devices:
+            number, name, exclusive = workload.id, workload.name, workload.exclusive
+            check_exclusive(self._state.workloads, number, name, devices, exclusive=exclusive)
 
     async def report(self, session: Session, request: messages.ReportWorkload) -> Answer:
         """Record the state and memory of a workload.

@@ -93,17 +93,20 @@ class Compute:
         return theirs
 
     def follow(self) -> None:
-        """Tell the arbiter which workloads are gone, and which have another priority or share."""
+        """Tell the arbiter which workloads are gone, and which have another priority or share, or other devices."""
         for number in self._members.known():
             if self._workloads.get(number) is None:
                 self._tell_gone(self._members.forget(number))
         for number, member in self._members.all():
             workload, added = self._workloads.get(number), member.added
-            if workload is None or (workload.priority, workload.share) == (added.priority, added.share):
+            if workload is None:
                 continue
-            member.added = control.Add(added.number, added.devices, workload.priority, workload.share, added.gated)
+            now = control.Add(added.number, workload.devices, workload.priority, workload.share, added.gated)
+            if now == added:
+                continue
+            member.added = now
             if not len(member.fds):
-                self._arbiter.send(control.Change(added.number, workload.priority, workload.share))
+                self._arbiter.send(control.Change(now.number, now.devices, now.priority, now.share))
 
     def status(self, workload: Workload) -> ComputeStatus | None:
         """Return what a workload computes; None: there is no arbiter."""
@@ -171,7 +174,7 @@ class Compute:
 
     def _ended(self, reason: str) -> None:
         """All have left the arbiter that ended. Those that had not reached it wait for the next one."""
-        self._lost, self._expected = True, False
+        self._lost, self._expected = bool(self._members.known()), False
         for workload, member in self._members.all():
             if not len(member.fds):
                 self._members.leave(workload)

@@ -1,7 +1,6 @@
 """The workloads that take part in turns, by the numbers that the arbiter knows, and what each of them used so far.
 
-A workload gets another number whenever it joins the arbiter. What it used before is kept: an arbiter counts device time
-from zero, and the time for which a workload was held is counted by itself.
+A workload gets another number whenever it joins the arbiter. What it used before is kept: an arbiter counts from zero.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Used:
         """Return the sum with what the present arbiter reports."""
         if row is None:
             return self
-        return Used(self.device_s + row.device_s, self.estimated_s + row.estimated_s, max(self.held_s, row.held_s))
+        return Used(self.device_s + row.device_s, self.estimated_s + row.estimated_s, self.held_s + row.held_s)
 
 
 @dataclass

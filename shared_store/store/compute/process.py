@@ -147,6 +147,7 @@ class ArbiterProcess:
         """Set the time before which no arbiter is started; return the seconds until then."""
         if self._since and time.monotonic() - self._since > STEADY_S:
             self._waits = delays()
+        self._since = 0.0
         wait_s = next(self._waits)
         self._not_before = time.monotonic() + wait_s
         return wait_s
