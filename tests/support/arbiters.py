@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -31,9 +33,12 @@ class Rows(dict):
 class ArbiterProcess:
     """`rows`: the last that it reported of each workload."""
 
-    def __init__(self, max_hold_s=0.0, env=None):
+    def __init__(self, max_hold_s=0.0, env=None, unread=None):
+        """`unread`: bytes of reports that the kernel keeps at most."""
         self._store, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
+            if unread is not None:
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, unread)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "shared_store.compute.arbiter", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -83,6 +88,10 @@ class ArbiterProcess:
             self.report()
         self.report()
 
+    def unread(self):
+        """Bytes of reports that the test has not read (`SIOCINQ` of `unix(7)`)."""
+        return int.from_bytes(fcntl.ioctl(self._store, termios.FIONREAD, bytes(4)), sys.byteorder)
+
     def stop(self):
         os.kill(self.pid, signal.SIGSTOP)
         wait_until(lambda: process_state(self.pid) == "T", "the arbiter to be stopped")
@@ -117,6 +126,7 @@ class Gated:
         self.gate = ComputeGate(self._on_change)
         self.words = None
         self.steps = 0
+        self.ended = None
         self._thread = None
         self._stopping = threading.Event()
 
@@ -153,6 +163,7 @@ class Gated:
                     time.sleep(step_s)
                     self.gate.end()
                     self.steps += 1
+            self.ended = time.monotonic()
             self.gate.work(has=False)
 
         self._stopping.clear()
