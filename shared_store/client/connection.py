@@ -135,7 +135,7 @@ class Connection:
         Raises:
             TimedOutError: no answer in time. The request was cancelled, and the connection goes on.
             RequestCancelledError: the same, because it was withdrawn.
-            ConnectionLostError: the connection ended, and ``repeat`` is False.
+            ConnectionLostError: the connection ended, and ``repeat`` is False or the time is over.
             StoreUnavailableError: no store could be reached again; or this process is a fork.
             WoolyError: the error that the store answered.
         """
@@ -146,7 +146,7 @@ class Connection:
             try:
                 return link.call(request, kind, max(0.0, deadline - time.monotonic()), withdrawal=withdrawal)
             except ConnectionLostError:
-                if not repeat:
+                if not repeat or time.monotonic() >= deadline:
                     raise
                 self._check()
             self._reconnect(link, min(GREETING_TIMEOUT_S, max(1.0, deadline - time.monotonic())))

@@ -39,9 +39,10 @@ class Played:
     def attach(self):
         page = make_page()
         ours, theirs = socket.socketpair()
-        self.close_socket()
-        self.socket = ours
+        before, self.socket = self.socket, ours
         self.workload.attach(page, OwnedFd(theirs.detach()))
+        if before is not None:
+            before.close()
         assert self.rings() == 1  # once at the beginning
         return self
 
