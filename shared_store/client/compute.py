@@ -80,9 +80,13 @@ class ComputeMembership:
                 log.warning("wooly: steps of this workload are free: %s [%s]", error, error.code)
                 self._again()
 
+    def give_up(self) -> None:
+        """Join no arbiter any more, for another membership of the same gate. Idempotent."""
+        self._closed.set()
+
     def close(self) -> None:
         """Leave the arbiter, and close the gate. Idempotent."""
-        self._closed.set()
+        self.give_up()
         self._gate.close()
 
     def _attach(self, link: Link) -> None:

@@ -9,7 +9,6 @@ from typing import Final, Protocol
 import msgspec
 
 from shared_store.base.errors import (
-    ConnectionLostError,
     ExclusiveError,
     StoreUnavailableError,
     UnsupportedError,
@@ -158,12 +157,14 @@ class Workloads:
             ungated: why the workload must never be held; empty: it may be. It counts for the others all the same.
         """
         compute = ComputeMembership(gate, self._workload, ungated, self._connection.next_id, lambda: self._joined)
-        self._compute = compute  # first: a store that is joined meanwhile is not missed
+        before, self._compute = self._compute, compute  # first: a store that is joined meanwhile is not missed
+        if before is not None:
+            before.give_up()
         link = self._joined
         if link is not None:
             try:
                 compute.join(link)
-            except ConnectionLostError as error:
+            except WoolyError as error:
                 log.debug("wooly: the arbiter of the next store is joined: %s", error)
 
     def leave_compute(self) -> None:

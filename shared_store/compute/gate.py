@@ -226,7 +226,7 @@ class ComputeGate:
             words[_HELD] += monotonic_ns() - since
 
     def _begin_without(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may close the gate of an engine in any thread
         self._news = threading.Condition(self._lock)
         self._words = free_words()
         self._bell = None

@@ -181,6 +181,6 @@ def _shared(group: Iterable[Member]) -> bool:
 
 
 def _beside(member: Member) -> Permit:
-    if member.working and not member.in_flight:
+    if member.held_since is not None or (member.working and not member.in_flight):
         return Permit(Kind.ONE_STEP, member.progressed)
     return Permit(Kind.HELD)

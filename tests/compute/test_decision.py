@@ -271,6 +271,26 @@ def test_an_equal_that_stalled_may_begin_one_step_beside_a_turn():
     assert again.permits[1] == decision.permits[1], "the same step"
 
 
+def test_an_equal_that_is_held_in_the_middle_of_its_work_goes_on():
+    """Something of it stays in flight while it waits: nobody may begin beside that, and then it stalled."""
+    settings, now = Settings(), NOW + 0.031
+    held = Member(1, 2, CPU, 50, working=True, in_flight=1, progressed=NOW)
+    other = Member(2, 2, CPU, 50, working=True, progressed=NOW, idle_since=NOW, held_since=NOW)
+    history = decide(Snapshot((held, other)), settings, NOW).history
+    held = replace(held, used_s=0.05, held_since=now)
+    for _ in range(1000):
+        decision = decide(Snapshot((held, other), history), settings, now)
+        history = decision.history
+        kind = decision.permits[1].kind
+        if kind is not Kind.HELD:
+            break
+        now += 0.005
+        if decision.permits[2].kind is not Kind.HELD:
+            other = replace(other, progressed=now, used_s=other.used_s + 0.005)
+    assert kind is Kind.ONE_STEP
+    assert now - NOW < 2 * settings.stall_s
+
+
 def test_idle_equals_wait_for_the_arbiter_where_shares_count():
     busy = Member(1, 2, CPU, working=True, in_flight=1, progressed=NOW)
     idle = Member(2, 2, CPU)

@@ -11,6 +11,7 @@ import torch
 from hf.test_gate import Models, run
 from support.turning import Arbiter
 from support.waiting import wait_until
+from torch.utils.checkpoint import checkpoint
 
 from shared_store.base.errors import DeclinedError
 from shared_store.compute import layout
@@ -254,6 +255,49 @@ def test_a_backward_pass_that_fails_ends_with_its_graph(models, arbiter):
     gc.collect()
     models.gate.look()
     assert arbiter.in_flight == 0
+
+
+def test_a_backward_pass_that_failed_ends_when_its_thread_calls_again(models, arbiter):
+    """The program still has the output, and with it the graph."""
+    weight = torch.ones(3, requires_grad=True)
+
+    def fail(_grads):
+        raise RuntimeError("of a test")
+
+    with models.gate.using(Use.STEP):
+        output = weight * 2
+    output.grad_fn.next_functions[0][0].register_prehook(fail)
+    backward.watch(output, models.turns)
+    with pytest.raises(RuntimeError, match="of a test"):
+        output.sum().backward()
+    assert arbiter.in_flight == 1
+    with models.gate.using(Use.STEP):
+        assert arbiter.in_flight == 1
+    assert counts(arbiter) == (3, 3)
+    del output
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_backward_pass_that_calls_the_model_again_is_not_held(models, arbiter, run, use_reentrant):
+    """Checkpointing of the whole model calls it in the backward pass."""
+    called = []
+
+    def call(given):
+        with models.gate.using(Use.STEP):
+            called.append(arbiter.in_flight)
+            return torch.tanh(given)
+
+    given = torch.ones(3, requires_grad=True)
+    output = checkpoint(call, given, use_reentrant=use_reentrant)
+    backward.watch(output, models.turns)
+    hold(arbiter)
+    thread = run(output.sum().backward)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert len(called) == 2
+    assert arbiter.in_flight == 0
+    assert given.grad is not None
+    release(arbiter)
 
 
 def test_a_graph_that_is_dropped_without_a_backward_pass_counts_for_nothing(models, arbiter):

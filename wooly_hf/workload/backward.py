@@ -3,7 +3,8 @@
 So a training step is held before its forward pass only, and nothing else begins while the pass runs.
 
 Relies on autograd: a node calls its pre-hooks before it computes, and the engine calls queued callbacks when the whole
-pass has ended, but not after an error. Then the pass counts until its graph is freed.
+pass has ended, but not after an error. Then the pass counts until its thread calls a model again, or its graph is
+freed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class _Pass:
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
+        self.thread = threading.get_ident()
         self._lock = threading.Lock()
         self._running = False
 
@@ -52,6 +54,7 @@ class _Pass:
             if self._running:
                 return
             self._running = True
+        self._turns.watch(self)
         self._turns.begin()
         torch.autograd.Variable._execution_engine.queue_callback(self._end)  # as FSDP does
 
@@ -59,8 +62,13 @@ class _Pass:
         try:
             self._turns.settle()
         finally:
-            with self._lock:
-                self._running = False
+            self.end()
+
+    def end(self) -> None:
+        """Count it as ended. Idempotent: where it was taken for one that failed, its end comes later."""
+        with self._lock:
+            ends, self._running = self._running, False
+        if ends:
             self._turns.end()
 
     def __del__(self) -> None:

@@ -92,6 +92,7 @@ class Gate:
                 self._wait()
                 self._say()
                 if use is Use.STEP and me not in self._steps:
+                    self._turns.end_failed()
                     self._wait_for_turn(me)
                     self._steps[me] = entry
                     self._turns.begin()
@@ -116,7 +117,11 @@ class Gate:
     @property
     def stepping(self) -> bool:
         """Whether this thread is in a step."""
-        return threading.get_ident() in self._steps
+        me = threading.get_ident()
+        if (entry := self._steps.get(me)) is not None and entry.frame is not None:
+            with self._lock:
+                self._drop_ended(me)
+        return me in self._steps
 
     @contextlib.contextmanager
     def using(self, use: Use = Use.WEIGHTS) -> Iterator[None]:

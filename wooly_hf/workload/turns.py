@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -25,6 +26,20 @@ from wooly_hf.workload import ranks
 
 LINGER_S: Final = 0.01
 """Seconds for which a process counts as one with work after its last step."""
+
+
+class Pass(Protocol):
+    """A backward pass through the graph of one call. ``thread``: made the call."""
+
+    thread: int
+
+    def end(self) -> None:
+        """Count it as ended. Idempotent."""
+
+
+def in_backward() -> bool:
+    """Return whether this thread computes for a backward pass: one that makes calls again (checkpointing)."""
+    return torch._C._current_graph_task_id() != -1  # as torch's own checkpointing asks
 
 
 class Turns:
@@ -51,6 +66,7 @@ class Turns:
         self._working = False
         self._said = False
         self._lost: deque[None] = deque()
+        self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._ended_at = 0.0
         self._ended = threading.Event()
         self._closed = False
@@ -68,8 +84,22 @@ class Turns:
             self._tell()
 
     def may_begin(self) -> bool:
-        """Return whether a step may begin now."""
-        return bool(self.ungated) or self.gate.may_begin() or self._is_rank()
+        """Return whether a step of this thread may begin now. One that a backward pass makes again always may."""
+        return bool(self.ungated) or self.gate.may_begin() or in_backward() or self._is_rank()
+
+    def watch(self, backward: Pass) -> None:
+        """Take up a backward pass that begins."""
+        with self._lock:
+            self._passes.add(backward)
+
+    def end_failed(self) -> None:
+        """End the backward passes of this thread's graphs that failed: the thread is in none, and goes on."""
+        if not self._passes or in_backward():
+            return
+        with self._lock:
+            passes = [one for one in self._passes if one.thread == threading.get_ident()]
+        for one in passes:
+            one.end()
 
     def hold(self) -> None:
         """Say that a step would begin, were it not held."""

@@ -162,7 +162,9 @@ class Gate:
         self.turns.work(has=not self.away and self.has_work())
 
     def _held(self) -> bool:
-        """Return whether the next step has to wait for others. One that only takes results does not."""
+        """Return whether the next step has to wait for others. One that only takes results, or drains, does not."""
+        if isinstance(self.boundary, LoopBoundary) and not self.engine.is_running():
+            return False  # it ends, and has little time to finish its requests
         return not self._closing and not self.turns.free and self.has_work() and self.turns.held()
 
     def _check(self) -> None:
