@@ -6,15 +6,11 @@ benchmark checks. Until there is a page, and between two stores' pages, the writ
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
-import sys
 from time import monotonic_ns
 
 from shared_store.activity import layout
-from shared_store.base.errors import ProtocolError, UnsupportedError
 from shared_store.runtime.fds import OwnedFd
+from shared_store.runtime.pages import map_words
 
 _STATE, _LAST_USE, _state_word = layout.STATE_WORD, layout.LAST_USE_WORD, layout.state_word  # looked up at each step
 
@@ -35,20 +31,7 @@ class ActivityWriter:
             ProtocolError: the descriptor is not an activity page that stays mapped.
             UnsupportedError: this machine is big-endian.
         """
-        if sys.byteorder != "little":
-            fd.close()
-            raise UnsupportedError("activity pages are little-endian")
-        with fd:
-            try:
-                sealed = fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-                size = os.fstat(fd.fileno()).st_size
-                if not sealed or size < layout.SIZE:
-                    raise ProtocolError("the store sent something else than an activity page")
-                page = memoryview(mmap.mmap(fd.fileno(), layout.SIZE)).cast("Q")
-            except OSError as error:
-                raise ProtocolError(f"the store's activity page cannot be mapped: {error.strerror}") from error
-        if page[layout.VERSION_WORD] != layout.VERSION:
-            raise ProtocolError(f"the activity page has layout {page[layout.VERSION_WORD]}, not {layout.VERSION}")
+        page = map_words(fd, "activity page", size=layout.SIZE, version=layout.VERSION)
         page[layout.STATE_WORD] = self._words[layout.STATE_WORD]
         page[layout.LAST_USE_WORD] = self._words[layout.LAST_USE_WORD]
         self._words = page

@@ -5,5 +5,5 @@ whether it may begin a step; while it is alone, a step makes no system call. The
 pages, decides (:mod:`decision`, a pure function), and writes. The socket carries no content: a byte says "look at the
 page", and its end says that a side is gone.
 
-:mod:`gate` is the workload's side. It knows nothing of the store: whoever joined hands it the page and the socket.
+:mod:`gate` is the workload's side. It does not know the store: its caller passes it the page and the socket.
 """

@@ -137,7 +137,7 @@ class Bell:
         return None
 
     def _still_held(self) -> int | None:
-        """As :meth:`_held`, after a look in vain. An end of the hold that no byte told is heard of now."""
+        """As :meth:`_held`, after a wait without a byte: notice the end of a hold without a ring."""
         looked = self._held()
         if looked is None:
             self._hearer.heard(self)

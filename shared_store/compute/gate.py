@@ -248,7 +248,7 @@ def _call(told: Callable[[], None]) -> None:
 
 
 def _nothing() -> None:
-    """Nobody is told."""
+    """Do nothing."""
 
 
 def _forked() -> None:

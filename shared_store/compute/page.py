@@ -7,13 +7,12 @@ fault. What a workload writes is not trusted: it can only misrepresent itself.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
-import sys
 
-from shared_store.base.errors import MemoryBackendError, ProtocolError, UnsupportedError
+from shared_store.base.errors import MemoryBackendError
 from shared_store.compute import layout
 from shared_store.runtime.fds import OwnedFd
+from shared_store.runtime.pages import map_words
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -54,17 +53,4 @@ def map_page(fd: OwnedFd) -> memoryview:
         ProtocolError: it is no compute page that stays mapped.
         UnsupportedError: this machine is big-endian.
     """
-    with fd:
-        if sys.byteorder != "little":
-            raise UnsupportedError("compute pages are little-endian")
-        try:
-            sealed = fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-            size = os.fstat(fd.fileno()).st_size
-            if not sealed or size < layout.SIZE:
-                raise ProtocolError("the store sent something else than a compute page")
-            words = memoryview(mmap.mmap(fd.fileno(), layout.SIZE)).cast("Q")
-        except OSError as error:
-            raise ProtocolError(f"the compute page cannot be mapped: {error.strerror}") from error
-    if words[layout.VERSION_WORD] != layout.VERSION:
-        raise ProtocolError(f"the compute page has layout {words[layout.VERSION_WORD]}, not {layout.VERSION}")
-    return words
+    return map_words(fd, "compute page", size=layout.SIZE, version=layout.VERSION)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.arbiters import Gated
 from support.programs import start_program
+from support.system_calls import FILTER
 from support.waiting import readable, wait_until
 
 from shared_store.base.errors import ProtocolError
@@ -454,7 +455,8 @@ def test_the_page_says_what_happened_whatever_it_is(calls):
         workload.close()
 
 
-STEPS = """
+STEPS = (
+    """
 import ctypes, gc, os, socket, struct, sys
 from support.arbiters import Gated
 from shared_store.compute.page import make_page
@@ -475,21 +477,14 @@ def steps(count):
 steps(1000)
 gc.disable()
 workload.words[16] = (1 << 64) - 1 if sys.argv[1] == "free" else 0
-libc = ctypes.CDLL(None, use_errno=True)
-WRITE, EXIT_GROUP = {"x86_64": (1, 231), "aarch64": (64, 94)}[os.uname().machine]
-# A filter that kills the process at any other system call (seccomp(2), bpf of linux/filter.h).
-LOAD, IF_EQUAL, RETURN, ALLOW, KILL = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
-program = [(LOAD, 0, 0, 0), (IF_EQUAL, 2, 0, WRITE), (IF_EQUAL, 1, 0, EXIT_GROUP), (RETURN, 0, 0, KILL),
-           (RETURN, 0, 0, ALLOW)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
-length = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, length, 0, 0) == 0
+"""
+    + FILTER
+    + """
 steps(100_000)
 os.write(1, b"done")
 os._exit(0)
 """
+)
 
 
 @pytest.mark.parametrize(("what", "result"), [("free", (0, "done")), ("held", (-signal.SIGSYS, ""))])

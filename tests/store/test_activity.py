@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.descriptors import no_leak_in
 from support.rawclient import RawClient
+from support.system_calls import FILTER
 
 from shared_store.activity import layout
 from shared_store.activity.page import SEALS, make_page
@@ -174,7 +175,8 @@ def test_the_documented_offsets():
     assert page.read().running == 3
 
 
-STEPS = """
+STEPS = (
+    """
 import ctypes, gc, os, struct, sys
 from shared_store.activity.page import make_page
 from shared_store.activity.writer import ActivityWriter
@@ -188,17 +190,9 @@ def steps(count):
         writer.end(number & 7, number & 3)
 steps(1000)
 gc.disable()
-libc = ctypes.CDLL(None, use_errno=True)
-WRITE, EXIT_GROUP = {"x86_64": (1, 231), "aarch64": (64, 94)}[os.uname().machine]
-# A filter that kills the process at any other system call (seccomp(2), bpf of linux/filter.h).
-LOAD, IF_EQUAL, RETURN, ALLOW, KILL = 0x20, 0x15, 0x06, 0x7FFF0000, 0x80000000
-program = [(LOAD, 0, 0, 0), (IF_EQUAL, 2, 0, WRITE), (IF_EQUAL, 1, 0, EXIT_GROUP), (RETURN, 0, 0, KILL),
-           (RETURN, 0, 0, ALLOW)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
-length = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, length, 0, 0) == 0
+"""
+    + FILTER
+    + """
 if sys.argv[1] == "steps":
     steps(100_000)
 else:
@@ -206,6 +200,7 @@ else:
 os.write(1, b"done")
 os._exit(0)
 """
+)
 
 
 @pytest.mark.parametrize(("what", "result"), [("steps", (0, b"done")), ("a system call", (-signal.SIGSYS, b""))])

@@ -172,7 +172,7 @@ class Peer:
         return self.member.held_since is not None and not self.may_begin(now)
 
     def tell(self, now: int) -> None:
-        """Ring once if it waits to begin a step, and may by now. Never waits: a peer with unread bytes is told."""
+        """Ring once if it waits to begin a step, and may now. Never blocks: unread bytes ring as well."""
         words = self._words
         held_since = words[layout.HELD_SINCE_WORD]
         if not held_since or not self.may_begin(now):
